@@ -1,0 +1,1 @@
+"""Quantize a checkpoint's experts, shard by shard."""

@@ -1,0 +1,1 @@
+"""Quantized Mixture-of-Experts layers: formats, reference and Triton kernels."""
