@@ -1,0 +1,139 @@
+"""The on-disk schema, read by the converter and by the loader.
+
+Two formats, both safetensors shards beside the source's ``config.json`` with a
+``quantization_config`` added:
+
+``compressed-tensors``
+    For families that the Hub stores per expert. vLLM, SGLang and transformers read the same files::
+
+        model.layers.N.mlp.experts.E.{gate,up,down}_proj.weight        int8 | float8_e4m3fn  [out, in]
+        model.layers.N.mlp.experts.E.{gate,up,down}_proj.weight_scale  float32               [out, 1]
+
+    with the source's own names.
+
+``qmoe``
+    For families that the Hub stores fused. Names are those of the model's own modules plus ``_q``,
+    which no other loader mistakes for weights; every expert is canonical (gate rows, then up rows;
+    K contiguous) whatever the source's layout::
+
+        <experts module>.gate_up_proj_q      int8 | float8_e4m3fn  [experts, 2 * intermediate, hidden]
+        <experts module>.gate_up_proj_scale  float32               [experts, 2 * intermediate]
+        <experts module>.gate_up_proj_bias   16 bit                [experts, 2 * intermediate]   (optional)
+        <experts module>.down_proj_q         int8 | float8_e4m3fn  [experts, hidden, intermediate]
+        <experts module>.down_proj_scale     float32               [experts, hidden]
+        <experts module>.down_proj_bias      16 bit                [experts, hidden]             (optional)
+
+    An expert without a gate has ``up_proj_*`` with ``intermediate`` rows in place of ``gate_up_proj_*``.
+
+A manifest with one checksum per shard lies beside the shards in both.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+CheckpointFormat = Literal["compressed-tensors", "qmoe"]
+
+QMOE = "qmoe"
+COMPRESSED_TENSORS = "compressed-tensors"
+FORMAT_VERSION = 1
+MANIFEST_NAME = "qmoe_manifest.json"
+
+QUANTIZED_SUFFIX = "_q"
+SCALE_SUFFIX = "_scale"
+BIAS_SUFFIX = "_bias"
+
+
+def compressed_tensors_config(weights: str, ignore: list[str]) -> dict[str, Any]:
+    """The ``quantization_config`` of a compressed-tensors checkpoint, per output channel.
+
+    vLLM's INT8 and FP8 channel MoE both ask for dynamic per-token input activations, for the target
+    ``Linear`` and for every other Linear by its full name in ``ignore``.
+
+    Args:
+        weights: ``"int8"`` or ``"fp8"``.
+        ignore: full module names of the Linear layers that stay in 16 bit.
+    """
+    kind = {"int8": "int", "fp8": "float"}[weights]
+    common = {"num_bits": 8, "type": kind, "symmetric": True}
+    return {
+        "quant_method": COMPRESSED_TENSORS,
+        "format": f"{kind}-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**common, "strategy": "channel", "dynamic": False},
+                "input_activations": {**common, "strategy": "token", "dynamic": True},
+            }
+        },
+        "ignore": ignore,
+    }
+
+
+def qmoe_config(weights: str, modules_to_not_convert: list[str] | None = None) -> dict[str, Any]:
+    """The ``quantization_config`` of a ``qmoe`` checkpoint.
+
+    Args:
+        weights: ``"int8"`` or ``"fp8"``.
+        modules_to_not_convert: full names of experts modules that stay in 16 bit.
+    """
+    return {
+        "quant_method": QMOE,
+        "format_version": FORMAT_VERSION,
+        "weights": weights,
+        "modules_to_not_convert": list(modules_to_not_convert or []),
+    }
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file as the converter wrote it."""
+
+    sha256: str
+    bytes: int
+
+
+@dataclass
+class Manifest:
+    """What was converted, from what, and the checksum of every shard."""
+
+    weights: str
+    format: str
+    source: str
+    qmoe_version: str
+    shards: dict[str, Shard]
+    # {experts module: {projection: relative Frobenius error}}
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def write(self, folder: Path) -> None:
+        """Write ``qmoe_manifest.json`` into ``folder``."""
+        text = json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+        (folder / MANIFEST_NAME).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read ``qmoe_manifest.json`` from ``folder``.
+
+        Raises:
+            ValueError: the file is missing, is not JSON or has another format version.
+        """
+        path = folder / MANIFEST_NAME
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            shards = {name: Shard(**shard) for name, shard in raw.pop("shards").items()}
+            manifest = cls(shards=shards, **raw)
+        except FileNotFoundError:
+            raise ValueError(f"{path}: not found; this folder was not written by qmoe") from None
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: not a qmoe manifest ({error}); convert again") from None
+        if manifest.format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"{path}: format version {manifest.format_version}; "
+                f"this qmoe reads version {FORMAT_VERSION}"
+            )
+        return manifest
