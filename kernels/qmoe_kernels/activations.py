@@ -16,14 +16,23 @@ with ``f`` one of the named functions, ``silu(x) = x * sigmoid(alpha * x)``.  Va
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+
+ActivationName = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 
 
 @dataclass(frozen=True)
 class Activation:
-    """One expert's nonlinearity; hashable, comparable, without tensors."""
+    """One expert's nonlinearity; hashable, comparable, without tensors.
 
-    name: Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"] = "silu"
+    Raises:
+        ValueError: an unknown name, or a field that the named function has no use for.
+    """
+
+    name: ActivationName = "silu"
     gated: bool = True
     alpha: float = 1.0
     up_shift: float = 0.0
@@ -31,3 +40,68 @@ class Activation:
     limit_after: bool = False
     gate_softcap: float | None = None
     up_softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(ActivationName):
+            raise ValueError(
+                f"unknown activation {self.name!r}; {', '.join(get_args(ActivationName))} work"
+            )
+        if self.name != "silu" and (self.alpha != 1.0 or self.gate_softcap is not None):
+            raise ValueError(f"alpha and gate_softcap belong to silu, not to {self.name}")
+        gate_only = (
+            self.up_shift,
+            self.limit,
+            self.limit_after,
+            self.gate_softcap,
+            self.up_softcap,
+        )
+        if not self.gated and gate_only != (0.0, None, False, None, None):
+            raise ValueError(f"{self}: up_shift, limits and softcaps need a gate")
+
+
+SWIGLU = Activation()
+
+
+def apply(activation: Activation, gate_up: torch.Tensor) -> torch.Tensor:
+    """Apply ``activation`` in fp32 and return the dtype that came in.
+
+    Args:
+        activation: which one.
+        gate_up: (..., 2 * intermediate_size), gate first, or (..., intermediate_size) without a gate.
+
+    Returns:
+        (..., intermediate_size).
+    """
+    a = activation
+    if not a.gated:
+        return _function(a, gate_up.float()).to(gate_up.dtype)
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    if a.limit is not None:
+        up = up.clamp(-a.limit, a.limit)
+        gate = gate if a.limit_after else gate.clamp(max=a.limit)
+    gate = _function(a, gate)
+    if a.limit is not None and a.limit_after:
+        gate = gate.clamp(max=a.limit)
+    if a.up_softcap is not None:
+        up = _softcap(up, a.up_softcap)
+    if a.up_shift:
+        up = up + a.up_shift
+    return (gate * up).to(gate_up.dtype)
+
+
+def _softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
+    return cap * torch.tanh(x / cap)
+
+
+def _function(a: Activation, x: torch.Tensor) -> torch.Tensor:
+    if a.name == "gelu":
+        return F.gelu(x)
+    if a.name == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    if a.name == "relu":
+        return F.relu(x)
+    if a.name == "relu2":
+        return F.relu(x).square()
+    if a.gate_softcap is not None:
+        return _softcap(x, a.gate_softcap) * torch.sigmoid(a.alpha * x)
+    return F.silu(x) if a.alpha == 1.0 else x * torch.sigmoid(a.alpha * x)

@@ -1,0 +1,436 @@
+"""One MoE layer after its router: gate_up -> activation -> down -> weighted sum.
+
+Three operators of torch, with fakes, for torch.compile and CUDA graphs:
+
+``qmoe::fused_moe``       the layer
+``qmoe::grouped_linear``  one of its two products, for a gate that is not among `Activation`'s
+``qmoe::weighted_sum``    the sum over a token's experts
+
+On the CPU they are plain torch and touch the weights of routed experts only; on a GPU they are the
+Triton kernels of `grouped_gemm`. No result depends on the order in which threads ran, and no GPU path
+reads a device value on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from qmoe_kernels import activations as _activations
+from qmoe_kernels.activations import SWIGLU, Activation
+from qmoe_kernels.quantization import STORAGE_DTYPE, decode
+from qmoe_kernels.routing import ExpertRouting
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def fused_moe(
+    hidden_states: Tensor,  # (num_tokens, hidden_size) bf16 | fp16 | fp32
+    gate_up_proj: Tensor,  # (num_slots, 2 * intermediate_size, hidden_size) int8 | e4m3fn | float
+    gate_up_proj_scale: Tensor | None,  # (num_experts, 2 * intermediate_size) fp32
+    down_proj: Tensor,  # (num_slots, hidden_size, intermediate_size) int8 | e4m3fn | float
+    down_proj_scale: Tensor | None,  # (num_experts, hidden_size) fp32
+    topk_ids: Tensor,  # (num_tokens, top_k) int32 | int64
+    topk_weights: Tensor | None,  # (num_tokens, top_k) float
+    *,
+    activation: Activation | Callable[[Tensor], Tensor] = SWIGLU,
+    activations: str = "auto",
+    gate_up_proj_bias: Tensor | None = None,  # (num_experts, 2 * intermediate_size) float
+    down_proj_bias: Tensor | None = None,  # (num_experts, hidden_size) float
+    expert_to_slot: Tensor | None = None,  # (num_experts,) int32
+) -> Tensor:
+    """Run the routed experts of one layer and sum them by their weights.
+
+    For each token ``x`` with experts ``e`` and weights ``w``:
+    ``sum_k w_k * (down_proj[e_k] @ activation(gate_up_proj[e_k] @ x))``. Products accumulate in fp32;
+    scales and biases are applied to the fp32 sums; the sum over ``k`` runs in fp32 in the order of
+    ``topk_ids``, so that equal inputs give equal bits.
+
+    Weights of dtype int8 or float8_e4m3fn need a scale; 16- and 32-bit weights take none and have the
+    dtype of ``hidden_states``. A weight's last dimension is contiguous; its other strides are free.
+
+    Args:
+        hidden_states, gate_up_proj, gate_up_proj_scale, down_proj, down_proj_scale: see the signature.
+            Without a gate ``gate_up_proj`` has ``intermediate_size`` rows.
+        topk_ids: ids outside [0, num_experts) contribute nothing.
+        topk_weights: None returns the experts' outputs one by one, zeros where an id is skipped; see
+            `weighted_sum`.
+        activation: an `Activation`, or a callable from rows ``(..., 2 * intermediate_size)`` to
+            ``(..., intermediate_size)`` that treats each row by itself.
+        activations: ``"auto"`` or ``"bf16"``, which both multiply in the dtype of ``hidden_states``.
+        gate_up_proj_bias, down_proj_bias: added after the scale.
+        expert_to_slot: where in ``gate_up_proj`` and ``down_proj`` an expert's weights are; scales and
+            biases stay indexed by expert. Every routed expert must have a slot: the output of one whose
+            slot is negative is NaN.
+
+    Returns:
+        (num_tokens, hidden_size), or (num_tokens, top_k, hidden_size) without ``topk_weights``, in the
+        dtype of ``hidden_states``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or activations that do not work yet.
+    """
+    check_activations(activations)
+    known = isinstance(activation, Activation)
+    _check_hidden_states(hidden_states, topk_ids)
+    num_rows = _check_linear(
+        "gate_up_proj",
+        gate_up_proj,
+        gate_up_proj_scale,
+        gate_up_proj_bias,
+        expert_to_slot,
+        hidden_states,
+        in_features=hidden_states.shape[-1],
+    )
+    in_features = None
+    if known:
+        if activation.gated and num_rows % 2:
+            raise ValueError(
+                f"gate_up_proj has {num_rows} rows, an odd number; a gated activation needs gate rows "
+                "and as many up rows"
+            )
+        in_features = num_rows // 2 if activation.gated else num_rows
+    _check_linear(
+        "down_proj",
+        down_proj,
+        down_proj_scale,
+        down_proj_bias,
+        expert_to_slot,
+        hidden_states,
+        in_features,
+    )
+    if topk_weights is not None:
+        _check_topk_weights(topk_weights, topk_ids.shape)
+    if known:
+        return _fused_moe(
+            hidden_states,
+            gate_up_proj,
+            gate_up_proj_scale,
+            gate_up_proj_bias,
+            down_proj,
+            down_proj_scale,
+            down_proj_bias,
+            topk_ids,
+            topk_weights,
+            expert_to_slot,
+            activation.name,
+            activation.gated,
+            activation.alpha,
+            activation.up_shift,
+            activation.limit,
+            activation.limit_after,
+            activation.gate_softcap,
+            activation.up_softcap,
+        )
+    gate_up = _grouped_linear(
+        hidden_states, gate_up_proj, gate_up_proj_scale, gate_up_proj_bias, topk_ids, expert_to_slot
+    )
+    hidden = activation(gate_up).to(hidden_states.dtype)
+    if hidden.shape[-1] != down_proj.shape[-1]:
+        raise ValueError(
+            f"the activation returned rows of {hidden.shape[-1]}; down_proj takes "
+            f"{down_proj.shape[-1]}"
+        )
+    rows = _grouped_linear(
+        hidden, down_proj, down_proj_scale, down_proj_bias, topk_ids, expert_to_slot
+    )
+    return rows if topk_weights is None else _weighted_sum(rows, topk_weights)
+
+
+def grouped_linear(
+    x: Tensor,  # (num_tokens, in_features) or (num_tokens, top_k, in_features) bf16 | fp16 | fp32
+    weight: Tensor,  # (num_slots, out_features, in_features) int8 | e4m3fn | float
+    scale: Tensor | None,  # (num_experts, out_features) fp32
+    topk_ids: Tensor,  # (num_tokens, top_k) int32 | int64
+    *,
+    bias: Tensor | None = None,  # (num_experts, out_features) float
+    expert_to_slot: Tensor | None = None,  # (num_experts,) int32
+) -> Tensor:
+    """Return ``weight[topk_ids[t, k]] @ x[t]`` (or ``@ x[t, k]``) for every token and expert.
+
+    Returns:
+        (num_tokens, top_k, out_features) in the dtype of ``x``; zeros where an id is skipped.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit.
+    """
+    _check_hidden_states(x, topk_ids)
+    _check_linear("weight", weight, scale, bias, expert_to_slot, x, x.shape[-1])
+    return _grouped_linear(x, weight, scale, bias, topk_ids, expert_to_slot)
+
+
+def weighted_sum(
+    rows: Tensor,  # (num_tokens, top_k, hidden_size) bf16 | fp16 | fp32
+    topk_weights: Tensor,  # (num_tokens, top_k) float
+) -> Tensor:
+    """Sum the rows of each token by its weights: in fp32, first expert to last.
+
+    Returns:
+        (num_tokens, hidden_size) in the dtype of ``rows``.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    if rows.ndim != 3 or rows.dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"rows are {rows.dtype} of shape {tuple(rows.shape)}; "
+            "expected bf16, fp16 or fp32 (num_tokens, top_k, hidden_size)"
+        )
+    _check_topk_weights(topk_weights, rows.shape[:2])
+    return _weighted_sum(rows, topk_weights)
+
+
+def check_activations(activations: str) -> None:
+    """Raise ValueError unless ``activations`` is one that works."""
+    if activations in ("auto", "bf16"):
+        return
+    if activations in STORAGE_DTYPE:
+        raise ValueError(
+            f"activations={activations!r}: 8-bit activations are not implemented yet; 'auto' and "
+            "'bf16' (16-bit, the dtype of hidden_states) work"
+        )
+    raise ValueError(f"unknown activations {activations!r}; 'auto' and 'bf16' work")
+
+
+# ---- operators ---------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("qmoe::fused_moe", mutates_args=(), device_types="cpu")
+def _fused_moe(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    gate_up_proj_scale: Tensor | None,
+    gate_up_proj_bias: Tensor | None,
+    down_proj: Tensor,
+    down_proj_scale: Tensor | None,
+    down_proj_bias: Tensor | None,
+    topk_ids: Tensor,
+    topk_weights: Tensor | None,
+    expert_to_slot: Tensor | None,
+    name: str,
+    gated: bool,
+    alpha: float,
+    up_shift: float,
+    limit: float | None,
+    limit_after: bool,
+    gate_softcap: float | None,
+    up_softcap: float | None,
+) -> Tensor:
+    activation = Activation(
+        name, gated, alpha, up_shift, limit, limit_after, gate_softcap, up_softcap
+    )
+    num_tokens, top_k = topk_ids.shape
+    rows = hidden_states.new_zeros(num_tokens * top_k, down_proj.shape[1])
+    up = _CPULinear(gate_up_proj, gate_up_proj_scale, gate_up_proj_bias, hidden_states.dtype)
+    down = _CPULinear(down_proj, down_proj_scale, down_proj_bias, hidden_states.dtype)
+    num_experts = _num_experts(gate_up_proj, gate_up_proj_scale, expert_to_slot)
+    for expert, slot, pairs in _routed_experts(topk_ids, num_experts, expert_to_slot):
+        hidden = _activations.apply(activation, up(hidden_states[pairs // top_k], expert, slot))
+        rows[pairs] = down(hidden.to(hidden_states.dtype), expert, slot).to(rows.dtype)
+    rows = rows.view(num_tokens, top_k, -1)
+    return rows if topk_weights is None else _weighted_sum_cpu(rows, topk_weights)
+
+
+@_fused_moe.register_fake
+def _(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    gate_up_proj_scale: Tensor | None,
+    gate_up_proj_bias: Tensor | None,
+    down_proj: Tensor,
+    down_proj_scale: Tensor | None,
+    down_proj_bias: Tensor | None,
+    topk_ids: Tensor,
+    topk_weights: Tensor | None,
+    *_: object,
+) -> Tensor:
+    num_tokens, top_k = topk_ids.shape
+    shape = (num_tokens, top_k) if topk_weights is None else (num_tokens,)
+    return hidden_states.new_empty(*shape, down_proj.shape[1])
+
+
+@torch.library.custom_op("qmoe::grouped_linear", mutates_args=(), device_types="cpu")
+def _grouped_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    topk_ids: Tensor,
+    expert_to_slot: Tensor | None,
+) -> Tensor:
+    num_tokens, top_k = topk_ids.shape
+    pairs_per_row = top_k if x.ndim == 2 else 1
+    x = x.reshape(-1, x.shape[-1])
+    rows = x.new_zeros(num_tokens * top_k, weight.shape[1])
+    linear = _CPULinear(weight, scale, bias, x.dtype)
+    num_experts = _num_experts(weight, scale, expert_to_slot)
+    for expert, slot, pairs in _routed_experts(topk_ids, num_experts, expert_to_slot):
+        rows[pairs] = linear(x[pairs // pairs_per_row], expert, slot).to(rows.dtype)
+    return rows.view(num_tokens, top_k, -1)
+
+
+@_grouped_linear.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    topk_ids: Tensor,
+    expert_to_slot: Tensor | None,
+) -> Tensor:
+    return x.new_empty(*topk_ids.shape, weight.shape[1])
+
+
+@torch.library.custom_op("qmoe::weighted_sum", mutates_args=(), device_types="cpu")
+def _weighted_sum(rows: Tensor, topk_weights: Tensor) -> Tensor:
+    return _weighted_sum_cpu(rows, topk_weights)
+
+
+@_weighted_sum.register_fake
+def _(rows: Tensor, topk_weights: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], rows.shape[2])
+
+
+# ---- CPU ---------------------------------------------------------------------------------------
+
+
+class _CPULinear:
+    """One projection of every expert; an expert's weight is converted when it is asked for."""
+
+    def __init__(
+        self, weight: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+    ) -> None:
+        self.weight, self.scale, self.bias = weight, scale, bias
+        # An fp16 sum of unscaled products would overflow.
+        self.dtype = torch.float32 if dtype == torch.float16 else dtype
+        self.scratch: Tensor | None = None
+
+    def __call__(self, x: Tensor, expert: int, slot: int) -> Tensor:
+        """(num_rows, in_features) -> (num_rows, out_features) fp32."""
+        weight = self.weight[slot]
+        if weight.dtype != self.dtype:
+            if self.scratch is None:
+                self.scratch = torch.empty_like(weight, dtype=self.dtype)
+            weight = decode(weight, out=self.scratch)
+        y = (x.to(self.dtype) @ weight.t()).float()
+        if self.scale is not None:
+            y = y.mul_(self.scale[expert])
+        return y if self.bias is None else y.add_(self.bias[expert])
+
+
+def _routed_experts(
+    topk_ids: Tensor, num_experts: int, expert_to_slot: Tensor | None
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield (expert, slot, its pairs) of every expert that a token is routed to, in order."""
+    routing = ExpertRouting.from_topk_ids(topk_ids, num_experts)
+    offsets = routing.expert_offsets.tolist()
+    slots = range(num_experts) if expert_to_slot is None else expert_to_slot.tolist()
+    for expert, slot in enumerate(slots):
+        start, end = offsets[expert], offsets[expert + 1]
+        if start == end:
+            continue
+        if slot < 0:
+            raise ValueError(
+                f"expert {expert} is routed to but has no slot (expert_to_slot is {slot})"
+            )
+        yield expert, slot, routing.sorted_pair_ids[start:end]
+
+
+def _weighted_sum_cpu(rows: Tensor, topk_weights: Tensor) -> Tensor:
+    total = rows.new_zeros(rows.shape[0], rows.shape[2], dtype=torch.float32)
+    for k in range(rows.shape[1]):
+        total.addcmul_(rows[:, k].float(), topk_weights[:, k, None].float())
+    return total.to(rows.dtype)
+
+
+# ---- validation --------------------------------------------------------------------------------
+
+
+def _num_experts(weight: Tensor, scale: Tensor | None, expert_to_slot: Tensor | None) -> int:
+    for per_expert in (scale, expert_to_slot):
+        if per_expert is not None:
+            return per_expert.shape[0]
+    return weight.shape[0]
+
+
+def _check_hidden_states(x: Tensor, topk_ids: Tensor) -> None:
+    if topk_ids.ndim != 2 or topk_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"topk_ids are {topk_ids.dtype} of shape {tuple(topk_ids.shape)}; "
+            "expected int32 or int64 (num_tokens, top_k)"
+        )
+    leading = tuple(topk_ids.shape)
+    if x.dtype not in FLOAT_DTYPES or tuple(x.shape[:-1]) not in (leading[:1], leading):
+        raise ValueError(
+            f"hidden_states are {x.dtype} of shape {tuple(x.shape)} with topk_ids of shape {leading}; "
+            f"expected bf16, fp16 or fp32 ({leading[0]}, hidden_size)"
+        )
+    if topk_ids.device != x.device:
+        raise ValueError(f"topk_ids are on {topk_ids.device}, hidden_states on {x.device}")
+
+
+def _check_topk_weights(topk_weights: Tensor, shape: torch.Size) -> None:
+    if topk_weights.shape != shape or not topk_weights.is_floating_point():
+        raise ValueError(
+            f"topk_weights are {topk_weights.dtype} of shape {tuple(topk_weights.shape)}; "
+            f"expected a float tensor of shape {tuple(shape)}"
+        )
+
+
+def _check_linear(
+    name: str,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    expert_to_slot: Tensor | None,
+    x: Tensor,
+    in_features: int | None,
+) -> int:
+    """Check one projection against the rows ``x`` that it meets and return its out_features."""
+    if weight.ndim != 3 or (in_features is not None and weight.shape[-1] != in_features):
+        raise ValueError(
+            f"{name} has shape {tuple(weight.shape)}; expected (num_experts, rows, "
+            f"{'in_features' if in_features is None else in_features})"
+        )
+    if weight.stride(-1) != 1 and weight.shape[-1] > 1:
+        raise ValueError(
+            f"{name} has strides {weight.stride()}; its last dimension must be contiguous"
+        )
+    quantized = weight.dtype in STORAGE_DTYPE.values()
+    if not quantized and weight.dtype != x.dtype:
+        raise ValueError(
+            f"{name} is {weight.dtype}; int8, float8_e4m3fn and the dtype of hidden_states "
+            f"({x.dtype}) work"
+        )
+    if quantized != (scale is not None):
+        raise ValueError(
+            f"{name} is {weight.dtype} and {name}_scale is {'missing' if quantized else 'given'}; "
+            "8-bit weights need a scale, others take none"
+        )
+    num_experts = _num_experts(weight, scale, expert_to_slot)
+    shape = (num_experts, weight.shape[1])
+    if scale is not None and (tuple(scale.shape) != shape or scale.dtype != torch.float32):
+        raise ValueError(
+            f"{name}_scale is {scale.dtype} of shape {tuple(scale.shape)}; expected float32 {shape}"
+        )
+    if bias is not None and (tuple(bias.shape) != shape or not bias.is_floating_point()):
+        raise ValueError(
+            f"{name}_bias is {bias.dtype} of shape {tuple(bias.shape)}; expected a float tensor {shape}"
+        )
+    if expert_to_slot is None:
+        if weight.shape[0] != num_experts:
+            raise ValueError(
+                f"{name} holds {weight.shape[0]} experts and {name}_scale {num_experts}; "
+                "without expert_to_slot they must agree"
+            )
+    elif tuple(expert_to_slot.shape) != (num_experts,) or expert_to_slot.dtype != torch.int32:
+        raise ValueError(
+            f"expert_to_slot is {expert_to_slot.dtype} of shape {tuple(expert_to_slot.shape)}; "
+            f"expected int32 ({num_experts},)"
+        )
+    for tensor in (weight, scale, bias, expert_to_slot):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name}: a tensor on {tensor.device}, hidden_states on {x.device}")
+    return weight.shape[1]
