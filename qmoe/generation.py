@@ -16,8 +16,9 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import logging as transformers_logging
 
 from qmoe.experts import QuantizedExperts
 from qmoe.layout import describe
@@ -220,6 +221,24 @@ def expert_bytes(model: nn.Module) -> int:
     return total
 
 
+def load_tokenizer(path_or_repo: str) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        ValueError: it has none, or one that cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path_or_repo)
+    except Exception as error:  # each tokenizer class fails in its own way
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"{path_or_repo}: no usable tokenizer ({reason})") from error
+
+
+def hide_progress_bars() -> None:
+    """Load without transformers' progress bars."""
+    transformers_logging.disable_progress_bar()
+
+
 def peak_resident_bytes() -> int | None:
     """The most RAM this process ever held, in bytes; None where the system does not tell."""
     try:
@@ -364,7 +383,9 @@ def _generation_config(
 ) -> GenerationConfig:
     """The model's own generation config with the caller's options; the model keeps its own."""
     if not getattr(model, "generation_config", None):
-        raise ValueError(f"{type(model).__name__} cannot generate text: it has no generation_config")
+        raise ValueError(
+            f"{type(model).__name__} cannot generate text: it has no generation_config"
+        )
     if model.config.is_encoder_decoder:
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; generate() takes decoders")
     if not isinstance(max_new_tokens, int) or max_new_tokens < 1:

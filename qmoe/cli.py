@@ -1,0 +1,370 @@
+"""The command ``qmoe``: demo, generate, inspect.
+
+Exit codes: 0; 2 usage; 3 input that cannot be used; 130 interrupted. A failure is one line on stderr that
+says what to do; ``--debug`` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from qmoe.demo import Demo
+    from qmoe.generation import GenerationResult, GenerationStatistics
+    from qmoe.inspection import Inspection
+
+USAGE, UNUSABLE, INTERRUPTED = 2, 3, 130
+
+app = typer.Typer(
+    name="qmoe",
+    help="Quantized Mixture-of-Experts inference for Hugging Face transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; the process's own arguments where none are given.
+
+    Returns:
+        the exit code.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return int(app(arguments, standalone_mode=False) or 0)
+    except (typer.Abort, KeyboardInterrupt):
+        return _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        # Whoever reads us has left (qmoe ... | head); there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        if hasattr(error, "format_message"):  # typer's usage errors
+            return _fail(f"{error.format_message()} (see qmoe --help)", USAGE)
+        if isinstance(error, (ValueError, OSError)):
+            return _fail(str(error), UNUSABLE)
+        return _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"qmoe: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from qmoe import __version__
+
+        print(f"qmoe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _qmoe(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the version.",
+        ),
+    ] = False,
+) -> None:
+    """Quantized Mixture-of-Experts inference for Hugging Face transformers."""
+
+
+@app.command()
+def generate(
+    path: Annotated[str, typer.Argument(help="A model's folder or Hub id.", metavar="PATH")],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to continue; repeat it for a batch. Without it, stdin is read."),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many for each prompt.")] = 128,
+    do_sample: Annotated[
+        bool | None,
+        typer.Option(help="Sample; implied by the four options below.", show_default="the model's"),
+    ] = None,
+    temperature: Annotated[float | None, typer.Option()] = None,
+    top_k: Annotated[int | None, typer.Option()] = None,
+    top_p: Annotated[float | None, typer.Option()] = None,
+    min_p: Annotated[float | None, typer.Option()] = None,
+    repetition_penalty: Annotated[float | None, typer.Option()] = None,
+    num_beams: Annotated[
+        int | None, typer.Option(help="Beam search; the text comes at the end.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of what is not quantized: auto, bfloat16 ...")
+    ] = "auto",
+    weights: Annotated[
+        Literal["int8", "fp8"] | None,
+        typer.Option(help="Quantize the experts of a 16-bit model while loading."),
+    ] = None,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Continue prompts: text on stdout, statistics on stderr."""
+    prompts = prompt or [_read_stdin()]
+    if do_sample is None and any(v is not None for v in (temperature, top_k, top_p, min_p)):
+        do_sample = True
+    options = {
+        "do_sample": do_sample,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "num_beams": num_beams,
+    }
+
+    import qmoe
+    from qmoe.generation import GenerationInterrupted, load_tokenizer
+    from qmoe.generation import generate as generate_texts
+
+    _quiet()
+    model = qmoe.load(path, device=device, dtype=dtype, weights=weights)
+    writer = None if json_output or (num_beams or 1) > 1 else _Writer(len(prompts))
+    interrupted = False
+    try:
+        result = generate_texts(
+            model,
+            load_tokenizer(path),
+            prompts,
+            max_new_tokens=max_new_tokens,
+            stream=writer,
+            chat=chat,
+            seed=seed,
+            **{name: value for name, value in options.items() if value is not None},
+        )
+    except GenerationInterrupted as interruption:
+        result, interrupted = interruption.result, True
+    if json_output:
+        document = {"model": path, "prompts": prompts, **dataclasses.asdict(result)}
+        _print_json({**document, "interrupted": interrupted})
+    else:
+        (writer or _Writer(len(prompts))).finish(result)
+        print(_statistics_line(result.statistics), file=sys.stderr)
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="A model's folder or Hub id.", metavar="PATH")],
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Print what a checkpoint holds, from its config and headers; no weight is read."""
+    from qmoe.inspection import inspect_checkpoint
+
+    inspection = inspect_checkpoint(path)
+    if json_output:
+        _print_json(dataclasses.asdict(inspection))
+    else:
+        _print(_inspection_table(inspection))
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Another 16-bit model's folder.", show_default="examples/tiny-moe"),
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; repeatable.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many for each prompt.")] = 48,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Keep the converted models here.", show_default="a temporary folder"),
+    ] = None,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Convert the shipped model to INT8 and FP8, and set both beside the original."""
+    from qmoe.demo import run_demo
+
+    _quiet()
+    result = run_demo(
+        model,
+        prompts=prompt or None,
+        max_new_tokens=max_new_tokens,
+        out=out,
+        progress=lambda message: print(message, file=sys.stderr, flush=True),
+    )
+    if json_output:
+        _print_json(dataclasses.asdict(result))
+    else:
+        _print(_demo_table(result))
+
+
+class _Writer:
+    """Writes texts to stdout as they come: the first at once, the others when it is their turn."""
+
+    def __init__(self, num_texts: int) -> None:
+        self.num_texts = num_texts
+        self.written = 0  # characters of the first text
+
+    def __call__(self, index: int, piece: str) -> None:
+        if index == 0:
+            if not self.written:
+                self._heading(0)
+            self.written += len(piece)
+            print(piece, end="", flush=True)
+
+    def finish(self, result: GenerationResult) -> None:
+        for index, text in enumerate(result.texts):
+            if index or not self.written:
+                self._heading(index)
+            print(text if index else text[self.written :], flush=True)
+
+    def _heading(self, index: int) -> None:
+        if self.num_texts > 1:
+            print(f"--- prompt {index + 1}")
+
+
+def _read_stdin() -> str:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise typer.BadParameter("give --prompt TEXT, or pipe the text in")
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"stdin: not UTF-8 text ({error})") from None
+    if not text.strip():
+        raise ValueError("stdin: empty; pipe the text to continue, or give --prompt TEXT")
+    return text.removesuffix("\n")
+
+
+def _quiet() -> None:
+    """Keep the libraries' remarks off stderr, which is for statistics and failures."""
+    from qmoe.generation import hide_progress_bars
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        hide_progress_bars()
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def _print(table: Table) -> None:
+    from rich.console import Console
+
+    console = Console()
+    # Not a terminal: rich would assume 80 columns and cut.
+    console.print(table, width=None if console.is_terminal else 120)
+
+
+def _statistics_line(statistics: GenerationStatistics) -> str:
+    s = statistics
+    decode = s.decode_tokens_per_second
+    peak = s.peak_memory_bytes
+    parts = [
+        f"prompt {s.prompt_tokens} tokens, {s.prompt_tokens_per_second:.1f}/s",
+        f"new {s.new_tokens} tokens" + (f", {decode:.1f}/s" if decode else ""),
+        f"experts {format_bytes(s.expert_bytes)}",
+        f"peak {format_bytes(peak)} {s.peak_memory_kind}" if peak is not None else "peak unknown",
+    ]
+    return " | ".join(parts)
+
+
+def format_bytes(count: int | None) -> str:
+    """``1234567`` as ``1.23 MB``: decimal units, three digits."""
+    if count is None:
+        return "unknown"
+    value, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 999.5:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}" if unit == "B" or value < 100 else f"{value:.0f} {unit}"
+
+
+def _inspection_table(inspection: Inspection) -> Table:
+    from rich.table import Table
+
+    i = inspection
+    table = Table(show_header=False, title=i.path, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+
+    def row(name: str, value: object) -> None:
+        table.add_row(name, str(value))
+
+    row("architecture", i.architecture)
+    if i.source is not None:
+        row("converted from", i.source)
+    layers = "unknown" if i.num_layers is None else i.num_layers
+    if i.dense:
+        row("layers", layers)
+        row("experts", "none: a dense model, qmoe has nothing to quantize in it")
+    else:
+        row("layers", f"{layers}, {i.expert_layers} with experts")
+        row("experts per layer", " or ".join(map(str, i.num_experts)))
+        row("experts per token", "unknown" if i.top_k is None else i.top_k)
+    row("format", i.format)
+    row("files", i.shards)
+    row("on disk", format_bytes(i.expert_bytes + i.rest_bytes))
+    if not i.dense:
+        row("  experts", format_bytes(i.expert_bytes))
+        row("  rest", format_bytes(i.rest_bytes))
+    row("in memory", format_bytes(i.memory_bytes))
+    if i.bits_per_expert_weight is not None:
+        row("bits per expert weight", f"{i.bits_per_expert_weight:.2f}")
+    for projection, error in (i.errors or {}).items():
+        row(
+            f"error of {projection}",
+            f"median {error['median']:.3%}, worst {error['worst']:.3%} in {error['worst_module']}",
+        )
+    return table
+
+
+def _demo_table(result: Demo) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=f"{result.model}: 16 bit, INT8, FP8", title_justify="left", show_lines=True)
+    table.add_column("", style="bold")
+    for variant in result.variants:
+        table.add_column(variant.name, ratio=1, overflow="fold")
+
+    def row(name: str, values: list[str]) -> None:
+        table.add_row(name, *values)
+
+    variants = result.variants
+    row("on disk", [format_bytes(v.disk_bytes) for v in variants])
+    row("experts in memory", [format_bytes(v.expert_bytes) for v in variants])
+    row("bits per expert weight", [f"{v.bits_per_expert_weight:.2f}" for v in variants])
+    row(
+        f"perplexity\n({result.perplexity_tokens} tokens,\nwindows of {result.window})",
+        [f"{v.perplexity:.4f} ({v.perplexity_change:+.2%})" for v in variants],
+    )
+    row("decode tokens/s", [f"{v.decode_tokens_per_second or 0:.0f}" for v in variants])
+    for index, prompt in enumerate(result.prompts):
+        row(escape(prompt), [escape(v.texts[index]) for v in variants])
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,365 @@
+"""inspect_checkpoint(): what a checkpoint holds, from its config and its headers alone.
+
+No weight is read. Experts are recognized by their stored names (a path component ``experts``) or, in
+families that stack them elsewhere, by a 3-D tensor whose first dimension is the config's expert count.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qmoe.format import COMPRESSED_TENSORS, MANIFEST_NAME, QMOE, Manifest
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_EXPERT_NAME = re.compile(r"^(?P<module>(?:.*\.)?experts)\.(?:\w*?(?P<index>\d+)\.)?(?P<leaf>.+)$")
+# What lies beside an expert's weights and is none: scales, zero points, shapes, biases.
+_NO_WEIGHT = re.compile(r"(scale|scales|scale_inv|bias|zero_point|weight_shape|g_idx|qzeros)$")
+_NUM_EXPERTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+)
+_TOP_K = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "top_k_experts",
+    "moe_k",
+)
+_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "BF16": 16, "F16": 16}
+_BITS |= {"I16": 16, "U16": 16, "F4": 4}
+_CONFIG_BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor as a safetensors header names it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+    @property
+    def numel(self) -> int:
+        """Elements, packed ones counted as one."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a checkpoint holds; sizes in bytes.
+
+    Attributes:
+        path: folder or Hub id.
+        architecture: as config.json names it.
+        num_layers: hidden layers, None where the config does not tell.
+        expert_layers: layers with experts; 0 for a dense model.
+        num_experts: experts per layer, one number for each that occurs; empty for a dense model.
+        top_k: experts per token, None where the config does not tell.
+        format: how the experts are stored, such as ``bf16`` or ``compressed-tensors int8 per channel``.
+        shards: number of safetensors files.
+        expert_weights: how many weights the experts have.
+        expert_bytes: on disk, scales and biases included.
+        rest_bytes: everything else on disk.
+        memory_bytes: held after ``qmoe.load``, without KV cache and activations; None where transformers
+            decides (other quantization methods).
+        bits_per_expert_weight: expert_bytes * 8 / expert_weights; None for a dense model.
+        errors: relative error of the experts from the converter's manifest, {projection: {"median",
+            "worst", "worst_module"}}; None without a manifest.
+        source: what it was converted from, from the manifest.
+    """
+
+    path: str
+    architecture: str
+    num_layers: int | None
+    expert_layers: int
+    num_experts: list[int]
+    top_k: int | None
+    format: str
+    shards: int
+    expert_weights: int
+    expert_bytes: int
+    rest_bytes: int
+    memory_bytes: int | None
+    bits_per_expert_weight: float | None
+    errors: dict[str, dict[str, Any]] | None
+    source: str | None
+
+    @property
+    def dense(self) -> bool:
+        """Whether the model has no experts at all."""
+        return not self.expert_layers
+
+
+def inspect_checkpoint(path: str | Path) -> Inspection:
+    """Read what a checkpoint holds from its config and headers.
+
+    Args:
+        path: a local folder, or a Hub id, of which only config, manifest and headers are fetched.
+
+    Raises:
+        ValueError: no such checkpoint, no safetensors in it, or a file that is broken; one line that
+            names the file.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        config = _read_json(folder / "config.json")
+        shards = _local_shards(folder)
+        tensors = [t for shard in shards for t in read_header(shard)]
+        manifest = Manifest.read(folder) if (folder / MANIFEST_NAME).exists() else None
+        return _describe(str(path), config, tensors, len(shards), manifest)
+    if folder.exists():
+        raise ValueError(f"{path}: is a file; give the folder that holds config.json")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        raise ValueError(f"{path}: no such folder, and no Hub id of the form owner/name")
+    return _inspect_hub(str(path))
+
+
+def read_header(path: Path) -> list[StoredTensor]:
+    """The tensors of one safetensors file.
+
+    Raises:
+        ValueError: the file is missing, truncated, or no safetensors.
+    """
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= size - 8:
+                raise ValueError("its header is longer than the file")
+            raw = json.loads(file.read(length))
+            tensors = [
+                StoredTensor(
+                    name,
+                    entry["dtype"],
+                    tuple(entry["shape"]),
+                    entry["data_offsets"][1] - entry["data_offsets"][0],
+                )
+                for name, entry in raw.items()
+                if name != "__metadata__"
+            ]
+            end = max(
+                (e["data_offsets"][1] for n, e in raw.items() if n != "__metadata__"), default=0
+            )
+            if size != 8 + length + end:
+                raise ValueError(f"its header promises {8 + length + end} bytes, it has {size}")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: not found; the download is incomplete") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{path}: no whole safetensors file ({reason}); download it again"
+        ) from None
+    return tensors
+
+
+def _local_shards(folder: Path) -> list[Path]:
+    index = folder / _INDEX
+    if index.exists():
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index}: has no weight_map; download it again")
+        names = sorted(set(weight_map.values()))
+        for name in names:
+            if Path(name).name != name:
+                raise ValueError(f"{index}: names {name!r}, which is not in its own folder")
+        return [folder / name for name in names]
+    if (folder / _SINGLE).exists():
+        return [folder / _SINGLE]
+    pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(
+        p.name for p in folder.glob("*.pt*")
+    )
+    if pickles:
+        raise ValueError(
+            f"{folder}: holds only pickle files ({pickles[0]}); save it as safetensors"
+        )
+    raise ValueError(f"{folder}: holds neither {_SINGLE} nor {_INDEX}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: not found; give a model's folder or Hub id") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds no JSON object")
+    return value
+
+
+def _inspect_hub(repo: str) -> Inspection:
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        config = _read_json(Path(hf_hub_download(repo, "config.json")))
+        files = get_safetensors_metadata(repo).files_metadata
+        try:
+            manifest = Manifest.read(Path(hf_hub_download(repo, MANIFEST_NAME)).parent)
+        except EntryNotFoundError:
+            manifest = None
+    except ValueError:
+        raise
+    except Exception as error:  # the Hub's and the network's errors have no common base
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"{repo}: cannot be read from the Hub ({reason})") from error
+    tensors = [
+        StoredTensor(name, t.dtype, tuple(t.shape), t.data_offsets[1] - t.data_offsets[0])
+        for file in files.values()
+        for name, t in file.tensors.items()
+    ]
+    return _describe(repo, config, tensors, len(files), manifest)
+
+
+def _describe(
+    path: str,
+    config: dict[str, Any],
+    tensors: list[StoredTensor],
+    shards: int,
+    manifest: Manifest | None,
+) -> Inspection:
+    text = _text_config(config)
+    quantization = config.get("quantization_config") or text.get("quantization_config") or {}
+    modules, experts = _find_experts(tensors, _first(text, _NUM_EXPERTS))
+    weights = [t for t in experts if not _NO_WEIGHT.search(t.name)]
+    expert_weights = sum(_num_weights(t, quantization) for t in weights)
+    expert_bytes = sum(t.bytes for t in experts)
+    return Inspection(
+        path=path,
+        architecture=(config.get("architectures") or [config.get("model_type", "unknown")])[0],
+        num_layers=text.get("num_hidden_layers"),
+        expert_layers=len(modules),
+        num_experts=sorted(set(modules.values())),
+        top_k=_first(text, _TOP_K) if modules else None,
+        format=_format(quantization, weights or tensors),
+        shards=shards,
+        expert_weights=expert_weights,
+        expert_bytes=expert_bytes,
+        rest_bytes=sum(t.bytes for t in tensors) - expert_bytes,
+        memory_bytes=_memory_bytes(config, text, quantization, tensors, {t.name for t in experts}),
+        bits_per_expert_weight=expert_bytes * 8 / expert_weights if expert_weights else None,
+        errors=_errors(manifest) if manifest else None,
+        source=manifest.source if manifest else None,
+    )
+
+
+def _text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config that describes the language model."""
+    for key in ("text_config", "thinker_config", "llm_config", "language_config"):
+        if isinstance(config.get(key), dict):
+            return _text_config(config[key])
+    return config
+
+
+def _first(config: dict[str, Any], names: Iterable[str]) -> int | None:
+    values = (config.get(name) for name in names)
+    # A list is one number per layer (Ernie VL: per modality).
+    flat = (v[0] if isinstance(v, list) and v else v for v in values)
+    return next((v for v in flat if isinstance(v, int)), None)
+
+
+def _find_experts(
+    tensors: list[StoredTensor], num_experts: int | None
+) -> tuple[dict[str, int], list[StoredTensor]]:
+    """Experts modules with their number of experts, and the tensors that belong to them."""
+    modules: dict[str, int] = {}
+    experts = []
+    for tensor in tensors:
+        match = _EXPERT_NAME.match(tensor.name)
+        if match is None:
+            continue
+        experts.append(tensor)
+        if match["index"] is not None:
+            count = int(match["index"]) + 1
+        elif len(tensor.shape) >= 2 and not _NO_WEIGHT.search(tensor.name):
+            # Flat storage (DBRX) has all experts' rows in one matrix.
+            count = tensor.shape[0] if len(tensor.shape) >= 3 else num_experts or 1
+        else:
+            count = 0
+        modules[match["module"]] = max(modules.get(match["module"], 0), count)
+    if not experts and num_experts:
+        for tensor in tensors:
+            if len(tensor.shape) == 3 and tensor.shape[0] == num_experts and num_experts > 1:
+                experts.append(tensor)
+                module = tensor.name.removesuffix(".weight").rpartition(".")[0]
+                modules[module] = num_experts
+    return modules, experts
+
+
+def _num_weights(tensor: StoredTensor, quantization: dict[str, Any]) -> int:
+    """Weights that a tensor stands for: some formats pack several into one element."""
+    if tensor.name.endswith("_blocks"):  # MXFP4: two in a byte
+        return tensor.numel * 2
+    if tensor.name.endswith(("weight_packed", "qweight")):
+        bits = quantization.get("bits") or next(
+            (g["weights"]["num_bits"] for g in quantization.get("config_groups", {}).values()), 4
+        )
+        return tensor.numel * (_BITS.get(tensor.dtype, 8) // bits)
+    return tensor.numel
+
+
+def _format(quantization: dict[str, Any], weights: list[StoredTensor]) -> str:
+    method = quantization.get("quant_method")
+    if method == QMOE:
+        return f"{QMOE} {quantization.get('weights')} per channel"
+    if method == COMPRESSED_TENSORS:
+        group = next(iter(quantization.get("config_groups", {}).values()), {}).get("weights") or {}
+        kind = {"int": "int", "float": "fp"}.get(group.get("type", ""), "")
+        return f"{method} {kind}{group.get('num_bits', '')} per {group.get('strategy')}"
+    if method is not None:
+        return str(method)
+    return " and ".join(sorted({t.dtype.lower() for t in weights})) or "empty"
+
+
+def _memory_bytes(
+    config: dict[str, Any],
+    text: dict[str, Any],
+    quantization: dict[str, Any],
+    tensors: list[StoredTensor],
+    experts: set[str],
+) -> int | None:
+    method = quantization.get("quant_method")
+    if method not in (None, QMOE, COMPRESSED_TENSORS):
+        return None
+    if method == COMPRESSED_TENSORS and not re.search(
+        r"(int|fp)8 per channel", _format(quantization, [])
+    ):
+        return None
+    names = (c.get(key) for c in (config, text) for key in ("dtype", "torch_dtype"))
+    loaded_bits = next((_CONFIG_BITS[n] for n in names if n in _CONFIG_BITS), None)
+    total = 0
+    for tensor in tensors:
+        bits = _BITS.get(tensor.dtype, 8)
+        if tensor.name in experts and tensor.name.endswith("scale"):
+            bits = 32  # held in fp32 whatever is stored
+        elif bits in (16, 32) and not tensor.dtype.startswith(("I", "U")):
+            bits = loaded_bits or bits
+        total += tensor.numel * bits // 8
+    return total
+
+
+def _errors(manifest: Manifest) -> dict[str, dict[str, Any]]:
+    by_projection: dict[str, dict[str, float]] = {}
+    for module, errors in manifest.errors.items():
+        for projection, error in errors.items():
+            by_projection.setdefault(projection, {})[module] = error
+    return {
+        projection: {
+            "median": statistics.median(errors.values()),
+            "worst": max(errors.values()),
+            "worst_module": max(errors, key=lambda module: errors[module]),
+        }
+        for projection, errors in by_projection.items()
+    }
