@@ -1,7 +1,7 @@
 """The command ``qmoe``: demo, generate, inspect.
 
-Exit codes: 0; 2 usage; 3 input that cannot be used; 130 interrupted. A failure is one line on stderr that
-says what to do; ``--debug`` shows the traceback.
+Exit codes: 0; 2 usage; 3 input that cannot be used; 130 interrupted. A failure is one line on
+stderr that says what to do; ``--debug`` shows the traceback.
 """
 
 from __future__ import annotations

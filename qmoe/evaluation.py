@@ -1,4 +1,4 @@
-"""perplexity(): how well a model predicts a text, to compare a quantized model with its original."""
+"""perplexity(): how well a model predicts a text, to compare a quantized one with its original."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def perplexity(
 ) -> float:
     """Perplexity of a causal language model on ``text``.
 
-    The text is tokenized once, without special tokens, and cut into windows that do not overlap; each
-    token but the first of its window is predicted from those before it in the window:
-    exp(mean of -log p), in fp32. Windows make the figure higher than a sliding context would, for every
-    model alike, so compare only figures of the same window.
+    The text is tokenized once, without special tokens, and cut into windows that do not overlap;
+    each token but the first of its window is predicted from those before it in the window: exp(mean
+    of -log p), in fp32. A last window that is not full counts too. Windows make the figure higher
+    than a sliding context would, for every model alike: compare only figures of the same window.
 
     Args:
         model: a causal language model of transformers.

@@ -1,8 +1,8 @@
 """generate(): text from one or many prompts, streamed, with what it cost.
 
-The loop is transformers' own ``model.generate``, so every decoding strategy works as it does there. What
-is added: batches that need no pad token and change nothing in the tokenizer, options that are never
-dropped silently, pieces of text as they come, and statistics.
+The loop is transformers' own ``model.generate``, so every decoding strategy works as it does there.
+What is added: batches that need no pad token and change nothing in the tokenizer, options that are
+never dropped silently, pieces of text as they come, and statistics.
 """
 
 from __future__ import annotations
@@ -67,11 +67,12 @@ class GenerationStatistics:
         prefill_seconds: from the start until the logits of the first new token are there.
         decode_seconds: from then to the end.
         prompt_tokens_per_second: prompt_tokens / prefill_seconds.
-        decode_tokens_per_second: new tokens after each text's first, / decode_seconds; None where no
-            text has more than one token.
+        decode_tokens_per_second: new tokens after each text's first, / decode_seconds; None where
+            no text has more than one token.
         peak_memory_bytes: see ``peak_memory_kind``; None where the system does not tell.
-        peak_memory_kind: ``"cuda allocated"``: the most that torch had allocated during the call, summed
-            over GPUs. ``"process resident"``: the most RAM the process ever held, loading included.
+        peak_memory_kind: ``"cuda allocated"``: the most that torch had allocated during the call,
+            summed over GPUs. ``"process resident"``: the most RAM the process ever held, loading
+            included.
         expert_bytes: bytes of all expert weights and scales that the model holds.
     """
 
@@ -133,17 +134,17 @@ def generate(
         tokenizer: its tokenizer; needs neither a pad token nor a padding side.
         prompts: one or many; many run as one batch, padded on the left.
         max_new_tokens: at most so many tokens for each prompt.
-        stream: called as ``stream(index, piece)`` while text comes; ``index`` counts ``texts``. Pieces
-            never split a character, and joined they are the text. Not with ``num_beams > 1``.
+        stream: called as ``stream(index, piece)`` while text comes; ``index`` counts ``texts``.
+            Pieces never split a character, and joined they are the text. Not with beams.
         chat: wrap each prompt as a user's message in the tokenizer's chat template.
         seed: seeds sampling; the same seed gives the same text on the same device.
         options: named as in transformers' ``GenerationConfig``: ``do_sample``, ``temperature``,
-            ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``, ``num_beams``, ``stop_strings`` ...
-            What is not given comes from ``model.generation_config``.
+            ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``, ``num_beams``, ``stop_strings``
+            ... What is not given comes from ``model.generation_config``.
 
     Raises:
-        ValueError: no prompts, an empty one, one that does not fit into the model's context together
-            with ``max_new_tokens``, an unknown option, or one that would have no effect.
+        ValueError: no prompts, an empty one, one that does not fit into the model's context
+            together with ``max_new_tokens``, an unknown option, or one that would have no effect.
         GenerationInterrupted: Ctrl-C; carries the result so far.
 
     Example:
@@ -303,8 +304,8 @@ class _Streamer(BaseStreamer):
 class _Text:
     """The new tokens of one text, and the text as far as it is certain.
 
-    A token is decoded together with the few before it, since what it decodes to can depend on them (a
-    leading space, a character of several tokens); what those decode to alone is then taken off.
+    A token is decoded together with the few before it, since what it decodes to can depend on them
+    (a leading space, a character of several tokens); what those decode to alone is then taken off.
     """
 
     def __init__(
@@ -421,8 +422,8 @@ def _tokenize(tokenizer: Any, prompts: list[str], chat: bool) -> list[list[int]]
         raise ValueError("prompts is empty; give at least one prompt")
     if chat and not getattr(tokenizer, "chat_template", None):
         raise ValueError(
-            f"{getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__}: the tokenizer has "
-            "no chat template; this is probably a base model, prompt it without chat"
+            f"{getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__}: the tokenizer "
+            "has no chat template; this is probably a base model, prompt it without chat"
         )
     token_ids = []
     for index, prompt in enumerate(prompts):
@@ -449,7 +450,7 @@ def _check_context(model: Any, token_ids: list[list[int]], max_new_tokens: int) 
     for index, ids in enumerate(token_ids):
         if len(ids) >= context:
             raise ValueError(
-                f"prompt {index} has {len(ids)} tokens, the model's context {context}; shorten the prompt"
+                f"prompt {index} has {len(ids)} tokens, the model's context {context}; shorten it"
             )
         if len(ids) + max_new_tokens > context:
             raise ValueError(

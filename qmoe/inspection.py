@@ -1,7 +1,8 @@
 """inspect_checkpoint(): what a checkpoint holds, from its config and its headers alone.
 
-No weight is read. Experts are recognized by their stored names (a path component ``experts``) or, in
-families that stack them elsewhere, by a 3-D tensor whose first dimension is the config's expert count.
+No weight is read. Experts are recognized by their stored names (a path component ``experts``) or,
+in families that stack them elsewhere, by a 3-D tensor whose first dimension is the config's expert
+count.
 """
 
 from __future__ import annotations
@@ -67,13 +68,14 @@ class Inspection:
         expert_layers: layers with experts; 0 for a dense model.
         num_experts: experts per layer, one number for each that occurs; empty for a dense model.
         top_k: experts per token, None where the config does not tell.
-        format: how the experts are stored, such as ``bf16`` or ``compressed-tensors int8 per channel``.
+        format: how the experts are stored, such as ``bf16`` or ``compressed-tensors int8 per
+            channel``.
         shards: number of safetensors files.
         expert_weights: how many weights the experts have.
         expert_bytes: on disk, scales and biases included.
         rest_bytes: everything else on disk.
-        memory_bytes: held after ``qmoe.load``, without KV cache and activations; None where transformers
-            decides (other quantization methods).
+        memory_bytes: held after ``qmoe.load``, without KV cache and activations; None where
+            transformers decides (other quantization methods).
         bits_per_expert_weight: expert_bytes * 8 / expert_weights; None for a dense model.
         errors: relative error of the experts from the converter's manifest, {projection: {"median",
             "worst", "worst_module"}}; None without a manifest.
@@ -109,8 +111,8 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
         path: a local folder, or a Hub id, of which only config, manifest and headers are fetched.
 
     Raises:
-        ValueError: no such checkpoint, no safetensors in it, or a file that is broken; one line that
-            names the file.
+        ValueError: no such checkpoint, no safetensors in it, or a file that is broken; one line
+            that names the file.
     """
     folder = Path(path)
     if folder.is_dir():

@@ -1,0 +1,364 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from qmoe.evaluation import perplexity
+from qmoe.generation import (
+    GenerationInterrupted,
+    _Text,
+    expert_bytes,
+    generate,
+    peak_resident_bytes,
+)
+
+PROMPTS = ["Hello", "a much longer prompt, naïve café", "x"]
+TEXT = "Zoë said: 日本語 and 🤖🎉, naïve — ok\n\tdone.  Two spaces"
+
+
+def fallback_tokenizer() -> PreTrainedTokenizerFast:
+    """Like Llama's: a mark for spaces, single bytes for what it does not know."""
+    symbols = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abdeikmnopstwZ:,."]
+    vocab = {symbol: index for index, symbol in enumerate(symbols)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def wordpiece_tokenizer() -> PreTrainedTokenizerFast:
+    """Like BERT's: the decoder puts spaces between words and none before ## and punctuation."""
+    symbols = ["[UNK]", "Two", "space", "##s", "said", ":", "ok", ",", "done", "."]
+    vocab = {symbol: index for index, symbol in enumerate(symbols)}
+    tokenizer = Tokenizer(models.WordPiece(vocab=vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+def plainly(model, tokenizer, prompt, n):
+    """What transformers generates without us."""
+    inputs = tokenizer(prompt, return_tensors="pt")
+    ids = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=n,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+class TestTexts:
+    def test_as_transformers_does(self, model, tokenizer):
+        result = generate(model, tokenizer, "Hello", max_new_tokens=20, do_sample=False)
+        assert result.texts == [plainly(model, tokenizer, "Hello", 20)]
+        assert result.prompt_tokens == [5]
+
+    def test_a_batch_equals_single_prompts(self, model, tokenizer):
+        result = generate(model, tokenizer, PROMPTS, max_new_tokens=12, do_sample=False)
+        assert result.texts == [plainly(model, tokenizer, p, 12) for p in PROMPTS]
+        assert result.prompt_tokens == [len(p.encode()) for p in PROMPTS]
+
+    def test_a_text_ends_where_its_end_of_text_stands(self, model, tokenizer):
+        free = [
+            generate(model, tokenizer, p, max_new_tokens=12, do_sample=False, eos_token_id=262)
+            for p in PROMPTS
+        ]
+        # Let a token that the first text reaches early be the end of text, for all of them.
+        tokens = model.generate(
+            **{
+                k: v
+                for k, v in tokenizer(PROMPTS[0], return_tensors="pt").items()
+                if k != "token_type_ids"
+            },
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=262,
+            pad_token_id=0,
+        )[0, 5:].tolist()
+        end = tokens[3]
+        batch = generate(
+            model, tokenizer, PROMPTS, max_new_tokens=12, do_sample=False, eos_token_id=end
+        )
+        assert batch.new_tokens[0] == tokens.index(end) + 1 < 12
+        assert free[0].new_tokens == [12]
+        assert free[0].texts[0].startswith(batch.texts[0].rstrip("\ufffd"))
+        assert batch.statistics.new_tokens == sum(batch.new_tokens)
+
+    def test_a_stop_string_ends_its_text_only(self, model, tokenizer):
+        pieces: dict[int, str] = {0: "", 1: ""}
+
+        def stream(index, piece):
+            pieces[index] += piece
+
+        # Every letter stops, so both end at different places and the batch goes on for the other.
+        letters = [chr(c) for c in range(33, 80)]
+        result = generate(
+            model,
+            tokenizer,
+            PROMPTS[:2],
+            max_new_tokens=40,
+            do_sample=False,
+            stop_strings=letters,
+            stream=stream,
+        )
+        alone = [
+            generate(model, tokenizer, p, max_new_tokens=40, do_sample=False, stop_strings=letters)
+            for p in PROMPTS[:2]
+        ]
+        assert result.texts == [single.texts[0] for single in alone] == list(pieces.values())
+        assert result.new_tokens == [single.new_tokens[0] for single in alone]
+        assert result.new_tokens[0] != result.new_tokens[1]
+
+    def test_beams_and_several_sequences(self, model, tokenizer):
+        beams = generate(
+            model, tokenizer, PROMPTS[:2], max_new_tokens=6, num_beams=3, num_return_sequences=2
+        )
+        assert len(beams.texts) == len(beams.new_tokens) == 4
+        assert beams.statistics.prefill_seconds > 0
+        samples = generate(
+            model, tokenizer, "a", max_new_tokens=6, do_sample=True, num_return_sequences=3, seed=1
+        )
+        assert len(samples.texts) == 3
+
+    def test_prompt_lookup_gives_the_same_text(self, model, tokenizer):
+        pieces: list[str] = []
+        result = generate(
+            model,
+            tokenizer,
+            "abababab",
+            max_new_tokens=24,
+            do_sample=False,
+            prompt_lookup_num_tokens=3,
+            stream=lambda index, piece: pieces.append(piece),
+        )
+        assert result.texts == [plainly(model, tokenizer, "abababab", 24)] == ["".join(pieces)]
+
+    def test_a_seed_repeats_and_leaves_the_random_state(self, model, tokenizer):
+        state = torch.random.get_rng_state()
+        texts = [
+            generate(
+                model,
+                tokenizer,
+                "Hi",
+                max_new_tokens=16,
+                do_sample=True,
+                temperature=2.0,
+                seed=seed,
+            ).texts
+            for seed in (7, 7, 8)
+        ]
+        assert texts[0] == texts[1] != texts[2]
+        assert torch.equal(torch.random.get_rng_state(), state)
+
+    def test_chat(self, model, tokenizer):
+        chatty = copy.deepcopy(tokenizer)
+        chatty.chat_template = (
+            "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+            "{% if add_generation_prompt %}<assistant>{% endif %}"
+        )
+        chat = generate(model, chatty, "Hi", max_new_tokens=8, do_sample=False, chat=True)
+        plain = generate(model, tokenizer, "<user>Hi<assistant>", max_new_tokens=8, do_sample=False)
+        assert chat.texts == plain.texts
+        assert chat.prompt_tokens == plain.prompt_tokens
+
+    def test_model_and_tokenizer_stay_as_they_were(self, model, tokenizer):
+        before = model.generation_config.to_dict()
+        for side in ("left", "right"):
+            own = copy.deepcopy(tokenizer)
+            own.padding_side = side
+            generate(model, own, PROMPTS, max_new_tokens=2, do_sample=True, top_k=3, seed=0)
+            assert own.padding_side == side
+            assert own.pad_token is None
+        assert model.generation_config.to_dict() == before
+
+
+class TestStream:
+    @pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": True, "seed": 3}])
+    def test_pieces_join_to_the_texts(self, model, tokenizer, options):
+        pieces: dict[int, list[str]] = {0: [], 1: [], 2: []}
+        result = generate(
+            model,
+            tokenizer,
+            PROMPTS,
+            max_new_tokens=30,
+            stream=lambda index, piece: pieces[index].append(piece),
+            **options,
+        )
+        assert ["".join(p) for p in pieces.values()] == result.texts
+        assert all(len(p) > 1 for p in pieces.values())
+        assert (
+            result.texts == generate(model, tokenizer, PROMPTS, max_new_tokens=30, **options).texts
+        )
+
+    @pytest.mark.parametrize(
+        "make", [None, fallback_tokenizer, wordpiece_tokenizer], ids=["bytes", "fallback", "words"]
+    )
+    def test_no_character_is_cut(self, tokenizer, make):
+        tokenizer = make() if make else tokenizer
+        tokens = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+        pieces: list[str] = []
+        text = _Text(tokenizer, set(), [], pieces.append)
+        for token in tokens:
+            text.extend([token])
+        text.finish()
+        whole = tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        assert "".join(pieces) == text.text == whole
+        assert not any("\ufffd" in piece for piece in pieces)
+        assert len(pieces) > 5
+
+    def test_an_incomplete_character_comes_at_the_end(self, tokenizer):
+        tokens = tokenizer("ab🤖")["input_ids"][:-1]
+        pieces: list[str] = []
+        text = _Text(tokenizer, set(), [], pieces.append)
+        text.extend(tokens)
+        assert pieces == ["a", "b"]
+        text.finish()
+        assert "".join(pieces) == tokenizer.decode(tokens)
+
+    def test_interruption_keeps_what_there_is(self, model, tokenizer):
+        pieces: list[str] = []
+
+        def stream(index, piece):
+            pieces.append(piece)
+            if len(pieces) == 4:
+                raise KeyboardInterrupt
+
+        with pytest.raises(GenerationInterrupted) as caught:
+            generate(model, tokenizer, "Hello", max_new_tokens=500, do_sample=False, stream=stream)
+        result = caught.value.result
+        assert result.texts == ["".join(pieces)]
+        assert 4 <= result.new_tokens[0] < 500
+        assert result.statistics.new_tokens == result.new_tokens[0]
+
+
+class TestStatistics:
+    def test_add_up(self, model, tokenizer):
+        result = generate(model, tokenizer, PROMPTS, max_new_tokens=5, do_sample=False)
+        s = result.statistics
+        assert s.prompt_tokens == sum(result.prompt_tokens)
+        assert s.new_tokens == sum(result.new_tokens) <= 15
+        assert s.prompt_tokens_per_second == pytest.approx(s.prompt_tokens / s.prefill_seconds)
+        assert s.decode_tokens_per_second == pytest.approx((s.new_tokens - 3) / s.decode_seconds)
+        assert s.peak_memory_kind == "process resident"
+        assert s.peak_memory_bytes <= peak_resident_bytes()
+        assert s.peak_memory_bytes > 50e6  # Python and torch alone are more
+        assert s.expert_bytes == 2 * 8 * 3 * 64 * 32 * 4
+
+    def test_one_token_has_no_decode_rate(self, model, tokenizer):
+        result = generate(model, tokenizer, "Hi", max_new_tokens=1, do_sample=False)
+        assert result.statistics.decode_tokens_per_second is None
+
+    def test_frozen(self, model, tokenizer):
+        result = generate(model, tokenizer, "Hi", max_new_tokens=1)
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            result.texts = []
+
+    def test_bytes_of_patched_experts(self, model):
+        import qmoe
+
+        patched = qmoe.patch(copy.deepcopy(model), weights="int8")
+        weights, channels = 3 * 64 * 32, 2 * 32 + 64
+        assert expert_bytes(patched) == 2 * 8 * (weights + 4 * channels)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "prompts is empty"),
+        ("", {}, "prompt 0 is empty"),
+        (["a", ""], {}, "prompt 1 is empty"),
+        (["a", 3], {}, "prompt 1 is a int"),
+        ("a", {"max_new_tokens": 0}, "max_new_tokens=0"),
+        ("a", {"max_new_tokens": 2.5}, "max_new_tokens=2.5"),
+        ("a", {"temprature": 0.5}, "temprature: no option"),
+        ("a", {"max_length": 10}, "max_length: no option"),
+        ("a", {"output_scores": True}, "output_scores: no option"),
+        ("a", {"do_sample": False, "temperature": 0.5}, "temperature=0.5 has no effect without"),
+        ("a", {"length_penalty": 0.5}, "length_penalty=0.5 has no effect without"),
+        ("a", {"num_beams": 2, "stream": print}, "num_beams=2"),
+        ("a", {"chat": True}, "no chat template"),
+        ("a", {"do_sample": True, "temperature": -1.0}, "temperature"),
+        ("a", {"num_return_sequences": 2, "do_sample": False}, "num_return_sequences"),
+    ],
+)
+def test_errors(model, tokenizer, prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(model, tokenizer, prompts, **options)
+
+
+def small_context(model, size):
+    limited = copy.copy(model)
+    limited.config = copy.deepcopy(model.config)
+    limited.config.max_position_embeddings = size
+    return limited
+
+
+def test_the_context_is_not_left(model, tokenizer):
+    limited = small_context(model, 16)
+    with pytest.raises(ValueError, match="prompt 1 has 16 tokens, the model's context 16"):
+        generate(limited, tokenizer, ["a", "b" * 16], max_new_tokens=1)
+    with pytest.raises(ValueError, match="max_new_tokens=8 does not fit, 4 would"):
+        generate(limited, tokenizer, "b" * 12, max_new_tokens=8)
+    assert generate(limited, tokenizer, "b" * 12, max_new_tokens=4).new_tokens == [4]
+
+
+def test_dense_models_generate_too(tokenizer):
+    config = Qwen3Config(
+        vocab_size=264,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        eos_token_id=0,
+    )
+    result = generate(Qwen3ForCausalLM(config), tokenizer, "Hi", max_new_tokens=3)
+    assert result.statistics.expert_bytes == 0
+
+
+class TestPerplexity:
+    def test_of_a_uniform_model_is_the_vocabulary(self, model, tokenizer):
+        uniform = copy.deepcopy(model)
+        torch.nn.init.zeros_(uniform.lm_head.weight)
+        assert perplexity(uniform, tokenizer, "abc" * 30, window=8) == pytest.approx(264, rel=1e-5)
+
+    def test_counts_each_window_alone(self, model, tokenizer):
+        text = "The quick brown fox jumps over it"  # 33 tokens: 4 windows of 8, one token left
+        ids = torch.tensor(tokenizer(text)["input_ids"])
+        losses = []
+        for window in ids[:32].view(4, 8):
+            logits = model(window[None]).logits[0, :-1].double()
+            losses += (-logits.log_softmax(-1)[range(7), window[1:]]).tolist()
+        expected = torch.tensor(losses).mean().exp().item()
+        assert perplexity(model, tokenizer, text, window=8) == pytest.approx(expected, rel=1e-4)
+        assert perplexity(model, tokenizer, text, window=8, batch_size=3) == pytest.approx(
+            expected, rel=1e-4
+        )
+        assert perplexity(
+            model, tokenizer, text + "tail", window=8, max_tokens=32
+        ) == pytest.approx(expected, rel=1e-4)
+
+    def test_errors(self, model, tokenizer):
+        with pytest.raises(ValueError, match="at least 2"):
+            perplexity(model, tokenizer, "a")
+        with pytest.raises(ValueError, match="window=1"):
+            perplexity(model, tokenizer, "abc", window=1)
+        with pytest.raises(ValueError, match="window=32"):
+            perplexity(small_context(model, 16), tokenizer, "abc", window=32)
