@@ -1,0 +1,40 @@
+# Two commands do everything, set-up included: `make demo` and `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test quality style docs bench-convert clean
+
+demo: $(READY)
+	$(BIN)/qmoe demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+quality: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+style: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# docs/models.md, from building and running every experts class of the installed transformers
+docs: $(READY)
+	$(BIN)/python tests/qmoe/zoo.py > docs/models.md.partial
+	mv docs/models.md.partial docs/models.md
+
+# needs 30 GB of free disk; BENCH_DIR says where
+bench-convert: $(READY)
+	$(BIN)/python benchmarks/convert.py $(if $(BENCH_DIR),--folder $(BENCH_DIR))
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "qmoe needs Python 3.10 or newer; set PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,quality,bench]"
+	@touch $@
+
+clean:
+	rm -rf .venv

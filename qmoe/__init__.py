@@ -1,0 +1,13 @@
+"""Quantized Mixture-of-Experts inference for Hugging Face transformers.
+
+Importing qmoe registers its formats with transformers: after ``import qmoe``,
+``AutoModelForCausalLM.from_pretrained`` keeps converted experts in 8 bit.
+"""
+
+from qmoe.loading import load
+from qmoe.patching import patch, unpatch
+from qmoe.quantizer import QmoeConfig
+
+__version__ = "0.1.0"
+
+__all__ = ["QmoeConfig", "__version__", "load", "patch", "unpatch"]

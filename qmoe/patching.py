@@ -1,0 +1,87 @@
+"""Patch a loaded model in place: its experts go to 8 bit, layer by layer, and back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from qmoe.layout import find_experts
+from qmoe.quantizer import (
+    QmoeConfig,
+    QmoeQuantizer,
+    quantize_experts,
+    quantized_modules,
+    restore_experts,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def patch(
+    model: PreTrainedModel, weights: str = "int8", *, activations: str = "auto"
+) -> PreTrainedModel:
+    """Quantize the experts of a loaded model in place.
+
+    Each layer's 16-bit weights are freed as soon as that layer is quantized, so the model never takes
+    more memory than before plus one layer. Everything else of the model stays as it is; it can be saved
+    with ``save_pretrained`` and loaded again after ``import qmoe``.
+
+    Args:
+        model: a transformers model in bf16, fp16 or fp32, on any device.
+        weights: ``"int8"`` or ``"fp8"`` (e4m3fn), one scale per output channel.
+        activations: what the experts' products take, see :func:`qmoe_kernels.fused_moe`.
+
+    Returns:
+        ``model``, the same object.
+
+    Raises:
+        ValueError: the model is patched already, is quantized otherwise, has no experts, or holds NaN
+            or infinity in an expert's weight. The model is then unchanged.
+
+    Example:
+        >>> import qmoe
+        >>> from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+        >>> config = Qwen3MoeConfig(vocab_size=64, hidden_size=32, moe_intermediate_size=16,
+        ...     num_hidden_layers=1, num_experts=4, num_experts_per_tok=2, num_attention_heads=2,
+        ...     num_key_value_heads=1, head_dim=16)
+        >>> model = qmoe.patch(Qwen3MoeForCausalLM(config), weights="fp8")
+        >>> model.model.layers[0].mlp.experts
+        QuantizedExperts(4 experts, hidden_size=32, intermediate_size=16, weights=fp8)
+    """
+    config = QmoeConfig(weights, activations=activations)
+    if quantized_modules(model):
+        raise ValueError(
+            f"{type(model).__name__} is patched already; call qmoe.unpatch(model) before patching anew"
+        )
+    if getattr(model, "hf_quantizer", None) is not None:
+        method = model.hf_quantizer.quantization_config.quant_method
+        raise ValueError(
+            f"{type(model).__name__} is quantized already ({getattr(method, 'value', method)}); "
+            "qmoe.patch takes a bf16, fp16 or fp32 model"
+        )
+    quantize_experts(model, find_experts(model), weights, activations)
+    QmoeQuantizer(config, pre_quantized=True).mark(model)
+    return model
+
+
+def unpatch(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Give a patched model its own experts modules back, with the dequantized weights.
+
+    The weights are those that the 8-bit form stands for: what quantizing lost stays lost.
+
+    Args:
+        model: a model that :func:`patch` or ``from_pretrained`` gave quantized experts.
+        dtype: of the restored weights; by default that of the rest of the model.
+
+    Returns:
+        ``model``, the same object.
+
+    Raises:
+        ValueError: the model is not patched, or its experts are offloaded.
+    """
+    restore_experts(model, dtype)
+    if hasattr(model, "hf_quantizer"):
+        model.hf_quantizer.remove_quantization_config(model)
+    return model

@@ -1,0 +1,171 @@
+"""Every experts class of the installed transformers, quantized, against its own eager forward."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from qmoe.experts import QuantizedExperts, install
+from qmoe.layout import describe, find_experts, identify_activation
+
+sys.path.insert(0, str(Path(__file__).parent))
+import zoo
+
+CLASSES = zoo.experts_classes()
+
+
+@pytest.fixture(params=CLASSES, ids=str, scope="module")
+def experts_class(request: pytest.FixtureRequest) -> zoo.ExpertsClass:
+    return request.param
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def test_the_discovery_finds_what_transformers_has() -> None:
+    """The counts that were read off the sources; a new release changes them and must be looked at."""
+    version = ".".join(transformers.__version__.split(".")[:2])
+    decorated = sum(c.decorated for c in CLASSES)
+    assert {"5.17": 55, "5.23": 65}.get(version, decorated) == decorated
+    assert {c.model for c in CLASSES if not c.decorated} == set(zoo.UNDECORATED)
+
+
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_output_equals_eager_on_the_dequantized_weights(experts_class, weights) -> None:
+    if experts_class.model == "llama4":
+        pytest.skip("the block is patched, not the experts alone: test_llama4_block")
+    experts = experts_class.build().to(device())
+    layout = describe(experts)
+    assert layout is not None
+    hidden, topk_ids, topk_weights = (
+        t.to(device()) for t in zoo.routing(17, zoo.NUM_EXPERTS + layout.num_identity_experts)
+    )
+    quantized = QuantizedExperts.quantized_from(copy.deepcopy(experts), weights)
+    assert quantized.activation is not None, "its gate should be one of the fused ones"
+    dequantized = copy.deepcopy(quantized).restore(torch.float32)
+    if layout.flat:  # DBRX counts its batch: (batch, num_tokens, hidden_size)
+        expected = dequantized(hidden, topk_ids, topk_weights).reshape(hidden.shape)
+    else:
+        expected = dequantized(hidden, topk_ids, topk_weights)
+    actual = quantized(hidden, topk_ids, topk_weights)
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    # and it is no trivial equality: quantizing did change the output
+    assert not torch.equal(actual, experts(hidden, topk_ids, topk_weights).reshape(actual.shape))
+
+
+def test_restoring_undoes_the_canonical_form(experts_class) -> None:
+    experts = experts_class.build()
+    layout = describe(experts)
+    for projection, names in layout.sources.items():
+        tensors = [experts.get_parameter(name).detach() for name in names]
+        canonical = layout.canonical(projection, tensors)
+        assert canonical.shape == layout.shape(projection) and canonical.is_contiguous()
+        for tensor, restored in zip(tensors, layout.restore(projection, canonical), strict=True):
+            used = restored.shape[0] if not layout.num_identity_experts else layout.num_experts
+            assert torch.equal(restored[:used], tensor[:used]) and restored.shape == tensor.shape
+
+
+def test_the_sentinel_of_expert_parallelism_is_skipped(experts_class) -> None:
+    experts = experts_class.build().to(device())
+    layout = describe(experts)
+    if layout.dense or layout.num_identity_experts:
+        pytest.skip("ids past the experts mean something else here")
+    quantized = QuantizedExperts.quantized_from(experts, "int8")
+    hidden, topk_ids, topk_weights = (t.to(device()) for t in zoo.routing(17, zoo.NUM_EXPERTS))
+    topk_ids[::3, 1] = layout.num_experts
+    topk_ids[5] = layout.num_experts
+    absent = topk_ids == layout.num_experts
+    actual = quantized(hidden, topk_ids, topk_weights)
+    expected = quantized(
+        hidden, topk_ids.masked_fill(absent, 0), topk_weights.masked_fill(absent, 0)
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert not actual[5].any() and actual[4].any()
+
+
+def test_identity_experts_return_their_input() -> None:
+    (experts_class,) = (c for c in CLASSES if c.model == "longcat_flash")
+    quantized = QuantizedExperts.quantized_from(experts_class.build(), "int8")
+    hidden, topk_ids, topk_weights = zoo.routing(5, zoo.NUM_EXPERTS)
+    topk_ids[:] = zoo.NUM_EXPERTS + 1
+    expected = hidden * topk_weights.sum(-1, keepdim=True)
+    torch.testing.assert_close(quantized(hidden, topk_ids, topk_weights), expected)
+
+
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_llama4_block(weights, top_k) -> None:
+    from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
+    from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
+
+    config = Llama4TextConfig(
+        hidden_size=zoo.HIDDEN,
+        intermediate_size=zoo.INTERMEDIATE,
+        intermediate_size_mlp=zoo.INTERMEDIATE,
+        num_local_experts=zoo.NUM_EXPERTS,
+        num_experts_per_tok=top_k,
+    )
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"moe": Llama4TextMoe(config).eval()}).to(device())
+    block = model["moe"]
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=zoo.HIDDEN**-0.5)
+    (name,) = find_experts(model)
+    quantized = QuantizedExperts.quantized_from(block.experts, weights)
+    restored = copy.deepcopy(quantized).restore(torch.float32)
+    hidden = torch.randn(2, 9, zoo.HIDDEN, device=device())
+    install(model, name, restored)
+    expected, expected_logits = block(hidden)
+    assert type(block) is Llama4TextMoe
+    install(model, name, quantized)
+    assert isinstance(block, Llama4TextMoe) and type(block) is not Llama4TextMoe
+    actual, logits = block(hidden)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, expected_logits)
+    install(model, name, restored)
+    assert type(block) is Llama4TextMoe
+
+
+@pytest.mark.parametrize("model", sorted(zoo.REFUSED))
+def test_experts_that_qmoe_does_not_support_are_refused_by_name(model) -> None:
+    name = zoo.REFUSED[model]
+    stand_in = type(name, (nn.Module,), {})()
+    assert hasattr(zoo.ExpertsClass(model, name, False).module, name), "transformers renamed it"
+    with pytest.raises(ValueError, match=model):
+        find_experts(nn.ModuleDict({"experts": stand_in}))
+
+
+def test_an_unknown_gate_is_called_between_the_products() -> None:
+    """A class whose gate qmoe has never seen still computes what its author wrote."""
+    (mixtral,) = (c for c in CLASSES if c.model == "mixtral")
+    experts = mixtral.build()
+
+    class Odd(type(experts)):
+        def _apply_gate(self, gate_up):
+            gate, up = gate_up.chunk(2, dim=-1)
+            return torch.sin(gate) * up
+
+    experts.__class__ = Odd
+    assert identify_activation(experts, describe(experts)) is None
+    quantized = QuantizedExperts.quantized_from(experts, "int8")
+    hidden, topk_ids, topk_weights = zoo.routing(9, zoo.NUM_EXPERTS)
+    actual = quantized(hidden, topk_ids, topk_weights)
+    gate_up = quantized.gate_up_proj_q * quantized.gate_up_proj_scale[..., None]
+    down = quantized.down_proj_q * quantized.down_proj_scale[..., None]
+    expected = torch.zeros_like(hidden)
+    for token in range(9):
+        for k in range(zoo.TOP_K):
+            expert = topk_ids[token, k]
+            rows = experts_gate = gate_up[expert] @ hidden[token]
+            gate, up = experts_gate.chunk(2)
+            rows = down[expert] @ (torch.sin(gate) * up)
+            expected[token] += topk_weights[token, k] * rows
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,151 @@
+"""Every experts class of the installed transformers, small: found by reading its sources.
+
+``python tests/qmoe/zoo.py`` prints docs/models.md from what it finds and runs.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import sys
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+
+MODELS = Path(transformers.__file__).parent / "models"
+
+# Experts that transformers does not dispatch through its experts interface, but qmoe takes.
+UNDECORATED = {
+    "dbrx": "DbrxExperts",
+    "llama4": "Llama4TextExperts",
+    "longcat_flash": "LongcatFlashExperts",
+    "step3p7": "Step3p7Experts",
+}
+REFUSED = {
+    "jetmoe": "JetMoeParallelExperts",
+    "nllb_moe": "NllbMoeExperts",
+    "switch_transformers": "SwitchTransformersExperts",
+}
+
+NUM_EXPERTS, TOP_K, HIDDEN, INTERMEDIATE = 6, 2, 48, 32
+# What configurations call these sizes.
+SMALL = {
+    "num_experts": NUM_EXPERTS,
+    "num_local_experts": NUM_EXPERTS,
+    "n_routed_experts": NUM_EXPERTS,
+    "moe_num_experts": NUM_EXPERTS,
+    "zero_expert_num": 3,
+    "hidden_size": HIDDEN,
+    "moe_hidden_size": HIDDEN,
+    "moe_latent_size": None,
+    "intermediate_size": INTERMEDIATE,
+    "moe_intermediate_size": INTERMEDIATE,
+    "expert_ffn_hidden_size": INTERMEDIATE,
+    "ffn_hidden_size": INTERMEDIATE,
+}
+
+
+@dataclass(frozen=True)
+class ExpertsClass:
+    """One experts class: where it stands in transformers."""
+
+    model: str
+    name: str
+    decorated: bool
+
+    def __str__(self) -> str:
+        return f"{self.model}.{self.name}"
+
+    @property
+    def module(self) -> typing.Any:
+        """The modeling module that defines the class."""
+        return importlib.import_module(f"transformers.models.{self.model}.modeling_{self.model}")
+
+    def build(self, seed: int = 0) -> nn.Module:
+        """The experts module, small, in fp32, with random weights."""
+        torch.manual_seed(seed)
+        cls = getattr(self.module, self.name)
+        experts = cls(self._config(cls), **self._sizes(cls))
+        with torch.no_grad():
+            for name, parameter in experts.named_parameters():
+                spread = 1.0 if "bias" in name else HIDDEN**-0.5
+                parameter.copy_(torch.randn(parameter.shape) * spread)
+        return experts.eval()
+
+    @staticmethod
+    def _sizes(cls: type) -> dict[str, int]:
+        """What the block hands over beside the configuration (ERNIE VL: text or vision size)."""
+        parameters = inspect.signature(cls.__init__).parameters
+        return {"intermediate_size": INTERMEDIATE} if "intermediate_size" in parameters else {}
+
+    def _config(self, cls: type) -> typing.Any:
+        """A configuration that this class accepts, with small sizes."""
+        errors = []
+        for config_class in self._config_classes(cls):
+            config = config_class()
+            for key, value in SMALL.items():
+                # attribute_map: setting an alias sets the real name
+                current = getattr(config, key, None)
+                if isinstance(current, list):
+                    setattr(config, key, [value] * len(current))
+                elif hasattr(config, key):
+                    setattr(config, key, value)
+            config._experts_implementation = "eager"
+            try:
+                cls(config, **self._sizes(cls))
+            except (AttributeError, TypeError) as error:
+                errors.append(f"{config_class.__name__}: {error}")
+            else:
+                return config
+        raise AssertionError(f"no configuration builds {self}: {errors}")
+
+    def _config_classes(self, cls: type) -> Iterator[type]:
+        module = importlib.import_module(
+            f"transformers.models.{self.model}.configuration_{self.model}"
+        )
+        annotation = inspect.signature(cls.__init__).parameters["config"].annotation
+        named = (
+            getattr(module, str(annotation), None) if isinstance(annotation, str) else annotation
+        )
+        if isinstance(named, type) and named is not inspect.Parameter.empty:
+            yield named
+        for _, value in sorted(vars(module).items(), key=lambda item: "Text" not in item[0]):
+            if isinstance(value, type) and value.__module__ == module.__name__:
+                yield value
+
+
+def experts_classes() -> list[ExpertsClass]:
+    """Every class under ``@use_experts_implementation``, and the undecorated ones that qmoe takes."""
+    found = []
+    for path in sorted(MODELS.glob("*/modeling_*.py")):
+        text = path.read_text(encoding="utf-8")
+        model = path.parent.name
+        if "use_experts_implementation" in text:
+            for node in ast.parse(text).body:
+                if isinstance(node, ast.ClassDef) and any(
+                    "use_experts_implementation" in ast.dump(decorator)
+                    for decorator in node.decorator_list
+                ):
+                    found.append(ExpertsClass(model, node.name, decorated=True))
+        name = UNDECORATED.get(model)
+        if name is not None and f"class {name}(" in text:
+            found.append(ExpertsClass(model, name, decorated=False))
+    return found
+
+
+def routing(
+    num_tokens: int, num_experts: int, seed: int = 1
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random hidden states, ids without repeats, and weights."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(num_tokens, HIDDEN, generator=generator)
+    scores = torch.rand(num_tokens, num_experts, generator=generator)
+    topk_ids = scores.topk(TOP_K, dim=-1).indices
+    topk_weights = torch.rand(num_tokens, TOP_K, generator=generator)
+    return hidden, topk_ids, topk_weights
