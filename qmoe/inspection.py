@@ -183,9 +183,7 @@ def _local_shards(folder: Path) -> list[Path]:
         p.name for p in folder.glob("*.pt*")
     )
     if pickles:
-        raise ValueError(
-            f"{folder}: holds only pickle files ({pickles[0]}); save it as safetensors"
-        )
+        raise ValueError(f"{folder}: holds only pickles ({pickles[0]}); save it as safetensors")
     raise ValueError(f"{folder}: holds neither {_SINGLE} nor {_INDEX}")
 
 

@@ -56,7 +56,7 @@ def checkpoint(
     tokenizer: PreTrainedTokenizerFast,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """The same in bf16 on disk, in the Hub's per-expert layout, with text to measure perplexity on."""
+    """The same in bf16 on disk, in the Hub's per-expert layout, with held-out text."""
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
     halved = Qwen3MoeForCausalLM(model.config).to(torch.bfloat16)
     halved.load_state_dict(model.state_dict())
