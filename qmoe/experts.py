@@ -6,20 +6,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from qmoe_kernels import Activation, fused_moe, weighted_sum
-from qmoe_kernels.quantization import STORAGE_DTYPE, dequantize, quantize
 from torch import nn
 
 from qmoe.format import BIAS_SUFFIX, QUANTIZED_SUFFIX, SCALE_SUFFIX
-from qmoe.layout import ExpertsLayout, apply_own_gate, describe, identify_activation, kept_modules
+from qmoe.layout import apply_own_gate, describe, identify_activation, kept_modules
+from qmoe_kernels import Activation, fused_moe, weighted_sum
+from qmoe_kernels.quantization import STORAGE_DTYPE, dequantize, quantize
 
 
 class QuantizedExperts(nn.Module):
     """Experts of one layer with INT8 or FP8 weights and one fp32 scale per output channel.
 
     Takes the place of a transformers experts module and is called as that is:
-    ``experts(hidden_states, top_k_index, top_k_weights)``. Whatever experts implementation the model's
-    config names, this module computes with qmoe's kernels.
+    ``experts(hidden_states, top_k_index, top_k_weights)``. Whatever experts implementation the
+    model's config names, this module computes with qmoe's kernels.
 
     Parameters (canonical, see :mod:`qmoe.layout`; ``up`` is ``gate_up_proj`` or ``up_proj``)::
 
@@ -34,15 +34,16 @@ class QuantizedExperts(nn.Module):
         weights: ``"int8"`` or ``"fp8"``.
         activations: what the products take, see :func:`qmoe_kernels.fused_moe`.
         layout: how the model's own module stores its experts.
-        activation: the nonlinearity, or None where the module's own gate is called between the products.
+        activation: the nonlinearity, or None where the module's own gate is called between the
+        products.
     """
 
     def __init__(self, source: nn.Module, weights: str, activations: str = "auto") -> None:
         """Describe ``source`` and take its place, with parameters on the meta device.
 
         Args:
-            source: a model's experts module; its weights are dropped, the rest of it is kept so that
-                :meth:`restore` can give it back.
+            source: a model's experts module; its weights are dropped, the rest of it is kept so
+                that :meth:`restore` can give it back.
             weights: ``"int8"`` or ``"fp8"``.
             activations: see :func:`qmoe_kernels.fused_moe`.
         """
@@ -198,8 +199,8 @@ class QuantizedExperts(nn.Module):
         return apply_own_gate(self.source, self.layout, up)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        # ``model.half()`` and ``model.to(dtype)`` would turn FP8 weights and fp32 scales into something
-        # else; here they only move.
+        # ``model.half()`` and ``model.to(dtype)`` would turn FP8 weights and fp32 scales into
+        # something else; here they only move.
         def move_only(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
@@ -222,7 +223,7 @@ class QuantizedExperts(nn.Module):
 
 
 def install(model: nn.Module, name: str, experts: nn.Module) -> None:
-    """Put ``experts`` where ``model`` has its module ``name``: quantized ones, or the model's own back."""
+    """Put quantized experts, or the model's own back, where ``model`` has its module ``name``."""
     model.set_submodule(name, experts)
     block = model.get_submodule(name.rpartition(".")[0])
     if isinstance(experts, QuantizedExperts) and experts.layout.dense:
@@ -235,9 +236,9 @@ def install(model: nn.Module, name: str, experts: nn.Module) -> None:
 class _WeightedInputMoe(nn.Module):
     """A Llama 4 block that sends each token to its own experts only.
 
-    transformers' block runs every expert on every token, zeroed where the router did not choose it, and
-    weights the experts' input rather than their output. This one computes the same sum over the chosen
-    experts alone.
+    transformers' block runs every expert on every token, zeroed where the router did not choose it,
+    and weights the experts' input rather than their output. This one computes the same sum over the
+    chosen experts alone.
     """
 
     hidden_dim: int

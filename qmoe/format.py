@@ -4,26 +4,26 @@ Two formats, both safetensors shards beside the source's ``config.json`` with a
 ``quantization_config`` added:
 
 ``compressed-tensors``
-    For families that the Hub stores per expert. vLLM, SGLang and transformers read the same files::
+    For families that the Hub stores per expert. vLLM, SGLang and transformers read the same
+    files, with the source's own names, here those of most families::
 
-        model.layers.N.mlp.experts.E.{gate,up,down}_proj.weight        int8 | float8_e4m3fn  [out, in]
-        model.layers.N.mlp.experts.E.{gate,up,down}_proj.weight_scale  float32               [out, 1]
-
-    with the source's own names.
+        model.layers.N.mlp.experts.E.{gate,up,down}_proj.weight        int8 | fp8  [out, in]
+        model.layers.N.mlp.experts.E.{gate,up,down}_proj.weight_scale  fp32        [out, 1]
 
 ``qmoe``
     For families that the Hub stores fused. Names are those of the model's own modules plus ``_q``,
     which no other loader mistakes for weights; every expert is canonical (gate rows, then up rows;
-    K contiguous) whatever the source's layout::
+    K contiguous) whatever the source's layout. In each experts module::
 
-        <experts module>.gate_up_proj_q      int8 | float8_e4m3fn  [experts, 2 * intermediate, hidden]
-        <experts module>.gate_up_proj_scale  float32               [experts, 2 * intermediate]
-        <experts module>.gate_up_proj_bias   16 bit                [experts, 2 * intermediate]   (optional)
-        <experts module>.down_proj_q         int8 | float8_e4m3fn  [experts, hidden, intermediate]
-        <experts module>.down_proj_scale     float32               [experts, hidden]
-        <experts module>.down_proj_bias      16 bit                [experts, hidden]             (optional)
+        gate_up_proj_q      int8 | fp8  [experts, 2 * intermediate, hidden]
+        gate_up_proj_scale  fp32        [experts, 2 * intermediate]
+        gate_up_proj_bias   16 bit      [experts, 2 * intermediate]         where there are biases
+        down_proj_q         int8 | fp8  [experts, hidden, intermediate]
+        down_proj_scale     fp32        [experts, hidden]
+        down_proj_bias      16 bit      [experts, hidden]                   where there are biases
 
-    An expert without a gate has ``up_proj_*`` with ``intermediate`` rows in place of ``gate_up_proj_*``.
+    An expert without a gate has ``up_proj_*`` with ``intermediate`` rows in place of
+    ``gate_up_proj_*``. fp8 is float8_e4m3fn throughout.
 
 A manifest with one checksum per shard lies beside the shards in both.
 """

@@ -1,17 +1,19 @@
 """How a model stores its experts, read off the module itself, and the canonical form.
 
-Models differ: weights transposed or not, gate and up rows concatenated or interleaved, biases, no gate
-at all, three flat matrices (DBRX).  :func:`find_experts` describes each experts module of a model by an
-:class:`ExpertsLayout`, which brings its tensors to the one form that kernels, cache and files know, and
-back.  Modules are recognized by their attributes, not by their class, since third parties swap classes.
+Models differ: weights transposed or not, gate and up rows concatenated or interleaved, biases, no
+gate at all, three flat matrices (DBRX).  :func:`find_experts` describes each experts module of a
+model by an :class:`ExpertsLayout`, which brings its tensors to the one form that kernels, cache and
+files know, and back.  Modules are recognized by their attributes, not by their class, since third
+parties swap classes.
 
 Canonical, per layer::
 
-    gate_up_proj  (num_experts, 2 * intermediate_size, hidden_size)    gate rows, then up rows
-    up_proj       (num_experts, intermediate_size, hidden_size)        instead, where there is no gate
+    gate_up_proj  (num_experts, 2 * intermediate_size, hidden_size)   gate rows, then up rows
+    up_proj       (num_experts, intermediate_size, hidden_size)       instead, without a gate
     down_proj     (num_experts, hidden_size, intermediate_size)
 
-Nothing here reads a weight's value, so a model on the meta device is described as well as a real one.
+Nothing here reads a weight's value, so a model on the meta device is described as well as a real
+one.
 """
 
 from __future__ import annotations
@@ -23,11 +25,13 @@ from itertools import product
 from typing import Any
 
 import torch
-from qmoe_kernels import Activation
-from qmoe_kernels.activations import apply as apply_activation
 from torch import nn
 
-# Experts that are no 3-D weights behind one call; refused by name rather than left in 16 bit silently.
+from qmoe_kernels import Activation
+from qmoe_kernels.activations import apply as apply_activation
+
+# Experts that are no 3-D weights behind one call; refused by name rather than left in 16 bit
+# silently.
 UNSUPPORTED_CLASSES = {
     "JetMoeParallelExperts": "jetmoe",
     "SwitchTransformersExperts": "switch_transformers",
@@ -47,7 +51,8 @@ class ExpertsLayout:
         sources: canonical projection -> the module's own parameter names, relative to the module.
         transposed: the module stores (in, out).
         interleaved: gate and up rows alternate.
-        num_identity_experts: ids past ``num_experts`` that return their input (LongCat's zero experts).
+        num_identity_experts: ids past ``num_experts`` that return their input (LongCat's zero
+        experts).
         flat: the module stores (num_experts * intermediate_size, hidden_size) matrices (DBRX).
         dense: the module takes every token for every expert, weighted beforehand (Llama 4).
     """
@@ -96,11 +101,12 @@ class ExpertsLayout:
         Args:
             projection: a key of ``sources``.
             tensors: the module's tensors in the order of ``sources[projection]``, either whole or a
-                slice of experts along dim 0 (for flat storage: whole multiples of an expert's rows).
+                slice of experts along dim 0 (for flat storage: whole multiples of an expert's
+                rows).
 
         Returns:
-            (experts, out_features, in_features) or, for a bias, (experts, out_features); contiguous.
-            A view of the input where that is already canonical.
+            (experts, out_features, in_features) or, for a bias, (experts, out_features);
+            contiguous. A view of the input where that is already canonical.
         """
         if self.flat:
             parts = [t.unflatten(0, (-1, self.intermediate_size)) for t in tensors]
@@ -230,7 +236,7 @@ def _check_all_parameters_accounted_for(
     for parameter, _ in (*module.named_parameters(), *module.named_buffers()):
         if parameter not in known and not parameter.startswith(kept):
             raise ValueError(
-                f"{name}.{parameter}: qmoe does not know this parameter of {type(module).__name__}; "
+                f"{name}.{parameter}: an unknown parameter of {type(module).__name__}; "
                 "quantizing around it could be silently wrong"
             )
 
@@ -243,8 +249,8 @@ def kept_modules(module: nn.Module) -> tuple[str, ...]:
 def identify_activation(module: nn.Module, layout: ExpertsLayout) -> Activation | None:
     """Find the :class:`Activation` that computes what the module computes between its products.
 
-    The module's own gate is evaluated on the CPU over a grid that reaches past every clamp, and compared
-    with each candidate, so a match is a measurement and not a guess from a class name.
+    The module's own gate is evaluated on the CPU over a grid that reaches past every clamp, and
+    compared with each candidate, so a match is a measurement and not a guess from a class name.
 
     Returns:
         None if the module computes something else; its own gate must then be called.
@@ -269,7 +275,8 @@ def apply_own_gate(module: nn.Module, layout: ExpertsLayout, up: torch.Tensor) -
     """Call the module's own nonlinearity on canonical rows.
 
     Args:
-        up: (rows, 2 * intermediate_size), gate then up; or (rows, intermediate_size) without a gate.
+        up: (rows, 2 * intermediate_size), gate then up; or (rows, intermediate_size) without a
+        gate.
 
     Returns:
         (rows, intermediate_size)

@@ -27,18 +27,18 @@ def load(
     Args:
         path_or_repo: a local folder, or a repository on the Hub.
         device: ``"auto"`` (the GPU where there is one, else the CPU) or any torch device.
-        dtype: of everything that is not quantized: ``"auto"`` (the checkpoint's own), a torch dtype or
-            its name.
-        weights: None keeps the checkpoint as it is, 8 bit or 16 bit; ``"int8"`` or ``"fp8"`` quantizes
-            the experts of a 16-bit checkpoint on load.
+        dtype: of everything that is not quantized: ``"auto"`` (the checkpoint's own), a torch dtype
+            or its name.
+        weights: None keeps the checkpoint as it is, 8 bit or 16 bit; ``"int8"`` or ``"fp8"``
+            quantizes the experts of a 16-bit checkpoint on load.
         revision: branch, tag or commit on the Hub.
 
     Returns:
         The model, in evaluation mode, on ``device``.
 
     Raises:
-        ValueError: no such folder or repository, an unknown device or dtype, or a checkpoint that is
-            quantized already while ``weights`` asks for it.
+        ValueError: no such folder or repository, an unknown device or dtype, or a checkpoint that
+            is quantized already while ``weights`` asks for it.
 
     Example:
         >>> import qmoe

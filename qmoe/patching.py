@@ -24,9 +24,9 @@ def patch(
 ) -> PreTrainedModel:
     """Quantize the experts of a loaded model in place.
 
-    Each layer's 16-bit weights are freed as soon as that layer is quantized, so the model never takes
-    more memory than before plus one layer. Everything else of the model stays as it is; it can be saved
-    with ``save_pretrained`` and loaded again after ``import qmoe``.
+    Each layer's 16-bit weights are freed as soon as that layer is quantized, so the model never
+    takes more memory than before plus one layer. Everything else of the model stays as it is; it
+    can be saved with ``save_pretrained`` and loaded again after ``import qmoe``.
 
     Args:
         model: a transformers model in bf16, fp16 or fp32, on any device.
@@ -37,8 +37,8 @@ def patch(
         ``model``, the same object.
 
     Raises:
-        ValueError: the model is patched already, is quantized otherwise, has no experts, or holds NaN
-            or infinity in an expert's weight. The model is then unchanged.
+        ValueError: the model is patched already, is quantized otherwise, has no experts, or holds
+            NaN or infinity in an expert's weight. The model is then unchanged.
 
     Example:
         >>> import qmoe
@@ -53,7 +53,7 @@ def patch(
     config = QmoeConfig(weights, activations=activations)
     if quantized_modules(model):
         raise ValueError(
-            f"{type(model).__name__} is patched already; call qmoe.unpatch(model) before patching anew"
+            f"{type(model).__name__} is patched already; call qmoe.unpatch(model) first"
         )
     if getattr(model, "hf_quantizer", None) is not None:
         method = model.hf_quantizer.quantization_config.quant_method

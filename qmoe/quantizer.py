@@ -1,12 +1,13 @@
 """What ``from_pretrained`` and ``save_pretrained`` need: two quantizers, registered on import.
 
 - ``qmoe``: our own format (:mod:`qmoe.format`), and quantizing on load.
-- ``compressed-tensors``: transformers' own quantizer, taught to keep experts with INT8 or FP8 weights and
-  per-channel scales in 8 bit. Without the ``compressed-tensors`` package it loads checkpoints of which only
-  the experts are quantized.
+- ``compressed-tensors``: transformers' own quantizer, taught to keep experts with INT8 or FP8
+  weights and per-channel scales in 8 bit. Without the ``compressed-tensors`` package it loads
+  checkpoints of which only the experts are quantized.
 
-transformers maps checkpoint names to a model's parameters by a list of *conversions*; an experts converter
-merges one tensor per expert into a stacked parameter. Conversions run in reverse when a model is saved.
+transformers maps checkpoint names to a model's parameters by a list of *conversions*; an experts
+converter merges one tensor per expert into a stacked parameter. Conversions run in reverse when a
+model is saved.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from qmoe_kernels.quantization import STORAGE_DTYPE
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -45,6 +45,7 @@ from qmoe.format import (
     qmoe_config,
 )
 from qmoe.layout import ExpertsLayout, find_experts
+from qmoe_kernels.quantization import STORAGE_DTYPE
 
 _WEIGHTS_BY_HEADER_DTYPE = {"I8": "int8", "F8_E4M3": "fp8"}
 
@@ -54,8 +55,8 @@ class QmoeConfig(QuantizationConfigMixin):
 
     Args:
         weights: ``"int8"`` or ``"fp8"`` (e4m3fn), one fp32 scale per output channel.
-        activations: what the experts' products take, see :func:`qmoe_kernels.fused_moe`. A choice of
-            this run: not written to disk.
+        activations: what the experts' products take, see :func:`qmoe_kernels.fused_moe`. A choice
+            of this run: not written to disk.
         modules_to_not_convert: full names of experts modules that stay in 16 bit.
         format_version: of the file format.
 
@@ -166,7 +167,8 @@ class QmoeQuantizer(_ExpertsQuantizer):
                 for parameter, _ in model.get_submodule(name).named_parameters():
                     if f"{name}.{parameter}" not in found:
                         raise ValueError(
-                            f"{name}.{parameter} is in none of the checkpoint's files; convert it again"
+                            f"{name}.{parameter} is in none of the checkpoint's files; "
+                            "convert it again"
                         )
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
@@ -187,8 +189,8 @@ class QmoeQuantizer(_ExpertsQuantizer):
 class _CompressedTensorsExperts(_ExpertsQuantizer):
     """Keeps per-channel INT8 and FP8 experts of a compressed-tensors checkpoint in 8 bit.
 
-    Which experts are quantized is read off the files: a converter's names and ``ignore`` patterns are
-    written against one version of a model's module names, the tensors are what there is.
+    Which experts are quantized is read off the files: a converter's names and ``ignore`` patterns
+    are written against one version of a model's module names, the tensors are what there is.
     """
 
     quantized: dict[str, str]
@@ -393,7 +395,7 @@ def quantize_experts(
             weight = module.get_parameter(source)
             if weight.is_meta:
                 raise ValueError(
-                    f"{name}.{source} is offloaded; load the model without offloading to quantize it, "
+                    f"{name}.{source} is offloaded; load the model without offloading, "
                     "or convert the checkpoint with convert-checkpoint"
                 )
             for expert, values in enumerate(weight.detach()):
@@ -475,8 +477,8 @@ def _for_kept_experts(
 ) -> list[WeightTransform]:
     """Experts converters narrowed to the modules that stay in 16 bit; the others unchanged.
 
-    One converter serves every layer. Where some layers are quantized and some are not, it must not touch
-    the names of those that are.
+    One converter serves every layer. Where some layers are quantized and some are not, it must not
+    touch the names of those that are.
     """
     narrowed: list[WeightTransform] = []
     for conversion in conversions:

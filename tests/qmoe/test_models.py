@@ -30,7 +30,7 @@ def device() -> str:
 
 
 def test_the_discovery_finds_what_transformers_has() -> None:
-    """The counts that were read off the sources; a new release changes them and must be looked at."""
+    """The counts read off the sources; a new release changes them and must be looked at."""
     version = ".".join(transformers.__version__.split(".")[:2])
     decorated = sum(c.decorated for c in CLASSES)
     assert {"5.17": 55, "5.23": 65}.get(version, decorated) == decorated

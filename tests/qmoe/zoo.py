@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
-import sys
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -121,7 +120,7 @@ class ExpertsClass:
 
 
 def experts_classes() -> list[ExpertsClass]:
-    """Every class under ``@use_experts_implementation``, and the undecorated ones that qmoe takes."""
+    """Every class under ``@use_experts_implementation``, and the others that qmoe takes."""
     found = []
     for path in sorted(MODELS.glob("*/modeling_*.py")):
         text = path.read_text(encoding="utf-8")
