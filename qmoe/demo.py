@@ -114,6 +114,7 @@ def run_demo(
     variants: list[Variant] = []
     with ExitStack() as stack:
         target = Path(out or stack.enter_context(tempfile.TemporaryDirectory(prefix="qmoe-demo-")))
+        target.mkdir(parents=True, exist_ok=True)
         paths = {"16 bit": folder}
         for weights in ("int8", "fp8"):
             progress(f"converting {folder.name} to {weights.upper()} and verifying it")
