@@ -1,0 +1,308 @@
+"""The command ``convert-checkpoint``.
+
+torch and transformers take seconds to import, so this happens after the arguments are parsed.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+import os
+import signal
+import sys
+import time
+import warnings as python_warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from qmoe_convert.convert import Report
+
+USAGE, NOT_CONVERTED, NOT_VERIFIED = 2, 3, 4
+# Without a terminal, a line of progress now and then.
+SECONDS_BETWEEN_LINES = 5.0
+
+
+class WeightFormat(str, Enum):
+    """What experts are quantized to."""
+
+    int8 = "int8"
+    fp8 = "fp8"
+
+
+class Format(str, Enum):
+    """How they are stored."""
+
+    auto = "auto"
+    compressed_tensors = "compressed-tensors"
+    qmoe = "qmoe"
+
+
+class Device(str, Enum):
+    """Where they are quantized."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def command(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of the checkpoint.")],
+    out: Annotated[str, typer.Option("-o", "--out", help="Folder to write.")],
+    weights: Annotated[
+        WeightFormat, typer.Option(help="8-bit format of the experts, scaled per output channel.")
+    ] = WeightFormat.int8,
+    format: Annotated[
+        Format,
+        typer.Option(help="auto: compressed-tensors if experts are stored one by one, else qmoe."),
+    ] = Format.auto,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX", help="Leave experts modules that match as they are."),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file to write.")] = "5GB",
+    device: Annotated[
+        Device, typer.Option(help="Where to quantize; the bytes are the same.")
+    ] = Device.auto,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Threads that read and quantize.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read headers only and print the plan.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT, and start afresh.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option(help="Read everything again and compare it with the source.")
+    ] = True,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Upload the result to this repository.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print nothing but one JSON object on stdout.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Convert the experts of a Mixture-of-Experts checkpoint to INT8 or FP8.
+
+    Exit codes: 0 done, 2 wrong usage, 3 not converted, 4 verification failed; 130 and 143 if
+    interrupted or terminated. OUT is complete or absent.
+    """
+    try:
+        with _terminable():
+            # Warnings of libraries are about their own use, not about the checkpoint.
+            python_warnings.filterwarnings("ignore")
+            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+            from qmoe_convert.convert import convert
+
+            with _progress(show=not (json or dry_run)) as progress:
+                report = convert(
+                    model,
+                    out,
+                    weights=weights.value,
+                    format=format.value,
+                    ignore=ignore or (),
+                    max_shard_size=max_shard_size,
+                    device=device.value,
+                    workers=workers,
+                    dry_run=dry_run,
+                    resume=resume,
+                    overwrite=overwrite,
+                    verify=verify,
+                    push_to_hub=push_to_hub,
+                    revision=revision,
+                    progress=progress,
+                )
+        for warning in report.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        if json:
+            print(json_module.dumps({"dry_run": dry_run, **report.to_dict()}, indent=2))
+        else:
+            print(describe_plan(report) if dry_run else describe_result(report))
+    except BaseException as error:
+        if debug or isinstance(error, (typer.Exit, SystemExit)):
+            raise
+        print(f"convert-checkpoint: {_message(error, out)}", file=sys.stderr)
+        raise typer.Exit(_exit_code(error)) from None
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind like an interrupt, so that workers stop and files are closed."""
+
+    def handler(number: int, frame: Any) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, Terminated):
+        return 128 + signal.SIGTERM
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    from qmoe_convert.convert import ConversionError
+    from qmoe_convert.verify import VerificationError
+
+    if isinstance(error, VerificationError):
+        return NOT_VERIFIED
+    if isinstance(error, ConversionError):
+        return NOT_CONVERTED
+    return USAGE if isinstance(error, (ValueError, FileExistsError)) else NOT_CONVERTED
+
+
+def _message(error: BaseException, out: str) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        what = "terminated" if isinstance(error, Terminated) else "interrupted"
+        return f"{what}; {out} was not written, go on with --resume"
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, (ValueError, OSError)):
+        return text
+    return f"{type(error).__name__}: {text}; this is a bug, --debug shows where"
+
+
+# What people see
+
+
+@contextmanager
+def _progress(show: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar with bytes, rate and time left; lines if stderr is no terminal."""
+    if not show:
+        yield None
+    elif not sys.stderr.isatty():
+        yield _Lines()
+    else:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        columns = (
+            TextColumn("{task.description:>8}"),
+            BarColumn(bar_width=None),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            tasks: dict[str, Any] = {}
+
+            def update(stage: str, done: int, total: int) -> None:
+                if stage not in tasks:
+                    tasks[stage] = bar.add_task(stage, total=total)
+                bar.update(tasks[stage], completed=done)
+
+            yield update
+
+
+class _Lines:
+    """Progress as plain lines on stderr, at most one every few seconds and one at the end."""
+
+    def __init__(self) -> None:
+        self.stage = ""
+        self.start = self.last = time.monotonic()
+        self.first_done = 0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if stage != self.stage:
+            self.stage, self.start, self.last, self.first_done = stage, now, now, done
+        if now - self.last < SECONDS_BETWEEN_LINES and done < total:
+            return
+        self.last = now
+        from qmoe_convert.shards import format_size
+
+        rate = (done - self.first_done) / max(now - self.start, 1e-3)
+        left = (total - done) / rate if rate else 0.0
+        print(
+            f"{stage}: {format_size(done)} of {format_size(total)}, {format_size(rate)}/s, "
+            f"{left:.0f} s left",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def describe_plan(report: Report) -> str:
+    """The plan of a dry run, for people."""
+    from qmoe_convert.shards import format_size
+
+    kept = f"{report.num_kept} tensors copied"
+    if report.num_dequantized:
+        kept += f", {report.num_dequantized} brought back to 16 bit"
+    if report.skipped_modules:
+        kept += f"; experts modules {_some(report.skipped_modules)}"
+    rows = [
+        ("format", f"{report.format}, {report.weights} per output channel"),
+        ("quantize", f"{len(report.quantized_modules)} experts modules: "
+                     f"{_some(report.quantized_modules)}"),
+        ("keep", kept),
+        ("size", f"{format_size(report.source_bytes)} -> {format_size(report.output_bytes)} "
+                 f"in {len(report.shards)} file{'s' if len(report.shards) > 1 else ''}, "
+                 f"{report.bits_per_weight:.2f} bits per quantized weight"),
+        ("memory", f"about {format_size(report.peak_memory_bytes)} at most"),
+        ("write", f"{report.out} (nothing was written: --dry-run)"),
+    ]  # fmt: skip
+    return "\n".join(f"{name:<9} {text}" for name, text in rows)
+
+
+def describe_result(report: Report) -> str:
+    """What a conversion did, for people."""
+    from qmoe_convert.shards import format_size
+
+    lines = [
+        f"{report.out}: {report.format}, {report.weights}, in {report.seconds:.1f} s"
+        + (", verified" if report.verified else ", not verified"),
+        f"size      {format_size(report.source_bytes)} -> {format_size(report.output_bytes)}, "
+        f"{report.bits_per_weight:.2f} bits per quantized weight",
+        "relative error of the quantized weights:",
+    ]
+    projections: dict[str, list[tuple[float, str]]] = {}
+    for module, errors in report.errors.items():
+        for projection, error in errors.items():
+            projections.setdefault(projection, []).append((error, module))
+    for projection, found in projections.items():
+        found.sort()
+        median, median_at = found[(len(found) - 1) // 2]
+        worst, worst_at = found[-1]
+        lines.append(
+            f"  {projection:<12} median {median:.3%} ({median_at}), worst {worst:.3%} ({worst_at})"
+        )
+    return "\n".join(lines)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 2 else f"{names[0]} ... {names[-1]}"
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

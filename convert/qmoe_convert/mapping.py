@@ -1,0 +1,742 @@
+"""Which tensors of a checkpoint are expert weights, and how to read them.
+
+The model is built on the meta device from the checkpoint's config, and every name goes through the
+conversion mapping that ``from_pretrained`` uses.  No table of names is kept here.  This is the only
+module of the converter that imports transformers; the mapping is private API, so everything that
+touches it is here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from qmoe.layout import ExpertsLayout, find_experts
+from qmoe_convert.shards import DTYPE_NAMES, Reader, StoredTensor, read_into
+
+# Methods whose dequantizing conversions transformers has.
+DEQUANTIZABLE = ("fp8", "mxfp4", "compressed-tensors")
+
+
+class MappingError(ValueError):
+    """A checkpoint whose tensors cannot be told apart; the message names the tensor or file."""
+
+
+@dataclass
+class _Group:
+    """What transformers makes a parameter of (several, if it splits): a transform, its inputs."""
+
+    target: str
+    transform: Any
+    # source pattern -> checkpoint names, in the order in which experts are numbered
+    sources: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def operations(self) -> list[Any]:
+        return list(getattr(self.transform, "operations", ()))
+
+    @property
+    def merges_experts(self) -> bool:
+        """Whether each pattern has one tensor per expert, to be stacked along dimension 0."""
+        return any(isinstance(op, MergeModulelist) and op.dim == 0 for op in self.operations)
+
+    @property
+    def keeps_experts_apart(self) -> bool:
+        """Whether converting a slice of experts gives that slice of the converted tensor.
+
+        True if every operation either stacks experts or leaves dimension 0 alone.
+        """
+        for op in self.operations:
+            if isinstance(op, MergeModulelist) or hasattr(op, "hf_quantizer"):
+                continue
+            dims = [value for name, value in vars(op).items() if name in ("dim", "dim0", "dim1")]
+            if not dims or any(dim in (0, -3) for dim in dims):
+                return False
+        return True
+
+    def convert(
+        self, tensors: dict[str, list[torch.Tensor]], model: Any
+    ) -> dict[str, torch.Tensor]:
+        """Run the transform: parameter name -> tensor, as transformers would load it."""
+        transform = copy.copy(self.transform)
+        transform.collected_tensors = tensors
+        converted = transform.convert(self.target, model=model, config=model.config)
+        return {k: v[0] if isinstance(v, list) else v for k, v in converted.items()}
+
+    def dequantize(self, tensors: dict[str, list[torch.Tensor]], model: Any) -> dict[str, Any]:
+        """Run only the dequantizing operations: weight pattern -> tensors."""
+        for op in self.operations:
+            if hasattr(op, "hf_quantizer"):
+                tensors = op.convert(
+                    tensors,
+                    source_patterns=self.transform.source_patterns,
+                    target_patterns=self.transform.target_patterns,
+                    full_layer_name=self.target,
+                    model=model,
+                    config=model.config,
+                    missing_keys=None,
+                )
+        return tensors
+
+
+@dataclass(frozen=True)
+class ExpertPart:
+    """One 2-D weight of one expert as the checkpoint stores it; ``name`` is without ``.weight``."""
+
+    name: str
+    shape: tuple[int, int]
+
+
+@dataclass
+class Projection:
+    """One projection, or bias, of one experts module, and how to read it from the checkpoint."""
+
+    module: str
+    name: str
+    layout: ExpertsLayout
+    _groups: list[_Group]
+    _parameters: list[str]
+    _tensors: Mapping[str, StoredTensor]
+    _model: Any
+
+    @cached_property
+    def source_names(self) -> list[str]:
+        """Every checkpoint tensor that this projection is made of."""
+        return [n for group in self._groups for names in group.sources.values() for n in names]
+
+    @cached_property
+    def dtype(self) -> str:
+        """The float dtype of the weights before they are quantized, as safetensors names it."""
+        if self.is_quantized:
+            return DTYPE_NAMES[self._model.dtype]
+        return self._tensors[self.source_names[0]].dtype
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the checkpoint holds this projection quantized already."""
+        return any(
+            hasattr(op, "hf_quantizer") for g in self._groups for op in g.operations
+        ) and any(
+            not self._tensors[name].torch_dtype.is_floating_point
+            or self._tensors[name].torch_dtype.itemsize == 1
+            for name in self.source_names
+        )
+
+    @cached_property
+    def sliceable(self) -> bool:
+        """Whether some experts can be read without the others."""
+        return all(group.keeps_experts_apart for group in self._groups)
+
+    def source_bytes(self, num_experts: int) -> int:
+        """Bytes that reading ``num_experts`` experts takes from disk."""
+        total = sum(self._tensors[name].nbytes for name in self.source_names)
+        share = num_experts if self.sliceable else self.layout.num_experts
+        return -(-total * share // self.layout.num_experts) + 64 * len(self.source_names)
+
+    def load(self, reader: Reader, first: int, last: int) -> torch.Tensor:
+        """Read experts ``first`` to ``last`` (excluded) in canonical form.
+
+        Returns:
+            (last - first, out_features, in_features), or (last - first, out_features) for a bias.
+        """
+        if not self.sliceable:
+            return self._load(reader, 0, self.layout.num_experts)[first:last]
+        return self._load(reader, first, last)
+
+    def _load(self, reader: Reader, first: int, last: int) -> torch.Tensor:
+        tensors = []
+        for parameter, group in zip(self._parameters, self._groups, strict=True):
+            collected = self._collect(reader, group, first, last)
+            tensors.append(group.convert(collected, self._model)[parameter])
+        canonical = self.layout.canonical(self.name, tensors)
+        expected = (last - first, *self.layout.shape(self.name)[1:])
+        if tuple(canonical.shape) != expected:
+            raise MappingError(
+                f"{self.module}.{self.name}: the checkpoint's tensors have shape "
+                f"{list(canonical.shape)}, the model expects {list(expected)}"
+            )
+        return canonical
+
+    def _collect(
+        self, reader: Reader, group: _Group, first: int, last: int
+    ) -> dict[str, list[torch.Tensor]]:
+        if not group.keeps_experts_apart:
+            return {p: [reader.read(n) for n in names] for p, names in group.sources.items()}
+        if group.merges_experts:
+            return {p: [reader.read(n) for n in ns[first:last]] for p, ns in group.sources.items()}
+        collected = {}
+        for pattern, (name,) in group.sources.items():
+            per_expert = self.layout.intermediate_size if self.layout.flat else 1
+            collected[pattern] = [reader.read(name, slice(first * per_expert, last * per_expert))]
+        return collected
+
+    @cached_property
+    def parts(self) -> list[list[ExpertPart]] | None:
+        """For each expert, the stored 2-D weights whose rows make up the projection, in order.
+
+        None if the checkpoint stores the projection otherwise: then a row of ours is not a row of
+        theirs and the weight cannot be quantized under its own name.
+        """
+        layout = self.layout
+        if layout.transposed or layout.interleaved or layout.flat or len(self._groups) != 1:
+            return None
+        (group,) = self._groups
+        operations = [op for op in group.operations if not hasattr(op, "hf_quantizer")]
+        if (
+            not operations
+            or not isinstance(operations[0], MergeModulelist)
+            or operations[0].dim != 0
+        ):
+            return None
+        rest = [(type(op).__name__, getattr(op, "dim", None)) for op in operations[1:]]
+        if rest not in ([], [("Concatenate", 1)]):
+            return None
+        stems = [list(dict.fromkeys(_stem(n) for n in names)) for names in self._by_expert(group)]
+        rows, columns = layout.shape(self.name)[1:]
+        if any(rows % len(names) for names in stems):
+            return None
+        return [[ExpertPart(n, (rows // len(names), columns)) for n in names] for names in stems]
+
+    def names_of(self, expert: int) -> list[str]:
+        """The checkpoint tensors of one expert, for a projection that has ``parts``."""
+        return [names[expert] for group in self._groups for names in group.sources.values()]
+
+    def load_parts(self, reader: Reader, expert: int) -> list[torch.Tensor]:
+        """Read one expert's weights in the order of ``parts``, dequantized if need be."""
+        (group,) = self._groups
+        collected = {p: [reader.read(names[expert])] for p, names in group.sources.items()}
+        dequantized = group.dequantize(collected, self._model)
+        found = {_stem(group.sources[p][expert]): t[0] for p, t in dequantized.items()}
+        assert self.parts is not None
+        weights = []
+        for part in self.parts[expert]:
+            if part.name not in found or tuple(found[part.name].shape) != part.shape:
+                shape = list(found[part.name].shape) if part.name in found else None
+                raise MappingError(
+                    f"{part.name}.weight: shape {shape}, the model expects {list(part.shape)}"
+                )
+            weights.append(found[part.name])
+        return weights
+
+    @staticmethod
+    def _by_expert(group: _Group) -> Iterator[tuple[str, ...]]:
+        return zip(*group.sources.values(), strict=True)
+
+
+@dataclass
+class Experts:
+    """One experts module: its projections and biases by canonical name."""
+
+    module: str
+    layout: ExpertsLayout
+    projections: dict[str, Projection]
+
+    @property
+    def source_names(self) -> list[str]:
+        """Every checkpoint tensor of this module."""
+        return list(dict.fromkeys(n for p in self.projections.values() for n in p.source_names))
+
+    @property
+    def stored_per_expert(self) -> bool:
+        """Whether compressed-tensors can hold this module under the checkpoint's own names."""
+        weights = [self.projections[name] for name in self.layout.projections]
+        return not self.layout.biases and all(p.parts is not None for p in weights)
+
+
+@dataclass
+class Kept:
+    """A tensor that stays in 16 bit: copied, or dequantized because its quantization goes away."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source_names: tuple[str, ...]
+    load: Callable[[Reader], torch.Tensor] | None = None
+
+
+@dataclass
+class CheckpointMapping:
+    """What a checkpoint holds: its experts modules, and everything else."""
+
+    model_class: str
+    experts: dict[str, Experts]
+    # checkpoint names of tensors outside of experts modules
+    others: list[str]
+    # full names of Linear layers and routers outside of experts modules
+    linear_names: list[str]
+    # "fp8", "mxfp4" ... if the checkpoint is quantized already
+    quantized_by: str | None
+    warnings: list[str]
+    _keep: Callable[[Iterable[str]], list[Kept]]
+
+    def keep(self, skipped: Iterable[str]) -> list[Kept]:
+        """What stays in 16 bit if the experts modules ``skipped`` do, in natural order."""
+        names = [n for module in skipped for n in self.experts[module].source_names]
+        return self._keep(sorted([*self.others, *names], key=dot_natural_key))
+
+
+def map_checkpoint(folder: Path, tensors: Mapping[str, StoredTensor]) -> CheckpointMapping:
+    """Sort a checkpoint's tensors into experts and others through transformers' conversion mapping.
+
+    Args:
+        folder: holds config.json.
+        tensors: every tensor of the checkpoint; only names, shapes and dtypes are used.
+
+    Raises:
+        MappingError: no usable config, an unknown class or one that needs remote code, a model
+            without experts, a tensor that it does not know, or an expert with a tensor missing.
+    """
+    with _quiet():
+        config = _load_config(folder)
+        quantizer = _dequantizer(config, folder)
+        model = _build_meta_model(config, folder, tensors)
+        try:
+            layouts = find_experts(model)
+        except ValueError as error:
+            raise MappingError(f"{folder}: {error}") from None
+        transforms = get_model_conversion_mapping(model, hf_quantizer=quantizer)
+    groups, unmapped = _group_by_target(model, transforms, tensors)
+    unknown = [n for n in unmapped if not _is_ignorable(model, n)]
+    if unknown:
+        raise MappingError(
+            f"{tensors[unknown[0]].file}: {type(model).__name__} has no place for {unknown[0]}"
+            + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else "")
+            + "; check that config.json belongs to these weights, or use another transformers"
+        )
+
+    experts = {}
+    claimed: set[str] = set()
+    for module, layout in layouts.items():
+        projections = {}
+        for projection, parameters in layout.sources.items():
+            full = [f"{module}.{parameter}" for parameter in parameters]
+            found = [_group_of(name, groups, model) for name in full]
+            for group in found:
+                _check_complete(group, layout, tensors)
+            projections[projection] = Projection(
+                module, projection, layout, found, full, tensors, model
+            )
+        experts[module] = Experts(module, layout, projections)
+        claimed.update(experts[module].source_names)
+
+    target_of = {n: g for g in groups.values() for names in g.sources.values() for n in names}
+    others = [name for name in tensors if name not in claimed]
+    warnings = []
+    method = quantizer.quantization_config.quant_method if quantizer is not None else None
+    if method is not None:
+        method = str(getattr(method, "value", method))
+        warnings.append(
+            f"the checkpoint is quantized already ({method}): quantizing twice adds both errors; "
+            "convert the 16-bit original if there is one. Its other layers are dequantized"
+        )
+    missing = _missing_parameters(model, groups)
+    if missing:
+        warnings.append(f"the checkpoint lacks {missing[0]} and {len(missing) - 1} more")
+    if unmapped:
+        warnings.append(
+            f"transformers does not use {unmapped[0]} and {len(unmapped) - 1} more: kept"
+        )
+
+    def keep(names: Iterable[str]) -> list[Kept]:
+        return list(_keep(names, tensors, target_of, quantizer, model))
+
+    num_experts = {layout.num_experts for layout in layouts.values()}
+    return CheckpointMapping(
+        model_class=type(model).__name__,
+        experts=experts,
+        others=others,
+        linear_names=_linear_names(others, tensors, target_of, model, num_experts),
+        quantized_by=method,
+        warnings=warnings,
+        _keep=keep,
+    )
+
+
+# The model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' warnings: they are about loading, not about converting."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
+def _load_config(folder: Path) -> Any:
+    file = folder / "config.json"
+    if not file.exists():
+        raise MappingError(f"{file}: missing; a Hugging Face model folder has one")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        model_type = raw.get("model_type")
+    except (ValueError, AttributeError):
+        raise MappingError(f"{file}: not JSON; download it again") from None
+    if model_type not in transformers.CONFIG_MAPPING:
+        if "auto_map" in raw:
+            raise MappingError(
+                f"{file}: model type {model_type!r} needs remote code, which is never run here; "
+                "only classes of transformers itself are converted"
+            )
+        raise MappingError(
+            f"{file}: transformers {transformers.__version__} does not know "
+            f"model type {model_type!r}; a newer version may"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises what its validators raise
+        raise MappingError(f"{file}: transformers cannot use it: {_one_line(error)}") from None
+
+
+def _build_meta_model(config: Any, folder: Path, tensors: Mapping[str, StoredTensor]) -> Any:
+    dtype = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
+    if not isinstance(dtype, torch.dtype):
+        wide = [t.dtype for t in tensors.values() if t.dtype in ("BF16", "F16", "F32")]
+        common = max(set(wide), key=wide.count) if wide else "BF16"
+        dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[common]
+    try:
+        with torch.device("meta"):
+            # The class whose checkpoint it is comes before one that would load a part of it.
+            for name in getattr(config, "architectures", None) or ():
+                cls: Any = getattr(transformers, name, None)
+                if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+                    return cls._from_config(config, dtype=dtype)
+            for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+                if type(config) in auto._model_mapping:
+                    return auto.from_config(config, dtype=dtype, trust_remote_code=False)
+    except Exception as error:
+        raise MappingError(
+            f"{folder / 'config.json'}: transformers cannot build the model: {_one_line(error)}"
+        ) from None
+    raise MappingError(
+        f"{folder / 'config.json'}: no class of transformers {transformers.__version__} generates "
+        f"text with model type {config.model_type!r}"
+    )
+
+
+def _dequantizer(config: Any, folder: Path) -> Any:
+    """transformers' quantizer for a checkpoint that is quantized already, told to dequantize."""
+    raw = getattr(config, "quantization_config", None)
+    if raw is None:
+        return None
+    raw = dict(raw if isinstance(raw, dict) else raw.to_dict())
+    method = str(raw.get("quant_method"))
+    if method not in DEQUANTIZABLE:
+        what = "was converted already" if method == "qmoe" else f"is quantized by {method!r}"
+        raise MappingError(
+            f"{folder / 'config.json'}: the checkpoint {what}; convert the 16-bit original "
+            f"(of quantized inputs, {', '.join(DEQUANTIZABLE)} work)"
+        )
+    try:
+        if method == "compressed-tensors":
+            # Not through AutoHfQuantizer: `import qmoe` may have put its own class there.
+            from transformers.quantizers.quantizer_compressed_tensors import (
+                CompressedTensorsHfQuantizer,
+            )
+
+            parameters = {**raw, "dequantize": True}
+            try:
+                quantization_config = transformers.CompressedTensorsConfig(**parameters)
+            except TypeError:
+                del parameters["dequantize"]
+                quantization_config = transformers.CompressedTensorsConfig(
+                    **parameters, run_compressed=False
+                )
+            quantizer = CompressedTensorsHfQuantizer(quantization_config, pre_quantized=True)
+        else:
+            quantizer = AutoHfQuantizer.from_config({**raw, "dequantize": True}, pre_quantized=True)
+        quantizer.validate_environment(device_map=None, weights_only=True)
+    except ImportError as error:
+        raise MappingError(f"{folder}: {_one_line(error)}") from None
+    return quantizer
+
+
+# The names
+
+
+def _group_by_target(
+    model: Any, transforms: list[Any], tensors: Mapping[str, StoredTensor]
+) -> tuple[dict[str, _Group], list[str]]:
+    """Do what loading does with names: parameter -> its sources, and the names without one."""
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    meta = model.state_dict()
+    prefix = model.base_model_prefix
+    groups: dict[str, _Group] = {}
+    unmapped = []
+    for name in sorted(tensors, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, meta)
+        if target not in meta and name in meta:
+            target, pattern = rename_source_key(name, [], [], prefix, meta)
+        if target not in meta:
+            unmapped.append(name)
+            continue
+        if target not in groups:
+            transform = by_pattern[pattern] if pattern else WeightRenaming(name, target)
+            groups[target] = _Group(target, transform)
+        groups[target].sources.setdefault(pattern or name, []).append(name)
+    return groups, unmapped
+
+
+def _group_of(parameter: str, groups: dict[str, _Group], model: Any) -> _Group:
+    """The group that yields a parameter: its own, or one that splits its sources over several."""
+    if parameter in groups:
+        return groups[parameter]
+    for target, group in groups.items():
+        first, *others = group.transform.target_patterns
+        if any(target.replace(first, other) == parameter for other in others):
+            return group
+    raise MappingError(
+        f"the checkpoint holds no tensor for {parameter} of {type(model).__name__}; "
+        "a shard or an index entry is missing, download it again"
+    )
+
+
+def _check_complete(
+    group: _Group, layout: ExpertsLayout, tensors: Mapping[str, StoredTensor]
+) -> None:
+    """Raise if a tensor of one expert is missing, naming it."""
+    if not group.merges_experts:
+        if group.keeps_experts_apart and any(len(names) != 1 for names in group.sources.values()):
+            extra = next(names for names in group.sources.values() if len(names) != 1)
+            raise MappingError(
+                f"{extra[1]}: a second tensor for {group.target}, besides {extra[0]}"
+            )
+        return
+    weights = {p: n for p, n in group.sources.items() if re.search(r"weight(_packed)?\$?$", p)}
+    expected = [p for p in group.transform.source_patterns if re.search(r"\.weight\$?$", p)]
+    if weights and not any("packed" in p for p in weights):
+        for pattern in expected:
+            if pattern not in weights:
+                raise MappingError(
+                    f"no tensor of the checkpoint matches {pattern} ({group.target})"
+                )
+    for names in group.sources.values():
+        _check_numbering(names, layout.num_experts, tensors)
+
+
+def _check_numbering(
+    names: list[str], num_experts: int, tensors: Mapping[str, StoredTensor]
+) -> None:
+    split = [name.split(".") for name in names]
+    position = next(
+        (i for i, column in enumerate(zip(*split, strict=True)) if len(set(column)) > 1), None
+    )
+    if position is None:  # a single expert: nothing to compare its number with
+        position = max(i for i, word in enumerate(split[0]) if word.isdigit())
+    present = {words[position] for words in split}
+    for expert in range(num_experts):
+        if str(expert) not in present:
+            missing = ".".join([*split[0][:position], str(expert), *split[0][position + 1 :]])
+            raise MappingError(
+                f"{tensors[names[0]].file.parent}: {missing} is missing; {len(names)} of "
+                f"{num_experts} experts have that tensor, download the checkpoint again"
+            )
+    if len(names) != num_experts:
+        raise MappingError(
+            f"{names[-1]}: {len(names)} experts in the checkpoint, {num_experts} in config.json"
+        )
+
+
+def _is_ignorable(model: Any, name: str) -> bool:
+    """Whether transformers itself expects a checkpoint to hold this tensor without using it."""
+    if name in {n for n, _ in model.named_buffers()} or name.endswith("rotary_emb.inv_freq"):
+        return True
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _missing_parameters(model: Any, groups: dict[str, _Group]) -> list[str]:
+    found = set(groups)
+    for target, group in groups.items():
+        first, *others = group.transform.target_patterns
+        found.update(target.replace(first, other) for other in others)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    return [
+        name
+        for name, _ in model.named_parameters()
+        if name not in found and name not in tied and not any(re.search(p, name) for p in optional)
+    ]
+
+
+def _linear_names(
+    others: list[str],
+    tensors: Mapping[str, StoredTensor],
+    target_of: dict[str, _Group],
+    model: Any,
+    num_experts: set[int],
+) -> list[str]:
+    """Linear layers and routers by the name under which the checkpoint stores them."""
+    names = set()
+    for name in others:
+        stem, _, leaf = name.rpartition(".")
+        if leaf not in ("weight", "weight_packed"):
+            continue
+        group = target_of.get(name)
+        if group is None:  # transformers ignores it, others may not: multi-token prediction, say
+            if len(tensors[name].shape) == 2 and not re.search("embed|norm", name):
+                names.add(stem)
+            continue
+        module = model.get_submodule(group.target.rpartition(".")[0])
+        is_router = len(tensors[name].shape) == 2 and tensors[name].shape[0] in num_experts
+        if isinstance(module, nn.Linear) or (is_router and not isinstance(module, nn.Embedding)):
+            names.add(stem)
+    # A head that is tied to the embedding is a Linear without a tensor of its own.
+    tied = getattr(model, "all_tied_weights_keys", None) or ()
+    for name in tied:
+        stem = name.removesuffix(".weight")
+        with contextlib.suppress(AttributeError):
+            if isinstance(model.get_submodule(stem), nn.Linear):
+                names.add(stem)
+    return sorted(names, key=dot_natural_key)
+
+
+# What stays in 16 bit
+
+
+def _keep(
+    names: Iterable[str],
+    tensors: Mapping[str, StoredTensor],
+    target_of: dict[str, _Group],
+    quantizer: Any,
+    model: Any,
+) -> Iterator[Kept]:
+    general = [] if quantizer is None else quantizer.get_weight_conversions()
+    by_stem: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        by_stem[_stem(name)].append(name)
+    done: set[str] = set()
+    for name in names:
+        if name in done:
+            continue
+        stored = tensors[name]
+        group = target_of.get(name)
+        companions = [name]
+        if quantizer is not None:
+            companions = _companions(name, by_stem[_stem(name)], group, tensors)
+        done.update(companions)
+        if len(companions) == 1:
+            yield Kept(name, stored.dtype, stored.shape, (name,))
+        else:
+            yield _dequantized(companions, tensors, group, general, model)
+
+
+# What quantizers put beside a weight, below the same module.
+_COMPANION = re.compile(
+    r"(weight|weight_packed|weight_scale|weight_scale_inv|weight_shape|weight_zero_point"
+    r"|weight_global_scale|weight_g_idx|activation_scale|input_scale|scale)$"
+)
+
+
+def _companions(
+    name: str, siblings: list[str], group: _Group | None, tensors: Mapping[str, StoredTensor]
+) -> list[str]:
+    """The tensors that are one quantized weight, ``name`` among them; or ``name`` alone."""
+    if group is not None and not group.target.endswith(".weight"):
+        # A fused target, such as MXFP4's blocks and scales.
+        members = [n for names in group.sources.values() for n in names]
+        return members if len(members) > 1 and not group.merges_experts else [name]
+    members = [n for n in siblings if _COMPANION.fullmatch(n.rpartition(".")[2])]
+    weight = next((n for n in members if n.endswith((".weight", ".weight_packed"))), None)
+    if weight is None or name not in members or len(members) == 1:
+        return [name]
+    dtype = tensors[weight].torch_dtype
+    return members if not dtype.is_floating_point or dtype.itemsize == 1 else [name]
+
+
+def _dequantized(
+    names: list[str],
+    tensors: Mapping[str, StoredTensor],
+    group: _Group | None,
+    general: list[Any],
+    model: Any,
+) -> Kept:
+    dtype = model.dtype
+    if group is not None and not group.target.endswith(".weight") and not group.merges_experts:
+        fused = group
+        shape = tuple(model.get_parameter(group.target).shape)
+
+        def load(reader: Reader) -> torch.Tensor:
+            collected = {p: [reader.read(n) for n in ns] for p, ns in fused.sources.items()}
+            return fused.convert(collected, model)[fused.target].to(dtype).contiguous()
+
+        return Kept(group.target, DTYPE_NAMES[dtype], shape, tuple(names), load)
+
+    leaves = {name.rpartition(".")[2]: name for name in names}
+    stem = _stem(names[0])
+    if not general:
+        raise MappingError(
+            f"{tensors[names[0]].file}: {stem} is quantized, and transformers "
+            f"{transformers.__version__} cannot dequantize it; a newer version may"
+        )
+    # The general conversion is for one module: its patterns are the names below it.
+    (converter,) = [c for c in general if any(p.rstrip("$") == "weight" for p in c.source_patterns)]
+    patterns = {p.rstrip("$"): p for p in converter.source_patterns}
+    if "scale" in leaves:  # DeepSeek V4's name for it
+        leaves["weight_scale_inv"] = leaves.pop("scale")
+    # Any parameter of the model's dtype serves where this one has none of its own.
+    target = group.target if group is not None else next(iter(model.state_dict()))
+
+    def load_weight(reader: Reader) -> torch.Tensor:
+        collected = {patterns[k]: [reader.read(n)] for k, n in leaves.items() if k in patterns}
+        converted = _Group(target, converter).dequantize(collected, model)
+        (tensor,) = (t[0] if isinstance(t, list) else t for t in converted.values())
+        result: torch.Tensor = tensor.detach().to(dtype).contiguous()
+        return result
+
+    return Kept(
+        f"{stem}.weight",
+        DTYPE_NAMES[dtype],
+        _dense_shape(leaves, tensors),
+        tuple(names),
+        load_weight,
+    )
+
+
+def _dense_shape(leaves: dict[str, str], tensors: Mapping[str, StoredTensor]) -> tuple[int, ...]:
+    if "weight_shape" not in leaves:
+        return tensors[leaves["weight"]].shape
+    stored = tensors[leaves["weight_shape"]]
+    buffer = torch.empty(stored.nbytes, dtype=torch.uint8)
+    read_into(stored.file, stored.offset, buffer)
+    return tuple(buffer.view(stored.torch_dtype).tolist())
+
+
+def _stem(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def natural_order(names: Iterable[str]) -> list[str]:
+    """Sort names as transformers does: numbers by value."""
+    return sorted(names, key=dot_natural_key)

@@ -1,0 +1,345 @@
+"""safetensors on disk: headers, positioned reads, and shards written front to back.
+
+Files are read with ``pread`` rather than mapped: mapped pages count towards resident memory, and
+this package promises a bound on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+PARTIAL_SUFFIX = ".partial"
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+# What safetensors itself refuses to read.
+LARGEST_HEADER = 100_000_000
+# One read or write call: small enough to stay in the cache until it is hashed.
+CHUNK = 1 << 22
+# torch aligns its own allocations so.
+ALIGNMENT = 64
+
+
+class CheckpointError(ValueError):
+    """A checkpoint on disk that cannot be read; the message names the file."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor's place in a file; ``offset`` counts from the start of the file, in bytes."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch names it.
+
+        Raises:
+            CheckpointError: torch has no such dtype.
+        """
+        try:
+            return TORCH_DTYPES[self.dtype]
+        except KeyError:
+            raise CheckpointError(
+                f"{self.file}: {self.name} has dtype {self.dtype}, which torch cannot read"
+            ) from None
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Read a safetensors header: tensor name -> its place in the file.
+
+    Raises:
+        CheckpointError: the file is empty, truncated, or not safetensors.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = int.from_bytes(prefix, "little")
+        if size == 0:
+            raise CheckpointError(f"{file}: the file is empty; download it again")
+        if size < 8 or length < 2 or length > LARGEST_HEADER:
+            raise CheckpointError(f"{file}: not a safetensors file; download it again")
+        if 8 + length > size:
+            raise CheckpointError(
+                f"{file}: truncated inside its header ({size} bytes); download it again"
+            )
+        raw = stream.read(length)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        tensors = {name: _stored_tensor(file, name, 8 + length, header[name]) for name in header}
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{file}: its safetensors header cannot be read; download it again"
+        ) from None
+    for tensor in tensors.values():
+        if tensor.offset + tensor.nbytes > size:
+            raise CheckpointError(
+                f"{file}: truncated at {size} bytes, {tensor.name} ends at "
+                f"{tensor.offset + tensor.nbytes}; download it again"
+            )
+    return tensors
+
+
+def _stored_tensor(file: Path, name: str, data_start: int, entry: dict[str, Any]) -> StoredTensor:
+    start, stop = entry["data_offsets"]
+    shape = tuple(int(size) for size in entry["shape"])
+    dtype = str(entry["dtype"])
+    wrong_size = (
+        dtype in TORCH_DTYPES and math.prod(shape) * TORCH_DTYPES[dtype].itemsize != stop - start
+    )
+    if not 0 <= start <= stop or any(size < 0 for size in shape) or wrong_size:
+        raise CheckpointError(
+            f"{file}: {name}, {dtype} of shape {list(shape)}, cannot take {stop - start} bytes; "
+            "download it again"
+        )
+    return StoredTensor(name, file, dtype, shape, data_start + start, stop - start)
+
+
+def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
+    """Read the headers of a checkpoint, sharded or single: tensor name -> its place.
+
+    Raises:
+        CheckpointError: no safetensors weights, an index that is broken, names a missing file or
+            one outside ``folder``, or a shard that lacks a tensor which the index promises.
+    """
+    index_file = folder / INDEX_NAME
+    if not index_file.exists():
+        single = folder / SINGLE_NAME
+        if single.exists():
+            return read_header(single)
+        pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".pth")]
+        if pickles:
+            raise CheckpointError(
+                f"{folder / pickles[0]}: pickled weights are never loaded; "
+                "save the model as safetensors first"
+            )
+        raise CheckpointError(f"{folder}: holds neither {INDEX_NAME} nor {SINGLE_NAME}")
+    try:
+        weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+        files = {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(
+            f"{index_file}: not an index of safetensors shards; download it again"
+        ) from None
+    headers: dict[str, dict[str, StoredTensor]] = {}
+    for file in dict.fromkeys(files.values()):
+        # The Hub's cache links files to its blobs, so links are followed; names must not climb out.
+        if Path(file).is_absolute() or ".." in Path(file).parts or "\\" in file:
+            raise CheckpointError(f"{index_file}: names {file}, which lies outside its folder")
+        if not (folder / file).exists():
+            raise CheckpointError(
+                f"{folder / file}: missing, but {INDEX_NAME} names it; download it"
+            )
+        if not file.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{folder / file}: not safetensors; pickled weights are never loaded"
+            )
+        headers[file] = read_header(folder / file)
+    for name, file in files.items():
+        if name not in headers[file]:
+            raise CheckpointError(f"{folder / file}: lacks {name}, which {INDEX_NAME} promises")
+    return {name: headers[file][name] for name, file in files.items()}
+
+
+class Reader:
+    """Reads tensors into memory that each thread uses again and again.
+
+    What `read` returns is valid until the same thread calls `reserve`.
+    """
+
+    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
+        self.tensors = tensors
+        self._local = threading.local()
+
+    def reserve(self, nbytes: int) -> None:
+        """Forget this thread's tensors and make room for ``nbytes`` bytes of new ones."""
+        buffer: torch.Tensor | None = getattr(self._local, "buffer", None)
+        if buffer is None or buffer.numel() < nbytes:
+            self._local.buffer = torch.empty(nbytes, dtype=torch.uint8)
+        self._local.used = 0
+
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """Read a tensor, or a run of rows along its first dimension."""
+        tensor = self.tensors[name]
+        shape, offset, nbytes = tensor.shape, tensor.offset, tensor.nbytes
+        if rows is not None:
+            row_bytes = nbytes // shape[0]
+            shape = (rows.stop - rows.start, *shape[1:])
+            offset, nbytes = offset + rows.start * row_bytes, shape[0] * row_bytes
+        buffer = self._take(nbytes)
+        read_into(tensor.file, offset, buffer)
+        return buffer.view(tensor.torch_dtype).view(shape)
+
+    def _take(self, nbytes: int) -> torch.Tensor:
+        buffer: torch.Tensor | None = getattr(self._local, "buffer", None)
+        start: int = getattr(self._local, "used", 0)
+        if buffer is None or start + nbytes > buffer.numel():
+            return torch.empty(nbytes, dtype=torch.uint8)
+        self._local.used = start + -(-nbytes // ALIGNMENT) * ALIGNMENT
+        return buffer[start : start + nbytes]
+
+
+def read_into(file: Path, offset: int, buffer: torch.Tensor) -> None:
+    """Fill ``buffer``, uint8, with the bytes of ``file`` from ``offset``.
+
+    Raises:
+        CheckpointError: the file ends early.
+    """
+    view = memoryview(buffer.numpy())
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(descriptor, [view[done:]], offset + done)
+            except OSError as error:  # which does not name the file by itself
+                raise OSError(error.errno, error.strerror, str(file)) from None
+            if count == 0:
+                raise CheckpointError(f"{file}: ends early; it changed while it was read")
+            done += count
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor that a shard will hold; ``offset`` counts from the start of the data, in bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+def header_bytes(tensors: Iterable[PlannedTensor], leading_bytes: int) -> bytes:
+    """The header of a shard.
+
+    Readers map the file and view its bytes, which needs each tensor aligned to its item size. Data
+    start with ``leading_bytes`` bytes of one-byte items, then come wider items: spaces at the
+    header's end bring the first of those to a multiple of 8 in the file.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [tensor.offset, tensor.offset + tensor.nbytes],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text) + leading_bytes) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+class ShardWriter:
+    """Writes one file front to back and hashes it on the way.
+
+    It is called ``<name>.partial`` until `finish`, so a name without the suffix is a whole file.
+    """
+
+    def __init__(self, file: Path, size: int) -> None:
+        self.file = file
+        self.partial = file.with_name(file.name + PARTIAL_SUFFIX)
+        self.sha256 = hashlib.sha256()
+        self.written = 0
+        self.size = size
+        self._stream = self.partial.open("wb", buffering=0)
+
+    def write(self, data: torch.Tensor | bytes) -> None:
+        """Append a contiguous tensor's bytes."""
+        if isinstance(data, torch.Tensor):
+            flat = data.contiguous().view(-1)
+            view = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+        else:
+            view = memoryview(data)
+        for start in range(0, len(view), CHUNK):
+            chunk = view[start : start + CHUNK]
+            self.sha256.update(chunk)
+            while chunk:
+                chunk = chunk[self._stream.write(chunk) :]
+        self.written += len(view)
+
+    def finish(self) -> str:
+        """Make the file durable, give it its name, and return its SHA-256."""
+        assert self.written == self.size, f"{self.file}: {self.written} of {self.size} bytes"
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        self.partial.rename(self.file)
+        return self.sha256.hexdigest()
+
+    def close(self) -> None:
+        """Give the file up; what was written stays under its partial name."""
+        self._stream.close()
+
+
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file, read in chunks."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(CHUNK))
+    with file.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of ``"5GB"``, ``"500MB"``, ``"2GiB"`` or a plain number.
+
+    Raises:
+        ValueError: anything else.
+    """
+    units = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+    units |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower())
+    if match is None or match[2] not in units or float(match[1]) * units[match[2]] < 1:
+        raise ValueError(f"{text!r} is not a size; write one like 5GB, 500MB or 2GiB")
+    return int(float(match[1]) * units[match[2]])
+
+
+def format_size(nbytes: float) -> str:
+    """``nbytes`` for people, in decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"
