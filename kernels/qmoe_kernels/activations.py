@@ -2,14 +2,14 @@
 
 A gated expert has rows ``gate`` and ``up``; all of the variants in use are one formula:
 
-    gate' = min(gate, limit)                up' = clamp(up, -limit, limit)        (limit_after=False)
+    gate' = min(gate, limit)        up' = clamp(up, -limit, limit)
     out   = f(gate') * (cap(up') + up_shift)
 
 with ``f`` one of the named functions, ``silu(x) = x * sigmoid(alpha * x)``.  Variants:
 
 - ``limit_after``: the gate's limit bounds ``f(gate)`` rather than ``gate`` (Step 3.7).
-- ``gate_softcap``, ``up_softcap``: ``cap(x) = c * tanh(x / c)`` replaces the linear factor of silu's
-  ``x * sigmoid(x)``, and ``up`` (Inkling 2).
+- ``gate_softcap``, ``up_softcap``: ``cap(x) = c * tanh(x / c)`` replaces the linear factor of
+  silu's ``x * sigmoid(alpha * x)``, and ``up`` (Inkling 2).
 - an expert without a gate computes ``f(up)``.
 """
 
@@ -20,6 +20,12 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # no GPU path without it; the CPU needs none
+    triton = None
 
 ActivationName = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 
@@ -67,7 +73,8 @@ def apply(activation: Activation, gate_up: torch.Tensor) -> torch.Tensor:
 
     Args:
         activation: which one.
-        gate_up: (..., 2 * intermediate_size), gate first, or (..., intermediate_size) without a gate.
+        gate_up: (..., 2 * intermediate_size), gate first; without a gate
+            (..., intermediate_size).
 
     Returns:
         (..., intermediate_size).
@@ -105,3 +112,62 @@ def _function(a: Activation, x: torch.Tensor) -> torch.Tensor:
     if a.gate_softcap is not None:
         return _softcap(x, a.gate_softcap) * torch.sigmoid(a.alpha * x)
     return F.silu(x) if a.alpha == 1.0 else x * torch.sigmoid(a.alpha * x)
+
+
+if triton is not None:
+
+    @triton.jit
+    def apply_triton(
+        gate,  # fp32; the whole input without a gate
+        up,  # fp32; not read without a gate
+        NAME: tl.constexpr,
+        GATED: tl.constexpr,
+        ALPHA: tl.constexpr,
+        UP_SHIFT: tl.constexpr,
+        LIMIT: tl.constexpr,
+        LIMIT_AFTER: tl.constexpr,
+        GATE_SOFTCAP: tl.constexpr,
+        UP_SOFTCAP: tl.constexpr,
+    ):
+        """`apply` on fp32 registers; the constants are `Activation`'s fields, in order."""
+        if GATED and LIMIT is not None:
+            up = _clamp_max(-_clamp_max(-up, LIMIT), LIMIT)
+            if not LIMIT_AFTER:
+                gate = _clamp_max(gate, LIMIT)
+        if NAME == "silu":
+            linear = gate
+            if GATE_SOFTCAP is not None:
+                linear = GATE_SOFTCAP * _tanh(gate / GATE_SOFTCAP)
+            out = linear * tl.sigmoid(ALPHA * gate)
+        elif NAME == "gelu":
+            out = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
+        elif NAME == "gelu_tanh":
+            inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+            out = 0.5 * gate * (1.0 + _tanh(inner))
+        elif NAME == "relu":
+            out = _clamp_min_zero(gate)
+        else:
+            tl.static_assert(NAME == "relu2")
+            out = _clamp_min_zero(gate)
+            out = out * out
+        if GATED:
+            if LIMIT is not None and LIMIT_AFTER:
+                out = _clamp_max(out, LIMIT)
+            if UP_SOFTCAP is not None:
+                up = UP_SOFTCAP * _tanh(up / UP_SOFTCAP)
+            out = out * (up + UP_SHIFT)
+        return out
+
+    @triton.jit
+    def _tanh(x):
+        # The interpreter has no tanh.
+        return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+    # NaN passes both, as it does torch's.
+    @triton.jit
+    def _clamp_max(x, limit):
+        return tl.where(x > limit, limit, x)
+
+    @triton.jit
+    def _clamp_min_zero(x):
+        return tl.where(x < 0.0, 0.0, x)

@@ -7,8 +7,8 @@ Three operators of torch, with fakes, for torch.compile and CUDA graphs:
 ``qmoe::weighted_sum``    the sum over a token's experts
 
 On the CPU they are plain torch and touch the weights of routed experts only; on a GPU they are the
-Triton kernels of `grouped_gemm`. No result depends on the order in which threads ran, and no GPU path
-reads a device value on the host.
+Triton kernels of `grouped_gemm`. No result depends on the order in which threads ran, and no GPU
+path reads a device value on the host.
 """
 
 from __future__ import annotations
@@ -44,30 +44,31 @@ def fused_moe(
     """Run the routed experts of one layer and sum them by their weights.
 
     For each token ``x`` with experts ``e`` and weights ``w``:
-    ``sum_k w_k * (down_proj[e_k] @ activation(gate_up_proj[e_k] @ x))``. Products accumulate in fp32;
-    scales and biases are applied to the fp32 sums; the sum over ``k`` runs in fp32 in the order of
-    ``topk_ids``, so that equal inputs give equal bits.
+    ``sum_k w_k * (down_proj[e_k] @ activation(gate_up_proj[e_k] @ x))``. Products accumulate in
+    fp32; scales and biases are applied to the fp32 sums; the sum over ``k`` runs in fp32 in the
+    order of ``topk_ids``, so that equal inputs give equal bits.
 
-    Weights of dtype int8 or float8_e4m3fn need a scale; 16- and 32-bit weights take none and have the
-    dtype of ``hidden_states``. A weight's last dimension is contiguous; its other strides are free.
+    Weights of dtype int8 or float8_e4m3fn need a scale; 16- and 32-bit weights take none and have
+    the dtype of ``hidden_states``. A weight's last dimension is contiguous; its other strides are
+    free.
 
     Args:
-        hidden_states, gate_up_proj, gate_up_proj_scale, down_proj, down_proj_scale: see the signature.
-            Without a gate ``gate_up_proj`` has ``intermediate_size`` rows.
+        hidden_states, gate_up_proj, gate_up_proj_scale, down_proj, down_proj_scale: see the
+            signature. Without a gate ``gate_up_proj`` has ``intermediate_size`` rows.
         topk_ids: ids outside [0, num_experts) contribute nothing.
-        topk_weights: None returns the experts' outputs one by one, zeros where an id is skipped; see
-            `weighted_sum`.
+        topk_weights: None returns the experts' outputs one by one, zeros where an id is skipped;
+            see `weighted_sum`.
         activation: an `Activation`, or a callable from rows ``(..., 2 * intermediate_size)`` to
             ``(..., intermediate_size)`` that treats each row by itself.
-        activations: ``"auto"`` or ``"bf16"``, which both multiply in the dtype of ``hidden_states``.
+        activations: ``"auto"`` or ``"bf16"``: both multiply in the dtype of ``hidden_states``.
         gate_up_proj_bias, down_proj_bias: added after the scale.
-        expert_to_slot: where in ``gate_up_proj`` and ``down_proj`` an expert's weights are; scales and
-            biases stay indexed by expert. Every routed expert must have a slot: the output of one whose
-            slot is negative is NaN.
+        expert_to_slot: where in ``gate_up_proj`` and ``down_proj`` an expert's weights are;
+            scales and biases stay indexed by expert. Every routed expert must have a slot: the
+            output of one whose slot is negative is NaN.
 
     Returns:
-        (num_tokens, hidden_size), or (num_tokens, top_k, hidden_size) without ``topk_weights``, in the
-        dtype of ``hidden_states``.
+        (num_tokens, hidden_size), or (num_tokens, top_k, hidden_size) without ``topk_weights``,
+        in the dtype of ``hidden_states``.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or activations that do not work yet.
@@ -88,8 +89,8 @@ def fused_moe(
     if known:
         if activation.gated and num_rows % 2:
             raise ValueError(
-                f"gate_up_proj has {num_rows} rows, an odd number; a gated activation needs gate rows "
-                "and as many up rows"
+                f"gate_up_proj has {num_rows} rows, an odd number; a gated activation needs gate "
+                "rows and as many up rows"
             )
         in_features = num_rows // 2 if activation.gated else num_rows
     _check_linear(
@@ -293,6 +294,67 @@ def _(rows: Tensor, topk_weights: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[0], rows.shape[2])
 
 
+# ---- GPU ---------------------------------------------------------------------------------------
+
+
+@_fused_moe.register_kernel("cuda")
+def _(
+    hidden_states: Tensor,
+    gate_up_proj: Tensor,
+    gate_up_proj_scale: Tensor | None,
+    gate_up_proj_bias: Tensor | None,
+    down_proj: Tensor,
+    down_proj_scale: Tensor | None,
+    down_proj_bias: Tensor | None,
+    topk_ids: Tensor,
+    topk_weights: Tensor | None,
+    expert_to_slot: Tensor | None,
+    *activation: object,
+) -> Tensor:
+    # Here, so that a CPU needs no Triton.
+    from qmoe_kernels.grouped_gemm import fused_moe_triton
+
+    with torch.cuda.device(hidden_states.device):
+        return fused_moe_triton(
+            hidden_states,
+            gate_up_proj,
+            gate_up_proj_scale,
+            gate_up_proj_bias,
+            down_proj,
+            down_proj_scale,
+            down_proj_bias,
+            topk_ids,
+            topk_weights,
+            expert_to_slot,
+            Activation(*activation),
+            _num_experts(gate_up_proj, gate_up_proj_scale, expert_to_slot),
+        )
+
+
+@_grouped_linear.register_kernel("cuda")
+def _(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    topk_ids: Tensor,
+    expert_to_slot: Tensor | None,
+) -> Tensor:
+    from qmoe_kernels.grouped_gemm import grouped_linear_triton
+
+    num_experts = _num_experts(weight, scale, expert_to_slot)
+    with torch.cuda.device(x.device):
+        return grouped_linear_triton(x, weight, scale, bias, topk_ids, expert_to_slot, num_experts)
+
+
+@_weighted_sum.register_kernel("cuda")
+def _(rows: Tensor, topk_weights: Tensor) -> Tensor:
+    from qmoe_kernels.grouped_gemm import launch_weighted_sum
+
+    with torch.cuda.device(rows.device):
+        return launch_weighted_sum(rows, topk_weights)
+
+
 # ---- CPU ---------------------------------------------------------------------------------------
 
 
@@ -364,8 +426,8 @@ def _check_hidden_states(x: Tensor, topk_ids: Tensor) -> None:
     leading = tuple(topk_ids.shape)
     if x.dtype not in FLOAT_DTYPES or tuple(x.shape[:-1]) not in (leading[:1], leading):
         raise ValueError(
-            f"hidden_states are {x.dtype} of shape {tuple(x.shape)} with topk_ids of shape {leading}; "
-            f"expected bf16, fp16 or fp32 ({leading[0]}, hidden_size)"
+            f"hidden_states are {x.dtype} of shape {tuple(x.shape)} with topk_ids of shape "
+            f"{leading}; expected bf16, fp16 or fp32 ({leading[0]}, hidden_size)"
         )
     if topk_ids.device != x.device:
         raise ValueError(f"topk_ids are on {topk_ids.device}, hidden_states on {x.device}")
@@ -417,7 +479,8 @@ def _check_linear(
         )
     if bias is not None and (tuple(bias.shape) != shape or not bias.is_floating_point()):
         raise ValueError(
-            f"{name}_bias is {bias.dtype} of shape {tuple(bias.shape)}; expected a float tensor {shape}"
+            f"{name}_bias is {bias.dtype} of shape {tuple(bias.shape)}; expected a float tensor "
+            f"{shape}"
         )
     if expert_to_slot is None:
         if weight.shape[0] != num_experts:

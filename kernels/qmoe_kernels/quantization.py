@@ -3,14 +3,16 @@
 Each output row ``w`` of a weight is stored as ``q`` and one fp32 ``scale`` with ``w ~ q * scale``:
 
 - INT8: ``scale = absmax(w) / 127``, ``q = round_half_to_even(w / scale)`` in [-127, 127].
-- FP8:  ``scale = absmax(w) / 448``, ``q = e4m3fn(w / scale)``; 448 is e4m3fn's largest finite value.
+- FP8:  ``scale = absmax(w) / 448``, ``q = e4m3fn(w / scale)``; 448 is e4m3fn's largest finite
+  value.
 
-A scale is at least the smallest normal fp32. A row of zeros therefore divides by something and gives
-zeros back, and no scale is subnormal: ``absmax / scale`` exceeds 127 (448) by rounding alone, which
-``round`` takes back, so nothing needs clamping.
+A scale is at least the smallest normal fp32. A row of zeros therefore divides by something and
+gives zeros back, and no scale is subnormal: ``absmax / scale`` exceeds 127 (448) by rounding
+alone, which ``round`` takes back, so nothing needs clamping.
 
 Rows go through in blocks that stay in the processor's cache. A row never depends on its neighbours,
-and every step is exact or correctly rounded by IEEE 754: block size, threads and device change no bit.
+and every step is exact or correctly rounded by IEEE 754: block size, threads and device change no
+bit.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ def quantize(
         ValueError: an unknown format, a weight that is not floating point or has fewer than two
             dimensions, or a NaN or an infinity in it.
     """
-    q, scale, _ = _quantize(weight, weights, name, with_error=False)
+    q, scale, *_ = _quantize(weight, weights, name, with_error=False)
     return q, scale
 
 
@@ -58,8 +60,20 @@ def quantize_with_error(
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Do what `quantize` does and return ``(q, scale, error)``.
 
-    ``error`` is ``|q * scale - weight| / |weight|`` (Frobenius), accumulated in fp32 per row and fp64
-    across rows while the rows are in cache; 0 for a weight of zeros.
+    ``error`` is ``|q * scale - weight| / |weight|`` (Frobenius), accumulated in fp32 per row and
+    fp64 across rows while the rows are in cache; 0 for a weight of zeros.
+    """
+    q, scale, error, norm = _quantize(weight, weights, name, with_error=True)
+    return q, scale, math.sqrt(error / norm) if norm else 0.0
+
+
+def quantize_with_squares(
+    weight: torch.Tensor, weights: WeightFormat, *, name: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    """Do what `quantize` does and return ``(q, scale, error, norm)``.
+
+    ``error`` is ``|q * scale - weight|**2`` and ``norm`` is ``|weight|**2``, so that a weight
+    which comes in pieces has its relative error from their sums.
     """
     return _quantize(weight, weights, name, with_error=True)
 
@@ -84,10 +98,19 @@ def dequantize(
             f"scale of shape {tuple(scale.shape)} does not fit q of shape {tuple(q.shape)}; "
             f"expected {tuple(q.shape[:-1])}"
         )
-    wide = torch.promote_types(dtype, torch.float32)
-    result = q.new_empty(q.shape, dtype=wide)
-    decode(q, out=result)
-    return result.mul_(scale.unsqueeze(-1)).to(dtype)
+    result = torch.empty(q.shape, dtype=dtype, device=q.device)
+    if not q.numel():
+        return result
+    q_rows, scale_rows = q.reshape(-1, q.shape[-1]), scale.reshape(-1, 1)
+    result_rows = result.view(q_rows.shape)
+    num_rows = max(1, BLOCK_SIZE[_kind(q)] // q.shape[-1])
+    wide_dtype = torch.promote_types(dtype, torch.float32)
+    scratch = torch.empty_like(q_rows[:num_rows], dtype=wide_dtype)
+    for start in range(0, q_rows.shape[0], num_rows):
+        rows = slice(start, start + num_rows)
+        wide = decode(q_rows[rows], out=scratch[: q_rows.shape[0] - start])
+        result_rows[rows] = wide.mul_(scale_rows[rows])
+    return result
 
 
 def relative_error(q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor) -> float:
@@ -119,10 +142,10 @@ def relative_error(q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor) -
 def decode(q: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
     """Copy int8 or float8_e4m3fn values into ``out``, a tensor of a wider float dtype; exact.
 
-    torch converts float8 on a CPU one value at a time. An e4m3fn number ``seeeemmm`` whose bits are put
-    into a half as ``s0eeeemmm0000000`` is that number times 2**-8, subnormals included, because the
-    exponents' biases are 7 and 15: three integer passes, ten times as fast. (NaN, which no quantized
-    weight holds, comes out as 480.)
+    torch converts float8 on a CPU one value at a time. An e4m3fn number ``seeeemmm`` whose bits
+    are put into a half as ``s0eeeemmm0000000`` is that number times 2**-8, subnormals included,
+    because the exponents' biases are 7 and 15: three integer passes, ten times as fast. (NaN,
+    which no quantized weight holds, comes out as 480.)
     """
     if q.dtype != torch.float8_e4m3fn or q.device.type != "cpu":
         return out.copy_(q)
@@ -138,7 +161,7 @@ def _kind(tensor: torch.Tensor) -> str:
 
 def _quantize(
     weight: torch.Tensor, weights: WeightFormat, name: str | None, *, with_error: bool
-) -> tuple[torch.Tensor, torch.Tensor, float]:
+) -> tuple[torch.Tensor, torch.Tensor, float, float]:
     if weights not in STORAGE_DTYPE:
         raise ValueError(f"unknown weight format {weights!r}; 'int8' and 'fp8' work")
     what = name or "weight"
@@ -151,7 +174,7 @@ def _quantize(
     q = torch.empty(weight.shape, dtype=STORAGE_DTYPE[weights], device=weight.device)
     scale = torch.empty(weight.shape[:-1], dtype=torch.float32, device=weight.device)
     if not weight.numel():
-        return q, scale.fill_(SMALLEST_SCALE), 0.0
+        return q, scale.fill_(SMALLEST_SCALE), 0.0, 0.0
 
     matrices = [(weight, q, scale)]
     while matrices[0][0].ndim > 2:
@@ -168,9 +191,9 @@ def _quantize(
         where = f"expert {', '.join(map(str, expert))}, " if expert else ""
         raise ValueError(f"{what}: NaN or infinity in {where}row {row}; fix the checkpoint")
     if not with_error:
-        return q, scale, 0.0
-    error, norm = (float(sum(column)) for column in zip(*sums, strict=True))
-    return q, scale, math.sqrt(error / norm) if norm else 0.0
+        return q, scale, 0.0, 0.0
+    error, norm = (math.fsum(map(float, column)) for column in zip(*sums, strict=True))
+    return q, scale, error, norm
 
 
 class _RowQuantizer:
@@ -179,38 +202,39 @@ class _RowQuantizer:
     def __init__(self, rows: int, like: torch.Tensor, weights: str) -> None:
         shape = (rows, like.shape[-1])
         self.largest = LARGEST[weights]
-        self.wide = like.new_empty(shape, dtype=torch.float32)
-        self.other = like.new_empty(shape, dtype=torch.float32)
+        self.scratch = like.new_empty(shape, dtype=torch.float32)
+        # Holds the bits of a 16-bit weight, then the rounded values.
+        self.scratch2 = like.new_empty(shape, dtype=torch.float32)
 
     def __call__(
         self, weight: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, with_error: bool
     ) -> tuple[torch.Tensor | float, torch.Tensor | float]:
-        """Fill the first rows of ``q`` and ``scale``; return the sums of squares (error, weight)."""
+        """Fill the first rows of ``q`` and ``scale``.
+
+        Returns the sums of squares of the error and of the weight.
+        """
         num_rows = weight.shape[0]
-        wide, other, q, scale = (t[:num_rows] for t in (self.wide, self.other, q, scale))
-        wide.copy_(weight)
-        norm = torch.dot(wide.view(-1), wide.view(-1)) if with_error else 0.0
-        absmax = self._absmax(weight, wide, other)
-        torch.div(absmax, self.largest, out=scale).clamp_(min=SMALLEST_SCALE)
-        wide.div_(scale.unsqueeze(-1))
-        if q.dtype == torch.int8:
-            torch.round(wide, out=other)
-            q.copy_(other)
-        else:
-            q.copy_(wide)
-            if with_error:
-                decode(q, out=other)
+        q, scale = q[:num_rows], scale[:num_rows]
+        x = self.scratch[:num_rows].copy_(weight)
+        norm = torch.dot(x.view(-1), x.view(-1)) if with_error else 0.0
+        scale.copy_(self._absmax(weight, x)).div_(self.largest).clamp_(min=SMALLEST_SCALE)
+        x.div_(scale.unsqueeze(-1))
         if not with_error:
+            q.copy_(x.round_() if q.dtype == torch.int8 else x)
             return 0.0, 0.0
-        error = torch.linalg.vector_norm(wide.sub_(other), dim=-1).mul_(scale)
+        rounded = self.scratch2[:num_rows]
+        if q.dtype == torch.int8:
+            q.copy_(torch.round(x, out=rounded))
+        else:
+            decode(q.copy_(x), out=rounded)
+        error = torch.linalg.vector_norm(x.sub_(rounded), dim=-1).mul_(scale)
         return torch.dot(error, error), norm
 
-    @staticmethod
-    def _absmax(weight: torch.Tensor, wide: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
-        """Largest magnitude of each row, fp32; NaN or infinity if the row holds one."""
+    def _absmax(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Largest magnitude of each row; NaN or infinity if the row holds one."""
         if weight.dtype not in (torch.bfloat16, torch.float16):
-            return torch.abs(wide, out=scratch).amax(-1)
+            return torch.abs(x, out=self.scratch2[: x.shape[0]]).amax(-1)
         # Without its sign a float's bits order as integers do, infinity and NaN last.
-        bits = scratch.view(torch.int16)[:, : weight.shape[-1]]
+        bits = self.scratch2.view(-1).view(torch.int16)[: x.numel()].view(x.shape)
         torch.bitwise_and(weight.view(torch.int16), 0x7FFF, out=bits)
-        return bits.amax(-1).view(weight.dtype).float()
+        return bits.amax(-1).view(weight.dtype)

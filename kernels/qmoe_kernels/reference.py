@@ -28,7 +28,8 @@ def fused_moe_reference(
     """Compute what `qmoe_kernels.fused_moe` does, in fp64 but for the activation (fp32).
 
     Returns:
-        (num_tokens, hidden_size), or (num_tokens, top_k, hidden_size) without ``topk_weights``; fp64.
+        (num_tokens, hidden_size), or (num_tokens, top_k, hidden_size) without ``topk_weights``;
+        fp64.
     """
     num_tokens, top_k = topk_ids.shape
     per_expert = next(
@@ -62,9 +63,6 @@ def _linear(
     bias: torch.Tensor | None,
     expert: int,
 ) -> torch.Tensor:
-    if scale is None:
-        weight = weight.double()
-    else:
-        weight = dequantize(weight, scale[expert], torch.float64)
+    weight = weight.double() if scale is None else dequantize(weight, scale[expert], torch.float64)
     y = weight @ x
     return y if bias is None else y + bias[expert].double()

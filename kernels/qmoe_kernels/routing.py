@@ -11,12 +11,13 @@ import torch
 class ExpertRouting:
     """The pairs of ``topk_ids`` grouped by expert.
 
-    Pair ``p`` is token ``p // top_k`` at its ``p % top_k``-th expert. With two experts, top_k = 2 and
-    ``topk_ids = [[1, 0], [1, 2], [0, 1]]`` (2 is not one of the experts: that pair is skipped)::
+    Pair ``p`` is token ``p // top_k`` at its ``p % top_k``-th expert. With two experts, top_k = 2
+    and ``topk_ids = [[1, 0], [1, 2], [0, 1]]`` (2 is not one of the experts: that pair is
+    skipped)::
 
-        sorted_pair_ids = [1, 4, 0, 2, 5, 3]   # expert 0: pairs 1, 4; expert 1: 0, 2, 5; then skipped
+        sorted_pair_ids  = [1, 4, 0, 2, 5, 3]  # expert 0: 1, 4; expert 1: 0, 2, 5; skipped: 3
         sorted_token_ids = [0, 2, 0, 1, 2, 1]
-        expert_offsets  = [0, 2, 5]
+        expert_offsets   = [0, 2, 5]
 
     Pairs of one expert keep their order, so the result depends on nothing but ``topk_ids``.
 
