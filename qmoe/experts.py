@@ -11,7 +11,7 @@ from torch import nn
 from qmoe.format import BIAS_SUFFIX, QUANTIZED_SUFFIX, SCALE_SUFFIX
 from qmoe.layout import apply_own_gate, describe, identify_activation, kept_modules
 from qmoe_kernels import Activation, fused_moe, weighted_sum
-from qmoe_kernels.quantization import STORAGE_DTYPE, dequantize, quantize
+from qmoe_kernels.quantization import STORAGE_DTYPE, WeightFormat, dequantize, quantize
 
 
 class QuantizedExperts(nn.Module):
@@ -38,7 +38,7 @@ class QuantizedExperts(nn.Module):
         products.
     """
 
-    def __init__(self, source: nn.Module, weights: str, activations: str = "auto") -> None:
+    def __init__(self, source: nn.Module, weights: WeightFormat, activations: str = "auto") -> None:
         """Describe ``source`` and take its place, with parameters on the meta device.
 
         Args:
@@ -80,7 +80,12 @@ class QuantizedExperts(nn.Module):
     @classmethod
     @torch.no_grad()
     def quantized_from(
-        cls, source: nn.Module, weights: str, activations: str = "auto", *, name: str = "experts"
+        cls,
+        source: nn.Module,
+        weights: WeightFormat,
+        activations: str = "auto",
+        *,
+        name: str = "experts",
     ) -> QuantizedExperts:
         """Quantize the weights of ``source`` where they are, one expert at a time.
 
@@ -208,9 +213,11 @@ class QuantizedExperts(nn.Module):
         fixed = {p + s for p in self.layout.projections for s in (QUANTIZED_SUFFIX, SCALE_SUFFIX)}
         rest = {k: self._parameters.pop(k) for k in list(self._parameters) if k not in fixed}
         super()._apply(move_only, recurse=False)
-        quantized, self._parameters = self._parameters, rest
+        quantized = dict(self._parameters)
+        self._parameters.clear()
+        self._parameters.update(rest)
         super()._apply(fn, recurse)
-        self._parameters = {**quantized, **self._parameters}
+        self._parameters.update(quantized)
         return self
 
     def extra_repr(self) -> str:

@@ -22,12 +22,13 @@ import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from qmoe_kernels import Activation
+from qmoe_kernels.activations import ActivationName
 from qmoe_kernels.activations import apply as apply_activation
 
 # Experts that are no 3-D weights behind one call; refused by name rather than left in 16 bit
@@ -303,7 +304,7 @@ def apply_own_gate(module: nn.Module, layout: ExpertsLayout, up: torch.Tensor) -
 
 def _candidates(module: nn.Module, gated: bool) -> Iterator[Activation]:
     """Every activation that the module's own numbers allow, simplest first."""
-    names = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+    names = get_args(ActivationName)
     numbers = {k: float(v) for k, v in vars(module).items() if isinstance(v, (int, float))}
     alphas = [1.0, 1.702, *(v for k, v in numbers.items() if "alpha" in k)]
     yield from (Activation(name, gated) for name in names)

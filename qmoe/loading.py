@@ -13,13 +13,15 @@ from qmoe.patching import patch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from qmoe_kernels.quantization import WeightFormat
+
 
 def load(
     path_or_repo: str | Path,
     *,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
-    weights: str | None = None,
+    weights: WeightFormat | None = None,
     revision: str | None = None,
 ) -> PreTrainedModel:
     """Load a model for generating text.

@@ -18,9 +18,11 @@ from qmoe.quantizer import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from qmoe_kernels.quantization import WeightFormat
+
 
 def patch(
-    model: PreTrainedModel, weights: str = "int8", *, activations: str = "auto"
+    model: PreTrainedModel, weights: WeightFormat = "int8", *, activations: str = "auto"
 ) -> PreTrainedModel:
     """Quantize the experts of a loaded model in place.
 

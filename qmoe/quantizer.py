@@ -45,9 +45,9 @@ from qmoe.format import (
     qmoe_config,
 )
 from qmoe.layout import ExpertsLayout, find_experts
-from qmoe_kernels.quantization import STORAGE_DTYPE
+from qmoe_kernels.quantization import STORAGE_DTYPE, WeightFormat
 
-_WEIGHTS_BY_HEADER_DTYPE = {"I8": "int8", "F8_E4M3": "fp8"}
+_WEIGHTS_BY_HEADER_DTYPE: dict[str, WeightFormat] = {"I8": "int8", "F8_E4M3": "fp8"}
 
 
 class QmoeConfig(QuantizationConfigMixin):
@@ -71,7 +71,7 @@ class QmoeConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        weights: str = "int8",
+        weights: WeightFormat = "int8",
         *,
         activations: str = "auto",
         modules_to_not_convert: list[str] | None = None,
@@ -110,6 +110,7 @@ class _ExpertsQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: Any
+    pre_quantized: bool
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -193,7 +194,9 @@ class _CompressedTensorsExperts(_ExpertsQuantizer):
     are written against one version of a model's module names, the tensors are what there is.
     """
 
-    quantized: dict[str, str]
+    quantized: dict[str, WeightFormat]
+    layouts: dict[str, ExpertsLayout]
+    kept: set[str]
     needs_package: list[str]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -382,7 +385,10 @@ class SplitScales(ConversionOps):
 
 
 def quantize_experts(
-    model: PreTrainedModel, layouts: Mapping[str, ExpertsLayout], weights: str, activations: str
+    model: PreTrainedModel,
+    layouts: Mapping[str, ExpertsLayout],
+    weights: WeightFormat,
+    activations: str,
 ) -> None:
     """Quantize the experts of ``layouts`` in place, layer by layer.
 
@@ -495,7 +501,7 @@ def _narrow(conversion: WeightConverter, name: str) -> list[WeightConverter]:
     """The same converter for the one experts module ``name``."""
     targets = conversion._original_target_patterns
     stem = targets[0].rpartition(".")[0]
-    if not f".{name}".endswith(f".{stem}"):
+    if not name.endswith(stem):
         return []
     head = name.removesuffix(stem)
     if conversion.scope_prefix:
