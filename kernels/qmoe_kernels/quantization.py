@@ -135,7 +135,7 @@ def relative_error(q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor) -
             exact = weight2[rows].double()
             difference = dequantize(q2[rows], scale2[rows], torch.float64).sub_(exact)
             error += float(difference.square_().sum())
-            norm += float(exact.square_().sum())
+            norm += float(exact.square().sum())
     return math.sqrt(error / norm) if norm else 0.0
 
 

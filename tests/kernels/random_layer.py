@@ -1,0 +1,116 @@
+"""Random MoE layers, and how close to the fp64 reference a result has to be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+from qmoe_kernels import Activation, fused_moe, quantize
+from qmoe_kernels.reference import fused_moe_reference
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# The interpreter multiplies bf16 tiles wrongly.
+TRITON_DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE.type == "cuda")
+
+# Relative Frobenius error. The reference reads the same quantized weights, so what remains is the
+# rounding of activations: fp32 sums of some thousand products; about four roundings to 11 (8) bits.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
+BIASES = ("gate_up_proj_bias", "down_proj_bias")
+
+
+@dataclass
+class Layer:
+    """One layer, its input and its routing: the arguments of `fused_moe`."""
+
+    hidden_states: torch.Tensor
+    gate_up_proj: torch.Tensor
+    gate_up_proj_scale: torch.Tensor | None
+    down_proj: torch.Tensor
+    down_proj_scale: torch.Tensor | None
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor | None
+    gate_up_proj_bias: torch.Tensor | None = None
+    down_proj_bias: torch.Tensor | None = None
+    expert_to_slot: torch.Tensor | None = None
+    activation: Activation | Callable[[torch.Tensor], torch.Tensor] = Activation()  # noqa: RUF009
+
+    @property
+    def num_experts(self) -> int:
+        per_expert = (self.gate_up_proj_scale, self.expert_to_slot, self.gate_up_proj)
+        return next(t.shape[0] for t in per_expert if t is not None)
+
+    def to(self, device: torch.device | str) -> Layer:
+        tensors = {
+            f.name: value.to(device)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), torch.Tensor)
+        }
+        return replace(self, **tensors)
+
+    def arguments(self) -> dict[str, object]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def fused_moe(self) -> torch.Tensor:
+        return fused_moe(**self.arguments())
+
+    def triton(self) -> torch.Tensor:
+        """Launch the Triton kernels, in the interpreter where there is no GPU."""
+        from qmoe_kernels.grouped_gemm import fused_moe_triton
+
+        arguments = {f.name: getattr(self.to(DEVICE), f.name) for f in fields(self)}
+        return fused_moe_triton(**arguments, num_experts=self.num_experts)
+
+    def reference(self) -> torch.Tensor:
+        return fused_moe_reference(**self.to("cpu").arguments())
+
+
+def random_layer(
+    *,
+    num_tokens: int = 7,
+    num_experts: int = 6,
+    top_k: int = 2,
+    hidden_size: int = 40,
+    intermediate_size: int = 24,
+    weights: str | None = "int8",
+    dtype: torch.dtype = torch.float32,
+    activation: Activation | Callable[[torch.Tensor], torch.Tensor] = Activation(),  # noqa: B008
+    bias: bool = False,
+    seed: int = 0,
+) -> Layer:
+    """Draw a layer; ``weights`` None keeps them in ``dtype``. Ids of a token differ."""
+    torch.manual_seed(seed)
+    gated = not isinstance(activation, Activation) or activation.gated
+    rows = intermediate_size * (2 if gated else 1)
+    gate_up_proj = torch.randn(num_experts, rows, hidden_size) * hidden_size**-0.5
+    down_proj = torch.randn(num_experts, hidden_size, intermediate_size) * intermediate_size**-0.5
+    scales: list[torch.Tensor | None] = [None, None]
+    if weights is None:
+        gate_up_proj, down_proj = gate_up_proj.to(dtype), down_proj.to(dtype)
+    else:
+        gate_up_proj, scales[0] = quantize(gate_up_proj, weights)
+        down_proj, scales[1] = quantize(down_proj, weights)
+    topk_weights, topk_ids = torch.rand(num_tokens, num_experts).topk(top_k)
+    return Layer(
+        torch.randn(num_tokens, hidden_size).to(dtype),
+        gate_up_proj,
+        scales[0],
+        down_proj,
+        scales[1],
+        topk_ids,
+        topk_weights,
+        gate_up_proj_bias=torch.randn(num_experts, rows).to(dtype) if bias else None,
+        down_proj_bias=torch.randn(num_experts, hidden_size).to(dtype) if bias else None,
+        activation=activation,
+    )
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Compare with the reference; a NaN in ``actual`` fails."""
+    assert actual.shape == expected.shape
+    actual64, expected = actual.double().cpu(), expected.double().cpu()
+    error = float((actual64 - expected).norm() / expected.norm().clamp(min=1e-30))
+    assert error < TOLERANCE[actual.dtype], f"relative error {error:.2e}"
