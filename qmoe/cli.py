@@ -44,14 +44,15 @@ def main(arguments: list[str] | None = None) -> int:
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        return int(app(arguments, standalone_mode=False) or 0)
+        return int(app(arguments, prog_name="qmoe", standalone_mode=False) or 0)
     except (typer.Abort, KeyboardInterrupt):
         return _fail("interrupted", INTERRUPTED)
     except Exception as error:
         if "--debug" in arguments:
             raise
-        if hasattr(error, "format_message"):  # typer's usage errors
-            return _fail(f"{error.format_message()} (see qmoe --help)", USAGE)
+        if hasattr(error, "format_message"):  # typer's usage errors; empty if help was printed
+            message = error.format_message()
+            return _fail(f"{message} (see qmoe --help)", USAGE) if message else USAGE
         if isinstance(error, (ValueError, OSError)):
             return _fail(str(error), UNUSABLE)
         return _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1)
@@ -266,9 +267,8 @@ def _print_json(document: dict[str, Any]) -> None:
 def _print(table: Table) -> None:
     from rich.console import Console
 
-    console = Console()
-    # Not a terminal: rich would assume 80 columns and cut.
-    console.print(table, width=None if console.is_terminal else 120)
+    # Not a terminal: rich would assume 80 columns.
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def _statistics_line(statistics: GenerationStatistics) -> str:
@@ -300,13 +300,14 @@ def _inspection_table(inspection: Inspection) -> Table:
     from rich.table import Table
 
     i = inspection
-    table = Table(show_header=False, title=i.path, title_justify="left")
+    table = Table(show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
 
     def row(name: str, value: object) -> None:
         table.add_row(name, str(value))
 
+    row("checkpoint", i.path)
     row("architecture", i.architecture)
     if i.source is not None:
         row("converted from", i.source)
@@ -357,7 +358,7 @@ def _demo_table(result: Demo) -> Table:
     )
     row("decode tokens/s", [f"{v.decode_tokens_per_second or 0:.0f}" for v in variants])
     for index, prompt in enumerate(result.prompts):
-        row(escape(prompt), [escape(v.texts[index]) for v in variants])
+        row(escape(prompt.rstrip()), [escape(v.texts[index]) for v in variants])
     return table
 
 

@@ -62,7 +62,7 @@ class Demo:
         model: the 16-bit original's folder.
         prompts: what every variant continued.
         window: tokens per window of the perplexity; windows do not overlap.
-        perplexity_tokens: at most so many tokens of the held-out text were used.
+        perplexity_tokens: how many tokens of the held-out text were used.
         variants: 16 bit, INT8, FP8.
     """
 
@@ -123,7 +123,8 @@ def run_demo(
         for name, path in paths.items():
             progress(f"{name}: loading, measuring perplexity, generating")
             variants.append(_measure(name, path, prompts, text, max_new_tokens, variants[:1]))
-    return Demo(str(folder), prompts, WINDOW, MAX_TOKENS, variants)
+    num_tokens = len(load_tokenizer(str(folder)).encode(text, add_special_tokens=False))
+    return Demo(str(folder), prompts, WINDOW, min(num_tokens, MAX_TOKENS), variants)
 
 
 def _measure(

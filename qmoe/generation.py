@@ -148,7 +148,11 @@ def generate(
         GenerationInterrupted: Ctrl-C; carries the result so far.
 
     Example:
-        >>> result = generate(model, tokenizer, "def main():", max_new_tokens=8, do_sample=False)
+        >>> import qmoe
+        >>> from transformers import AutoTokenizer
+        >>> model = qmoe.load("examples/tiny-moe", weights="int8")
+        >>> tokenizer = AutoTokenizer.from_pretrained("examples/tiny-moe")
+        >>> result = qmoe.generate(model, tokenizer, "def main():", max_new_tokens=8)
         >>> len(result.texts), result.new_tokens[0] <= 8
         (1, True)
     """

@@ -20,7 +20,7 @@ from qmoe.format import COMPRESSED_TENSORS, MANIFEST_NAME, QMOE, Manifest
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_EXPERT_NAME = re.compile(r"^(?P<module>(?:.*\.)?experts)\.(?:\w*?(?P<index>\d+)\.)?(?P<leaf>.+)$")
+_EXPERT_NAME = re.compile(r"^(?P<module>(?:.*\.)?experts)\.(?:(?:expert_)?(?P<index>\d+)\.)?.+$")
 # What lies beside an expert's weights and is none: scales, zero points, shapes, biases.
 _NO_WEIGHT = re.compile(r"(scale|scales|scale_inv|bias|zero_point|weight_shape|g_idx|qzeros)$")
 _NUM_EXPERTS = (
@@ -232,7 +232,8 @@ def _describe(
 ) -> Inspection:
     text = _text_config(config)
     quantization = config.get("quantization_config") or text.get("quantization_config") or {}
-    modules, experts = _find_experts(tensors, _first(text, _NUM_EXPERTS))
+    sizes = {**(text.get("ffn_config") or {}), **text}  # DBRX keeps them apart
+    modules, experts = _find_experts(tensors, _first(sizes, _NUM_EXPERTS))
     weights = [t for t in experts if not _NO_WEIGHT.search(t.name)]
     expert_weights = sum(_num_weights(t, quantization) for t in weights)
     expert_bytes = sum(t.bytes for t in experts)
@@ -242,7 +243,7 @@ def _describe(
         num_layers=text.get("num_hidden_layers"),
         expert_layers=len(modules),
         num_experts=sorted(set(modules.values())),
-        top_k=_first(text, _TOP_K) if modules else None,
+        top_k=_first(sizes, _TOP_K) if modules else None,
         format=_format(quantization, weights or tensors),
         shards=shards,
         expert_weights=expert_weights,
@@ -315,7 +316,8 @@ def _format(quantization: dict[str, Any], weights: list[StoredTensor]) -> str:
     if method == QMOE:
         return f"{QMOE} {quantization.get('weights')} per channel"
     if method == COMPRESSED_TENSORS:
-        group = next(iter(quantization.get("config_groups", {}).values()), {}).get("weights") or {}
+        groups: dict[str, Any] = quantization.get("config_groups") or {}
+        group = next((g["weights"] for g in groups.values() if g.get("weights")), {})
         kind = {"int": "int", "float": "fp"}.get(group.get("type", ""), "")
         return f"{method} {kind}{group.get('num_bits', '')} per {group.get('strategy')}"
     if method is not None:
@@ -338,7 +340,7 @@ def _memory_bytes(
     ):
         return None
     names = (c.get(key) for c in (config, text) for key in ("dtype", "torch_dtype"))
-    loaded_bits = next((_CONFIG_BITS[n] for n in names if n in _CONFIG_BITS), None)
+    loaded_bits = next((_CONFIG_BITS[str(n)] for n in names if str(n) in _CONFIG_BITS), None)
     total = 0
     for tensor in tensors:
         bits = _BITS.get(tensor.dtype, 8)

@@ -189,7 +189,9 @@ def test_version_and_help(capsys):
     assert main(["generate", "--help"]) == 0
     assert "--max-new-tokens" in capsys.readouterr().out
     assert main([]) in (0, 2)  # typer's own choice for no arguments
-    assert "inspect" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "Usage: qmoe" in out and "inspect" in out
+    assert err == ""
 
 
 class TestInspect:
@@ -298,6 +300,27 @@ class TestInspect:
         assert (i.format, i.num_experts, i.memory_bytes) == ("mxfp4", [4], None)
         assert i.expert_weights == 4 * 8 * 64
         assert i.bits_per_expert_weight == 4.25
+
+    @pytest.mark.parametrize(
+        ("config", "names"),
+        [
+            ({}, ["block_sparse_moe.experts.3.w1.weight", "block_sparse_moe.experts.0.w2.weight"]),
+            ({}, ["ffn.experts.expert_3.wi.weight"]),
+            ({"ffn_config": {"moe_num_experts": 4, "moe_top_k": 2}}, ["ffn.experts.mlp.w1"]),
+            ({"num_local_experts": 4}, ["block_sparse_moe.input_linear.weight"]),
+        ],
+        ids=["mixtral", "nllb", "dbrx", "granite"],
+    )
+    def test_other_families(self, tmp_path, config, names):
+        config = {"architectures": ["M"], "moe_topk": 2, **config}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        shape = (4, 6, 2) if "input_linear" in names[0] else (24, 2)
+        tensors = {f"layers.{n}.{name}": torch.zeros(shape) for n in range(3) for name in names}
+        shared = {"layers.0.shared_experts.up_proj.weight": torch.zeros(5, 7)}
+        save_file({**tensors, **shared}, tmp_path / "model.safetensors")
+        i = inspect_checkpoint(tmp_path)
+        assert (i.expert_layers, i.num_experts, i.top_k) == (3, [4], 2)
+        assert i.rest_bytes == 5 * 7 * 4
 
     def test_a_dense_model_is_said_to_be_one(self, tmp_path, capsys):
         config = Qwen3Config(

@@ -42,6 +42,7 @@ def test_perplexities_differ_and_are_close(result):
 
 
 def test_texts_and_progress(result):
+    assert result[0].perplexity_tokens == len(("Held out: naïve café, 東京. " * 100).encode())
     assert all(len(v.texts) == 1 and v.texts[0] for v in result[0].variants)
     assert len(result[2]) == 5
 

@@ -362,3 +362,32 @@ class TestPerplexity:
             perplexity(model, tokenizer, "abc", window=1)
         with pytest.raises(ValueError, match="window=32"):
             perplexity(small_context(model, 16), tokenizer, "abc", window=32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu(model, tokenizer):
+    import qmoe
+
+    patched = qmoe.patch(copy.deepcopy(model).to("cuda", torch.bfloat16), weights="int8")
+    state = torch.cuda.get_rng_state()
+    pieces: list[str] = []
+    results = [
+        generate(
+            patched,
+            tokenizer,
+            "Hello",
+            max_new_tokens=16,
+            do_sample=True,
+            seed=1,
+            stream=lambda index, piece: pieces.append(piece),
+        )
+        for _ in range(2)
+    ]
+    assert results[0].texts == results[1].texts
+    assert "".join(pieces) == results[0].texts[0] * 2
+    assert torch.equal(torch.cuda.get_rng_state(), state)
+    statistics = results[0].statistics
+    assert statistics.peak_memory_kind == "cuda allocated"
+    assert statistics.peak_memory_bytes >= sum(p.nbytes for p in patched.parameters())
+    assert statistics.expert_bytes == expert_bytes(patched)
