@@ -230,7 +230,7 @@ def _fused_moe(
     for expert, slot, pairs in _routed_experts(topk_ids, num_experts, expert_to_slot):
         hidden = _activations.apply(activation, up(hidden_states[pairs // top_k], expert, slot))
         rows[pairs] = down(hidden.to(hidden_states.dtype), expert, slot).to(rows.dtype)
-    rows = rows.view(num_tokens, top_k, -1)
+    rows = rows.view(num_tokens, top_k, down_proj.shape[1])
     return rows if topk_weights is None else _weighted_sum_cpu(rows, topk_weights)
 
 
@@ -263,13 +263,13 @@ def _grouped_linear(
 ) -> Tensor:
     num_tokens, top_k = topk_ids.shape
     pairs_per_row = top_k if x.ndim == 2 else 1
-    x = x.reshape(-1, x.shape[-1])
+    x = x.flatten(0, -2)
     rows = x.new_zeros(num_tokens * top_k, weight.shape[1])
     linear = _CPULinear(weight, scale, bias, x.dtype)
     num_experts = _num_experts(weight, scale, expert_to_slot)
     for expert, slot, pairs in _routed_experts(topk_ids, num_experts, expert_to_slot):
         rows[pairs] = linear(x[pairs // pairs_per_row], expert, slot).to(rows.dtype)
-    return rows.view(num_tokens, top_k, -1)
+    return rows.view(num_tokens, top_k, weight.shape[1])
 
 
 @_grouped_linear.register_fake

@@ -399,7 +399,7 @@ def fused_moe_triton(
         expert_to_slot,
         new_rows(num_pairs, down_proj.shape[1]),
         scatter=True,
-    ).view(num_tokens, top_k, -1)
+    ).view(num_tokens, top_k, down_proj.shape[1])
     if topk_weights is None:
         return rows
     return launch_weighted_sum(rows, topk_weights, topk_ids, num_experts)
@@ -417,7 +417,7 @@ def grouped_linear_triton(
     """Run the kernel of `qmoe_kernels.grouped_linear`; arguments and result as there."""
     num_tokens, top_k = topk_ids.shape
     rows = launch_grouped_gemm(
-        x.reshape(-1, x.shape[-1]),
+        x.flatten(0, -2),
         weight,
         scale,
         bias,
@@ -427,4 +427,4 @@ def grouped_linear_triton(
         pairs_per_row=top_k if x.ndim == 2 else 1,
         scatter=True,
     )
-    return rows.view(num_tokens, top_k, -1)
+    return rows.view(num_tokens, top_k, weight.shape[1])

@@ -25,44 +25,60 @@ def fused_moe_reference(
     down_proj_bias: torch.Tensor | None = None,
     expert_to_slot: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute what `qmoe_kernels.fused_moe` does, in fp64 but for the activation (fp32).
+    """Compute what `qmoe_kernels.fused_moe` does, in fp64 but for an `Activation` (fp32).
 
     Returns:
         (num_tokens, hidden_size), or (num_tokens, top_k, hidden_size) without ``topk_weights``;
         fp64.
     """
-    num_tokens, top_k = topk_ids.shape
-    per_expert = next(
-        (t for t in (gate_up_proj_scale, expert_to_slot) if t is not None), gate_up_proj
+    gate_up = grouped_linear_reference(
+        hidden_states,
+        gate_up_proj,
+        gate_up_proj_scale,
+        topk_ids,
+        bias=gate_up_proj_bias,
+        expert_to_slot=expert_to_slot,
     )
-    num_experts = per_expert.shape[0]
-    rows = hidden_states.new_zeros(num_tokens, top_k, down_proj.shape[1], dtype=torch.float64)
-    for token in range(num_tokens):
-        for k, expert in enumerate(topk_ids[token].tolist()):
-            if not 0 <= expert < num_experts:
-                continue
-            slot = expert if expert_to_slot is None else int(expert_to_slot[expert])
-            x = hidden_states[token].double()
-            gate_up = _linear(x, gate_up_proj[slot], gate_up_proj_scale, gate_up_proj_bias, expert)
-            if isinstance(activation, Activation):
-                hidden = activations.apply(activation, gate_up.float())
-            else:
-                hidden = activation(gate_up.float())
-            rows[token, k] = _linear(
-                hidden.double(), down_proj[slot], down_proj_scale, down_proj_bias, expert
-            )
+    if isinstance(activation, Activation):
+        hidden = activations.apply(activation, gate_up)
+    else:
+        hidden = activation(gate_up)
+    rows = grouped_linear_reference(
+        hidden,
+        down_proj,
+        down_proj_scale,
+        topk_ids,
+        bias=down_proj_bias,
+        expert_to_slot=expert_to_slot,
+    )
     if topk_weights is None:
         return rows
     return (rows * topk_weights.double().unsqueeze(-1)).sum(1)
 
 
-def _linear(
+def grouped_linear_reference(
     x: torch.Tensor,
     weight: torch.Tensor,
     scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    expert: int,
+    topk_ids: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    expert_to_slot: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    weight = weight.double() if scale is None else dequantize(weight, scale[expert], torch.float64)
-    y = weight @ x
-    return y if bias is None else y + bias[expert].double()
+    """Compute what `qmoe_kernels.grouped_linear` does.
+
+    Returns:
+        (num_tokens, top_k, out_features) fp64.
+    """
+    per_expert = next((t for t in (scale, expert_to_slot) if t is not None), weight)
+    num_experts = per_expert.shape[0]
+    rows = x.new_zeros(*topk_ids.shape, weight.shape[1], dtype=torch.float64)
+    for token, ids in enumerate(topk_ids.tolist()):
+        for k, expert in enumerate(ids):
+            if not 0 <= expert < num_experts:
+                continue
+            w = weight[expert if expert_to_slot is None else int(expert_to_slot[expert])]
+            w = w.double() if scale is None else dequantize(w, scale[expert], torch.float64)
+            y = w @ (x[token] if x.ndim == 2 else x[token, k]).double()
+            rows[token, k] = y if bias is None else y + bias[expert].double()
+    return rows

@@ -48,7 +48,7 @@ class ExpertRouting:
                 expert parallelism marks experts of other ranks so.
             num_experts: of this layer.
         """
-        ids = topk_ids.reshape(-1).to(torch.int32)
+        ids = topk_ids.flatten().to(torch.int32)
         ids = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
         sorted_ids, order = torch.sort(ids, stable=True)
         experts = torch.arange(num_experts + 1, dtype=torch.int32, device=ids.device)

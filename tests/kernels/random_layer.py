@@ -19,8 +19,6 @@ TRITON_DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE.type
 # rounding of activations: fp32 sums of some thousand products; about four roundings to 11 (8) bits.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 
-BIASES = ("gate_up_proj_bias", "down_proj_bias")
-
 
 @dataclass
 class Layer:
