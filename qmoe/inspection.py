@@ -317,7 +317,9 @@ def _format(quantization: dict[str, Any], weights: list[StoredTensor]) -> str:
         return f"{QMOE} {quantization.get('weights')} per channel"
     if method == COMPRESSED_TENSORS:
         groups: dict[str, Any] = quantization.get("config_groups") or {}
-        group = next((g["weights"] for g in groups.values() if g.get("weights")), {})
+        group: dict[str, Any] = next(
+            (g["weights"] for g in groups.values() if g.get("weights")), {}
+        )
         kind = {"int": "int", "float": "fp"}.get(group.get("type", ""), "")
         return f"{method} {kind}{group.get('num_bits', '')} per {group.get('strategy')}"
     if method is not None:

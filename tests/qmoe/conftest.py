@@ -9,6 +9,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+# For models this small a second thread costs more than it brings, and far more on a busy machine.
+torch.set_num_threads(1)
+
 END_OF_TEXT = "<|endoftext|>"
 TINY = {
     "vocab_size": 264,
