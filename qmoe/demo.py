@@ -99,7 +99,7 @@ def run_demo(
         ValueError: no such model, no held-out text, a model without experts, or an ``out`` that
             holds ``int8`` or ``fp8`` already.
     """
-    from qmoe_convert import convert
+    from qmoe_convert.convert import convert
 
     folder = SHIPPED_MODEL if model is None else Path(model)
     if model is None and not folder.is_dir():
