@@ -14,12 +14,13 @@ path reads a device value on the host.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from qmoe_kernels import activations as _activations
-from qmoe_kernels.activations import SWIGLU, Activation
+from qmoe_kernels.activations import SWIGLU, Activation, ActivationName
 from qmoe_kernels.quantization import STORAGE_DTYPE, decode
 from qmoe_kernels.routing import ExpertRouting
 
@@ -74,7 +75,6 @@ def fused_moe(
         ValueError: shapes, dtypes or devices that do not fit, or activations that do not work yet.
     """
     check_activations(activations)
-    known = isinstance(activation, Activation)
     _check_hidden_states(hidden_states, topk_ids)
     num_rows = _check_linear(
         "gate_up_proj",
@@ -86,7 +86,7 @@ def fused_moe(
         in_features=hidden_states.shape[-1],
     )
     in_features = None
-    if known:
+    if isinstance(activation, Activation):
         if activation.gated and num_rows % 2:
             raise ValueError(
                 f"gate_up_proj has {num_rows} rows, an odd number; a gated activation needs gate "
@@ -103,8 +103,8 @@ def fused_moe(
         in_features,
     )
     if topk_weights is not None:
-        _check_topk_weights(topk_weights, topk_ids.shape)
-    if known:
+        _check_topk_weights(topk_weights, tuple(topk_ids.shape), hidden_states.device)
+    if isinstance(activation, Activation):
         return _fused_moe(
             hidden_states,
             gate_up_proj,
@@ -157,7 +157,7 @@ def grouped_linear(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
     """
-    _check_hidden_states(x, topk_ids)
+    _check_hidden_states(x, topk_ids, per_pair=True)
     _check_linear("weight", weight, scale, bias, expert_to_slot, x, x.shape[-1])
     return _grouped_linear(x, weight, scale, bias, topk_ids, expert_to_slot)
 
@@ -179,7 +179,7 @@ def weighted_sum(
             f"rows are {rows.dtype} of shape {tuple(rows.shape)}; "
             "expected bf16, fp16 or fp32 (num_tokens, top_k, hidden_size)"
         )
-    _check_topk_weights(topk_weights, rows.shape[:2])
+    _check_topk_weights(topk_weights, tuple(rows.shape[:2]), rows.device)
     return _weighted_sum(rows, topk_weights)
 
 
@@ -220,7 +220,14 @@ def _fused_moe(
     up_softcap: float | None,
 ) -> Tensor:
     activation = Activation(
-        name, gated, alpha, up_shift, limit, limit_after, gate_softcap, up_softcap
+        cast(ActivationName, name),
+        gated,
+        alpha,
+        up_shift,
+        limit,
+        limit_after,
+        gate_softcap,
+        up_softcap,
     )
     num_tokens, top_k = topk_ids.shape
     rows = hidden_states.new_zeros(num_tokens * top_k, down_proj.shape[1])
@@ -309,7 +316,7 @@ def _(
     topk_ids: Tensor,
     topk_weights: Tensor | None,
     expert_to_slot: Tensor | None,
-    *activation: object,
+    *activation: Any,
 ) -> Tensor:
     # Here, so that a CPU needs no Triton.
     from qmoe_kernels.grouped_gemm import fused_moe_triton
@@ -417,28 +424,31 @@ def _num_experts(weight: Tensor, scale: Tensor | None, expert_to_slot: Tensor | 
     return weight.shape[0]
 
 
-def _check_hidden_states(x: Tensor, topk_ids: Tensor) -> None:
+def _check_hidden_states(x: Tensor, topk_ids: Tensor, *, per_pair: bool = False) -> None:
     if topk_ids.ndim != 2 or topk_ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"topk_ids are {topk_ids.dtype} of shape {tuple(topk_ids.shape)}; "
             "expected int32 or int64 (num_tokens, top_k)"
         )
-    leading = tuple(topk_ids.shape)
-    if x.dtype not in FLOAT_DTYPES or tuple(x.shape[:-1]) not in (leading[:1], leading):
+    num_tokens, top_k = topk_ids.shape
+    shapes = [(num_tokens,), (num_tokens, top_k)] if per_pair else [(num_tokens,)]
+    if x.dtype not in FLOAT_DTYPES or tuple(x.shape[:-1]) not in shapes:
         raise ValueError(
             f"hidden_states are {x.dtype} of shape {tuple(x.shape)} with topk_ids of shape "
-            f"{leading}; expected bf16, fp16 or fp32 ({leading[0]}, hidden_size)"
+            f"{tuple(topk_ids.shape)}; expected bf16, fp16 or fp32 ({num_tokens}, hidden_size)"
         )
     if topk_ids.device != x.device:
         raise ValueError(f"topk_ids are on {topk_ids.device}, hidden_states on {x.device}")
 
 
-def _check_topk_weights(topk_weights: Tensor, shape: torch.Size) -> None:
-    if topk_weights.shape != shape or not topk_weights.is_floating_point():
+def _check_topk_weights(topk_weights: Tensor, rows: tuple[int, ...], device: torch.device) -> None:
+    if tuple(topk_weights.shape) != rows or not topk_weights.is_floating_point():
         raise ValueError(
             f"topk_weights are {topk_weights.dtype} of shape {tuple(topk_weights.shape)}; "
-            f"expected a float tensor of shape {tuple(shape)}"
+            f"expected a float tensor of shape {rows}"
         )
+    if topk_weights.device != device:
+        raise ValueError(f"topk_weights are on {topk_weights.device}, hidden_states on {device}")
 
 
 def _check_linear(

@@ -292,6 +292,7 @@ def test_arguments_that_do_not_fit() -> None:
     for changes, message in [
         ({"hidden_states": x.double()}, "hidden_states are torch.float64"),
         ({"hidden_states": x[:3]}, "of shape (3, 40)"),
+        ({"hidden_states": x[:, None].expand(-1, 2, -1)}, "of shape (7, 2, 40)"),
         ({"hidden_states": x[:, :8]}, "gate_up_proj has shape (6, 48, 40)"),
         ({"topk_ids": ids.float()}, "topk_ids are torch.float32"),
         ({"topk_ids": ids[0]}, "expected int32 or int64 (num_tokens, top_k)"),
@@ -317,6 +318,7 @@ def test_arguments_that_do_not_fit() -> None:
         ({"down_proj": layer.down_proj[..., :8]}, "down_proj has shape (6, 40, 8)"),
         ({"expert_to_slot": slots.long()}, "expert_to_slot is torch.int64"),
         ({"expert_to_slot": slots[:5]}, "expected int32 (6,)"),
+        ({"topk_weights": layer.topk_weights.to("meta")}, "topk_weights are on meta"),
         ({"topk_ids": ids.to("meta")}, "topk_ids are on meta"),
         ({"down_proj_scale": layer.down_proj_scale.to("meta")}, "down_proj: a tensor on meta"),
     ]:
