@@ -176,65 +176,82 @@ def _quantize(
     if not weight.numel():
         return q, scale.fill_(SMALLEST_SCALE), 0.0, 0.0
 
-    matrices = [(weight, q, scale)]
-    while matrices[0][0].ndim > 2:
-        matrices = [triple for many in matrices for triple in zip(*many, strict=True)]
-    rows_per_block = max(1, BLOCK_SIZE[_kind(weight)] // weight.shape[-1])
-    quantize_rows = _RowQuantizer(min(rows_per_block, weight.shape[-2]), weight, weights)
-    sums = [
-        quantize_rows(w[start:][:rows_per_block], q2[start:], scale2[start:], with_error)
-        for w, q2, scale2 in matrices
-        for start in range(0, weight.shape[-2], rows_per_block)
-    ]
+    blocks = _Blocks(weight)
+    torch.div(blocks.absmax(), LARGEST[weights], out=scale.view(-1)).clamp_(min=SMALLEST_SCALE)
     if not scale.isfinite().all():
         *expert, row = (~scale.isfinite()).nonzero()[0].tolist()
         where = f"expert {', '.join(map(str, expert))}, " if expert else ""
         raise ValueError(f"{what}: NaN or infinity in {where}row {row}; fix the checkpoint")
-    if not with_error:
-        return q, scale, 0.0, 0.0
-    error, norm = (math.fsum(map(float, column)) for column in zip(*sums, strict=True))
-    return q, scale, error, norm
+    return q, scale, *blocks.quantize(q, scale, with_error=with_error)
 
 
-class _RowQuantizer:
-    """Quantizes blocks of rows in one scratch, so that no block allocates."""
+class _Blocks:
+    """A weight as blocks of rows, and scratch of one block.
 
-    def __init__(self, rows: int, like: torch.Tensor, weights: str) -> None:
-        shape = (rows, like.shape[-1])
-        self.largest = LARGEST[weights]
-        self.scratch = like.new_empty(shape, dtype=torch.float32)
-        # Holds the bits of a 16-bit weight, then the rounded values.
-        self.scratch2 = like.new_empty(shape, dtype=torch.float32)
+    Python takes as long over a call as the processor over 32 KiB of cache, and calls of several
+    threads take turns: whatever can be done for all rows at once is, and blocks are split once.
+    """
 
-    def __call__(
-        self, weight: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, with_error: bool
-    ) -> tuple[torch.Tensor | float, torch.Tensor | float]:
-        """Fill the first rows of ``q`` and ``scale``.
+    def __init__(self, weight: torch.Tensor) -> None:
+        matrices = [weight.view(-1, weight.shape[-1]) if weight.is_contiguous() else weight]
+        while matrices[0].ndim > 2:
+            matrices = [matrix for stack in matrices for matrix in stack]
+        self.shape = matrices[0].shape
+        self.rows_per_block = max(1, BLOCK_SIZE[_kind(weight)] // self.shape[1])
+        self.weight = [block for m in matrices for block in m.split(self.rows_per_block)]
+        shape = (min(self.rows_per_block, self.shape[0]), self.shape[1])
+        self.scratch = weight.new_empty(shape, dtype=torch.float32)
+        # The bits of a 16-bit weight, or its magnitudes, or its rounded values.
+        self.scratch2 = weight.new_empty(shape, dtype=torch.float32)
 
-        Returns the sums of squares of the error and of the weight.
-        """
-        num_rows = weight.shape[0]
-        q, scale = q[:num_rows], scale[:num_rows]
-        x = self.scratch[:num_rows].copy_(weight)
-        norm = torch.dot(x.view(-1), x.view(-1)) if with_error else 0.0
-        scale.copy_(self._absmax(weight, x)).div_(self.largest).clamp_(min=SMALLEST_SCALE)
-        x.div_(scale.unsqueeze(-1))
-        if not with_error:
-            q.copy_(x.round_() if q.dtype == torch.int8 else x)
-            return 0.0, 0.0
-        rounded = self.scratch2[:num_rows]
-        if q.dtype == torch.int8:
-            q.copy_(torch.round(x, out=rounded))
-        else:
-            decode(q.copy_(x), out=rounded)
-        error = torch.linalg.vector_norm(x.sub_(rounded), dim=-1).mul_(scale)
-        return torch.dot(error, error), norm
+    def like(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Split a contiguous tensor, one row or value per row of the weight, as the weight is."""
+        matrices = tensor.view(-1, self.shape[0], *tensor.shape[1:])
+        return [block for m in matrices for block in m.split(self.rows_per_block)]
 
-    def _absmax(self, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Largest magnitude of each row; NaN or infinity if the row holds one."""
-        if weight.dtype not in (torch.bfloat16, torch.float16):
-            return torch.abs(x, out=self.scratch2[: x.shape[0]]).amax(-1)
+    def absmax(self) -> torch.Tensor:
+        """Largest magnitude of each row, fp32; NaN or infinity if the row holds one."""
+        num_rows = sum(len(block) for block in self.weight)
+        dtype = self.weight[0].dtype
+        if dtype not in (torch.bfloat16, torch.float16):
+            absmax = self.scratch.new_empty(num_rows)
+            for block, out in zip(self.weight, self.like(absmax), strict=True):
+                magnitude = self.scratch2[: len(block)].copy_(block).abs_()
+                torch.amax(magnitude, -1, out=out)
+            return absmax
         # Without its sign a float's bits order as integers do, infinity and NaN last.
-        bits = self.scratch2.view(-1).view(torch.int16)[: x.numel()].view(x.shape)
-        torch.bitwise_and(weight.view(torch.int16), 0x7FFF, out=bits)
-        return bits.amax(-1).view(weight.dtype)
+        absmax = self.scratch.new_empty(num_rows, dtype=torch.int16)
+        scratch = self.scratch2.view(-1).view(torch.int16)[: self.scratch2.numel()]
+        scratch = scratch.view(self.scratch2.shape)
+        for block, out in zip(self.weight, self.like(absmax), strict=True):
+            bits = scratch[: len(block)]
+            torch.bitwise_and(block.view(torch.int16), 0x7FFF, out=bits)
+            torch.amax(bits, -1, out=out)
+        return absmax.view(dtype).float()
+
+    def quantize(
+        self, q: torch.Tensor, scale: torch.Tensor, *, with_error: bool
+    ) -> tuple[float, float]:
+        """Fill ``q``; return the sums of squares of the error and of the weight."""
+        scale = scale.view(-1)
+        # In units of the row's scale: squares neither overflow nor vanish.
+        errors, norms = torch.empty_like(scale), torch.empty_like(scale)
+        of_rows = (scale.unsqueeze(-1), q.view(-1, self.shape[1]), errors, norms)
+        for block, scale_, q_, error, norm in zip(
+            self.weight, *map(self.like, of_rows), strict=True
+        ):
+            x = self.scratch[: len(block)].copy_(block).div_(scale_)
+            if not with_error:
+                q_.copy_(x.round_() if q.dtype == torch.int8 else x)
+                continue
+            torch.linalg.vector_norm(x, dim=-1, out=norm)
+            rounded = self.scratch2[: len(block)]
+            if q.dtype == torch.int8:
+                q_.copy_(torch.round(x, out=rounded))
+            else:
+                decode(q_.copy_(x), out=rounded)
+            torch.linalg.vector_norm(x.sub_(rounded), dim=-1, out=error)
+        if not with_error:
+            return 0.0, 0.0
+        errors, norms = ((values.double() * scale).square().sum() for values in (errors, norms))
+        return float(errors), float(norms)
