@@ -64,6 +64,8 @@ def load(
                 f"dtype={dtype!r} is no torch dtype; use 'auto', 'bfloat16' or 'float16'"
             )
         dtype = named
+    if path_or_repo.startswith((".", "/", "~")) and not Path(path_or_repo).expanduser().is_dir():
+        raise ValueError(f"{path_or_repo}: no such folder")
     try:
         config = AutoConfig.from_pretrained(path_or_repo, revision=revision)
     except OSError as error:

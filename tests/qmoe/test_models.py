@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
+import zoo
 from torch import nn
 
 from qmoe.experts import QuantizedExperts, install
 from qmoe.layout import describe, find_experts, identify_activation
-
-sys.path.insert(0, str(Path(__file__).parent))
-import zoo
 
 CLASSES = zoo.experts_classes()
 

@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from test_quantizer import SIZES, TOKENS, build, logits
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from zoo import SIZES, TOKENS, build, logits
 
 import qmoe
 from qmoe.quantizer import quantized_modules
@@ -176,5 +176,5 @@ class TestLoad:
             qmoe.load(tmp_path, **options)
 
     def test_a_folder_that_is_not_there(self, tmp_path) -> None:
-        with pytest.raises(ValueError, match="nowhere: no model here"):
+        with pytest.raises(ValueError, match="nowhere: no such folder"):
             qmoe.load(tmp_path / "nowhere")

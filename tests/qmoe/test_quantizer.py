@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,57 +14,14 @@ import transformers
 from packaging.version import Version
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    GptOssConfig,
-    GptOssForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    PreTrainedModel,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from zoo import build, logits
 
 import qmoe
 from qmoe.experts import QuantizedExperts
 from qmoe.format import compressed_tensors_config
 from qmoe.quantizer import quantized_modules
 from qmoe_kernels.quantization import STORAGE_DTYPE, quantize
-
-SIZES = dict(
-    vocab_size=96,
-    hidden_size=64,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    num_experts_per_tok=2,
-)
-
-
-def build(family: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    if family == "qwen3_moe":
-        config = Qwen3MoeConfig(**SIZES, moe_intermediate_size=32, num_experts=8)
-        model = Qwen3MoeForCausalLM(config)
-    elif family == "mixtral":
-        model = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4))
-    else:
-        model = GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=4))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "experts" in name:  # the default of 0.02 would leave nothing to see of them
-                parameter.normal_(std=0.2)
-    return model.eval()
-
-
-TOKENS = torch.arange(18).view(2, 9)
-
-
-@torch.no_grad()
-def logits(model: PreTrainedModel) -> torch.Tensor:
-    return model(TOKENS.to(model.device)).logits
 
 
 def names(folder: Path) -> set[str]:
@@ -270,7 +228,7 @@ def test_importing_qmoe_is_what_registers_it(tmp_path) -> None:
         capture_output=True,
         text=True,
         check=True,
-        env={**__import__("os").environ, "PYTHONPATH": ":".join(sys.path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.stdout.strip() == QuantizedExperts.__name__
 

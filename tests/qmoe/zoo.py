@@ -16,6 +16,15 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 MODELS = Path(transformers.__file__).parent / "models"
 
@@ -148,3 +157,41 @@ def routing(
     topk_ids = scores.topk(TOP_K, dim=-1).indices
     topk_weights = torch.rand(num_tokens, TOP_K, generator=generator)
     return hidden, topk_ids, topk_weights
+
+
+SIZES = dict(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    num_experts_per_tok=2,
+)
+
+
+def build(family: str) -> PreTrainedModel:
+    """A whole model, tiny, in fp32, whose experts matter to its output."""
+    torch.manual_seed(0)
+    if family == "qwen3_moe":
+        config = Qwen3MoeConfig(**SIZES, moe_intermediate_size=32, num_experts=8)
+        model = Qwen3MoeForCausalLM(config)
+    elif family == "mixtral":
+        model = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4))
+    else:
+        model = GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=4))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "experts" in name:  # the default of 0.02 would leave nothing to see of them
+                parameter.normal_(std=0.2)
+    return model.eval()
+
+
+TOKENS = torch.arange(18).view(2, 9)
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    """(2, 9, vocab_size): what the model makes of :data:`TOKENS`."""
+    return model(TOKENS.to(model.device)).logits
