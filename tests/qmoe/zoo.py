@@ -6,12 +6,15 @@
 from __future__ import annotations
 
 import ast
+import copy
+import dataclasses
 import importlib
 import inspect
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 import transformers
@@ -25,6 +28,10 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+
+from qmoe.experts import QuantizedExperts
+from qmoe_kernels import Activation
+from qmoe_kernels.quantization import WeightFormat
 
 MODELS = Path(transformers.__file__).parent / "models"
 
@@ -87,10 +94,11 @@ class ExpertsClass:
         return experts.eval()
 
     @staticmethod
-    def _sizes(cls: type) -> dict[str, int]:
-        """What the block hands over beside the configuration (ERNIE VL: text or vision size)."""
+    def _sizes(cls: type) -> dict[str, float]:
+        """What a block hands over beside the configuration (ERNIE VL's size, Step 3.7's limit)."""
         parameters = inspect.signature(cls.__init__).parameters
-        return {"intermediate_size": INTERMEDIATE} if "intermediate_size" in parameters else {}
+        given = {"intermediate_size": INTERMEDIATE, "swiglu_limit": 1.0}
+        return {name: value for name, value in given.items() if name in parameters}
 
     def _config(self, cls: type) -> typing.Any:
         """A configuration that this class accepts, with small sizes."""
@@ -195,3 +203,89 @@ TOKENS = torch.arange(18).view(2, 9)
 def logits(model: PreTrainedModel) -> torch.Tensor:
     """(2, 9, vocab_size): what the model makes of :data:`TOKENS`."""
     return model(TOKENS.to(model.device)).logits
+
+
+def outputs(
+    experts_class: ExpertsClass, weights: WeightFormat, device: str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor, QuantizedExperts]:
+    """The quantized module's output, and eager's on the dequantized weights; fp32, random."""
+    experts = experts_class.build().to(device)
+    quantized = QuantizedExperts.quantized_from(experts, weights)
+    layout = quantized.layout
+    eager = copy.deepcopy(quantized).restore(torch.float32)
+    hidden, topk_ids, topk_weights = (
+        t.to(device) for t in routing(17, NUM_EXPERTS + layout.num_identity_experts)
+    )
+    with torch.no_grad():
+        if not layout.dense:
+            expected = eager(hidden, topk_ids, topk_weights)
+            actual = quantized(hidden, topk_ids, topk_weights)
+            # DBRX takes and returns a batch: (batch, num_tokens, hidden_size)
+            return actual, expected.reshape(actual.shape), quantized
+        # Llama 4 gives every expert every token, weighted beforehand, zero where not chosen.
+        scores = torch.zeros(len(hidden), NUM_EXPERTS, device=device)
+        scores.scatter_(1, topk_ids, topk_weights)
+        dense = hidden.repeat(NUM_EXPERTS, 1) * scores.T.reshape(-1, 1)
+        expected = eager(dense).unflatten(0, (NUM_EXPERTS, -1)).sum(0)
+        routed = (hidden[:, None] * topk_weights[..., None]).flatten(0, 1)
+        ones = torch.ones_like(topk_weights).view(-1, 1)
+        actual = quantized(routed, topk_ids.view(-1, 1), ones).unflatten(0, (-1, TOP_K)).sum(1)
+        return actual, expected, quantized
+
+
+def document() -> str:
+    """docs/models.md: what works, each row from a run of :func:`outputs`."""
+    rows = []
+    for experts_class in experts_classes():
+        columns = []
+        for weights in get_args(WeightFormat):
+            actual, expected, quantized = outputs(experts_class, weights)
+            columns.append(f"{(actual - expected).norm() / expected.norm():.0e}")
+        layout, activation = quantized.layout, quantized.activation
+        forms = {
+            "transposed": layout.transposed,
+            "interleaved": layout.interleaved,
+            "flat": layout.flat,
+            "biases": bool(layout.biases),
+            "no gate": not layout.gated,
+            "post-expert norm": hasattr(quantized, "post_expert_norm"),
+            "identity experts": layout.num_identity_experts,
+            "weighted input": layout.dense,
+        }
+        form = ", ".join(name for name, present in forms.items() if present) or "-"
+        gate = {
+            field.name: getattr(activation, field.name)
+            for field in dataclasses.fields(Activation)
+            if field.name not in ("name", "gated")
+            and getattr(activation, field.name) != field.default
+        }
+        named = ", ".join(f"{key} {value}" for key, value in gate.items())
+        rows.append(
+            f"| {experts_class.model} | {experts_class.name} | {form} "
+            f"| {activation.name}{f' ({named})' if named else ''} | {columns[0]} | {columns[1]} |"
+        )
+    refused = ", ".join(REFUSED)
+    return f"""# Models whose experts qmoe quantizes
+
+Every experts class of transformers {transformers.__version__}, found by reading its sources. Each was
+built small, quantized and compared in fp32 with transformers' own eager forward on the dequantized
+weights; the last two columns are the relative Frobenius distance of the outputs. Generated by
+`make docs`; a test runs the same comparison on whatever transformers is installed.
+
+*Stored* says where a class departs from `gate_up_proj` (experts, 2 * intermediate, hidden) and
+`down_proj` (experts, hidden, intermediate). *Gate* is what qmoe's kernels compute between the two
+products, with the class's default numbers.
+
+| model | experts class | stored | gate | INT8 | FP8 |
+|---|---|---|---|---|---|
+{chr(10).join(rows)}
+
+Refused by name, because their experts are no stacked weights behind one call: {refused}. Any other
+class with a stacked `down_proj` is recognized by its attributes; a gate that is none of the above is
+called as it is between the two products.
+"""
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    print(document(), end="")
