@@ -45,6 +45,7 @@ from qmoe.format import (
     qmoe_config,
 )
 from qmoe.layout import ExpertsLayout, find_experts
+from qmoe_kernels.fused_moe import check_activations
 from qmoe_kernels.quantization import STORAGE_DTYPE, WeightFormat
 
 _WEIGHTS_BY_HEADER_DTYPE: dict[str, WeightFormat] = {"I8": "int8", "F8_E4M3": "fp8"}
@@ -85,10 +86,7 @@ class QmoeConfig(QuantizationConfigMixin):
             raise ValueError(
                 f"weights={weights!r}; use one of {', '.join(map(repr, STORAGE_DTYPE))}"
             )
-        if activations not in ("auto", "bf16"):
-            raise ValueError(
-                f"activations={activations!r}; use 'auto' or 'bf16' (16-bit activations)"
-            )
+        check_activations(activations)
         if format_version != FORMAT_VERSION:
             raise ValueError(
                 f"this checkpoint has qmoe format version {format_version}; "
