@@ -82,6 +82,10 @@ class ConversionError(ValueError):
     """
 
 
+class _BadWeight(ConversionError):
+    """A NaN or an infinity in the source."""
+
+
 @dataclass
 class Report:
     """What a conversion did, or, after a dry run, would do.
@@ -249,7 +253,9 @@ def convert(
                 job.verify(manifest)
                 report.verified = True
         _publish(partial, out)
-    except (CheckpointError, MappingError) as error:
+    except (CheckpointError, MappingError, _BadWeight) as error:
+        # The source has to change first, so there is nothing to go on with.
+        _remove(partial)
         raise ConversionError(str(error)) from None
     except OSError as error:
         raise ConversionError(_os_error(error)) from None
@@ -648,7 +654,7 @@ class _Job:
             try:
                 q, scale, error, norm = quantize_with_squares(on_device, self.options.weights)
             except ValueError:
-                raise ConversionError(
+                raise _BadWeight(
                     f"{self.tensors[piece.source_names[0]].file.parent}: "
                     f"{_first_bad(weight, tensor)}; fix the checkpoint or keep its layer "
                     "in 16 bit with --ignore"

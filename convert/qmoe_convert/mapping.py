@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import json
 import re
 from collections import defaultdict
@@ -25,12 +26,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    ConversionOps,
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
 )
+from transformers.integrations.compressed_tensors import get_experts_scheme
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from qmoe.layout import ExpertsLayout, find_experts
@@ -317,6 +320,8 @@ def map_checkpoint(folder: Path, tensors: Mapping[str, StoredTensor]) -> Checkpo
         except ValueError as error:
             raise MappingError(f"{folder}: {error}") from None
         transforms = get_model_conversion_mapping(model, hf_quantizer=quantizer)
+        for transform in transforms:
+            _complete_dequantization(transform, quantizer)
     groups, unmapped = _group_by_target(model, transforms, tensors)
     unknown = [n for n in unmapped if not _is_ignorable(model, n)]
     if unknown:
@@ -328,11 +333,15 @@ def map_checkpoint(folder: Path, tensors: Mapping[str, StoredTensor]) -> Checkpo
 
     experts = {}
     claimed: set[str] = set()
+    unused: set[str] = set()
     for module, layout in layouts.items():
         projections = {}
         for projection, parameters in layout.sources.items():
             full = [f"{module}.{parameter}" for parameter in parameters]
             found = [_group_of(name, groups, model) for name in full]
+            if layout.num_identity_experts and found[0].merges_experts:
+                # Rows for experts that return their input: no code reads them.
+                found = [_without_identity_experts(g, layout, unused) for g in found]
             for group in found:
                 _check_complete(group, layout, tensors)
             projections[projection] = Projection(
@@ -342,8 +351,10 @@ def map_checkpoint(folder: Path, tensors: Mapping[str, StoredTensor]) -> Checkpo
         claimed.update(experts[module].source_names)
 
     target_of = {n: g for g in groups.values() for names in g.sources.values() for n in names}
-    others = [name for name in tensors if name not in claimed]
+    others = [name for name in tensors if name not in claimed and name not in unused]
     warnings = []
+    if unused:
+        warnings.append(f"{len(unused)} tensors of experts that return their input are left out")
     method = quantizer.quantization_config.quant_method if quantizer is not None else None
     if method is not None:
         method = str(getattr(method, "value", method))
@@ -424,7 +435,7 @@ def _build_meta_model(config: Any, folder: Path, tensors: Mapping[str, StoredTen
             # The class whose checkpoint it is comes before one that would load a part of it.
             for name in getattr(config, "architectures", None) or ():
                 cls: Any = getattr(transformers, name, None)
-                if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+                if inspect.isclass(cls) and issubclass(cls, transformers.PreTrainedModel):
                     return cls._from_config(config, dtype=dtype)
             for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
                 if type(config) in auto._model_mapping:
@@ -474,6 +485,53 @@ def _dequantizer(config: Any, folder: Path) -> Any:
     except ImportError as error:
         raise MappingError(f"{folder}: {_one_line(error)}") from None
     return quantizer
+
+
+class _Decompress(ConversionOps):
+    """Dequantizes experts whose compressed-tensors format transformers has no operation for.
+
+    transformers unpacks packed integers and multiplies FP8 by its scales; what is stored as plain
+    INT8 it drops. compressed-tensors itself knows every format that it writes.
+    """
+
+    def __init__(self, hf_quantizer: Any) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], full_layer_name: str, model: Any, **_: Any
+    ) -> dict[str, list[torch.Tensor]]:
+        from compressed_tensors.compressors import BaseCompressor
+
+        config = self.hf_quantizer.compressor.quantization_config
+        scheme = get_experts_scheme(config)
+        compressor = BaseCompressor.get_value_from_registry(scheme.format or config.format)
+        dtype = model.get_parameter(full_layer_name).dtype
+        stems: dict[str, dict[str, list[torch.Tensor]]] = defaultdict(dict)
+        for pattern, tensors in input_dict.items():
+            stem, _, leaf = pattern.rpartition(".")
+            stems[stem][leaf.rstrip("$")] = tensors
+        converted = {}
+        for stem, leaves in stems.items():
+            experts = [dict(zip(leaves, each)) for each in zip(*leaves.values(), strict=True)]
+            converted[f"{stem}.weight"] = [
+                compressor.decompress(expert, scheme)["weight"].to(dtype) for expert in experts
+            ]
+        return converted
+
+
+def _complete_dequantization(transform: Any, quantizer: Any) -> None:
+    """Put `_Decompress` where transformers' own operation would drop the experts."""
+    if quantizer is None or not hasattr(quantizer, "compressor"):
+        return
+    scheme = get_experts_scheme(quantizer.compressor.quantization_config)
+    format = str(scheme.format or quantizer.compressor.quantization_config.format)
+    if "pack" in format or scheme.weights.type == "float":
+        return
+    operations = getattr(transform, "operations", [])
+    if any(isinstance(op, MergeModulelist) for op in operations):
+        transform.operations = [
+            _Decompress(quantizer) if hasattr(op, "hf_quantizer") else op for op in operations
+        ]
 
 
 # The names
@@ -541,6 +599,12 @@ def _check_complete(
         _check_numbering(names, layout.num_experts, tensors)
 
 
+def _without_identity_experts(group: _Group, layout: ExpertsLayout, unused: set[str]) -> _Group:
+    sources = {pattern: names[: layout.num_experts] for pattern, names in group.sources.items()}
+    unused.update(n for names in group.sources.values() for n in names[layout.num_experts :])
+    return _Group(group.target, group.transform, sources)
+
+
 def _check_numbering(
     names: list[str], num_experts: int, tensors: Mapping[str, StoredTensor]
 ) -> None:
@@ -559,8 +623,9 @@ def _check_numbering(
                 f"{num_experts} experts have that tensor, download the checkpoint again"
             )
     if len(names) != num_experts:
+        extra = names[num_experts:]
         raise MappingError(
-            f"{names[-1]}: {len(names)} experts in the checkpoint, {num_experts} in config.json"
+            f"{extra[0]}: {len(names)} experts in the checkpoint, {num_experts} in config.json"
         )
 
 
@@ -659,16 +724,20 @@ def _companions(
     name: str, siblings: list[str], group: _Group | None, tensors: Mapping[str, StoredTensor]
 ) -> list[str]:
     """The tensors that are one quantized weight, ``name`` among them; or ``name`` alone."""
-    if group is not None and not group.target.endswith(".weight"):
-        # A fused target, such as MXFP4's blocks and scales.
+    if group is not None and _is_fused(group):
         members = [n for names in group.sources.values() for n in names]
-        return members if len(members) > 1 and not group.merges_experts else [name]
+        return members if len(members) > 1 else [name]
     members = [n for n in siblings if _COMPANION.fullmatch(n.rpartition(".")[2])]
     weight = next((n for n in members if n.endswith((".weight", ".weight_packed"))), None)
     if weight is None or name not in members or len(members) == 1:
         return [name]
     dtype = tensors[weight].torch_dtype
     return members if not dtype.is_floating_point or dtype.itemsize == 1 else [name]
+
+
+def _is_fused(group: _Group) -> bool:
+    """Whether the sources are one parameter of all experts, such as MXFP4's blocks and scales."""
+    return not group.target.endswith(".weight") and not group.merges_experts
 
 
 def _dequantized(
@@ -679,7 +748,7 @@ def _dequantized(
     model: Any,
 ) -> Kept:
     dtype = model.dtype
-    if group is not None and not group.target.endswith(".weight") and not group.merges_experts:
+    if group is not None and _is_fused(group):
         fused = group
         shape = tuple(model.get_parameter(group.target).shape)
 
@@ -691,6 +760,18 @@ def _dequantized(
 
     leaves = {name.rpartition(".")[2]: name for name in names}
     stem = _stem(names[0])
+    if group is not None and group.merges_experts:
+        merged = group
+        own = {p: n for p, ns in group.sources.items() for n in ns if n in names}
+
+        def load_expert(reader: Reader) -> torch.Tensor:
+            collected = {pattern: [reader.read(n)] for pattern, n in own.items()}
+            (tensors,) = merged.dequantize(collected, model).values()
+            result: torch.Tensor = tensors[0].detach().to(dtype).contiguous()
+            return result
+
+        shape = _dense_shape(leaves, tensors)
+        return Kept(f"{stem}.weight", DTYPE_NAMES[dtype], shape, tuple(names), load_expert)
     if not general:
         raise MappingError(
             f"{tensors[names[0]].file}: {stem} is quantized, and transformers "

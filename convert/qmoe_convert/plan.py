@@ -230,6 +230,13 @@ def make_plan(
             f"--ignore leaves nothing to quantize: it matches all of {', '.join(skipped[:2])}"
             f"{' ...' if len(skipped) > 2 else ''}"
         )
+    shared = {n for m in skipped for n in mapping.experts[m].source_names}
+    for module, experts in chosen.items():
+        if not shared.isdisjoint(experts.source_names):
+            raise PlanError(
+                f"{module} is stored together with modules that --ignore keeps; "
+                "ignore both or neither"
+            )
     _check_dtypes(chosen.values(), tensors)
     format = _choose_format(format, chosen, mapping.model_class)
 
