@@ -187,7 +187,10 @@ def _quantize(
         return q, scale.fill_(SMALLEST_SCALE), 0.0, 0.0
 
     blocks = _Blocks(weight)
-    torch.div(blocks.absmax(), LARGEST[weights], out=scale.view(-1)).clamp_(min=SMALLEST_SCALE)
+    absmax = blocks.absmax()
+    # A tensor, since CUDA multiplies by the rounded inverse of a number instead of dividing by it.
+    largest = absmax.new_tensor(LARGEST[weights])
+    torch.div(absmax, largest, out=scale.view(-1)).clamp_(min=SMALLEST_SCALE)
     if not scale.isfinite().all():
         *expert, row = (~scale.isfinite()).nonzero()[0].tolist()
         where = f"expert {', '.join(map(str, expert))}, " if expert else ""
