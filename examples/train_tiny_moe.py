@@ -705,7 +705,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
 
     schedule = parser.add_argument_group("schedule")
-    schedule.add_argument("--epochs", type=float, default=60.0, help="passes over the text")
+    schedule.add_argument("--epochs", type=float, default=45.0, help="passes over the text")
     schedule.add_argument("--steps", type=int, help="optimizer steps, instead of --epochs")
     schedule.add_argument(
         "--minutes", type=float, default=6.0, help="end the schedule by then in any case"
@@ -714,7 +714,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     schedule.add_argument("--learning-rate", type=float, default=2e-3)
     schedule.add_argument("--warmup", type=int, default=200, help="steps")
     schedule.add_argument("--weight-decay", type=float, default=0.1)
-    schedule.add_argument("--dropout", type=float, default=0.15)
+    schedule.add_argument("--dropout", type=float, default=0.25)
     schedule.add_argument("--balance-loss", type=float, default=0.01, help="its weight")
     schedule.add_argument("--z-loss", type=float, default=1e-3, help="its weight")
     schedule.add_argument("--evaluations", type=int, default=25, help="on the validation files")
@@ -722,14 +722,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     shape = parser.add_argument_group("shape")
     shape.add_argument("--vocab-size", type=int, default=2048)
-    shape.add_argument("--hidden-size", type=int, default=128)
-    shape.add_argument("--num-layers", type=int, default=8)
+    shape.add_argument("--hidden-size", type=int, default=192)
+    shape.add_argument("--num-layers", type=int, default=6)
     shape.add_argument("--num-heads", type=int, default=4)
-    shape.add_argument("--num-kv-heads", type=int, default=4)
-    shape.add_argument("--head-dim", type=int, default=32)
+    shape.add_argument("--num-kv-heads", type=int, default=2)
+    shape.add_argument("--head-dim", type=int, default=48)
     shape.add_argument("--num-experts", type=int, default=16)
     shape.add_argument("--top-k", type=int, default=2)
-    shape.add_argument("--intermediate-size", type=int, default=64, help="of one expert")
+    shape.add_argument("--intermediate-size", type=int, default=48, help="of one expert")
     shape.add_argument("--context", type=int, default=1024, help="tokens")
     return parser.parse_args(argv)
 
