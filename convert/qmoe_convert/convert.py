@@ -244,6 +244,8 @@ def convert(
         return report
 
     try:
+        if not resume:
+            _remove(partial)
         with _single_threaded_torch():
             job = _Job(folder, source_name, partial, plan, tensors, options, progress)
             job.write_shards()

@@ -434,9 +434,9 @@ def _build_meta_model(config: Any, folder: Path, tensors: Mapping[str, StoredTen
         with torch.device("meta"):
             # The class whose checkpoint it is comes before one that would load a part of it.
             for name in getattr(config, "architectures", None) or ():
-                cls: Any = getattr(transformers, name, None)
-                if inspect.isclass(cls) and issubclass(cls, transformers.PreTrainedModel):
-                    return cls._from_config(config, dtype=dtype)
+                found: Any = getattr(transformers, name, None)
+                if _is_model_class(found):
+                    return found._from_config(config, dtype=dtype)
             for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
                 if type(config) in auto._model_mapping:
                     return auto.from_config(config, dtype=dtype, trust_remote_code=False)
@@ -448,6 +448,10 @@ def _build_meta_model(config: Any, folder: Path, tensors: Mapping[str, StoredTen
         f"{folder / 'config.json'}: no class of transformers {transformers.__version__} generates "
         f"text with model type {config.model_type!r}"
     )
+
+
+def _is_model_class(found: Any) -> bool:
+    return inspect.isclass(found) and issubclass(found, transformers.PreTrainedModel)
 
 
 def _dequantizer(config: Any, folder: Path) -> Any:
@@ -498,7 +502,7 @@ class _Decompress(ConversionOps):
         self.hf_quantizer = hf_quantizer
 
     def convert(
-        self, input_dict: dict[str, Any], full_layer_name: str, model: Any, **_: Any
+        self, input_dict: dict[str, Any], full_layer_name: str, model: Any, **unused: Any
     ) -> dict[str, list[torch.Tensor]]:
         from compressed_tensors.compressors import BaseCompressor
 
@@ -512,10 +516,11 @@ class _Decompress(ConversionOps):
             stems[stem][leaf.rstrip("$")] = tensors
         converted = {}
         for stem, leaves in stems.items():
-            experts = [dict(zip(leaves, each)) for each in zip(*leaves.values(), strict=True)]
-            converted[f"{stem}.weight"] = [
-                compressor.decompress(expert, scheme)["weight"].to(dtype) for expert in experts
-            ]
+            dequantized = []
+            for stored in zip(*leaves.values(), strict=True):
+                state = dict(zip(leaves, stored, strict=True))
+                dequantized.append(compressor.decompress(state, scheme)["weight"].to(dtype))
+            converted[f"{stem}.weight"] = dequantized
         return converted
 
 

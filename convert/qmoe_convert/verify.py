@@ -136,7 +136,7 @@ def first_wrong_row(
         if relative:
             e.sub_(w.abs_().mul_(relative * SLACK))
         # NaN compares false with everything, so ask for what is right.
-        right = e.amax(1) <= absolute * SLACK * scale[rows]
+        right = (e.amax(1) <= absolute * SLACK * scale[rows]) & scale[rows].isfinite()
         if not right.all():
             return start + int((~right).nonzero()[0])
     return None

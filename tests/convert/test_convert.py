@@ -1,0 +1,750 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import qmoe_convert.convert as convert_module
+from qmoe.format import MANIFEST_NAME, Manifest
+from qmoe.layout import find_experts
+from qmoe_convert.convert import ConversionError, convert, with_quantization_config
+from qmoe_convert.shards import ShardWriter, open_checkpoint, read_header, sha256_of
+from qmoe_kernels.quantization import LARGEST, STORAGE_DTYPE, quantize
+
+from .conftest import FAMILIES, PER_EXPERT, build, contents, load, rewrite
+
+Source = Callable[..., Path]
+Run = Callable[..., Any]
+ROOT = Path(__file__).parents[2]
+
+
+def quantize_plainly(weight: torch.Tensor, weights: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The format's definition, without blocks, threads or our own quantization."""
+    scale = weight.float().abs().amax(-1) / LARGEST[weights]
+    scaled = weight.float() / scale.unsqueeze(-1)
+    scaled = scaled.round() if weights == "int8" else scaled
+    return scaled.to(STORAGE_DTYPE[weights]), scale
+
+
+def equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Same dtype, shape and bits."""
+    same = a.dtype == b.dtype and a.shape == b.shape
+    return same and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+class TestValues:
+    @pytest.mark.parametrize("weights", ["int8", "fp8"])
+    @pytest.mark.parametrize("family", PER_EXPERT)
+    def test_compressed_tensors(self, family: str, weights: str, source: Source, run: Run) -> None:
+        folder = source(family)
+        report, out = run(folder, weights=weights)
+        assert report.format == "compressed-tensors"
+        before, after = load(folder), load(out)
+        num_quantized = 0
+        for name, tensor in before.items():
+            if f"{name}_scale" in after:
+                q, scale = quantize_plainly(tensor, weights)
+                assert equal(after.pop(name), q)
+                assert equal(after.pop(f"{name}_scale"), scale.unsqueeze(-1))
+                num_quantized += 1
+            elif name in after:
+                assert equal(after.pop(name), tensor)
+            else:  # LongCat's rows for experts that return their input
+                assert family == "longcat_flash" and ".experts." in name
+        assert not after
+        layouts = find_experts(build(family)).values()
+        assert num_quantized == sum((2 + layout.gated) * layout.num_experts for layout in layouts)
+
+    @pytest.mark.parametrize("weights", ["int8", "fp8"])
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_qmoe(self, family: str, weights: str, source: Source, run: Run) -> None:
+        folder = source(family)
+        report, out = run(folder, weights=weights, format="qmoe")
+        assert report.format == "qmoe"
+        before, after = load(folder), load(out)
+        model = build(family)
+        for module, layout in find_experts(model).items():
+            for name in layout.sources:
+                parameters = [
+                    model.get_submodule(module).get_parameter(p).detach()
+                    for p in layout.sources[name]
+                ]
+                canonical = layout.canonical(name, parameters)
+                if name in layout.biases:
+                    assert equal(after.pop(f"{module}.{name}"), canonical)
+                    before.pop(f"{module}.{name}")
+                    continue
+                q, scale = quantize_plainly(canonical, weights)
+                assert equal(after.pop(f"{module}.{name}_q"), q)
+                assert equal(after.pop(f"{module}.{name}_scale"), scale)
+        assert after  # everything else is as it was
+        for name, tensor in after.items():
+            assert equal(tensor, before[name])
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+    def test_other_source_dtypes(self, dtype: torch.dtype, source: Source, run: Run) -> None:
+        folder = source(dtype=dtype)
+        _, out = run(folder)
+        name = "model.layers.1.mlp.experts.2.down_proj.weight"
+        q, _ = quantize_plainly(load(folder)[name], "int8")
+        after = load(out)
+        assert equal(after[name], q) and after["lm_head.weight"].dtype == dtype
+
+    def test_a_zero_row(self, source: Source, run: Run) -> None:
+        folder = source()
+        tensors = load(folder)
+        name = "model.layers.0.mlp.experts.0.up_proj.weight"
+        tensors[name][3] = 0
+        rewrite(folder, tensors)
+        report, out = run(folder)
+        after = load(out)
+        assert after[name][3].eq(0).all() and after[f"{name}_scale"][3] > 0
+        assert report.verified
+
+
+class TestLayout:
+    def test_an_experts_weights_are_one_contiguous_read(self, qwen3_folder: Path, run: Run) -> None:
+        _, out = run(qwen3_folder, max_shard_size="60kB")
+        tensors = open_checkpoint(out)
+        for layer in range(2):
+            for expert in range(4):
+                at = f"model.layers.{layer}.mlp.experts.{expert}"
+                gate, up, down = (tensors[f"{at}.{p}_proj.weight"] for p in ("gate", "up", "down"))
+                assert gate.file == up.file == down.file
+                assert up.offset == gate.offset + gate.nbytes
+                assert down.offset == up.offset + up.nbytes
+                assert tensors[f"{at}.down_proj.weight_scale"].file == gate.file
+
+    @pytest.mark.parametrize("max_shard_size", ["20kB", "50kB", "5GB"])
+    def test_shards_and_index(self, max_shard_size: str, source: Source, run: Run) -> None:
+        report, out = run(source(), max_shard_size=max_shard_size)
+        files = sorted(out.glob("*.safetensors"))
+        assert [f.name for f in files] == list(report.shards)
+        assert [f.stat().st_size for f in files] == list(report.shards.values())
+        tensors = {n: t for f in files for n, t in read_header(f).items()}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        if max_shard_size == "5GB":
+            assert [f.name for f in files] == ["model.safetensors"]
+            assert not (out / "model.safetensors.index.json").exists()
+        else:
+            count = len(files)
+            assert files[0].name == f"model-00001-of-{count:05}.safetensors" and count > 2
+            index = json.loads((out / "model.safetensors.index.json").read_text())
+            assert index["metadata"]["total_size"] == total
+            assert index["weight_map"] == {n: t.file.name for n, t in tensors.items()}
+
+    def test_odd_sizes_stay_aligned(self, source: Source, run: Run) -> None:
+        """Expert weights of odd bytes come before fp32 scales; every reader wants those aligned."""
+        folder = source(hidden_size=63, moe_intermediate_size=13, num_experts=3)
+        _, out = run(folder)
+        for tensor in open_checkpoint(out).values():
+            assert tensor.offset % tensor.torch_dtype.itemsize == 0
+        assert load(out)
+
+    def test_small_files(self, source: Source, run: Run) -> None:
+        folder = source()
+        kept = {
+            "tokenizer.json": b"{}",
+            "chat_template.jinja": b"{{ x }}",
+            "vocab.txt": b"a",
+            "tokenizer.model": b"\x00\x01",
+            "additional_chat_templates/tool.jinja": b"{{ y }}",
+            "README.md": b"# model",
+            "LICENSE": b"free",
+        }
+        dropped = [
+            "evil.py",
+            "training_args.bin",
+            "state.pt",
+            ".gitattributes",
+            "x.pkl",
+            "old.index.json",
+        ]
+        for name, data in kept.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(data)
+        for name in dropped:
+            (folder / name).write_bytes(b"x")
+        _, out = run(folder)
+        after = contents(out)
+        for name, data in kept.items():
+            assert after[name] == data
+        assert after["generation_config.json"] == (folder / "generation_config.json").read_bytes()
+        assert not set(dropped) & set(after)
+        ours = {"config.json", "model.safetensors", "generation_config.json", MANIFEST_NAME}
+        assert set(after) == {*kept, *ours}
+
+    def test_manifest(self, qwen3_folder: Path, run: Run) -> None:
+        report, out = run(qwen3_folder, weights="fp8", max_shard_size="60kB")
+        manifest = Manifest.read(out)
+        assert (manifest.weights, manifest.format) == ("fp8", "compressed-tensors")
+        assert manifest.source == "source"  # a name, not a path of this machine
+        for name, shard in manifest.shards.items():
+            assert shard.sha256 == sha256_of(out / name)
+            assert shard.bytes == (out / name).stat().st_size
+        assert manifest.errors == report.errors
+        assert set(manifest.errors) == {f"model.layers.{i}.mlp.experts" for i in range(2)}
+
+
+class TestConfig:
+    def test_the_source_stays_verbatim(self) -> None:
+        text = '{\n  "b": 1e-06,\n\t"a": [1,2],\n  "big": 10000000000000000000000.0\n}\n'
+        result = with_quantization_config(text, {"quant_method": "qmoe"})
+        assert result.startswith(text.rstrip()[:-1].rstrip() + ",\n")
+        assert json.loads(result) == {
+            **json.loads(text),
+            "quantization_config": {"quant_method": "qmoe"},
+        }
+
+    def test_an_older_one_is_replaced_in_place(self) -> None:
+        text = '{"a": 1, "quantization_config": {"quant_method": "fp8"}, "z": 2}'
+        result = json.loads(with_quantization_config(text, {"quant_method": "qmoe"}))
+        assert list(result) == ["a", "quantization_config", "z"]
+        assert result["quantization_config"] == {"quant_method": "qmoe"}
+
+    def test_every_linear_left_in_16_bit_is_named(self, source: Source, run: Run) -> None:
+        _, out = run(source(), ignore=[r"layers\.0\."])
+        config = json.loads((out / "config.json").read_text())["quantization_config"]
+        assert config["quant_method"] == "compressed-tensors"
+        after = load(out)
+        expected = {
+            name.removesuffix(".weight")
+            for name, tensor in after.items()
+            if tensor.ndim == 2 and name.endswith(".weight") and tensor.dtype == torch.bfloat16
+        }
+        assert set(config["ignore"]) == expected - {"model.embed_tokens"}
+        assert "model.layers.0.mlp.experts.0.up_proj" in config["ignore"]
+        assert "model.layers.1.mlp.gate" in config["ignore"]
+
+    def test_modules_that_stay(self, source: Source, run: Run) -> None:
+        report, out = run(source("gpt_oss"), ignore=[r"layers\.1\."])
+        config = json.loads((out / "config.json").read_text())["quantization_config"]
+        assert config["modules_to_not_convert"] == ["model.layers.1.mlp.experts"]
+        assert report.skipped_modules == ["model.layers.1.mlp.experts"]
+        assert "model.layers.1.mlp.experts.gate_up_proj" in load(out)
+
+
+class TestReport:
+    def test_numbers(self, source: Source, run: Run) -> None:
+        folder = source()
+        report, out = run(folder)
+        before, after = load(folder), load(out)
+        assert report.source_bytes == sum(t.nbytes for t in before.values())
+        assert report.output_bytes == sum(f.stat().st_size for f in out.glob("*.safetensors"))
+        scales = [t for n, t in after.items() if n.endswith("_scale")]
+        quantized = [t for t in after.values() if t.dtype == torch.int8]
+        num_weights = sum(t.numel() for t in quantized)
+        assert report.bits_per_weight == 8 * (1 + sum(t.nbytes for t in scales) / num_weights)
+        at = "model.layers.1.mlp.experts"
+        error = norm = 0.0
+        for expert in range(4):
+            name = f"{at}.{expert}.down_proj.weight"
+            dequantized = after[name].double() * after[f"{name}_scale"].double()
+            error += float((dequantized - before[name].double()).square().sum())
+            norm += float(before[name].double().square().sum())
+        assert report.errors[at]["down_proj"] == pytest.approx((error / norm) ** 0.5, rel=1e-4)
+        values = sorted(e for errors in report.errors.values() for e in errors.values())
+        assert report.worst_error[1] == values[-1]
+        assert report.median_error == pytest.approx((values[1] + values[2]) / 2)
+        assert json.loads(json.dumps(report.to_dict()))["worst_error"]["error"] == values[-1]
+
+    def test_dry_run_reads_headers_only(
+        self, source: Source, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = source(max_shard_size="100kB")
+        # Nothing but the headers is there to be read.
+        for file in folder.glob("*.safetensors"):
+            size, header = file.stat().st_size, file.read_bytes()
+            length = 8 + int.from_bytes(header[:8], "little")
+            file.write_bytes(header[:length])
+            os.truncate(file, size)
+        report, out = run(folder, dry_run=True, max_shard_size="60kB")
+        assert not out.exists() and not out.with_name("out.partial").exists()
+        assert report.errors == {} and report.peak_memory_bytes > 0
+        monkeypatch.setattr(convert_module, "quantize_with_squares", None)
+        assert sum(report.shards.values()) == report.output_bytes
+
+    def test_the_plan_is_what_is_written(self, qwen3_folder: Path, run: Run) -> None:
+        planned, _ = run(qwen3_folder, dry_run=True, max_shard_size="60kB")
+        done, _ = run(qwen3_folder, max_shard_size="60kB")
+        assert planned.shards == done.shards
+
+    def test_progress(self, qwen3_folder: Path, run: Run) -> None:
+        calls: list[tuple[str, int, int]] = []
+        run(qwen3_folder, progress=lambda *call: calls.append(call))
+        for stage in ("convert", "verify"):
+            done = [d for s, d, _ in calls if s == stage]
+            assert done == sorted(done)
+            assert (stage, done[-1], done[-1]) in calls
+
+
+class TestQuantizedInputs:
+    """The source's dequantized values, quantized again; its dense layers come back to 16 bit."""
+
+    def check(self, folder: Path, dense: dict[str, torch.Tensor], run: Run) -> None:
+        report, out = run(folder)
+        assert report.format == "compressed-tensors"
+        assert any("quantizing twice" in warning for warning in report.warnings)
+        after = load(out)
+        assert report.num_dequantized == sum("proj" in n and "experts" not in n for n in dense)
+        for name, tensor in dense.items():
+            if ".experts." in name:
+                q, scale = quantize(tensor, "int8")
+                assert equal(after.pop(name), q)
+                assert equal(after.pop(f"{name}_scale"), scale.unsqueeze(-1))
+            else:
+                assert equal(after.pop(name), tensor)
+        assert not after
+        # Layers that --ignore keeps come back to 16 bit too.
+        report, out = run(folder, name="partly", ignore=[r"layers\.0\."], format="qmoe")
+        after = load(out)
+        for name, tensor in dense.items():
+            if "layers.0." in name:
+                assert equal(after[name], tensor)
+
+    def test_fp8_blocks(self, source: Source, run: Run) -> None:
+        folder, block = source(), 16
+        stored, dense = {}, {}
+        for name, tensor in load(folder).items():
+            stored[name] = dense[name] = tensor
+            if "proj" in name:
+                rows, columns = tensor.shape
+                tiles = tensor.float().reshape(rows // block, block, columns // block, block)
+                scale = tiles.abs().amax((1, 3), keepdim=True) / 448
+                q = (tiles / scale).to(torch.float8_e4m3fn)
+                stored[name] = q.reshape(rows, columns)
+                stored[f"{name}_scale_inv"] = scale[:, 0, :, 0].contiguous()
+                dense[name] = (q.float() * scale).reshape(rows, columns).bfloat16()
+        quantization = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+        rewrite(folder, stored, quantization_config=quantization | {"weight_block_size": [16, 16]})
+        self.check(folder, dense, run)
+
+    @pytest.mark.parametrize("kind", ["fp8", "int8", "int4"])
+    def test_compressed_tensors(self, kind: str, source: Source, run: Run) -> None:
+        pytest.importorskip("compressed_tensors")
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.quantization import QuantizationConfig
+
+        weights = {"symmetric": True, "dynamic": False, "num_bits": 4 if kind == "int4" else 8}
+        weights["type"] = "float" if kind == "fp8" else "int"
+        weights |= (
+            {"strategy": "group", "group_size": 16} if kind == "int4" else {"strategy": "channel"}
+        )
+        format = {"fp8": "float-quantized", "int8": "int-quantized", "int4": "pack-quantized"}[kind]
+        quantization = {
+            "quant_method": "compressed-tensors",
+            "format": format,
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+            "ignore": ["lm_head"],
+        }
+        scheme = QuantizationConfig.model_validate(quantization).config_groups["group_0"]
+        compressor = BaseCompressor.get_value_from_registry(format)
+        folder = source()
+        stored, dense = {}, {}
+        for name, tensor in load(folder).items():
+            if "proj" not in name:
+                stored[name] = dense[name] = tensor
+                continue
+            if kind == "int4":
+                groups = tensor.float().reshape(tensor.shape[0], -1, 16)
+                scale = (groups.abs().amax(-1) / 7).bfloat16()
+                state = compressor.compress({"weight": tensor, "weight_scale": scale}, scheme)
+                dense[name] = compressor.decompress(state, scheme)["weight"].bfloat16()
+            else:
+                q, scale = quantize(tensor, kind)
+                state = {"weight": q, "weight_scale": scale.unsqueeze(-1)}
+                dense[name] = (q.float() * scale.unsqueeze(-1)).bfloat16()
+            for leaf, value in state.items():
+                stored[name.removesuffix("weight") + leaf] = value.contiguous()
+        rewrite(folder, stored, quantization_config=quantization)
+        self.check(folder, dense, run)
+
+    def test_mxfp4(self, source: Source, run: Run) -> None:
+        from transformers import AutoModelForCausalLM, Mxfp4Config
+
+        folder = source("gpt_oss", intermediate_size=64)
+        generator = torch.Generator().manual_seed(0)
+        stored = {}
+        for name, tensor in load(folder).items():
+            stored[name] = tensor
+            if name.endswith(("gate_up_proj", "down_proj")):
+                del stored[name]
+                experts, columns, rows = tensor.shape
+                size = (experts, rows, columns // 32)
+                stored[f"{name}_blocks"] = torch.randint(
+                    256, (*size, 16), dtype=torch.uint8, generator=generator
+                )
+                stored[f"{name}_scales"] = torch.randint(
+                    118, 126, size, dtype=torch.uint8, generator=generator
+                )
+        rewrite(folder, stored, quantization_config={"quant_method": "mxfp4"})
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=Mxfp4Config(dequantize=True), dtype=torch.bfloat16
+        )
+        report, out = run(folder, ignore=[r"layers\.0\."])
+        assert any("mxfp4" in warning for warning in report.warnings)
+        after = load(out)
+        layouts = find_experts(model)
+        kept, quantized = (model.get_submodule(name) for name in layouts)
+        at = "model.layers.0.mlp.experts"
+        assert equal(after[f"{at}.gate_up_proj"], kept.gate_up_proj.detach())
+        assert equal(after[f"{at}.down_proj_bias"], kept.down_proj_bias.detach())
+        layout = layouts["model.layers.1.mlp.experts"]
+        for name in layout.projections:
+            canonical = layout.canonical(name, [quantized.get_parameter(name).detach()])
+            q, scale = quantize(canonical, "int8")
+            assert equal(after[f"model.layers.1.mlp.experts.{name}_q"], q)
+            assert equal(after[f"model.layers.1.mlp.experts.{name}_scale"], scale)
+
+
+class TestRefused:
+    def expect(self, folder: Path, out: Path, message: str, **options: Any) -> None:
+        with pytest.raises(ConversionError, match=message) as error:
+            convert(folder, out, **options)
+        assert "\n" not in str(error.value)
+        assert not out.exists()
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+    @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+    def test_nan_and_infinity(
+        self, bad: float, family: str, source: Source, tmp_path: Path
+    ) -> None:
+        folder = source(family)
+        tensors = load(folder)
+        if family == "qwen3_moe":
+            tensors["model.layers.1.mlp.experts.2.up_proj.weight"][5, 7] = bad
+            where = r"model\.layers\.1\.mlp\.experts\.2\.up_proj\.weight, expert 2, row 5"
+        else:  # interleaved: column 10 is row 5 of the gate
+            tensors["model.layers.1.mlp.experts.gate_up_proj"][2, 7, 10] = bad
+            where = r"model\.layers\.1\.mlp\.experts\.gate_up_proj, expert 2, row 5"
+        rewrite(folder, tensors)
+        kind = "NaN" if bad != bad else "infinity"
+        self.expect(folder, tmp_path / "out", f"{kind} in {where}")
+        assert not (tmp_path / "out.partial").exists()
+
+    def test_compressed_tensors_for_fused_experts(self, source: Source, tmp_path: Path) -> None:
+        folder = source("granitemoe")
+        message = "compressed-tensors cannot hold it; use --format qmoe"
+        self.expect(folder, tmp_path / "out", message, format="compressed-tensors")
+
+    def test_ignoring_everything(self, source: Source, tmp_path: Path) -> None:
+        self.expect(source(), tmp_path / "out", "leaves nothing to quantize", ignore=["experts"])
+
+    def test_ignoring_half_of_what_is_stored_together(self, source: Source, tmp_path: Path) -> None:
+        folder = source("ernie4_5_vl_moe")
+        self.expect(folder, tmp_path / "out", "ignore both or neither", ignore=["text_moe"])
+
+    def test_integer_experts_without_a_quantization_config(
+        self, source: Source, tmp_path: Path
+    ) -> None:
+        folder = source()
+        tensors = load(folder)
+        for name in tensors:
+            if ".experts." in name:
+                tensors[name] = tensors[name].mul(100).to(torch.int8)
+        rewrite(folder, tensors)
+        self.expect(folder, tmp_path / "out", r"is I8; expert weights must be BF16, F16 or F32")
+
+    def test_no_such_model(self, tmp_path: Path, source: Source) -> None:
+        out = tmp_path / "out"
+        self.expect(tmp_path / "nowhere", out, "no such folder")
+        self.expect(source() / "config.json", out, "a file; give the folder")
+        with pytest.raises(ConversionError, match="no such folder"):
+            convert("just-a-name", out)
+
+    def test_existing_output(self, qwen3_folder: Path, tmp_path: Path) -> None:
+        out = tmp_path / "out"
+        out.mkdir()
+        (out / "precious").write_text("x")
+        with pytest.raises(FileExistsError, match="choose another folder or use --overwrite"):
+            convert(qwen3_folder, out)
+        assert (out / "precious").exists()
+        convert(qwen3_folder, out, overwrite=True)
+        assert not (out / "precious").exists() and (out / "config.json").exists()
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+    def test_the_source_is_never_replaced(self, source: Source) -> None:
+        folder = source()
+        for out in (folder, folder.parent):
+            with pytest.raises(ConversionError, match="would replace the checkpoint"):
+                convert(folder, out, overwrite=True)
+        assert load(folder)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"weights": "int4"}, "weights='int4'; int8, fp8 work"),
+            ({"format": "gguf"}, "auto, compressed-tensors, qmoe work"),
+            ({"device": "tpu"}, "auto, cpu, cuda work"),
+            ({"workers": 0}, "at least 1 is needed"),
+            ({"ignore": ["("]}, "is not a regular expression"),
+            ({"max_shard_size": "huge"}, "is not a size"),
+            ({"resume": True, "overwrite": True}, "exclude each other"),
+        ],
+    )
+    def test_options(
+        self, qwen3_folder: Path, tmp_path: Path, options: dict[str, Any], message: str
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            convert(qwen3_folder, tmp_path / "out", **options)
+        assert not list(tmp_path.iterdir())
+
+
+class TestFailures:
+    """The disk, permissions, signals: OUT stays absent, and what can be gone on with is kept."""
+
+    def test_disk_full_beforehand(
+        self, qwen3_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        usage = type("usage", (), {"free": 1000})()
+        monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(
+            ConversionError, match=r"out\.partial: .* are needed, 1\.00 kB are free"
+        ):
+            convert(qwen3_folder, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_disk_full_on_the_way(
+        self, qwen3_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        out = tmp_path / "out"
+        undisturbed = tmp_path / "undisturbed"
+        convert(qwen3_folder, undisturbed, max_shard_size="60kB")
+        write = ShardWriter.write
+
+        def fail(self: ShardWriter, data: Any) -> None:
+            if "model-00002" in self.file.name:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            write(self, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ShardWriter, "write", fail)
+            with pytest.raises(ConversionError, match=r"model-00002.*the disk is full.*--resume"):
+                convert(qwen3_folder, out, max_shard_size="60kB")
+        assert not out.exists()
+        convert(qwen3_folder, out, max_shard_size="60kB", resume=True)
+        assert contents(out) == contents(undisturbed)
+
+    def test_no_permission(
+        self, qwen3_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(path: Path, *args: Any, **kwargs: Any) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        monkeypatch.setattr(Path, "mkdir", refuse)
+        with pytest.raises(ConversionError, match=r"out\.partial: no permission"):
+            convert(qwen3_folder, tmp_path / "out")
+
+    def test_no_folder_to_write_to(self, qwen3_folder: Path, tmp_path: Path) -> None:
+        with pytest.raises(ConversionError, match="no such folder; create it first"):
+            convert(qwen3_folder, tmp_path / "a" / "out")
+
+
+class TestResume:
+    def test_after_a_kill_the_result_is_the_same_to_the_byte(
+        self, qwen3_folder: Path, tmp_path: Path
+    ) -> None:
+        """SIGKILL in the middle of a shard; the shards before it are not written again."""
+        undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
+        convert(qwen3_folder, undisturbed, max_shard_size="30kB")
+        script = f"""
+            import os, signal
+            from pathlib import Path
+            from qmoe_convert.convert import convert
+
+            def kill(stage, done, total):
+                if len(list(Path({str(out)!r} + ".partial").glob("*.safetensors"))) == 4:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            convert({str(qwen3_folder)!r}, {str(out)!r}, max_shard_size="30kB", progress=kill)
+        """
+        paths = os.pathsep.join(str(ROOT / p) for p in (".", "kernels", "convert"))
+        killed = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(script)],
+            env={**os.environ, "PYTHONPATH": paths},
+            check=False,
+        )
+        assert killed.returncode == -signal.SIGKILL
+        assert not out.exists()
+        partial = tmp_path / "out.partial"
+        whole = {p.name: p.stat().st_ino for p in partial.glob("*.safetensors")}
+        assert len(whole) == 4 and list(partial.glob("*.safetensors.partial"))
+
+        with pytest.raises(FileExistsError, match=r"out\.partial is left.*--resume.*--overwrite"):
+            convert(qwen3_folder, out, max_shard_size="30kB")
+        convert(qwen3_folder, out, max_shard_size="30kB", resume=True)
+        assert not partial.exists()
+        assert contents(out) == contents(undisturbed)
+        journaled = [n for n, inode in whole.items() if (out / n).stat().st_ino == inode]
+        assert len(journaled) >= 3  # the fourth may have been killed before its entry
+
+    @pytest.mark.parametrize("change", ["options", "source"])
+    def test_another_source_or_other_options(
+        self, source: Source, tmp_path: Path, change: str
+    ) -> None:
+        folder, out = source(), tmp_path / "out"
+
+        def interrupt(stage: str, done: int, total: int) -> None:
+            if done > total / 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            convert(folder, out, max_shard_size="30kB", progress=interrupt)
+        options = {"weights": "fp8"} if change == "options" else {}
+        if change == "source":
+            os.utime(next(folder.glob("*.safetensors")), ns=(0, 0))
+        with pytest.raises(ConversionError, match="another source or with other options"):
+            convert(folder, out, max_shard_size="30kB", resume=True, **options)
+        assert (tmp_path / "out.partial").exists()
+        convert(folder, out, max_shard_size="30kB", overwrite=True, **options)
+
+    def test_a_shard_that_shrank_is_written_again(self, source: Source, tmp_path: Path) -> None:
+        folder, out = source(), tmp_path / "out"
+
+        def interrupt(stage: str, done: int, total: int) -> None:
+            if done > total / 2:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            convert(folder, out, max_shard_size="30kB", progress=interrupt)
+        first = min((tmp_path / "out.partial").glob("*.safetensors"))
+        first.write_bytes(first.read_bytes()[:100])
+        assert convert(folder, out, max_shard_size="30kB", resume=True).verified
+
+    def test_nothing_to_resume_is_a_fresh_run(self, qwen3_folder: Path, tmp_path: Path) -> None:
+        assert convert(qwen3_folder, tmp_path / "out", resume=True).verified
+
+
+class TestWorkers:
+    @pytest.mark.parametrize("workers", [1, 2, 7])
+    def test_their_number_changes_no_byte(self, qwen3_folder: Path, run: Run, workers: int) -> None:
+        run(qwen3_folder, name="reference", max_shard_size="60kB")
+        _, out = run(qwen3_folder, workers=workers, max_shard_size="60kB")
+        assert contents(out) == contents(out.with_name("reference"))
+
+    def test_pieces_in_flight_are_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(convert_module, "IN_FLIGHT_BYTES", 100)
+        lock, held, peak = threading.Lock(), 0, 0
+
+        class Item:
+            def __init__(self, index: int, cost: int) -> None:
+                self.index, self.cost = index, cost
+
+        def work(item: Item) -> Item:
+            nonlocal held, peak
+            with lock:
+                held += item.cost
+                peak = max(peak, held)
+            return item
+
+        items = [Item(i, cost) for i, cost in enumerate([10, 90, 20, 250, 5, 5, 60, 60, 1] * 5)]
+        order = []
+        for item in convert_module._in_order(work, items, 3):
+            order.append(item.index)
+            with lock:
+                held -= item.cost
+        assert order == list(range(len(items)))
+        # What was just yielded is still held, and one item may exceed the bound by itself.
+        assert peak <= 250 + 100
+
+    def test_an_error_stops_the_others(self) -> None:
+        class Item:
+            cost = 1
+
+        def work(item: Item) -> None:
+            raise ValueError("bad piece")
+
+        results = convert_module._in_order(work, [Item() for _ in range(50)], 2)
+        with pytest.raises(ValueError, match="bad piece"):
+            next(results)
+        assert not [t for t in threading.enumerate() if t.name.startswith("qmoe-convert")]
+
+    def test_torch_threads_come_back(self, qwen3_folder: Path, run: Run) -> None:
+        before = torch.get_num_threads()
+        run(qwen3_folder)
+        assert torch.get_num_threads() == before
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+    @pytest.mark.parametrize("weights", ["int8", "fp8"])
+    def test_a_gpu_writes_the_same_bytes(self, qwen3_folder: Path, run: Run, weights: str) -> None:
+        _, cpu = run(qwen3_folder, name="cpu", weights=weights, device="cpu")
+        _, gpu = run(qwen3_folder, name="gpu", weights=weights, device="cuda")
+        assert contents(cpu) == contents(gpu)
+
+
+class TestHub:
+    def test_download_and_upload(
+        self, qwen3_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import huggingface_hub
+
+        asked: dict[str, Any] = {}
+
+        def download(repo: str, *, revision: str, allow_patterns: list[str]) -> str:
+            asked.update(repo=repo, revision=revision, patterns=allow_patterns)
+            return str(qwen3_folder)
+
+        class Api:
+            def create_repo(self, repo: str, exist_ok: bool) -> None:
+                asked["created"] = repo
+
+            def upload_folder(self, *, repo_id: str, folder_path: Path) -> None:
+                asked["uploaded"] = sorted(p.name for p in Path(folder_path).iterdir())
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+        out = tmp_path / "out"
+        convert("org/model", out, revision="v1", push_to_hub="me/model-int8")
+        assert (asked["repo"], asked["revision"]) == ("org/model", "v1")
+        assert "*.safetensors" in asked["patterns"]
+        assert not any(p.endswith((".bin", ".py", ".pt", "*")) for p in asked["patterns"])
+        assert asked["created"] == "me/model-int8"
+        assert "config.json" in asked["uploaded"] and MANIFEST_NAME in asked["uploaded"]
+        assert Manifest.read(out).source == "org/model"
+
+    def test_failures_are_one_line(
+        self, qwen3_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import huggingface_hub
+
+        def fail(*args: Any, **kwargs: Any) -> None:
+            raise OSError("404\nnot found")
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+        with pytest.raises(ConversionError, match=r"org/model: .* from the Hub: 404 not found"):
+            convert("org/model", tmp_path / "out")
+        monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", fail)
+        with pytest.raises(ConversionError, match=r"is complete, but uploading it .* failed"):
+            convert(qwen3_folder, tmp_path / "out", push_to_hub="me/model")
+        assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_single_huge_tensor_may_exceed_the_shard_size(source: Source, run: Run) -> None:
+    report, _ = run(source("granitemoe"), max_shard_size="1kB")
+    assert max(report.shards.values()) > 1000 and len(report.shards) > 5
+
+
+def test_a_checkpoint_of_one_expert(source: Source, run: Run) -> None:
+    report, _ = run(source(num_experts=1, num_experts_per_tok=1))
+    assert report.format == "compressed-tensors" and report.verified
+
+
+def test_extra_unused_file_is_not_a_shard(source: Source, run: Run) -> None:
+    folder = source()
+    save_file({"x": torch.ones(1)}, folder / "consolidated.safetensors")
+    _, out = run(folder)
+    assert not (out / "consolidated.safetensors").exists()

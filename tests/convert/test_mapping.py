@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qmoe.layout import find_experts
+from qmoe_convert.mapping import CheckpointMapping, MappingError, map_checkpoint
+from qmoe_convert.shards import Reader, open_checkpoint
+
+from .conftest import FAMILIES, PER_EXPERT, build, load, rewrite
+
+
+def mapping_of(folder: Path) -> CheckpointMapping:
+    return map_checkpoint(folder, open_checkpoint(folder))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_projection_is_read_as_transformers_loads_it(
+    family: str, source: Callable[..., Path]
+) -> None:
+    folder = source(family)
+    tensors = open_checkpoint(folder)
+    mapping, reader = map_checkpoint(folder, tensors), Reader(tensors)
+    model = build(family)
+    layouts = find_experts(model)
+    assert set(mapping.experts) == set(layouts)
+    claimed = set()
+    for module, layout in layouts.items():
+        experts = mapping.experts[module]
+        claimed.update(experts.source_names)
+        assert experts.stored_per_expert == (family in PER_EXPERT)
+        for name in layout.sources:
+            parameters = [
+                model.get_submodule(module).get_parameter(p).detach() for p in layout.sources[name]
+            ]
+            expected = layout.canonical(name, parameters)
+            projection = experts.projections[name]
+            assert torch.equal(projection.load(reader, 0, layout.num_experts), expected)
+            assert torch.equal(projection.load(reader, 1, 3), expected[1:3])
+            if family in PER_EXPERT:
+                parts = projection.load_parts(reader, 2)
+                assert torch.equal(torch.cat(parts), expected[2])
+    assert claimed.isdisjoint(mapping.others)
+
+
+def test_linear_layers_and_routers_by_the_checkpoints_names(source: Callable[..., Path]) -> None:
+    names = mapping_of(source("mixtral")).linear_names
+    attention = [f"model.layers.0.self_attn.{p}_proj" for p in "koqv"]
+    assert names[:2] == ["lm_head", "model.layers.0.block_sparse_moe.gate"]
+    assert [n for n in names if "layers.0.self_attn" in n] == attention
+    assert not any("norm" in n or "embed" in n or "experts" in n for n in names)
+
+
+def test_a_tied_head_is_a_linear_too(source: Callable[..., Path]) -> None:
+    folder = source("qwen3_moe", tie_word_embeddings=True)
+    assert "lm_head.weight" not in load(folder)
+    assert "lm_head" in mapping_of(folder).linear_names
+
+
+class TestRefused:
+    def expect(self, folder: Path, message: str) -> None:
+        with pytest.raises(MappingError, match=message) as error:
+            mapping_of(folder)
+        assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize("expert", [0, 2, 3])
+    def test_a_tensor_missing_for_one_expert(
+        self, source: Callable[..., Path], expert: int
+    ) -> None:
+        folder = source()
+        tensors = load(folder)
+        name = f"model.layers.1.mlp.experts.{expert}.up_proj.weight"
+        del tensors[name]
+        rewrite(folder, tensors)
+        self.expect(folder, rf"{name} is missing; 3 of 4 experts have that tensor")
+
+    def test_a_projection_missing_for_all(self, source: Callable[..., Path]) -> None:
+        folder = source()
+        rewrite(folder, {k: v for k, v in load(folder).items() if ".0.mlp.experts" not in k})
+        self.expect(folder, r"no tensor for model\.layers\.0\.mlp\.experts\.")
+
+    def test_gate_without_up(self, source: Callable[..., Path]) -> None:
+        folder = source()
+        rewrite(folder, {k: v for k, v in load(folder).items() if "up_proj" not in k})
+        self.expect(folder, r"no tensor of the checkpoint matches .*up_proj")
+
+    def test_more_experts_than_the_config_says(self, source: Callable[..., Path]) -> None:
+        folder = source()
+        rewrite(folder, load(folder), num_experts=3, num_local_experts=3)
+        self.expect(folder, r"experts\.3\.\w+\.weight: 4 experts in the checkpoint, 3 in config")
+
+    def test_an_unknown_tensor(self, source: Callable[..., Path]) -> None:
+        folder = source()
+        rewrite(folder, {**load(folder), "model.layers.0.mystery": torch.ones(2)})
+        self.expect(folder, r"has no place for model\.layers\.0\.mystery")
+
+    def test_a_dense_model(self, tmp_path: Path) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                             num_attention_heads=2, vocab_size=16)  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(tmp_path)
+        self.expect(tmp_path, "holds no experts")
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            ("", "not JSON"),
+            ("[]", "not JSON"),
+            ('{"model_type": "no_such"}', "does not know model type 'no_such'"),
+            ('{"model_type": "x", "auto_map": {"AutoConfig": "c.C"}}', "needs remote code"),
+            ('{"model_type": "qwen3_moe", "num_attention_heads": "many"}', "transformers cannot"),
+            ('{"model_type": "bert"}', "no class of transformers|holds no experts"),
+        ],
+    )
+    def test_configs(self, source: Callable[..., Path], config: str, message: str) -> None:
+        folder = source()
+        (folder / "config.json").write_text(config)
+        self.expect(folder, message)
+
+    def test_no_config(self, source: Callable[..., Path]) -> None:
+        folder = source()
+        (folder / "config.json").unlink()
+        self.expect(folder, r"config\.json: missing")
+
+    @pytest.mark.parametrize(
+        ("quantization", "message"),
+        [
+            ({"quant_method": "gptq", "bits": 4}, "quantized by 'gptq'"),
+            ({"quant_method": "qmoe", "weights": "int8"}, "was converted already"),
+        ],
+    )
+    def test_quantizations_without_a_way_back(
+        self, source: Callable[..., Path], quantization: dict[str, Any], message: str
+    ) -> None:
+        folder = source()
+        rewrite(folder, load(folder), quantization_config=quantization)
+        self.expect(folder, message)
+
+    def test_a_weight_of_another_shape(self, source: Callable[..., Path]) -> None:
+        folder = source()
+        tensors = load(folder)
+        name = "model.layers.0.mlp.experts.1.down_proj.weight"
+        tensors[name] = tensors[name][:, :8].contiguous()
+        rewrite(folder, tensors)
+        stored = open_checkpoint(folder)
+        projection = map_checkpoint(folder, stored).experts["model.layers.0.mlp.experts"]
+        with pytest.raises(MappingError, match=r"experts\.1\.down_proj\.weight: shape \[64, 8\]"):
+            projection.projections["down_proj"].load_parts(Reader(stored), 1)
+
+
+def test_what_transformers_ignores_is_kept(source: Callable[..., Path]) -> None:
+    """DeepSeek-V3 ships a layer for multi-token prediction that transformers does not use."""
+    folder = source("deepseek_v3")
+    extra = "model.layers.61.mlp.experts.0.gate_proj.weight"
+    rewrite(folder, {**load(folder), extra: torch.ones(4, 4)})
+    mapping = mapping_of(folder)
+    assert extra in mapping.others
+    assert extra.removesuffix(".weight") in mapping.linear_names
+    assert any(extra in warning for warning in mapping.warnings)
+
+
+def test_no_remote_code_runs(source: Callable[..., Path]) -> None:
+    folder = source()
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_evil.Evil"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "modeling_evil.py").write_text("raise SystemExit('executed')")
+    assert mapping_of(folder).model_class == "Qwen3MoeForCausalLM"

@@ -1,0 +1,241 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from qmoe_convert.shards import (
+    DTYPE_NAMES,
+    INDEX_NAME,
+    CheckpointError,
+    PlannedTensor,
+    Reader,
+    ShardWriter,
+    StoredTensor,
+    format_size,
+    header_bytes,
+    open_checkpoint,
+    parse_size,
+    read_header,
+    sha256_of,
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_file(
+        {"a": torch.arange(6).reshape(2, 3), "b": torch.ones(4)}, tmp_path / "one.safetensors"
+    )
+    save_file({"c": torch.zeros(3)}, tmp_path / "two.safetensors")
+    weight_map = {"a": "one.safetensors", "b": "one.safetensors", "c": "two.safetensors"}
+    (tmp_path / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+    return tmp_path
+
+
+class TestReading:
+    def test_headers_agree_with_safetensors(self, folder: Path) -> None:
+        tensors = open_checkpoint(folder)
+        reader = Reader(tensors)
+        assert set(tensors) == {"a", "b", "c"}
+        for name, tensor in tensors.items():
+            with safe_open(tensor.file, "pt") as file:
+                assert torch.equal(reader.read(name), file.get_tensor(name))
+
+    def test_rows(self, folder: Path) -> None:
+        reader = Reader(open_checkpoint(folder))
+        assert reader.read("a", slice(1, 2)).tolist() == [[3, 4, 5]]
+
+    def test_memory_is_used_again_only_after_reserve(self, folder: Path) -> None:
+        reader = Reader(open_checkpoint(folder))
+        reader.reserve(1024)
+        a, b = reader.read("a"), reader.read("b")
+        assert a.tolist() == [[0, 1, 2], [3, 4, 5]] and b.tolist() == [1, 1, 1, 1]
+        reader.reserve(1024)
+        assert reader.read("b").data_ptr() == a.data_ptr()
+
+    @pytest.mark.parametrize(
+        ("data", "message"),
+        [
+            (b"", "empty"),
+            (b"abc", "not a safetensors file"),
+            (b"\xff" * 100, "not a safetensors file"),
+            ((1000).to_bytes(8, "little") + b"{", "truncated inside its header"),
+            ((4).to_bytes(8, "little") + b"[1,2", "header cannot be read"),
+            ((4).to_bytes(8, "little") + b"[12]", "header cannot be read"),
+            ((8).to_bytes(8, "little") + b'{"a": 1}', "header cannot be read"),
+        ],
+    )
+    def test_files_that_are_no_safetensors(self, tmp_path: Path, data: bytes, message: str) -> None:
+        file = tmp_path / "broken.safetensors"
+        file.write_bytes(data)
+        with pytest.raises(CheckpointError, match=message) as error:
+            read_header(file)
+        assert str(file) in str(error.value)
+
+    @pytest.mark.parametrize(
+        "entry",
+        [
+            {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]},
+            {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]},
+            {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]},
+        ],
+    )
+    def test_sizes_that_do_not_add_up(self, tmp_path: Path, entry: dict[str, object]) -> None:
+        text = json.dumps({"a": entry}).encode()
+        file = tmp_path / "model.safetensors"
+        file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
+        with pytest.raises(CheckpointError, match="a, F32 of shape"):
+            read_header(file)
+
+    def test_truncated_data_name_the_tensor(self, folder: Path) -> None:
+        file = folder / "one.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
+        with pytest.raises(CheckpointError, match=r"one\.safetensors: truncated .* [ab] ends at"):
+            open_checkpoint(folder)
+
+    @settings(
+        max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    )
+    @given(st.data())
+    def test_damage_is_an_error_or_harmless(self, tmp_path: Path, data: st.DataObject) -> None:
+        file = tmp_path / "damaged.safetensors"
+        save_file({"x": torch.ones(3), "y": torch.ones(2, 2).bfloat16()}, file)
+        raw = bytearray(file.read_bytes())
+        for _ in range(data.draw(st.integers(1, 4))):
+            raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+        file.write_bytes(raw[: data.draw(st.integers(0, len(raw)))])
+        try:
+            tensors = read_header(file)
+        except CheckpointError:
+            return
+        for tensor in tensors.values():
+            assert tensor.offset + tensor.nbytes <= file.stat().st_size
+
+
+class TestOpening:
+    @pytest.mark.parametrize("name", ["/etc/passwd", "../one.safetensors", "a/../../b", "..\\x"])
+    def test_no_path_leaves_the_folder(self, folder: Path, name: str) -> None:
+        (folder / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(CheckpointError, match="outside its folder"):
+            open_checkpoint(folder)
+
+    def test_links_to_blobs_are_followed(self, folder: Path, tmp_path: Path) -> None:
+        (folder / "one.safetensors").rename(folder / "blob")
+        (folder / "one.safetensors").symlink_to("blob")
+        assert "a" in open_checkpoint(folder)
+
+    def test_missing_file(self, folder: Path) -> None:
+        (folder / "two.safetensors").unlink()
+        with pytest.raises(CheckpointError, match=r"two\.safetensors: missing"):
+            open_checkpoint(folder)
+
+    def test_promised_tensor(self, folder: Path) -> None:
+        (folder / INDEX_NAME).write_text(json.dumps({"weight_map": {"z": "one.safetensors"}}))
+        with pytest.raises(CheckpointError, match="lacks z"):
+            open_checkpoint(folder)
+
+    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": [1]}', "\x00"])
+    def test_broken_index(self, folder: Path, text: str) -> None:
+        (folder / INDEX_NAME).write_text(text)
+        with pytest.raises(CheckpointError, match="not an index"):
+            open_checkpoint(folder)
+
+    def test_pickles_are_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
+        with pytest.raises(CheckpointError, match="pickled weights are never loaded"):
+            open_checkpoint(tmp_path)
+        (tmp_path / INDEX_NAME).write_text('{"weight_map": {"a": "pytorch_model.bin"}}')
+        with pytest.raises(CheckpointError, match="pickled weights are never loaded"):
+            open_checkpoint(tmp_path)
+
+    def test_nothing(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="holds neither"):
+            open_checkpoint(tmp_path)
+
+
+class TestWriting:
+    @settings(
+        max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    )
+    @given(
+        st.integers(0, 40),
+        st.lists(st.tuples(st.sampled_from(["F32", "BF16", "I64"]), st.integers(0, 5)), max_size=5),
+    )
+    def test_every_reader_reads_it(
+        self, tmp_path: Path, leading: int, others: list[tuple[str, int]]
+    ) -> None:
+        """Whatever the bytes of one-byte items before them, wider items stay aligned."""
+        dtypes = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+        others.sort(key=lambda other: -dtypes[other[0]].itemsize)
+        expected = {"q": torch.randint(-9, 9, (leading,), dtype=torch.int8)}
+        planned = [PlannedTensor("q", "I8", (leading,), 0, leading)]
+        offset = leading
+        for i, (dtype, size) in enumerate(others):
+            tensor = torch.randint(-9, 9, (size, 3)).to(dtypes[dtype])
+            expected[f"t{i}"] = tensor
+            planned.append(PlannedTensor(f"t{i}", dtype, (size, 3), offset, tensor.nbytes))
+            offset += tensor.nbytes
+        header = header_bytes(planned, leading)
+        file = tmp_path / "model.safetensors"
+        writer = ShardWriter(file, len(header) + offset)
+        writer.write(header)
+        for name in expected:
+            writer.write(expected[name])
+        assert not file.exists() or file.stat().st_ino != writer.partial.stat().st_ino
+        assert writer.finish() == hashlib.sha256(file.read_bytes()).hexdigest() == sha256_of(file)
+        for name, tensor in load_file(file).items():
+            assert torch.equal(tensor, expected[name])
+        for name, stored in read_header(file).items():
+            assert stored.offset % expected[name].itemsize == 0
+
+    def test_a_file_has_its_name_only_when_whole(self, tmp_path: Path) -> None:
+        writer = ShardWriter(tmp_path / "x.safetensors", 4)
+        writer.write(b"ab")
+        writer.close()
+        assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors.partial"]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("5GB", 5e9), ("500 mb", 5e8), ("2GiB", 2**31), (7, 7), ("1.5kB", 1500), ("12", 12)],
+)
+def test_sizes(text: str | int, size: float) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "5 parsecs", "-1GB", "0", "1e9GB", "0.1"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a size"):
+        parse_size(text)
+
+
+def test_format_size() -> None:
+    sizes = [0, 999, 1000, 1.5e6, 2e9, 3e15]
+    assert [format_size(n) for n in sizes] == [
+        "0 B",
+        "999 B",
+        "1.00 kB",
+        "1.50 MB",
+        "2.00 GB",
+        "3000.00 TB",
+    ]
+
+
+def test_unknown_dtype_names_the_tensor() -> None:
+    tensor = StoredTensor("w", Path("f.safetensors"), "F4", (2,), 8, 1)
+    with pytest.raises(CheckpointError, match=r"f\.safetensors: w has dtype F4"):
+        _ = tensor.torch_dtype
+
+
+def test_hashing_is_over_all_chunks(tmp_path: Path) -> None:
+    data = random.Random(0).randbytes((1 << 22) + 17)
+    (tmp_path / "f").write_bytes(data)
+    assert sha256_of(tmp_path / "f") == hashlib.sha256(data).hexdigest()
