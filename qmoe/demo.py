@@ -22,8 +22,8 @@ from qmoe.loading import load
 SHIPPED_MODEL = Path(__file__).resolve().parent.parent / "examples" / "tiny-moe"
 HELD_OUT = "heldout.txt"
 PROMPTS = (
-    "def read_file(path):\n",
-    "class Queue:\n",
+    'def close(self):\n        """',
+    "try:\n    import ",
 )
 WINDOW = 512  # tokens
 MAX_TOKENS = 16384  # of the held-out text: enough for differences of 0.1 %, seconds on two cores
