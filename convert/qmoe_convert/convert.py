@@ -29,10 +29,21 @@ from typing import Any, TypeVar, cast
 import torch
 
 from qmoe.format import COMPRESSED_TENSORS, Manifest, Shard, compressed_tensors_config, qmoe_config
-from qmoe_convert.plan import Copy, Load, Piece, Plan, PlanError, Quantize, Weight, make_plan
+from qmoe_convert.plan import (
+    Copy,
+    Load,
+    Piece,
+    Plan,
+    PlanError,
+    Quantize,
+    Scales,
+    Weight,
+    make_plan,
+)
 from qmoe_convert.shards import (
     INDEX_NAME,
     PARTIAL_SUFFIX,
+    BufferPool,
     CheckpointError,
     Reader,
     ShardWriter,
@@ -43,7 +54,7 @@ from qmoe_convert.shards import (
     read_into,
 )
 from qmoe_convert.verify import VerificationError, verify_shard
-from qmoe_kernels.quantization import WeightFormat, quantize_with_squares
+from qmoe_kernels.quantization import STORAGE_DTYPE, WeightFormat, quantize_with_squares
 
 JOURNAL_NAME = "journal.json"
 FORMATS = ("auto", "compressed-tensors", "qmoe")
@@ -448,7 +459,9 @@ def _single_threaded_torch() -> Iterator[None]:
 class _Made:
     """What a worker made of a piece."""
 
-    chunks: list[torch.Tensor] = field(default_factory=list)
+    # its bytes, and the buffer that they lie in, to be used again once they are written
+    data: torch.Tensor | None = None
+    buffer: torch.Tensor | None = None
     scales: list[tuple[str, torch.Tensor]] = field(default_factory=list)
     # (module, projection, squared error, squared norm)
     squares: list[tuple[str, str, float, float]] = field(default_factory=list)
@@ -509,6 +522,7 @@ class _Job:
         self.plan, self.tensors, self.options = plan, tensors, options
         self.progress = progress or (lambda stage, done, total: None)
         self.reader = Reader(tensors)
+        self.buffers = BufferPool()
         self.journal = _Journal(partial, _fingerprint(plan, tensors, source_name))
 
     def write_shards(self) -> None:
@@ -537,13 +551,15 @@ class _Job:
                         writer.write(shard.header)
                         for piece in shard.pieces:
                             made = next(results)
-                            if isinstance(piece, Quantize | Copy | Load):
-                                for chunk in made.chunks:
-                                    writer.write(chunk)
-                            else:
+                            if isinstance(piece, Scales):
                                 writer.write(torch.cat(scales.pop(piece.name)))
+                            elif made.data is not None:
+                                writer.write(made.data)
+                            if made.buffer is not None:
+                                self.buffers.give(made.buffer)
                             for name, scale in made.scales:
-                                scales[name].append(scale)
+                                # A copy: what a worker allocated and we keep would pin its heap.
+                                scales[name].append(scale.clone())
                             for module, projection, error, norm in made.squares:
                                 squares[module, projection][0] += error
                                 squares[module, projection][1] += norm
@@ -640,28 +656,39 @@ class _Job:
         if isinstance(piece, Quantize):
             return self._quantize(piece)
         if isinstance(piece, Copy):
-            buffer = torch.empty(piece.source_bytes, dtype=torch.uint8)
-            read_into(piece.source.file, piece.source.offset + piece.start, buffer)
-            return _Made([buffer])
+            buffer = self.buffers.take(piece.source_bytes)
+            data = buffer[: piece.source_bytes]
+            read_into(piece.source.file, piece.source.offset + piece.start, data)
+            return _Made(data, buffer)
         if isinstance(piece, Load):
             self.reader.reserve(piece.source_bytes)
-            return _Made([piece.load(self.reader)])
+            return _Made(piece.load(self.reader))
         return _Made()
 
     def _quantize(self, piece: Quantize) -> _Made:
-        made = _Made()
         self.reader.reserve(piece.source_bytes)
-        for weight, tensor in zip(piece.weights, piece.load(self.reader), strict=True):
-            on_device = tensor.to(self.options.device)
+        tensors = piece.load(self.reader)
+        total = sum(tensor.numel() for tensor in tensors)
+        buffer = self.buffers.take(total)
+        made = _Made(buffer[:total], buffer)
+        device, weights = self.options.device, self.options.weights
+        offset = 0
+        for weight, tensor in zip(piece.weights, tensors, strict=True):
+            out = buffer[offset : offset + tensor.numel()]
+            out = out.view(STORAGE_DTYPE[weights]).view(tensor.shape)
+            offset += tensor.numel()
             try:
-                q, scale, error, norm = quantize_with_squares(on_device, self.options.weights)
+                if device.type == "cpu":
+                    _, scale, error, norm = quantize_with_squares(tensor, weights, out=out)
+                else:
+                    q, scale, error, norm = quantize_with_squares(tensor.to(device), weights)
+                    out.copy_(q)
             except ValueError:
                 raise _BadWeight(
                     f"{self.tensors[piece.source_names[0]].file.parent}: "
                     f"{_first_bad(weight, tensor)}; fix the checkpoint or keep its layer "
                     "in 16 bit with --ignore"
                 ) from None
-            made.chunks.append(q.cpu())
             made.scales.append((weight.scale_name, scale.cpu()))
             made.squares.append((weight.module, weight.projection, error, norm))
         return made

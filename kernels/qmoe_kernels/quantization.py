@@ -68,14 +68,19 @@ def quantize_with_error(
 
 
 def quantize_with_squares(
-    weight: torch.Tensor, weights: WeightFormat, *, name: str | None = None
+    weight: torch.Tensor,
+    weights: WeightFormat,
+    *,
+    name: str | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, float, float]:
     """Do what `quantize` does and return ``(q, scale, error, norm)``.
 
     ``error`` is ``|q * scale - weight|**2`` and ``norm`` is ``|weight|**2``, so that a weight
-    which comes in pieces has its relative error from their sums.
+    which comes in pieces has its relative error from their sums. ``out``, contiguous, is filled
+    and returned as ``q``.
     """
-    return _quantize(weight, weights, name, with_error=True)
+    return _quantize(weight, weights, name, with_error=True, out=out)
 
 
 def dequantize(
@@ -170,7 +175,12 @@ def _kind(tensor: torch.Tensor) -> str:
 
 
 def _quantize(
-    weight: torch.Tensor, weights: WeightFormat, name: str | None, *, with_error: bool
+    weight: torch.Tensor,
+    weights: WeightFormat,
+    name: str | None,
+    *,
+    with_error: bool,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, float, float]:
     if weights not in STORAGE_DTYPE:
         raise ValueError(f"unknown weight format {weights!r}; 'int8' and 'fp8' work")
@@ -181,7 +191,9 @@ def _quantize(
             "expected a float tensor (..., out_features, in_features)"
         )
     weight = weight.detach()
-    q = torch.empty(weight.shape, dtype=STORAGE_DTYPE[weights], device=weight.device)
+    q = out
+    if q is None:
+        q = torch.empty(weight.shape, dtype=STORAGE_DTYPE[weights], device=weight.device)
     scale = torch.empty(weight.shape[:-1], dtype=torch.float32, device=weight.device)
     if not weight.numel():
         return q, scale.fill_(SMALLEST_SCALE), 0.0, 0.0
