@@ -110,6 +110,15 @@ class _ExpertsQuantizer(HfQuantizer):
     quantization_config: Any
     pre_quantized: bool
 
+    def preprocess_model(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        super().preprocess_model(model, *args, **kwargs)
+        self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+
+    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> Any:
+        if not hasattr(HfQuantizer, "get_new_dtype"):
+            _cast_renamed(model, self.dtypes)
+        return super().postprocess_model(model, **kwargs)
+
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
 
@@ -448,6 +457,21 @@ def restore_experts(model: PreTrainedModel, dtype: torch.dtype | None = None) ->
 def quantized_modules(model: nn.Module) -> dict[str, QuantizedExperts]:
     """The quantized experts modules of ``model``, by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedExperts)}
+
+
+def _cast_renamed(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Give 16- and 32-bit parameters and buffers the dtype that was asked for.
+
+    Until transformers 5.21, a tensor of a quantized checkpoint that has another name in memory
+    keeps the dtype it has on disk.
+    """
+    kept = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(model.dtype)]
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        dtype = dtypes.get(name, tensor.dtype)
+        if tensor.is_meta or not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+            continue
+        if tensor.dtype != dtype and not any(re.search(pattern, name) for pattern in kept):
+            tensor.data = tensor.data.to(dtype)
 
 
 def _converts_experts(

@@ -78,7 +78,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "n_layers": 2,
             "vocab_size": 64,
             "max_seq_len": 64,
-            "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+            "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
             "ffn_config": {
                 "ffn_hidden_size": 32,
                 "moe_num_experts": 4,
