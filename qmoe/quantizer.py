@@ -113,6 +113,9 @@ class _ExpertsQuantizer(HfQuantizer):
     def preprocess_model(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         super().preprocess_model(model, *args, **kwargs)
         self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        for pattern, dtype in model._get_dtype_plan(kwargs.get("dtype")).items():
+            matches = re.compile(pattern.replace("*", ".*")).search
+            self.dtypes.update(dict.fromkeys(filter(matches, self.dtypes), dtype))
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         if not hasattr(HfQuantizer, "get_new_dtype"):
@@ -465,13 +468,11 @@ def _cast_renamed(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> 
     Until transformers 5.21, a tensor of a quantized checkpoint that has another name in memory
     keeps the dtype it has on disk.
     """
-    kept = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(model.dtype)]
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         dtype = dtypes.get(name, tensor.dtype)
         if tensor.is_meta or not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
             continue
-        if tensor.dtype != dtype and not any(re.search(pattern, name) for pattern in kept):
-            tensor.data = tensor.data.to(dtype)
+        tensor.data = tensor.data.to(dtype)
 
 
 def _converts_experts(
