@@ -135,8 +135,8 @@ def drop_from_cache(folder: Path) -> None:
         os.close(descriptor)
 
 
-# Runs a command from a process of its own: a child's maximum resident set starts at its parent's, and
-# ours holds torch.
+# Runs a command from a process of its own: a child inherits the maximum resident set of its parent,
+# and ours holds torch.
 MEASURE = """
 import json, resource, subprocess, sys, time
 start = time.monotonic()

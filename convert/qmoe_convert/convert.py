@@ -61,7 +61,7 @@ FORMATS = ("auto", "compressed-tensors", "qmoe")
 WEIGHTS = ("int8", "fp8")
 
 # Bytes of memory that pieces in flight may take; one is always let in.
-IN_FLIGHT_BYTES = 512 << 20
+IN_FLIGHT_BYTES = 256 << 20
 # What Python, torch and transformers take before the first piece is read.
 BASELINE_BYTES = 600 << 20
 
@@ -391,13 +391,20 @@ def _read_ahead(tensors: dict[str, StoredTensor]) -> None:
 def _publish(partial: Path, out: Path) -> None:
     """Give the finished folder its name; what stood there before goes only then."""
     (partial / JOURNAL_NAME).unlink(missing_ok=True)
+    for path in (*partial.rglob("*"), partial):
+        _sync(path)
     replaced = out.with_name(out.name + ".replaced")
     if out.exists() or out.is_symlink():
         _remove(replaced)
         out.rename(replaced)
     partial.rename(out)
     _remove(replaced)
-    descriptor = os.open(out.parent, os.O_RDONLY)
+    _sync(out.parent)
+
+
+def _sync(path: Path) -> None:
+    """Make a file's contents, or a folder's entries, survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

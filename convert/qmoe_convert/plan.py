@@ -35,7 +35,7 @@ from qmoe_convert.shards import (
 )
 
 # Bytes of source that one piece reads, unless a single expert takes more.
-PIECE_BYTES = 32 << 20
+PIECE_BYTES = 16 << 20
 # What safetensors calls the dtypes of `qmoe_kernels.quantization.STORAGE_DTYPE`.
 STORED_AS = {"int8": "I8", "fp8": "F8_E4M3"}
 

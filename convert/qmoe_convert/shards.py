@@ -229,7 +229,7 @@ class BufferPool:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._free: list[torch.Tensor] = []
-        self.num_buffers = 0
+        self.nbytes = 0
 
     def take(self, nbytes: int) -> torch.Tensor:
         """A buffer of at least ``nbytes`` bytes, uint8."""
@@ -237,11 +237,10 @@ class BufferPool:
             for i, buffer in enumerate(self._free):
                 if buffer.numel() >= nbytes:
                     return self._free.pop(i)
-            self.num_buffers += 1
+            self.nbytes += nbytes
             # One that is too small makes room for the new one.
             if self._free:
-                self._free.pop()
-                self.num_buffers -= 1
+                self.nbytes -= self._free.pop().numel()
         return torch.empty(nbytes, dtype=torch.uint8)
 
     def give(self, buffer: torch.Tensor) -> None:

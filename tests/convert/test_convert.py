@@ -660,6 +660,23 @@ class TestWorkers:
         # What was just yielded is still held, and one item may exceed the bound by itself.
         assert peak <= 250 + 100
 
+    def test_buffers_are_used_again(
+        self, qwen3_folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pools = []
+
+        class Counted(convert_module.BufferPool):
+            def __init__(self) -> None:
+                super().__init__()
+                pools.append(self)
+
+        monkeypatch.setattr(convert_module, "BufferPool", Counted)
+        monkeypatch.setattr(convert_module, "IN_FLIGHT_BYTES", 1)
+        run(qwen3_folder)
+        (pool,) = pools
+        # An expert is 6 kB in 8 bit; everything that was written is 150 kB.
+        assert 6_000 < pool.nbytes < 40_000
+
     def test_an_error_stops_the_others(self) -> None:
         class Item:
             cost = 1

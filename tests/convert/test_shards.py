@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from qmoe_convert.shards import (
     DTYPE_NAMES,
     INDEX_NAME,
+    BufferPool,
     CheckpointError,
     PlannedTensor,
     Reader,
@@ -233,6 +234,17 @@ def test_unknown_dtype_names_the_tensor() -> None:
     tensor = StoredTensor("w", Path("f.safetensors"), "F4", (2,), 8, 1)
     with pytest.raises(CheckpointError, match=r"f\.safetensors: w has dtype F4"):
         _ = tensor.torch_dtype
+
+
+def test_buffers_are_used_again() -> None:
+    pool = BufferPool()
+    first, second = pool.take(10), pool.take(10)
+    assert first.data_ptr() != second.data_ptr()
+    pool.give(second)
+    assert pool.take(5).data_ptr() == second.data_ptr()
+    pool.give(first)
+    assert pool.take(11).numel() == 11 and pool.nbytes == 21  # `first` was too small: dropped
+    assert pool.take(1).data_ptr() not in (first.data_ptr(), second.data_ptr())
 
 
 def test_hashing_is_over_all_chunks(tmp_path: Path) -> None:
