@@ -4,16 +4,23 @@ Importing qmoe registers its formats with transformers: after ``import qmoe``,
 ``AutoModelForCausalLM.from_pretrained`` keeps converted experts in 8 bit.
 """
 
-from qmoe.evaluation import perplexity
-from qmoe.generation import (
-    GenerationInterrupted,
-    GenerationResult,
-    GenerationStatistics,
-    generate,
-)
-from qmoe.loading import load
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from qmoe.patching import patch, unpatch
 from qmoe.quantizer import QmoeConfig
+
+if TYPE_CHECKING:
+    from qmoe.evaluation import perplexity
+    from qmoe.generation import (
+        GenerationInterrupted,
+        GenerationResult,
+        GenerationStatistics,
+        generate,
+    )
+    from qmoe.loading import load
 
 __version__ = "0.1.0"
 
@@ -29,3 +36,20 @@ __all__ = [
     "perplexity",
     "unpatch",
 ]
+
+# Imported when asked for: transformers' generation takes seconds, and whoever converts a
+# checkpoint or prints a version does not need it.
+_LAZY = {
+    "GenerationInterrupted": "qmoe.generation",
+    "GenerationResult": "qmoe.generation",
+    "GenerationStatistics": "qmoe.generation",
+    "generate": "qmoe.generation",
+    "load": "qmoe.loading",
+    "perplexity": "qmoe.evaluation",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -106,7 +106,7 @@ class Manifest:
     source: str
     qmoe_version: str
     shards: dict[str, Shard]
-    # {experts module: {projection: relative Frobenius error}}
+    # {experts module: {projection: relative Frobenius error over sampled rows}}
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 

@@ -48,6 +48,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 LARGEST_HEADER = 100_000_000
 # One read or write call: small enough to stay in the cache until it is hashed.
 CHUNK = 1 << 22
+# What is written before the disk is told to take it.
+WRITEBACK_BYTES = 64 << 20
 # torch aligns its own allocations so.
 ALIGNMENT = 64
 
@@ -313,6 +315,7 @@ class ShardWriter:
         self.sha256 = hashlib.sha256()
         self.written = 0
         self.size = size
+        self._advised = 0
         self._stream = self.partial.open("wb", buffering=0)
 
     def write(self, data: torch.Tensor | bytes) -> None:
@@ -328,6 +331,19 @@ class ShardWriter:
             while chunk:
                 chunk = chunk[self._stream.write(chunk) :]
         self.written += len(view)
+        self._start_writeback()
+
+    def _start_writeback(self) -> None:
+        # So that the disk works meanwhile and not when `finish` asks for everything at once. On
+        # Linux this advice starts writing and waits for nothing.
+        if hasattr(os, "posix_fadvise") and self.written - self._advised >= WRITEBACK_BYTES:
+            os.posix_fadvise(
+                self._stream.fileno(),
+                self._advised,
+                self.written - self._advised,
+                os.POSIX_FADV_DONTNEED,
+            )
+            self._advised = self.written
 
     def finish(self) -> str:
         """Make the file durable, give it its name, and return its SHA-256."""

@@ -5,7 +5,6 @@ from qmoe_kernels.fused_moe import fused_moe, grouped_linear, weighted_sum
 from qmoe_kernels.quantization import (
     dequantize,
     quantize,
-    quantize_with_error,
     relative_error,
 )
 from qmoe_kernels.routing import ExpertRouting
@@ -17,7 +16,6 @@ __all__ = [
     "fused_moe",
     "grouped_linear",
     "quantize",
-    "quantize_with_error",
     "relative_error",
     "weighted_sum",
 ]

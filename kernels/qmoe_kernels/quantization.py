@@ -18,6 +18,7 @@ bit.
 from __future__ import annotations
 
 import math
+import threading
 from typing import Literal
 
 import torch
@@ -29,8 +30,12 @@ LARGEST: dict[str, float] = {"int8": 127.0, "fp8": 448.0}
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
-# Elements per block. On a CPU the scratch of one block (10 bytes an element) fits in 2 MiB of L2.
+# Elements per block. On a CPU a block and its scratch (7 bytes an element) fit in 1 MiB of L2.
 BLOCK_SIZE = {"cpu": 1 << 17, "cuda": 1 << 26}
+# Of these rows one is looked at where an error is estimated on the way.
+SAMPLED_ROWS = 16
+
+_of_thread = threading.local()
 
 
 def quantize(
@@ -51,20 +56,7 @@ def quantize(
         ValueError: an unknown format, a weight that is not floating point or has fewer than two
             dimensions, or a NaN or an infinity in it.
     """
-    q, scale, *_ = _quantize(weight, weights, name, with_error=False)
-    return q, scale
-
-
-def quantize_with_error(
-    weight: torch.Tensor, weights: WeightFormat, *, name: str | None = None
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Do what `quantize` does and return ``(q, scale, error)``.
-
-    ``error`` is ``|q * scale - weight| / |weight|`` (Frobenius), accumulated in fp32 per row and
-    fp64 across rows while the rows are in cache; 0 for a weight of zeros.
-    """
-    q, scale, error, norm = _quantize(weight, weights, name, with_error=True)
-    return q, scale, math.sqrt(error / norm) if norm else 0.0
+    return _quantize(weight, weights, name)
 
 
 def quantize_with_squares(
@@ -76,11 +68,24 @@ def quantize_with_squares(
 ) -> tuple[torch.Tensor, torch.Tensor, float, float]:
     """Do what `quantize` does and return ``(q, scale, error, norm)``.
 
-    ``error`` is ``|q * scale - weight|**2`` and ``norm`` is ``|weight|**2``, so that a weight
-    which comes in pieces has its relative error from their sums. ``out``, contiguous, is filled
-    and returned as ``q``.
+    ``error`` is ``|q * scale - weight|**2`` and ``norm`` is ``|weight|**2``, both over every
+    `SAMPLED_ROWS`-th row: a weight that comes in pieces has its relative error from their sums,
+    and every piece is in it at little cost. ``out`` is where ``q`` goes, if given.
     """
-    return _quantize(weight, weights, name, with_error=True, out=out)
+    q, scale = _quantize(weight, weights, name, out)
+    if not weight.numel():
+        return q, scale, 0.0, 0.0
+    rows = slice(None, None, SAMPLED_ROWS)
+    matrix = (-1, weight.shape[-1])
+    sampled = weight.detach().reshape(matrix)[rows]
+    unit = scale.view(-1, 1)[rows]
+    exact, off = _scratch(2, *sampled.shape, device=weight.device)
+    # In units of the row's scale: squares neither overflow nor vanish.
+    norm = torch.linalg.vector_norm(exact.copy_(sampled).div_(unit), dim=-1, keepdim=True)
+    decode(q.view(matrix)[rows], out=off).sub_(exact)
+    error = torch.linalg.vector_norm(off, dim=-1, keepdim=True)
+    squares = [float((values.double() * unit).square().sum()) for values in (error, norm)]
+    return q, scale, squares[0], squares[1]
 
 
 def dequantize(
@@ -154,7 +159,7 @@ def decode(q: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
     """
     if q.dtype != torch.float8_e4m3fn or q.device.type != "cpu":
         return out.copy_(q)
-    num_rows = max(1, 2 * BLOCK_SIZE["cpu"] // max(1, math.prod(q.shape[1:])))
+    num_rows = max(1, BLOCK_SIZE["cpu"] // max(1, math.prod(q.shape[1:])))
     bits = torch.empty_like(q[:num_rows], dtype=torch.int16)
     # From half to bf16, too, torch goes one value at a time: by way of fp32.
     wide = None if out.itemsize > 2 else torch.empty_like(q[:num_rows], dtype=torch.float32)
@@ -178,10 +183,8 @@ def _quantize(
     weight: torch.Tensor,
     weights: WeightFormat,
     name: str | None,
-    *,
-    with_error: bool,
     out: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     if weights not in STORAGE_DTYPE:
         raise ValueError(f"unknown weight format {weights!r}; 'int8' and 'fp8' work")
     what = name or "weight"
@@ -196,87 +199,64 @@ def _quantize(
         q = torch.empty(weight.shape, dtype=STORAGE_DTYPE[weights], device=weight.device)
     scale = torch.empty(weight.shape[:-1], dtype=torch.float32, device=weight.device)
     if not weight.numel():
-        return q, scale.fill_(SMALLEST_SCALE), 0.0, 0.0
+        return q, scale.fill_(SMALLEST_SCALE)
 
-    blocks = _Blocks(weight)
-    absmax = blocks.absmax()
-    # A tensor, since CUDA multiplies by the rounded inverse of a number instead of dividing by it.
-    largest = absmax.new_tensor(LARGEST[weights])
-    torch.div(absmax, largest, out=scale.view(-1)).clamp_(min=SMALLEST_SCALE)
+    # Experts that are slices of something larger are matrices of their own; else all rows are one.
+    matrices = [weight.view(-1, weight.shape[-1])] if weight.is_contiguous() else [weight]
+    while matrices[0].ndim > 2:
+        matrices = [matrix for stack in matrices for matrix in stack]
+    for matrix, q_rows, scale_rows in zip(
+        matrices,
+        q.view(len(matrices), -1, q.shape[-1]),
+        scale.view(len(matrices), -1),
+        strict=True,
+    ):
+        _quantize_rows(matrix, q_rows, scale_rows, LARGEST[weights])
     if not scale.isfinite().all():
         *expert, row = (~scale.isfinite()).nonzero()[0].tolist()
         where = f"expert {', '.join(map(str, expert))}, " if expert else ""
         raise ValueError(f"{what}: NaN or infinity in {where}row {row}; fix the checkpoint")
-    return q, scale, *blocks.quantize(q, scale, with_error=with_error)
+    return q, scale
 
 
-class _Blocks:
-    """A weight as blocks of rows, and scratch of one block.
+def _quantize_rows(
+    weight: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, largest: float
+) -> None:
+    """Fill ``q`` (rows, columns) and ``scale`` (rows,) from ``weight`` (rows, columns).
 
     Python takes as long over a call as the processor over 32 KiB of cache, and calls of several
-    threads take turns: whatever can be done for all rows at once is, and blocks are split once.
+    threads take turns: hence few calls, on blocks as large as the cache allows.
     """
+    step = max(1, BLOCK_SIZE[_kind(weight)] // max(1, weight.shape[1]))
+    (scratch,) = _scratch(1, min(step, len(weight)), weight.shape[1], device=weight.device)
+    # A tensor, since CUDA multiplies by the rounded inverse of a number instead of dividing by it.
+    largest_ = torch.tensor(largest, device=weight.device)
+    for block, q_block, scale_block in zip(
+        weight.split(step), q.split(step), scale.split(step), strict=True
+    ):
+        rounded = scratch[: len(block)]
+        absmax = _absmax(block, rounded)
+        torch.div(absmax, largest_, out=scale_block).clamp_(min=SMALLEST_SCALE)
+        rounded.copy_(block).div_(scale_block[:, None])
+        q_block.copy_(rounded.round_() if q.dtype == torch.int8 else rounded)
 
-    def __init__(self, weight: torch.Tensor) -> None:
-        matrices = [weight.view(-1, weight.shape[-1]) if weight.is_contiguous() else weight]
-        while matrices[0].ndim > 2:
-            matrices = [matrix for stack in matrices for matrix in stack]
-        self.shape = matrices[0].shape
-        self.rows_per_block = max(1, BLOCK_SIZE[_kind(weight)] // self.shape[1])
-        self.weight = [block for m in matrices for block in m.split(self.rows_per_block)]
-        shape = (min(self.rows_per_block, self.shape[0]), self.shape[1])
-        self.scratch = weight.new_empty(shape, dtype=torch.float32)
-        # The bits of a 16-bit weight, or its magnitudes, or its rounded values.
-        self.scratch2 = weight.new_empty(shape, dtype=torch.float32)
 
-    def like(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Split a contiguous tensor, one row or value per row of the weight, as the weight is."""
-        matrices = tensor.view(-1, self.shape[0], *tensor.shape[1:])
-        return [block for m in matrices for block in m.split(self.rows_per_block)]
+def _scratch(*shape: int, device: torch.device) -> torch.Tensor:
+    """Room for fp32; on a CPU the thread's own, kept: fresh memory costs as much as quantizing."""
+    if device.type != "cpu":
+        return torch.empty(shape, device=device)
+    size = math.prod(shape)
+    kept: torch.Tensor | None = getattr(_of_thread, "scratch", None)
+    if kept is None or kept.numel() < size:
+        kept = _of_thread.scratch = torch.empty(size)
+    return kept[:size].view(shape)
 
-    def absmax(self) -> torch.Tensor:
-        """Largest magnitude of each row, fp32; NaN or infinity if the row holds one."""
-        num_rows = sum(len(block) for block in self.weight)
-        dtype = self.weight[0].dtype
-        if dtype not in (torch.bfloat16, torch.float16):
-            absmax = self.scratch.new_empty(num_rows)
-            for block, out in zip(self.weight, self.like(absmax), strict=True):
-                magnitude = self.scratch2[: len(block)].copy_(block).abs_()
-                torch.amax(magnitude, -1, out=out)
-            return absmax
-        # Without its sign a float's bits order as integers do, infinity and NaN last.
-        absmax = self.scratch.new_empty(num_rows, dtype=torch.int16)
-        scratch = self.scratch2.view(-1).view(torch.int16)[: self.scratch2.numel()]
-        scratch = scratch.view(self.scratch2.shape)
-        for block, out in zip(self.weight, self.like(absmax), strict=True):
-            bits = scratch[: len(block)]
-            torch.bitwise_and(block.view(torch.int16), 0x7FFF, out=bits)
-            torch.amax(bits, -1, out=out)
-        return absmax.view(dtype).float()
 
-    def quantize(
-        self, q: torch.Tensor, scale: torch.Tensor, *, with_error: bool
-    ) -> tuple[float, float]:
-        """Fill ``q``; return the sums of squares of the error and of the weight."""
-        scale = scale.view(-1)
-        # In units of the row's scale: squares neither overflow nor vanish.
-        errors, norms = torch.empty_like(scale), torch.empty_like(scale)
-        of_rows = (scale.unsqueeze(-1), q.view(-1, self.shape[1]), errors, norms)
-        for block, scale_, q_, error, norm in zip(
-            self.weight, *map(self.like, of_rows), strict=True
-        ):
-            x = self.scratch[: len(block)].copy_(block).div_(scale_)
-            if not with_error:
-                q_.copy_(x.round_() if q.dtype == torch.int8 else x)
-                continue
-            torch.linalg.vector_norm(x, dim=-1, out=norm)
-            rounded = self.scratch2[: len(block)]
-            if q.dtype == torch.int8:
-                q_.copy_(torch.round(x, out=rounded))
-            else:
-                decode(q_.copy_(x), out=rounded)
-            torch.linalg.vector_norm(x.sub_(rounded), dim=-1, out=error)
-        if not with_error:
-            return 0.0, 0.0
-        errors, norms = ((values.double() * scale).square().sum() for values in (errors, norms))
-        return float(errors), float(norms)
+def _absmax(block: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude of each row, fp32; NaN or infinity if the row holds one."""
+    if block.dtype not in (torch.bfloat16, torch.float16):
+        return torch.amax(scratch.copy_(block).abs_(), -1)
+    # Without its sign a float's bits order as integers do, infinity and NaN last.
+    bits = scratch.view(-1).view(torch.int16)[: block.numel()].view(block.shape)
+    torch.bitwise_and(block.view(torch.int16), 0x7FFF, out=bits)
+    return torch.amax(bits, -1).view(block.dtype).float()
