@@ -111,8 +111,8 @@ class Report:
         num_kept, num_dequantized: other tensors that were copied, and brought back to 16 bit.
         shards: file name -> bytes.
         peak_memory_bytes: an estimate from the plan.
-        errors: experts module -> projection -> relative error (Frobenius) over every 16th row; empty
-            after a dry run.
+        errors: experts module -> projection -> relative error (Frobenius) over every 16th row;
+            empty after a dry run.
         warnings: what the user should know.
         verified: whether everything was read again and compared.
         seconds: wall time.
