@@ -9,7 +9,7 @@ demo: $(READY)
 	$(BIN)/qmoe demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 quality: $(READY)
 	$(BIN)/ruff check .

@@ -31,7 +31,8 @@ from typing import Any
 
 import torch
 
-from qmoe_convert.shards import DTYPE_NAMES, PlannedTensor, header_bytes
+from qmoe.checkpoint import DTYPE_NAMES
+from qmoe_convert.shards import PlannedTensor, header_bytes
 
 RESULTS = Path(__file__).parent / "results" / "convert.json"
 SHARD_BYTES = 4_000_000_000

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,7 +38,7 @@ class Variant:
 
     Attributes:
         name: ``16 bit``, ``INT8`` or ``FP8``.
-        path: the checkpoint's folder.
+        path: the checkpoint's folder; None where it was a temporary one.
         disk_bytes: its tensors on disk.
         expert_bytes: expert weights and scales in memory.
         bits_per_expert_weight: on disk, scales included.
@@ -49,7 +49,7 @@ class Variant:
     """
 
     name: str
-    path: str
+    path: str | None
     disk_bytes: int
     expert_bytes: int
     bits_per_expert_weight: float
@@ -130,9 +130,18 @@ def run_demo(
             paths[weights.upper()] = target / weights
         for name, path in paths.items():
             progress(f"{name}: loading, measuring perplexity, generating")
-            variants.append(_measure(name, path, prompts, text, max_new_tokens, variants[:1]))
+            variant = _measure(name, path, prompts, text, max_new_tokens, variants[:1])
+            kept = out is not None or path == folder
+            variants.append(replace(variant, path=_shown(path) if kept else None))
     num_tokens = len(load_tokenizer(str(folder)).encode(text, add_special_tokens=False))
-    return Demo(str(folder), prompts, WINDOW, min(num_tokens, MAX_TOKENS), variants)
+    return Demo(_shown(folder), prompts, WINDOW, min(num_tokens, MAX_TOKENS), variants)
+
+
+def _shown(path: Path) -> str:
+    """As a reader in the working directory would call it."""
+    absolute = path.resolve()
+    here = Path.cwd()
+    return str(absolute.relative_to(here) if absolute.is_relative_to(here) else path)
 
 
 def _measure(

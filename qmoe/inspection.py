@@ -8,7 +8,6 @@ count.
 from __future__ import annotations
 
 import json
-import math
 import re
 import statistics
 from collections.abc import Iterable
@@ -16,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qmoe.checkpoint import StoredTensor, open_checkpoint
 from qmoe.format import COMPRESSED_TENSORS, MANIFEST_NAME, QMOE, Manifest
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 _EXPERT_NAME = re.compile(r"^(?P<module>(?:.*\.)?experts)\.(?:(?:expert_)?(?P<index>\d+)\.)?.+$")
 # What lies beside an expert's weights and is none: scales, zero points, shapes, biases.
 _NO_WEIGHT = re.compile(r"(scale|scales|scale_inv|bias|zero_point|weight_shape|g_idx|qzeros)$")
@@ -40,21 +38,6 @@ _TOP_K = (
 _BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "BF16": 16, "F16": 16}
 _BITS |= {"I16": 16, "U16": 16, "F4": 4}
 _CONFIG_BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor as a safetensors header names it."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    bytes: int
-
-    @property
-    def numel(self) -> int:
-        """Elements, packed ones counted as one."""
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -117,74 +100,14 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     folder = Path(path)
     if folder.is_dir():
         config = _read_json(folder / "config.json")
-        shards = _local_shards(folder)
-        tensors = [t for shard in shards for t in read_header(shard)]
+        tensors = list(open_checkpoint(folder).values())
         manifest = Manifest.read(folder) if (folder / MANIFEST_NAME).exists() else None
-        return _describe(str(path), config, tensors, len(shards), manifest)
+        return _describe(str(path), config, tensors, manifest)
     if folder.exists():
         raise ValueError(f"{path}: is a file; give the folder that holds config.json")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         raise ValueError(f"{path}: no such folder, and no Hub id of the form owner/name")
     return _inspect_hub(str(path))
-
-
-def read_header(path: Path) -> list[StoredTensor]:
-    """The tensors of one safetensors file.
-
-    Raises:
-        ValueError: the file is missing, truncated, or no safetensors.
-    """
-    try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= size - 8:
-                raise ValueError("its header is longer than the file")
-            raw = json.loads(file.read(length))
-            tensors = [
-                StoredTensor(
-                    name,
-                    entry["dtype"],
-                    tuple(entry["shape"]),
-                    entry["data_offsets"][1] - entry["data_offsets"][0],
-                )
-                for name, entry in raw.items()
-                if name != "__metadata__"
-            ]
-            end = max(
-                (e["data_offsets"][1] for n, e in raw.items() if n != "__metadata__"), default=0
-            )
-            if size != 8 + length + end:
-                raise ValueError(f"its header promises {8 + length + end} bytes, it has {size}")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: not found; the download is incomplete") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{path}: no whole safetensors file ({reason}); download it again"
-        ) from None
-    return tensors
-
-
-def _local_shards(folder: Path) -> list[Path]:
-    index = folder / _INDEX
-    if index.exists():
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index}: has no weight_map; download it again")
-        names = sorted(set(weight_map.values()))
-        for name in names:
-            if Path(name).name != name:
-                raise ValueError(f"{index}: names {name!r}, which is not in its own folder")
-        return [folder / name for name in names]
-    if (folder / _SINGLE).exists():
-        return [folder / _SINGLE]
-    pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(
-        p.name for p in folder.glob("*.pt*")
-    )
-    if pickles:
-        raise ValueError(f"{folder}: holds only pickles ({pickles[0]}); save it as safetensors")
-    raise ValueError(f"{folder}: holds neither {_SINGLE} nor {_INDEX}")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -216,18 +139,18 @@ def _inspect_hub(repo: str) -> Inspection:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"{repo}: cannot be read from the Hub ({reason})") from error
     tensors = [
-        StoredTensor(name, t.dtype, tuple(t.shape), t.data_offsets[1] - t.data_offsets[0])
-        for file in files.values()
-        for name, t in file.tensors.items()
+        StoredTensor(name, Path(file), t.dtype, tuple(t.shape), start, stop - start)
+        for file, metadata in files.items()
+        for name, t in metadata.tensors.items()
+        for start, stop in [t.data_offsets]
     ]
-    return _describe(repo, config, tensors, len(files), manifest)
+    return _describe(repo, config, tensors, manifest)
 
 
 def _describe(
     path: str,
     config: dict[str, Any],
     tensors: list[StoredTensor],
-    shards: int,
     manifest: Manifest | None,
 ) -> Inspection:
     text = _text_config(config)
@@ -236,7 +159,7 @@ def _describe(
     modules, experts = _find_experts(tensors, _first(sizes, _NUM_EXPERTS))
     weights = [t for t in experts if not _NO_WEIGHT.search(t.name)]
     expert_weights = sum(_num_weights(t, quantization) for t in weights)
-    expert_bytes = sum(t.bytes for t in experts)
+    expert_bytes = sum(t.nbytes for t in experts)
     return Inspection(
         path=path,
         architecture=(config.get("architectures") or [config.get("model_type", "unknown")])[0],
@@ -245,10 +168,10 @@ def _describe(
         num_experts=sorted(set(modules.values())),
         top_k=_first(sizes, _TOP_K) if modules else None,
         format=_format(quantization, weights or tensors),
-        shards=shards,
+        shards=len({t.file for t in tensors}),
         expert_weights=expert_weights,
         expert_bytes=expert_bytes,
-        rest_bytes=sum(t.bytes for t in tensors) - expert_bytes,
+        rest_bytes=sum(t.nbytes for t in tensors) - expert_bytes,
         memory_bytes=_memory_bytes(config, text, quantization, tensors, {t.name for t in experts}),
         bits_per_expert_weight=expert_bytes * 8 / expert_weights if expert_weights else None,
         errors=_errors(manifest) if manifest else None,

@@ -15,10 +15,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -35,6 +35,7 @@ from transformers.quantizers.quantizer_compressed_tensors import CompressedTenso
 from transformers.utils import is_compressed_tensors_available
 from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
 
+from qmoe.checkpoint import StoredTensor, read_header
 from qmoe.experts import QuantizedExperts, install
 from qmoe.format import (
     COMPRESSED_TENSORS,
@@ -227,6 +228,7 @@ class _CompressedTensorsExperts(_ExpertsQuantizer):
             layouts = find_experts(model)
         except ValueError:
             layouts = {}  # dense, or experts that only the package can load
+        projections = {name: layout.projections for name, layout in layouts.items()}
         rename = _Renamer(model)
         counts: Counter[str] = Counter()
         for key in headers:
@@ -234,26 +236,18 @@ class _CompressedTensorsExperts(_ExpertsQuantizer):
                 if key.endswith((".weight_packed", ".weight_zero_point", ".weight_global_scale")):
                     self.needs_package.append(key)
                 continue
-            weight = key.removesuffix("_scale")
-            target = rename(weight)
+            weight = headers.get(key.removesuffix("_scale"))
+            target = rename(key.removesuffix("_scale"))
             name, _, projection = target.rpartition(".")
-            dtype, shape = headers.get(weight, ("", []))
-            weights = _WEIGHTS_BY_HEADER_DTYPE.get(dtype)
-            per_channel = (
-                headers[key][1] in ([shape[0], 1], [shape[0]]) if len(shape) == 2 else False
-            )
-            layout = layouts.get(name)
-            if (
-                layout is None
-                or projection not in layout.projections
-                or not weights
-                or not per_channel
-            ):
+            weights = _format_per_channel(weight, headers[key])
+            if weight is None or weights is None or projection not in projections.get(name, ()):
                 self.needs_package.append(key)
                 continue
             counts[target] += 1
             if self.quantized.setdefault(name, weights) != weights:
-                raise ValueError(f"{name}: {weight} is {dtype}, others of its experts are not")
+                raise ValueError(
+                    f"{weight.file}: {weight.name} is {weight.dtype}, other experts are not"
+                )
         self.layouts = {name: layouts[name] for name in self.quantized}
         self.kept = layouts.keys() - self.quantized.keys()
         for name, layout in self.layouts.items():
@@ -576,15 +570,19 @@ def _targets(model: PreTrainedModel, files: Iterable[str]) -> set[str]:
     return {rename(key) for key in _headers(files)}
 
 
-def _headers(files: Iterable[str]) -> dict[str, tuple[str, list[int]]]:
-    """Every tensor's dtype (as safetensors names it) and shape; reads headers only."""
-    headers: dict[str, tuple[str, list[int]]] = {}
-    for file in files:
-        with safe_open(file, "pt") as shard:
-            for key in shard.keys():  # noqa: SIM118 - a safetensors handle is no dictionary
-                view = shard.get_slice(key)
-                headers[key] = (view.get_dtype(), view.get_shape())
-    return headers
+def _format_per_channel(weight: StoredTensor | None, scale: StoredTensor) -> WeightFormat | None:
+    """The weight format of a matrix with one scale per row; None if it is anything else."""
+    if weight is None or len(weight.shape) != 2:
+        return None
+    rows = weight.shape[0]
+    return (
+        _WEIGHTS_BY_HEADER_DTYPE.get(weight.dtype) if scale.shape in ((rows, 1), (rows,)) else None
+    )
+
+
+def _headers(files: Iterable[str]) -> dict[str, StoredTensor]:
+    """Every tensor of these files, from their headers."""
+    return {name: t for file in files for name, t in read_header(Path(file)).items()}
 
 
 AUTO_QUANTIZATION_CONFIG_MAPPING[QMOE] = QmoeConfig

@@ -28,6 +28,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from qmoe.checkpoint import INDEX_NAME, CheckpointError, StoredTensor, open_checkpoint
 from qmoe.format import COMPRESSED_TENSORS, Manifest, Shard, compressed_tensors_config, qmoe_config
 from qmoe_convert.plan import (
     Copy,
@@ -41,15 +42,11 @@ from qmoe_convert.plan import (
     make_plan,
 )
 from qmoe_convert.shards import (
-    INDEX_NAME,
     PARTIAL_SUFFIX,
     BufferPool,
-    CheckpointError,
     Reader,
     ShardWriter,
-    StoredTensor,
     format_size,
-    open_checkpoint,
     parse_size,
     read_into,
 )

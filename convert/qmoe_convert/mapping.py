@@ -36,8 +36,9 @@ from transformers.core_model_loading import (
 from transformers.integrations.compressed_tensors import get_experts_scheme
 from transformers.quantizers.auto import AutoHfQuantizer
 
+from qmoe.checkpoint import DTYPE_NAMES, StoredTensor
 from qmoe.layout import ExpertsLayout, find_experts
-from qmoe_convert.shards import DTYPE_NAMES, Reader, StoredTensor, read_into
+from qmoe_convert.shards import Reader, read_into
 
 # Methods whose dequantizing conversions transformers has.
 DEQUANTIZABLE = ("fp8", "mxfp4", "compressed-tensors")

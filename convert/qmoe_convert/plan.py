@@ -23,16 +23,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from qmoe.checkpoint import SINGLE_NAME, TORCH_DTYPES, StoredTensor
 from qmoe.format import COMPRESSED_TENSORS, QMOE, QUANTIZED_SUFFIX, SCALE_SUFFIX
 from qmoe_convert.mapping import CheckpointMapping, Experts, Kept, Projection, natural_order
-from qmoe_convert.shards import (
-    SINGLE_NAME,
-    TORCH_DTYPES,
-    PlannedTensor,
-    Reader,
-    StoredTensor,
-    header_bytes,
-)
+from qmoe_convert.shards import PlannedTensor, Reader, header_bytes
 
 # Bytes of source that one piece reads, unless a single expert takes more.
 PIECE_BYTES = 16 << 20

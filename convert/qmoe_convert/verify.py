@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from qmoe.checkpoint import CheckpointError, StoredTensor, read_header
 from qmoe.format import Shard
 from qmoe_convert.plan import Copy, Load, Piece, Quantize, Scales, ShardPlan
-from qmoe_convert.shards import CheckpointError, Reader, StoredTensor, read_header, sha256_of
+from qmoe_convert.shards import Reader, sha256_of
 from qmoe_kernels.quantization import decode
 
 # Rounding to nearest is off by at most half a step: of 1 for an integer; for e4m3fn, 2**-4 of the

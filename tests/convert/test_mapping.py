@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from qmoe.checkpoint import open_checkpoint
 from qmoe.layout import find_experts
 from qmoe_convert.mapping import CheckpointMapping, MappingError, map_checkpoint
-from qmoe_convert.shards import Reader, open_checkpoint
+from qmoe_convert.shards import Reader
 
 from .conftest import FAMILIES, PER_EXPERT, build, load, rewrite
 

@@ -12,20 +12,22 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qmoe_convert.shards import (
+from qmoe.checkpoint import (
     DTYPE_NAMES,
     INDEX_NAME,
-    BufferPool,
     CheckpointError,
+    StoredTensor,
+    open_checkpoint,
+    read_header,
+)
+from qmoe_convert.shards import (
+    BufferPool,
     PlannedTensor,
     Reader,
     ShardWriter,
-    StoredTensor,
     format_size,
     header_bytes,
-    open_checkpoint,
     parse_size,
-    read_header,
     sha256_of,
 )
 

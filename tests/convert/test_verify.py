@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from qmoe.checkpoint import read_header
 from qmoe_convert.convert import _Job, convert
-from qmoe_convert.shards import read_header
 from qmoe_convert.verify import VerificationError, first_wrong_row
 from qmoe_kernels.quantization import quantize
 

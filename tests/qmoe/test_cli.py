@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 import qmoe
+from qmoe.checkpoint import read_header
 from qmoe.cli import format_bytes, main
 from qmoe.format import MANIFEST_NAME, Manifest, Shard, compressed_tensors_config
 from qmoe.generation import generate, load_tokenizer
-from qmoe.inspection import inspect_checkpoint, read_header
+from qmoe.inspection import inspect_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -268,11 +269,13 @@ class TestInspect:
                 {"architectures": ["M"], "text_config": {"moe_topk": [4, 4]}, "dtype": "float16"}
             )
         )
-        (tmp_path / "model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})
-        )
         experts = "language_model.layers.0.mlp.experts."
         fused = {"gate_up_proj": (5, 8, 4), "down_proj": (5, 4, 4), "gate_up_proj_bias": (5, 8)}
+        weight_map = {experts + name: "one.safetensors" for name in fused}
+        weight_map["norm"] = "two.safetensors"
+        (tmp_path / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": weight_map})
+        )
         save_file(
             {experts + name: torch.zeros(shape) for name, shape in fused.items()},
             tmp_path / "one.safetensors",
@@ -344,28 +347,37 @@ class TestInspect:
             (lambda f: (f / "config.json").write_text("{"), "config.json: is not JSON"),
             (lambda f: (f / "config.json").write_text("[]"), "config.json: holds no JSON object"),
             (lambda f: (f / "model.safetensors").unlink(), "holds neither"),
-            (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "only pickles"),
-            (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors: no whole"),
-            (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "model.safetensors: no"),
+            (
+                lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+                "pickled weights",
+            ),
+            (
+                lambda f: (f / "model.safetensors").write_bytes(b""),
+                "model.safetensors: the file is empty",
+            ),
+            (
+                lambda f: (f / "model.safetensors").write_bytes(b"x" * 99),
+                "model.safetensors: not a",
+            ),
             (
                 lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 4) + b"null"),
-                "model.safetensors: no whole",
+                "model.safetensors: its safetensors header cannot be read",
             ),
             (
                 lambda f: os.truncate(f / "model.safetensors", 20000),
-                "model.safetensors: no whole safetensors file \\(its header promises",
+                "model.safetensors: truncated at 20000 bytes",
             ),
             (
                 lambda f: (f / "model.safetensors.index.json").write_text(
                     '{"weight_map": {"a": "../other.safetensors"}}'
                 ),
-                "not in its own folder",
+                "outside its folder",
             ),
             (
                 lambda f: (f / "model.safetensors.index.json").write_text(
                     '{"weight_map": {"a": "absent.safetensors"}}'
                 ),
-                "absent.safetensors: not found",
+                "absent.safetensors: missing",
             ),
             (lambda f: (f / MANIFEST_NAME).write_text("{}"), "not a qmoe manifest"),
         ],
@@ -395,8 +407,8 @@ class TestInspect:
             return str(checkpoint / name)
 
         tensors = {
-            t.name: TensorInfo(dtype=t.dtype, shape=list(t.shape), data_offsets=(0, t.bytes))
-            for t in read_header(checkpoint / "model.safetensors")
+            t.name: TensorInfo(dtype=t.dtype, shape=list(t.shape), data_offsets=(0, t.nbytes))
+            for t in read_header(checkpoint / "model.safetensors").values()
         }
         file = SafetensorsFileMetadata(metadata={}, tensors=tensors)
         metadata = SafetensorsRepoMetadata(
