@@ -1,14 +1,15 @@
 """How fast one core quantizes, and what its passes over a block cost.
 
 ``python benchmarks/quantize.py`` writes ``benchmarks/results/quantize.json``: GB of bf16 per second
-for INT8 and FP8 over experts of Qwen3-30B-A3B's shape that are not in the cache, by block size and
-number of threads, and the elements per second of each pass, and of some not chosen, over
+for INT8 and FP8 over experts of Qwen3-30B-A3B's shape that are not in the cache, by block size, for
+one thread, two threads and two processes, and the elements per second of each pass, and of some not chosen, over
 one block of 128 Ki elements that is.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import threading
 import time
@@ -34,7 +35,7 @@ def best_seconds(function: Callable[[], object], repeats: int = 5) -> float:
     return min(seconds)
 
 
-def throughput(weights: str, block: int, threads: int, sampled_error: bool) -> float:
+def throughput(weights: str, block: int, threads: int, sampled_error: bool = True) -> float:
     """GB of bf16 per second, all threads together."""
     quantization.BLOCK_SIZE["cpu"] = block
     experts = [torch.randn(ROWS, COLUMNS).bfloat16() for _ in range(EXPERTS)]
@@ -55,6 +56,13 @@ def throughput(weights: str, block: int, threads: int, sampled_error: bool) -> f
             worker.join()
 
     return sum(e.nbytes for e in experts) / 1e9 / best_seconds(run, 3)
+
+
+def beside_another_process(weights: str, block: int) -> float:
+    """GB of bf16 per second, two processes of one thread together."""
+    command = [sys.executable, __file__, "--throughput", weights, str(block)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    return sum(float(process.communicate()[0]) for process in running)
 
 
 def passes() -> dict[str, float]:
@@ -94,33 +102,33 @@ def passes() -> dict[str, float]:
 
 
 def main() -> None:
+    torch.set_num_threads(1)
+    if sys.argv[1:2] == ["--throughput"]:
+        print(throughput(sys.argv[2], int(sys.argv[3]), threads=1))
+        return
     sys.path.insert(0, str(Path(__file__).parent))
     from convert import commit, machine
 
-    torch.set_num_threads(1)
     default = quantization.BLOCK_SIZE["cpu"]
     rows = []
     for weights in ("int8", "fp8"):
-        for block in (1 << 16, 1 << 17, 1 << 18):
-            for threads in (1, 2):
-                for sampled_error in (False, True):
-                    speed = round(throughput(weights, block, threads, sampled_error), 2)
-                    rows.append(
-                        {
-                            "weights": weights,
-                            "block": block,
-                            "threads": threads,
-                            "sampled_error": sampled_error,
-                            "gb_per_s": speed,
-                        }
-                    )
-                    print(rows[-1], flush=True)
+        for block in (1 << 16, 1 << 17, 1 << 18, 1 << 19):
+            row = {
+                "weights": weights,
+                "block": block,
+                "one_thread_without_error": throughput(weights, block, 1, sampled_error=False),
+                "one_thread": throughput(weights, block, 1),
+                "two_threads": throughput(weights, block, 2),
+                "two_processes": beside_another_process(weights, block),
+            }
+            rows.append({k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()})
+            print(rows[-1], flush=True)
     results = {
         "benchmark": "quantize",
         "commit": commit(),
         "machine": machine(),
         "default_block": default,
-        "quantize": rows,
+        "gb_per_s": rows,
         "elements_per_ns": passes(),
     }
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")

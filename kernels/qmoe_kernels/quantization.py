@@ -30,8 +30,8 @@ LARGEST: dict[str, float] = {"int8": 127.0, "fp8": 448.0}
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
-# Elements per block. On a CPU a block and its scratch (7 bytes an element) fit in 1 MiB of L2.
-BLOCK_SIZE = {"cpu": 1 << 17, "cuda": 1 << 26}
+# Elements per block. On a CPU a block and its scratch (7 bytes an element) fit in 2 MiB of L2.
+BLOCK_SIZE = {"cpu": 1 << 18, "cuda": 1 << 26}
 # Of these rows one is looked at where an error is estimated on the way.
 SAMPLED_ROWS = 16
 
