@@ -2,8 +2,8 @@
 
 ``python benchmarks/quantize.py`` writes ``benchmarks/results/quantize.json``: GB of bf16 per second
 for INT8 and FP8 over experts of Qwen3-30B-A3B's shape that are not in the cache, by block size, for
-one thread, two threads and two processes, and the elements per second of each pass, and of some not chosen, over
-one block of 128 Ki elements that is.
+one thread, two threads and two processes; and the elements per second of each pass, and of some not
+chosen, over one block of 128 Ki elements that is.
 """
 
 from __future__ import annotations

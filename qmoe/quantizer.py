@@ -408,11 +408,15 @@ def quantize_experts(
                     f"{name}.{source} is offloaded; load the model without offloading, "
                     "or convert the checkpoint with convert-checkpoint"
                 )
-            for expert, values in enumerate(weight.detach()):
-                # amax and amin carry NaN and infinity along without a mask of the weight's size
-                if not torch.stack(values.aminmax()).isfinite().all():
-                    where = f"{name}.{source}[{expert}]"
-                    raise ValueError(f"{where} holds NaN or infinity; it cannot be quantized")
+            by_expert = weight.detach()
+            if layout.flat:
+                by_expert = by_expert.unflatten(0, (layout.num_experts, -1))
+            for expert, values in enumerate(by_expert[: layout.num_experts]):
+                # Both carry NaN and infinity along; a mask would be the size of the weight.
+                if not torch.stack((values.amax(), values.amin())).isfinite().all():
+                    raise ValueError(
+                        f"{name}.{source}[{expert}] holds NaN or infinity; it cannot be quantized"
+                    )
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
         conversions = get_model_conversion_mapping(model, add_legacy=False)

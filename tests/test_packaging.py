@@ -73,7 +73,9 @@ def test_the_folder_is_no_package(folder) -> None:
     assert not (ROOT / folder / "__init__.py").exists()
 
 
-@pytest.mark.parametrize("module", ["qmoe.patching", "qmoe.quantizer", "qmoe.loading"])
+@pytest.mark.parametrize(
+    "module", ["qmoe.generation", "qmoe.loading", "qmoe.patching", "qmoe.quantizer"]
+)
 def test_examples_in_docstrings_run(module, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
     results = doctest.testmod(importlib.import_module(module), optionflags=doctest.ELLIPSIS)
