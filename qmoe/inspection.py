@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qmoe.checkpoint import StoredTensor, open_checkpoint
+from qmoe.checkpoint import StoredTensor, is_hub_id, open_checkpoint
 from qmoe.format import COMPRESSED_TENSORS, MANIFEST_NAME, QMOE, Manifest
 
 _EXPERT_NAME = re.compile(r"^(?P<module>(?:.*\.)?experts)\.(?:(?:expert_)?(?P<index>\d+)\.)?.+$")
@@ -105,7 +105,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
         return _describe(str(path), config, tensors, manifest)
     if folder.exists():
         raise ValueError(f"{path}: is a file; give the folder that holds config.json")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+    if not is_hub_id(str(path)):
         raise ValueError(f"{path}: no such folder, and no Hub id of the form owner/name")
     return _inspect_hub(str(path))
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from qmoe.checkpoint import is_hub_id
 from qmoe.patching import patch
 
 if TYPE_CHECKING:
@@ -64,8 +65,8 @@ def load(
                 f"dtype={dtype!r} is no torch dtype; use 'auto', 'bfloat16' or 'float16'"
             )
         dtype = named
-    if path_or_repo.startswith((".", "/", "~")) and not Path(path_or_repo).expanduser().is_dir():
-        raise ValueError(f"{path_or_repo}: no such folder")
+    if not Path(path_or_repo).is_dir() and not is_hub_id(path_or_repo):
+        raise ValueError(f"{path_or_repo}: no such folder, and no Hub id of the form owner/name")
     try:
         config = AutoConfig.from_pretrained(path_or_repo, revision=revision)
     except OSError as error:

@@ -299,10 +299,21 @@ def _some(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 2 else f"{names[0]} ... {names[-1]}"
 
 
-def main() -> None:
-    """Entry point of the console script."""
-    app()
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line, with the process's own arguments if none are given.
+
+    Returns:
+        the exit code.
+    """
+    try:
+        return int(app(arguments, prog_name="convert-checkpoint", standalone_mode=False) or 0)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # what typer finds wrong with the usage
+            raise
+        message = " ".join(error.format_message().split())
+        print(f"convert-checkpoint: {message} (see convert-checkpoint --help)", file=sys.stderr)
+        return USAGE
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -28,7 +28,13 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from qmoe.checkpoint import INDEX_NAME, CheckpointError, StoredTensor, open_checkpoint
+from qmoe.checkpoint import (
+    INDEX_NAME,
+    CheckpointError,
+    StoredTensor,
+    is_hub_id,
+    open_checkpoint,
+)
 from qmoe.format import COMPRESSED_TENSORS, Manifest, Shard, compressed_tensors_config, qmoe_config
 from qmoe_convert.plan import (
     Copy,
@@ -334,8 +340,8 @@ def _find_source(model: str | Path, revision: str | None) -> tuple[Path, str]:
     text = str(model)
     if folder.exists():
         raise ConversionError(f"{text}: a file; give the folder that holds config.json")
-    if isinstance(model, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1:
-        raise ConversionError(f"{text}: no such folder, and not a Hub id like org/name")
+    if isinstance(model, Path) or not is_hub_id(text):
+        raise ConversionError(f"{text}: no such folder, and no Hub id of the form owner/name")
     from huggingface_hub import snapshot_download
 
     try:

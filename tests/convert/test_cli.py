@@ -112,6 +112,15 @@ class TestUsage:
     ) -> None:
         assert command(qwen3_folder, *arguments).exit_code == 2
 
+    def test_a_usage_error_is_one_line(
+        self, qwen3_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert cli.main([str(qwen3_folder), "-o", str(tmp_path / "out"), "--weights", "int4"]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == "" and captured.err.count("\n") == 1
+        assert "int4" in captured.err and "int8" in captured.err
+        assert cli.main(["--help"]) == 0 and "--weights" in capsys.readouterr().out
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
