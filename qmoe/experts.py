@@ -87,7 +87,7 @@ class QuantizedExperts(nn.Module):
         *,
         name: str = "experts",
     ) -> QuantizedExperts:
-        """Quantize the weights of ``source`` where they are, one expert at a time.
+        """Quantize the weights of ``source`` where they are.
 
         Args:
             source: a model's experts module with real weights; emptied.
@@ -108,12 +108,7 @@ class QuantizedExperts(nn.Module):
             canonical = layout.canonical(
                 projection, [source.get_parameter(n) for n in layout.sources[projection]]
             )
-            q = torch.empty(canonical.shape, dtype=STORAGE_DTYPE[weights], device=canonical.device)
-            scale = torch.empty(canonical.shape[:2], dtype=torch.float32, device=canonical.device)
-            for expert in range(layout.num_experts):
-                q[expert], scale[expert] = quantize(
-                    canonical[expert], weights, name=f"{name}.{projection}[{expert}]"
-                )
+            q, scale = quantize(canonical, weights, name=f"{name}.{projection}")
             tensors[projection + QUANTIZED_SUFFIX] = q
             tensors[projection + SCALE_SUFFIX] = scale
         for bias in layout.biases:
@@ -146,8 +141,11 @@ class QuantizedExperts(nn.Module):
     @property
     def num_bytes(self) -> int:
         """Bytes of the quantized weights and their scales."""
-        names = (p + s for p in self.layout.projections for s in (QUANTIZED_SUFFIX, SCALE_SUFFIX))
-        return sum(getattr(self, name).nbytes for name in names)
+        return sum(parameter.nbytes for parameter in self._quantized())
+
+    def _quantized(self) -> list[nn.Parameter]:
+        suffixes = (QUANTIZED_SUFFIX, SCALE_SUFFIX)
+        return [self.get_parameter(p + s) for p in self.layout.projections for s in suffixes]
 
     def forward(
         self,
@@ -171,14 +169,13 @@ class QuantizedExperts(nn.Module):
         norm = getattr(self, "post_expert_norm", None)
         output = self._fused_moe(hidden_states, top_k_index, None if norm else top_k_weights)
         if norm is not None:
-            output = weighted_sum(norm(output), self._routed(top_k_index, top_k_weights))
+            # A norm need not leave the zeros of a skipped id zero.
+            routed = top_k_weights.masked_fill(top_k_index >= self.num_experts, 0)
+            output = weighted_sum(norm(output), routed)
         if self.layout.num_identity_experts:
             identity = top_k_weights * (top_k_index >= self.num_experts)
             output = output + hidden_states * identity.sum(-1, keepdim=True).to(output.dtype)
         return output.view(shape)
-
-    def _routed(self, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        return top_k_weights.masked_fill(top_k_index >= self.num_experts, 0)
 
     def _fused_moe(
         self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor | None
@@ -206,19 +203,14 @@ class QuantizedExperts(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # ``model.half()`` and ``model.to(dtype)`` would turn FP8 weights and fp32 scales into
         # something else; here they only move.
-        def move_only(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+        fixed = {id(parameter) for parameter in self._quantized()}
 
-        fixed = {p + s for p in self.layout.projections for s in (QUANTIZED_SUFFIX, SCALE_SUFFIX)}
-        rest = {k: self._parameters.pop(k) for k in list(self._parameters) if k not in fixed}
-        super()._apply(move_only, recurse=False)
-        quantized = dict(self._parameters)
-        self._parameters.clear()
-        self._parameters.update(rest)
-        super()._apply(fn, recurse)
-        self._parameters.update(quantized)
-        return self
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            cast = moved.dtype != tensor.dtype
+            return tensor.to(moved.device) if cast and id(tensor) in fixed else moved
+
+        return super()._apply(move, recurse)
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""

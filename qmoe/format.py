@@ -33,9 +33,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-CheckpointFormat = Literal["compressed-tensors", "qmoe"]
+from typing import Any
 
 QMOE = "qmoe"
 COMPRESSED_TENSORS = "compressed-tensors"

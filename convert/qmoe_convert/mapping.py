@@ -290,8 +290,6 @@ class CheckpointMapping:
     others: list[str]
     # full names of Linear layers and routers outside of experts modules
     linear_names: list[str]
-    # "fp8", "mxfp4" ... if the checkpoint is quantized already
-    quantized_by: str | None
     warnings: list[str]
     _keep: Callable[[Iterable[str]], list[Kept]]
 
@@ -380,7 +378,6 @@ def map_checkpoint(folder: Path, tensors: Mapping[str, StoredTensor]) -> Checkpo
         experts=experts,
         others=others,
         linear_names=_linear_names(others, tensors, target_of, model, num_experts),
-        quantized_by=method,
         warnings=warnings,
         _keep=keep,
     )

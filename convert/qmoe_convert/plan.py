@@ -131,14 +131,12 @@ class Plan:
     skipped_modules: list[str]
     # Linear layers that stay in 16 bit, by full name
     ignore: list[str]
-    # expert weights: how many, and their bytes in the source and in the output with scales
+    # expert weights: how many, and their bytes in the output with scales
     num_weights: int
-    weight_source_bytes: int
     weight_bytes: int
     num_kept: int
     num_dequantized: int
     source_bytes: int
-    largest_expert_layer_bytes: int
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -248,12 +246,6 @@ def make_plan(
     atoms.sort(key=lambda atom: position[atom.order])
 
     names = natural_order({*mapping.linear_names, *_linears_of(skipped, mapping, tensors)})
-    weight_names = {
-        name
-        for experts in chosen.values()
-        for projection in experts.layout.projections
-        for name in experts.projections[projection].source_names
-    }
     warnings = list(mapping.warnings)
     if skipped:
         warnings.append(f"--ignore keeps {len(skipped)} of {len(mapping.experts)} experts modules")
@@ -267,14 +259,10 @@ def make_plan(
         num_weights=sum(
             math.prod(e.layout.shape(p)) for e in chosen.values() for p in e.layout.projections
         ),
-        weight_source_bytes=sum(tensors[name].nbytes for name in weight_names),
         weight_bytes=weight_bytes,
         num_kept=sum(one.load is None for one in kept),
         num_dequantized=sum(one.load is not None for one in kept),
         source_bytes=sum(tensor.nbytes for tensor in tensors.values()),
-        largest_expert_layer_bytes=max(
-            sum(tensors[name].nbytes for name in e.source_names) for e in chosen.values()
-        ),
         warnings=warnings,
     )
 

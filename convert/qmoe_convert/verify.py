@@ -12,7 +12,7 @@ import torch
 from qmoe.checkpoint import CheckpointError, StoredTensor, read_header
 from qmoe.format import Shard
 from qmoe_convert.plan import Copy, Load, Piece, Quantize, Scales, ShardPlan
-from qmoe_convert.shards import Reader, sha256_of
+from qmoe_convert.shards import Reader, read_into, sha256_of
 from qmoe_kernels.quantization import decode
 
 # Rounding to nearest is off by at most half a step: of 1 for an integer; for e4m3fn, 2**-4 of the
@@ -163,8 +163,6 @@ def _check_kept(
 
 
 def _bytes(tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
-    from qmoe_convert.shards import read_into
-
     buffer = torch.empty(stop - start, dtype=torch.uint8)
     read_into(tensor.file, tensor.offset + start, buffer)
     return buffer
