@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         generate,
     )
     from qmoe.loading import load
+    from qmoe.recording import record_routing
 
 __version__ = "0.1.0"
 
@@ -34,6 +35,7 @@ __all__ = [
     "load",
     "patch",
     "perplexity",
+    "record_routing",
     "unpatch",
 ]
 
@@ -46,6 +48,7 @@ _LAZY = {
     "generate": "qmoe.generation",
     "load": "qmoe.loading",
     "perplexity": "qmoe.evaluation",
+    "record_routing": "qmoe.recording",
 }
 
 
