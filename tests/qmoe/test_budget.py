@@ -156,7 +156,7 @@ def test_larger_budgets_buy_larger_chunks_and_buffers():
         *((b.chunk, b.num_staging, b.num_slots) for b in budgets), strict=True
     )
     assert sorted(chunks) == list(chunks) and chunks[0] < 8192 and chunks[-1] == 8192
-    assert sorted(staging) == list(staging) and staging[0] < 16 and staging[-1] == 8 + 71
+    assert sorted(staging) == list(staging) and staging[0] < 16 and 60 < staging[-1] <= 128
     assert sorted(slots) == list(slots) and slots[-1] > 0.7 * 1280
 
 
