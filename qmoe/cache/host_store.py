@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import mmap
 import os
 import weakref
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from qmoe.cache.budget import format_size
 from qmoe.cache.pages import LayerPages
 from qmoe.checkpoint import CheckpointError
 
@@ -228,13 +228,6 @@ def _numbers(file: Path) -> dict[str, int]:
     """``name number ...`` lines, as the kernel writes them."""
     rows = (line.split() for line in file.read_text(encoding="utf-8").splitlines())
     return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
-
-
-def format_size(num_bytes: int) -> str:
-    """``3221225472`` as ``3.00 GiB``."""
-    power = min(4, max(0, int(math.log2(max(num_bytes, 1))) // 10))
-    unit = ("B", "KiB", "MiB", "GiB", "TiB")[power]
-    return f"{num_bytes / (1 << 10 * power):.{2 if power else 0}f} {unit}"
 
 
 def _allocate(nbytes: int) -> mmap.mmap:

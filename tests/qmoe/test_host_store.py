@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qmoe.cache import host_store
-from qmoe.cache.host_store import HostStore, PageRead, available_bytes, format_size
+from qmoe.cache.host_store import HostStore, PageRead, available_bytes
 from qmoe.cache.pages import LayerPages
 from qmoe.checkpoint import CheckpointError
 
@@ -119,7 +119,7 @@ def test_too_little_memory_is_refused_before_anything_is_taken(monkeypatch) -> N
     monkeypatch.setenv(host_store.AVAILABLE_VARIABLE, "0.5")
     monkeypatch.setattr(host_store, "_allocate", lambda nbytes: pytest.fail("allocated"))
     large = LayerPages("large", 256, torch.int8, (1024, 2048), (2048, 1024))
-    with pytest.raises(ValueError, match=r"1\.00 GiB of host memory, 512\.00 MiB are available"):
+    with pytest.raises(ValueError, match=r"1GiB of host memory, 512MiB are available"):
         HostStore([large], pin=False)
 
 
@@ -174,7 +174,7 @@ def test_pinning_that_fails_gives_everything_back(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: Cudart)
-    with pytest.raises(ValueError, match=r"cannot pin 1\.62 KiB.*out of memory after 1 of 2 lay"):
+    with pytest.raises(ValueError, match=r"cannot pin 1\.63KiB.*out of memory after 1 of 2 lay"):
         HostStore(LAYERS, pin=True)
     assert unregistered == registered and len(registered) == 1
 
@@ -201,15 +201,3 @@ def test_a_refused_registration_leaves_cuda_usable() -> None:
     assert host_store._register(memory.data_ptr(), memory.nbytes, 0)  # registered already
     assert torch.ones(3, device="cuda").sum().item() == 3
     store.close()
-
-
-def test_sizes_for_people() -> None:
-    sizes = [0, 1023, 1024, 3 << 30, (1 << 30) - 1, 5 << 40]
-    assert [format_size(size) for size in sizes] == [
-        "0 B",
-        "1023 B",
-        "1.00 KiB",
-        "3.00 GiB",
-        "1024.00 MiB",
-        "5.00 TiB",
-    ]
