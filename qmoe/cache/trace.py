@@ -67,17 +67,17 @@ class RoutingTrace:
     @property
     def num_tokens(self) -> int:
         """Tokens in the trace."""
-        return self.topk_ids.shape[0]
+        return int(self.topk_ids.shape[0])
 
     @property
     def num_layers(self) -> int:
         """Layers that have experts."""
-        return self.topk_ids.shape[1]
+        return int(self.topk_ids.shape[1])
 
     @property
     def top_k(self) -> int:
         """Experts of one token in one layer, at most."""
-        return self.topk_ids.shape[2]
+        return int(self.topk_ids.shape[2])
 
     @property
     def num_pages(self) -> int:
@@ -174,7 +174,8 @@ def synthetic_trace(
     newly drawn ones must make up (1 - reuse) pi of them, and only a share 1 - pi can draw it: it is
     drawn with probability q = (1 - reuse) pi / (1 - pi). The largest of logit(q) + logistic noise
     are a sample of fixed size with these probabilities (Pareto sampling; B. Rosén, "On sampling
-    with probability proportional to size", 1997), to within a per cent or so.
+    with probability proportional to size", 1997), to within a per cent or so. No share can be above
+    1 / (2 - reuse): an expert asked to be more popular comes out at that.
 
     Args:
         num_tokens: tokens.
