@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from qmoe.cache.pages import LayerPages
 from qmoe.format import BIAS_SUFFIX, QUANTIZED_SUFFIX, SCALE_SUFFIX
 from qmoe.layout import apply_own_gate, describe, identify_activation, kept_modules
 from qmoe_kernels import Activation, fused_moe, weighted_sum
 from qmoe_kernels.quantization import STORAGE_DTYPE, WeightFormat, dequantize, quantize
+
+if TYPE_CHECKING:
+    from qmoe.cache.expert_cache import ExpertCache
 
 
 class QuantizedExperts(nn.Module):
@@ -30,15 +36,27 @@ class QuantizedExperts(nn.Module):
         down_proj_scale (num_experts, hidden_size) fp32
         down_proj_bias  (num_experts, hidden_size) 16 bit, where the model has biases
 
+    A *paged* module has no ``*_q`` parameters: its weights are pages of an expert cache, and only
+    those that tokens are routed to are on the device.
+
     Attributes:
         weights: ``"int8"`` or ``"fp8"``.
         activations: what the products take, see :func:`qmoe_kernels.fused_moe`.
         layout: how the model's own module stores its experts.
         activation: the nonlinearity, or None where the module's own gate is called between the
         products.
+        paged: the cache that holds the weights and the layer's index in it; None where they are
+        parameters.
     """
 
-    def __init__(self, source: nn.Module, weights: WeightFormat, activations: str = "auto") -> None:
+    def __init__(
+        self,
+        source: nn.Module,
+        weights: WeightFormat,
+        activations: str = "auto",
+        *,
+        paged: bool = False,
+    ) -> None:
         """Describe ``source`` and take its place, with parameters on the meta device.
 
         Args:
@@ -46,6 +64,7 @@ class QuantizedExperts(nn.Module):
                 that :meth:`restore` can give it back.
             weights: ``"int8"`` or ``"fp8"``.
             activations: see :func:`qmoe_kernels.fused_moe`.
+            paged: leave the weights out; :meth:`page` or :meth:`unpage` brings them.
         """
         super().__init__()
         layout = describe(source)
@@ -54,13 +73,17 @@ class QuantizedExperts(nn.Module):
         self.layout = layout
         self.weights = weights
         self.activations = activations
+        self.paged: tuple[ExpertCache, int] | None = None
         self.num_experts = layout.num_experts
         self.activation = identify_activation(source, layout)
         for name in kept_modules(source):
             self.add_module(name, getattr(source, name))
         for projection in layout.projections:
             shape = layout.shape(projection)
-            self._register(projection + QUANTIZED_SUFFIX, shape, STORAGE_DTYPE[weights])
+            if paged:
+                self.register_parameter(projection + QUANTIZED_SUFFIX, None)
+            else:
+                self._register(projection + QUANTIZED_SUFFIX, shape, STORAGE_DTYPE[weights])
             self._register(projection + SCALE_SUFFIX, shape[:2], torch.float32)
         for bias in layout.biases:
             (name,) = layout.sources[bias]
@@ -124,28 +147,86 @@ class QuantizedExperts(nn.Module):
     def restore(self, dtype: torch.dtype) -> nn.Module:
         """Give the model's own module back, with the dequantized weights in ``dtype``."""
         source: nn.Module = self.source
+        quantized = dict(zip(self.layout.projections, self.quantized_weights(), strict=True))
         for projection, names in self.layout.sources.items():
             if projection.endswith(BIAS_SUFFIX):
                 canonical = getattr(self, projection).to(dtype)
             else:
-                canonical = dequantize(
-                    getattr(self, projection + QUANTIZED_SUFFIX),
-                    getattr(self, projection + SCALE_SUFFIX),
-                    dtype,
-                )
+                scale = getattr(self, projection + SCALE_SUFFIX)
+                canonical = dequantize(quantized[projection].to(scale.device), scale, dtype)
             for name, tensor in zip(names, self.layout.restore(projection, canonical), strict=True):
                 owner, _, leaf = name.rpartition(".")
                 setattr(source.get_submodule(owner), leaf, nn.Parameter(tensor))
         return source
 
+    # ---- weights -------------------------------------------------------------------------------
+
+    def quantized_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The 8-bit weights of both projections, all experts, where they are.
+
+        Returns:
+            (num_experts, rows, columns) each: the parameters, or views of the pages in host memory.
+
+        Raises:
+            ValueError: the module was made without weights, and none were brought yet.
+        """
+        if self.paged is not None:
+            cache, layer = self.paged
+            return cache.host.weights(layer)
+        first, second = (getattr(self, p + QUANTIZED_SUFFIX) for p in self.layout.projections)
+        if first is None or second is None:
+            raise ValueError(f"{type(self.source).__name__}: its pages have not been loaded yet")
+        return first, second
+
+    def layer_pages(self, name: str) -> LayerPages:
+        """What this module's pages look like.
+
+        Args:
+            name: of the module in its model, for messages.
+        """
+        up, down = (self.layout.shape(projection) for projection in self.layout.projections)
+        return LayerPages(
+            name,
+            self.num_experts,
+            STORAGE_DTYPE[self.weights],
+            gate_up=(up[1], up[2]),
+            down=(down[1], down[2]),
+        )
+
+    def page(self, cache: ExpertCache, layer: int) -> None:
+        """Compute with the pages of a cache from now on; the weights as parameters are dropped."""
+        for projection in self.layout.projections:
+            setattr(self, projection + QUANTIZED_SUFFIX, None)
+        self.paged = (cache, layer)
+
+    def unpage(self, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+        """Take the weights as parameters from now on, and let go of the cache.
+
+        Args:
+            gate_up, down: (num_experts, rows, columns) in the storage dtype.
+        """
+        for projection, weight in zip(self.layout.projections, (gate_up, down), strict=True):
+            parameter = nn.Parameter(weight, requires_grad=False)
+            setattr(self, projection + QUANTIZED_SUFFIX, parameter)
+        self.paged = None
+
     @property
     def num_bytes(self) -> int:
-        """Bytes of the quantized weights and their scales."""
-        return sum(parameter.nbytes for parameter in self._quantized())
+        """Bytes of the quantized weights and their scales, wherever they are."""
+        weights = sum(math.prod(self.layout.shape(p)) for p in self.layout.projections)
+        return weights + sum(
+            getattr(self, p + SCALE_SUFFIX).nbytes for p in self.layout.projections
+        )
 
-    def _quantized(self) -> list[nn.Parameter]:
-        suffixes = (QUANTIZED_SUFFIX, SCALE_SUFFIX)
-        return [self.get_parameter(p + s) for p in self.layout.projections for s in suffixes]
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.paged is None:
+            return
+        for name, weight in zip(self.layout.projections, self.quantized_weights(), strict=True):
+            # Copies: pages interleave the two projections, and files want each by itself.
+            destination[prefix + name + QUANTIZED_SUFFIX] = weight.contiguous()
+
+    # ---- the layer -----------------------------------------------------------------------------
 
     def forward(
         self,
@@ -180,14 +261,31 @@ class QuantizedExperts(nn.Module):
     def _fused_moe(
         self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor | None
     ) -> torch.Tensor:
+        if self.paged is None:
+            return self._compute(
+                hidden_states, *self.quantized_weights(), None, topk_ids, topk_weights
+            )
+        cache, layer = self.paged
+        compute = partial(self._compute, hidden_states)
+        return cache.run(layer, hidden_states, topk_ids, topk_weights, compute)
+
+    def _compute(
+        self,
+        hidden_states: torch.Tensor,
+        up_proj: torch.Tensor,
+        down_proj: torch.Tensor,
+        expert_to_slot: torch.Tensor | None,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+    ) -> torch.Tensor:
         up = self.layout.up_name
         activation: Activation | Callable[[torch.Tensor], torch.Tensor]
         activation = self._own_gate if self.activation is None else self.activation
         return fused_moe(
             hidden_states,
-            getattr(self, up + QUANTIZED_SUFFIX),
+            up_proj,
             getattr(self, up + SCALE_SUFFIX),
-            self.down_proj_q,
+            down_proj,
             self.down_proj_scale,
             topk_ids,
             topk_weights,
@@ -195,6 +293,7 @@ class QuantizedExperts(nn.Module):
             activations=self.activations,
             gate_up_proj_bias=getattr(self, up + BIAS_SUFFIX, None),
             down_proj_bias=getattr(self, "down_proj_bias", None),
+            expert_to_slot=expert_to_slot,
         )
 
     def _own_gate(self, up: torch.Tensor) -> torch.Tensor:
@@ -203,10 +302,16 @@ class QuantizedExperts(nn.Module):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # ``model.half()`` and ``model.to(dtype)`` would turn FP8 weights and fp32 scales into
         # something else; here they only move.
-        fixed = {id(parameter) for parameter in self._quantized()}
+        names = (p + s for p in self.layout.projections for s in (QUANTIZED_SUFFIX, SCALE_SUFFIX))
+        fixed = {id(getattr(self, name)) for name in names}
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
+            if self.paged is not None and moved.device != self.paged[0].device:
+                raise ValueError(
+                    f"the experts are paged on {self.paged[0].device} and cannot move to "
+                    f"{moved.device}; load the model with device={str(moved.device)!r} instead"
+                )
             cast = moved.dtype != tensor.dtype
             return tensor.to(moved.device) if cast and id(tensor) in fixed else moved
 
@@ -218,6 +323,7 @@ class QuantizedExperts(nn.Module):
         return (
             f"{layout.num_experts} experts, hidden_size={layout.hidden_size}, "
             f"intermediate_size={layout.intermediate_size}, weights={self.weights}"
+            + (", paged" if self.paged is not None else "")
         )
 
 
