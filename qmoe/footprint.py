@@ -1,0 +1,256 @@
+"""What a model takes of a device beside its experts' pages, measured on the model itself.
+
+A model runs a few tokens with its experts left out. The cache that comes back says what a token
+costs in each layer, whatever kind of attention that is; the calls to the experts say how many of
+them a token is routed to. Weights are counted, and the rest, the workspace of a step, is bounded by
+the sizes of the weights that a step meets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from qmoe.cache.pages import LayerPages
+from qmoe.experts import QuantizedExperts
+from qmoe.format import BIAS_SUFFIX, QUANTIZED_SUFFIX, SCALE_SUFFIX
+from qmoe.layout import describe
+
+# Caches are measured after so many tokens and after twice as many: enough for caches that keep one
+# entry for a group of tokens.
+_TOKENS = 128
+# Matrix libraries keep a workspace of their own per stream, 32 MiB on an H100 or H200.
+_CUDA_LIBRARIES = 128 << 20
+
+
+@dataclass(frozen=True)
+class CacheGrowth:
+    """Bytes that one layer's cache takes for a sequence.
+
+    Attributes:
+        fixed: whatever the length.
+        per_token: for each token, up to ``window`` of them.
+        window: tokens that the layer looks back; None where it keeps all.
+    """
+
+    fixed: int
+    per_token: int
+    window: int | None
+
+    def num_bytes(self, num_tokens: int) -> int:
+        """Bytes after ``num_tokens`` tokens."""
+        kept = num_tokens if self.window is None else min(num_tokens, self.window)
+        return self.fixed + self.per_token * kept
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a model takes of a device beside its experts' pages; sizes in bytes.
+
+    Attributes:
+        resident: parameters and buffers, scales and biases of the experts included.
+        top_k: experts that a token is routed to, by experts module.
+        caches: how each layer's cache grows.
+        token_bytes: bound of what a step allocates for each of its tokens.
+        logits_bytes: the same for each sequence.
+        score_bytes: the same for each pair of a token and one that it attends to.
+        key_bytes: the same for each token that is attended to.
+        fixed_bytes: the same, whatever the step.
+    """
+
+    resident: int
+    top_k: tuple[int, ...]
+    caches: tuple[CacheGrowth, ...]
+    token_bytes: int
+    logits_bytes: int
+    score_bytes: int
+    key_bytes: int
+    fixed_bytes: int
+
+    def kv_cache(self, context: int, batch_size: int) -> int:
+        """Bytes of the cache for ``batch_size`` sequences of ``context`` tokens."""
+        return batch_size * sum(cache.num_bytes(context) for cache in self.caches)
+
+    def workspace(self, chunk: int, context: int, batch_size: int) -> int:
+        """Bound of the bytes that a step of ``chunk`` tokens of each sequence allocates."""
+        # Until the next step, a layer with a window holds what it has just been given, too.
+        windows = sum(cache.per_token for cache in self.caches if cache.window is not None)
+        per_sequence = (
+            chunk * (self.token_bytes + windows + context * self.score_bytes)
+            + context * self.key_bytes
+            + self.logits_bytes
+        )
+        return self.fixed_bytes + batch_size * per_sequence
+
+
+@torch.no_grad()
+def measure(
+    model: Any, layers: Sequence[LayerPages], device: torch.device | None = None
+) -> Footprint:
+    """Run ``model`` on a few tokens, without its experts, and see what it takes.
+
+    Args:
+        model: a causal language model of transformers, on one device; its experts may be quantized
+            or not, paged or not yet there.
+        layers: pages of its experts modules, named as the modules are.
+        device: where it is going to run; by default where it is.
+
+    Raises:
+        ValueError: the model is on several devices or offloaded, or keeps no cache.
+    """
+    on = {tensor.device for tensor in _staying(model, layers)}
+    if len(on) != 1 or torch.device("meta") in on:
+        raise ValueError(
+            f"{type(model).__name__} is on {', '.join(sorted(map(str, on)))}; a budget is for a "
+            "model on one device, load it without offloading"
+        )
+    device = device or on.pop()
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or 2 * _TOKENS
+    num_tokens = max(1, min(_TOKENS, limit // 2))
+    routed: dict[str, int] = {}
+    with _without_experts(model, layers, num_tokens, routed):
+        first = _caches(model, num_tokens)
+    with _without_experts(model, layers, num_tokens, {}):
+        second = _caches(model, 2 * num_tokens)
+    if sum(nbytes for nbytes, _ in second) == 0:
+        raise ValueError(
+            f"{type(model).__name__} keeps no cache of its tokens (use_cache=True); "
+            "it cannot be given a budget"
+        )
+    top_k = tuple(routed.get(layer.name, 0) for layer in layers)
+    caches = []
+    for (once, window), (twice, _) in zip(first, second, strict=True):
+        per_token = -(-(twice - once) // num_tokens)
+        caches.append(CacheGrowth(max(0, once - per_token * num_tokens), per_token, window))
+
+    itemsize = model.dtype.itemsize
+    heads = getattr(config, "num_attention_heads", 1)
+    rows, most_rows = _rows_of_widest_layer(model, layers)
+    vocab_size, hidden_size = model.get_input_embeddings().weight.shape
+    eager = getattr(config, "_attn_implementation", "eager") == "eager"
+    all_logits = 0 if model._supports_logits_to_keep() else vocab_size * itemsize
+    return Footprint(
+        resident=_resident_bytes(model, layers),
+        top_k=top_k,
+        caches=tuple(caches),
+        # Outputs of a layer's matrices, in 32 bit, with what is computed on the way to the next.
+        token_bytes=16 * (rows + 4 * hidden_size)
+        + max(k * _pair_bytes(p, itemsize) for k, p in zip(top_k, layers, strict=True))
+        + all_logits,
+        # in the model's dtype and in fp32, sorted and cumulated for sampling
+        logits_bytes=32 * vocab_size,
+        # Masks; eager attention has scores and probabilities of every head.
+        score_bytes=2 * (itemsize + 2) + (heads * (2 * itemsize + 4) if eager else 0),
+        # A layer's keys and values are copied to append to them, and then made as wide as queries.
+        key_bytes=max(cache.per_token for cache in caches) + 4 * itemsize * most_rows,
+        fixed_bytes=_CUDA_LIBRARIES if device.type == "cuda" else 0,
+    )
+
+
+def _staying(model: nn.Module, layers: Sequence[LayerPages]) -> Iterator[torch.Tensor]:
+    """Parameters and buffers that are no pages, each once."""
+    pages = set()
+    for layer in layers:
+        experts = model.get_submodule(layer.name)
+        layout = None if isinstance(experts, QuantizedExperts) else describe(experts)
+        for name, parameter in experts.named_parameters():
+            if layout is None:
+                is_page = name.endswith(QUANTIZED_SUFFIX)
+            else:
+                is_page = any(name in layout.sources[p] for p in layout.projections)
+            if is_page:
+                pages.add(id(parameter))
+    return (t for t in (*model.parameters(), *model.buffers()) if id(t) not in pages)
+
+
+def _resident_bytes(model: nn.Module, layers: Sequence[LayerPages]) -> int:
+    scales = sum(
+        4 * layer.num_experts * (layer.gate_up[0] + layer.down[0])
+        for layer in layers
+        if not isinstance(model.get_submodule(layer.name), QuantizedExperts)
+    )
+    return scales + sum(tensor.nbytes for tensor in _staying(model, layers))
+
+
+def _rows_of_widest_layer(model: nn.Module, layers: Sequence[LayerPages]) -> tuple[int, int]:
+    """Rows of the matrices of the layer that has the most of them, and of one matrix at most."""
+    matrices = {id(tensor) for tensor in _staying(model, layers) if tensor.ndim == 2}
+    blocks = [b for m in model.modules() if isinstance(m, nn.ModuleList) for b in m] or [model]
+    rows = [
+        [
+            parameter.shape[0]
+            for name, parameter in block.named_parameters()
+            if id(parameter) in matrices and not name.endswith((BIAS_SUFFIX, SCALE_SUFFIX))
+        ]
+        for block in blocks
+    ]
+    return max(map(sum, rows)), max(chain.from_iterable(rows), default=0)
+
+
+def _pair_bytes(layer: LayerPages, itemsize: int) -> int:
+    """What a token takes at an expert: what is between its products, and its rows of waves."""
+    hidden_size, intermediate_size = layer.down
+    return itemsize * (layer.gate_up[0] + intermediate_size + 4 * hidden_size) + 64
+
+
+@contextmanager
+def _without_experts(
+    model: nn.Module, layers: Sequence[LayerPages], num_tokens: int, routed: dict[str, int]
+) -> Iterator[None]:
+    """Let experts return their input, and note how many a token is routed to."""
+    default = getattr(model.config.get_text_config(), "num_experts_per_tok", 1)
+
+    def identity(name: str) -> Callable[..., torch.Tensor]:
+        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            topk_ids = args[0] if args else kwargs.get("top_k_index")
+            routed[name] = default if topk_ids is None else topk_ids.numel() // num_tokens
+            return hidden_states
+
+        return forward
+
+    modules = [model.get_submodule(layer.name) for layer in layers]
+    own = [vars(module).get("forward") for module in modules]  # a hook's, where there is one
+    try:
+        for layer, module in zip(layers, modules, strict=True):
+            module.forward = identity(layer.name)
+        yield
+    finally:
+        for module, forward in zip(modules, own, strict=True):
+            vars(module).pop("forward", None)
+            if forward is not None:
+                module.forward = forward
+
+
+def _caches(model: Any, num_tokens: int) -> list[tuple[int, int | None]]:
+    """Bytes and window of each layer's cache after ``num_tokens`` tokens."""
+    tokens = torch.zeros(1, num_tokens, dtype=torch.long, device=model.device)
+    output = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=True)
+    cache = getattr(output, "past_key_values", None) or getattr(output, "cache_params", None)
+    return [
+        (_tensor_bytes(layer, set()), getattr(layer, "sliding_window", None))
+        for layer in getattr(cache, "layers", None) or [cache]
+    ]
+
+
+def _tensor_bytes(value: Any, seen: set[int]) -> int:
+    """Bytes of all tensors that ``value`` holds, by what they are views of."""
+    if isinstance(value, torch.Tensor):
+        storage = value.untyped_storage()
+        if storage.data_ptr() in seen:
+            return 0
+        seen.add(storage.data_ptr())
+        return storage.nbytes()
+    if isinstance(value, dict):
+        value = value.values()
+    elif hasattr(value, "__dict__"):
+        value = vars(value).values()
+    elif not isinstance(value, (list, tuple)):
+        return 0
+    return sum(_tensor_bytes(item, seen) for item in value)
