@@ -327,6 +327,11 @@ class QuantizedExperts(nn.Module):
         )
 
 
+def quantized_modules(model: nn.Module) -> dict[str, QuantizedExperts]:
+    """The quantized experts modules of ``model``, by name, in the order in which it has them."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedExperts)}
+
+
 def install(model: nn.Module, name: str, experts: nn.Module) -> None:
     """Put quantized experts, or the model's own back, where ``model`` has its module ``name``."""
     model.set_submodule(name, experts)
