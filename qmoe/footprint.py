@@ -2,12 +2,13 @@
 
 A model runs a few tokens with its experts left out. The cache that comes back says what a token
 costs in each layer, whatever kind of attention that is; the calls to the experts say how many of
-them a token is routed to. Weights are counted, and the rest, the workspace of a step, is bounded by
-the sizes of the weights that a step meets.
+them a token is routed to. Weights are counted. The workspace of a step is bounded by the sizes of
+the matrices that it meets and by what those few tokens allocated, whichever is more.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,15 +17,17 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from qmoe.cache.pages import LayerPages
 from qmoe.experts import QuantizedExperts
 from qmoe.format import BIAS_SUFFIX, QUANTIZED_SUFFIX, SCALE_SUFFIX
 from qmoe.layout import describe
 
-# Caches are measured after so many tokens and after twice as many: enough for caches that keep one
-# entry for a group of tokens.
-_TOKENS = 128
+# What a step of so many tokens takes is measured, and of half as many: enough for caches that keep
+# one entry for a group of tokens, and for attention that works on blocks of them.
+MEASURED_TOKENS = 256
 # Matrix libraries keep a workspace of their own per stream, 32 MiB on an H100 or H200.
 _CUDA_LIBRARIES = 128 << 20
 
@@ -57,7 +60,8 @@ class Footprint:
         resident: parameters and buffers, scales and biases of the experts included.
         top_k: experts that a token is routed to, by experts module.
         caches: how each layer's cache grows.
-        token_bytes: bound of what a step allocates for each of its tokens.
+        token_bytes: bound of what a step allocates for each token, by the sizes of matrices.
+        measured_bytes: what a step of `MEASURED_TOKENS` allocated, without its experts.
         logits_bytes: the same for each sequence.
         score_bytes: the same for each pair of a token and one that it attends to.
         key_bytes: the same for each token that is attended to.
@@ -68,6 +72,7 @@ class Footprint:
     top_k: tuple[int, ...]
     caches: tuple[CacheGrowth, ...]
     token_bytes: int
+    measured_bytes: int
     logits_bytes: int
     score_bytes: int
     key_bytes: int
@@ -82,7 +87,9 @@ class Footprint:
         # Until the next step, a layer with a window holds what it has just been given, too.
         windows = sum(cache.per_token for cache in self.caches if cache.window is not None)
         per_sequence = (
-            chunk * (self.token_bytes + windows + context * self.score_bytes)
+            # State-space models work on blocks of tokens, and on whole ones.
+            max(chunk * self.token_bytes, -(-chunk // MEASURED_TOKENS) * self.measured_bytes)
+            + chunk * (windows + context * self.score_bytes)
             + context * self.key_bytes
             + self.logits_bytes
         )
@@ -112,12 +119,12 @@ def measure(
         )
     device = device or on.pop()
     config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or 2 * _TOKENS
-    num_tokens = max(1, min(_TOKENS, limit // 2))
+    limit = getattr(config, "max_position_embeddings", None) or MEASURED_TOKENS
+    num_tokens = max(1, min(MEASURED_TOKENS, limit) // 2)
     routed: dict[str, int] = {}
     with _without_experts(model, layers, num_tokens, routed):
         first = _caches(model, num_tokens)
-    with _without_experts(model, layers, num_tokens, {}):
+    with _without_experts(model, layers, 2 * num_tokens, routed), _peak_bytes(model.device) as peak:
         second = _caches(model, 2 * num_tokens)
     if sum(nbytes for nbytes, _ in second) == 0:
         raise ValueError(
@@ -144,6 +151,7 @@ def measure(
         token_bytes=16 * (rows + 4 * hidden_size)
         + max(k * _pair_bytes(p, itemsize) for k, p in zip(top_k, layers, strict=True))
         + all_logits,
+        measured_bytes=peak(),
         # in the model's dtype and in fp32, sorted and cumulated for sampling
         logits_bytes=32 * vocab_size,
         # Masks; eager attention has scores and probabilities of every head.
@@ -228,10 +236,52 @@ def _without_experts(
                 module.forward = forward
 
 
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors made while it is on; ``peak`` is the most that lived at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+        output = func(*args, **(kwargs or {}))
+        for tensor in _tensors(output):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given | self.seen:
+                self.seen.add(storage._cdata)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return output
+
+    def _gone(self, identity: int, nbytes: int) -> None:
+        self.seen.discard(identity)
+        self.live -= nbytes
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+
+
+@contextmanager
+def _peak_bytes(device: torch.device) -> Iterator[Callable[[], int]]:
+    """Yield what tells the most bytes that were allocated at once, beyond those at the start."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield lambda: torch.cuda.max_memory_allocated(device) - before
+    else:
+        with _LiveBytes() as memory:
+            yield lambda: memory.peak
+
+
 def _caches(model: Any, num_tokens: int) -> list[tuple[int, int | None]]:
     """Bytes and window of each layer's cache after ``num_tokens`` tokens."""
     tokens = torch.zeros(1, num_tokens, dtype=torch.long, device=model.device)
-    output = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=True)
+    last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+    output = model(tokens, attention_mask=torch.ones_like(tokens), use_cache=True, **last)
     cache = getattr(output, "past_key_values", None) or getattr(output, "cache_params", None)
     return [
         (_tensor_bytes(layer, set()), getattr(layer, "sliding_window", None))
