@@ -19,7 +19,7 @@ from qmoe.cache.expert_cache import ExpertCache
 from qmoe.cache.host_store import HostStore
 from qmoe.cache.pages import LayerPages
 from qmoe.cache.stats import CacheStats
-from qmoe.experts import QuantizedExperts
+from qmoe.experts import QuantizedExperts, quantized_modules
 from qmoe.footprint import measure
 
 # Tokens per sequence where nobody said how many; less where the model takes less.
@@ -48,7 +48,7 @@ def kv_cache_bytes(model: Any, context: int, batch_size: int) -> int:
     Raises:
         ValueError: see :func:`qmoe.footprint.measure`.
     """
-    return measure(model, _pages(_quantized_modules(model))).kv_cache(context, batch_size)
+    return measure(model, _pages(quantized_modules(model))).kv_cache(context, batch_size)
 
 
 def plan_budget(
@@ -110,7 +110,7 @@ def page_experts(
         torch.OutOfMemoryError: the slots do not fit; the model is as it was.
     """
     device = torch.device(device)
-    modules = _quantized_modules(model)
+    modules = quantized_modules(model)
     assert [layer.name for layer in store.layers] == list(modules)
     # One slot until the weights that were resident, if any, have made room for the others.
     cache = ExpertCache(
@@ -171,7 +171,7 @@ def resize(
         >>> qmoe.resize(model, hbm_budget="4GiB", context=256).all_resident
         True
     """
-    modules = _quantized_modules(model)
+    modules = quantized_modules(model)
     if not modules:
         raise ValueError(
             f"{type(model).__name__} has no experts that qmoe quantized; call qmoe.patch(model) "
@@ -212,14 +212,10 @@ def stats(model: nn.Module) -> CacheStats:
     paging: Paging | None = getattr(model, "qmoe_paging", None)
     if paging is None or paging.cache is None:
         state = "resident: all of its experts are on the device, nothing is copied or counted"
-        if not _quantized_modules(model):
+        if not quantized_modules(model):
             state = "not quantized by qmoe"
         raise ValueError(f"{type(model).__name__} is {state}")
     return paging.cache.read_counters()
-
-
-def _quantized_modules(model: nn.Module) -> dict[str, QuantizedExperts]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedExperts)}
 
 
 def _pages(modules: Mapping[str, QuantizedExperts]) -> list[LayerPages]:
@@ -312,7 +308,7 @@ def predictors(model: nn.Module) -> list[Callable[[torch.Tensor], torch.Tensor] 
     experts, (num_tokens, hidden_size) -> (num_tokens, top_k): a hint, ids of identity experts
     included. None where the next router is unlike those that are known, and for the last module.
     """
-    names = list(_quantized_modules(model))
+    names = list(quantized_modules(model))
     return [*(_predictor(model, following) for following in names[1:]), None]
 
 
