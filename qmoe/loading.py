@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from qmoe.checkpoint import is_hub_id
+from qmoe.format import COMPRESSED_TENSORS, QMOE
+from qmoe.page_loading import PagingOptions, choose_device
 from qmoe.patching import patch
 
 if TYPE_CHECKING:
@@ -24,6 +27,10 @@ def load(
     dtype: str | torch.dtype = "auto",
     weights: WeightFormat | None = None,
     revision: str | None = None,
+    hbm_budget: str | int | float | None = None,
+    context: int | None = None,
+    batch_size: int = 1,
+    prefetch: bool = True,
 ) -> PreTrainedModel:
     """Load a model for generating text.
 
@@ -35,29 +42,28 @@ def load(
         weights: None keeps the checkpoint as it is, 8 bit or 16 bit; ``"int8"`` or ``"fp8"``
             quantizes the experts of a 16-bit checkpoint on load.
         revision: branch, tag or commit on the Hub.
+        hbm_budget: everything that the model may take of the device: ``"16GiB"``, bytes, a fraction
+            of its memory (0.5 or ``"50%"``) or ``"auto"``. Experts that do not fit are paged from
+            host memory; on the CPU that is simulated. None: everything is on the device.
+        context: tokens per sequence that the budget must hold the KV cache of, new ones included;
+            by default the model's own context, but at most 8192.
+        batch_size: sequences at a time that it must hold it of.
+        prefetch: copy experts ahead of their layer when the next layer's router proposes them.
 
     Returns:
         The model, in evaluation mode, on ``device``.
 
     Raises:
-        ValueError: no such folder or repository, an unknown device or dtype, or a checkpoint that
-            is quantized already while ``weights`` asks for it.
+        ValueError: no such folder or repository, an unknown device or dtype, a checkpoint that is
+            quantized already while ``weights`` asks for it, a budget that cannot work (with the
+            smallest that does), or too little host memory.
 
     Example:
         >>> import qmoe
         >>> model = qmoe.load("examples/tiny-moe", weights="int8")
     """
     path_or_repo = str(path_or_repo)
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(device)
-    except RuntimeError:
-        raise ValueError(
-            f"device={device!r} is no torch device; use 'auto', 'cpu' or 'cuda'"
-        ) from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={str(device)!r}: this machine has no CUDA GPU; use 'cpu'")
+    device = choose_device(device)
     if isinstance(dtype, str) and dtype != "auto":
         named = getattr(torch, dtype, None)
         if not isinstance(named, torch.dtype):
@@ -75,7 +81,25 @@ def load(
     auto = AutoModelForCausalLM
     if type(config) not in AutoModelForCausalLM._model_mapping:
         auto = AutoModelForImageTextToText
+    paging: dict[str, Any] = {}
+    if hbm_budget is not None:
+        paging = asdict(PagingOptions(hbm_budget, context, batch_size, prefetch))
+    if paging and weights is None:
+        quantization: dict[str, Any] = (
+            getattr(config, "quantization_config", None)
+            or getattr(config.get_text_config(decoder=True), "quantization_config", None)
+            or {}
+        )
+        method = quantization.get("quant_method")
+        if method not in (QMOE, COMPRESSED_TENSORS):
+            raise ValueError(
+                f"{path_or_repo}: hbm_budget pages experts in 8 bit, and these are "
+                + (f"quantized otherwise ({method})" if method else "not: add weights='int8'")
+            )
+        config.quantization_config = {**quantization, **paging}
+    # What is yet to be quantized need not fit on the device before it is paged.
+    load_on = torch.device("cpu") if paging and weights is not None else device
     model = auto.from_pretrained(
-        path_or_repo, config=config, dtype=dtype, device_map=device, revision=revision
+        path_or_repo, config=config, dtype=dtype, device_map=load_on, revision=revision
     )
-    return model if weights is None else patch(model, weights)
+    return model if weights is None else patch(model, weights, device=device, **paging)

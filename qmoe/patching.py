@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qmoe.layout import find_experts
+from qmoe.page_loading import PagingOptions, choose_device, layer_pages, page_quantized
 from qmoe.quantizer import (
     QmoeConfig,
     QmoeQuantizer,
@@ -22,7 +23,15 @@ if TYPE_CHECKING:
 
 
 def patch(
-    model: PreTrainedModel, weights: WeightFormat = "int8", *, activations: str = "auto"
+    model: PreTrainedModel,
+    weights: WeightFormat = "int8",
+    *,
+    activations: str = "auto",
+    hbm_budget: str | int | float | None = None,
+    device: str | torch.device = "auto",
+    context: int | None = None,
+    batch_size: int = 1,
+    prefetch: bool = True,
 ) -> PreTrainedModel:
     """Quantize the experts of a loaded model in place.
 
@@ -34,13 +43,21 @@ def patch(
         model: a transformers model in bf16, fp16 or fp32, on any device.
         weights: ``"int8"`` or ``"fp8"`` (e4m3fn), one scale per output channel.
         activations: what the experts' products take, see :func:`qmoe_kernels.fused_moe`.
+        hbm_budget: with a model on the CPU: bring it to ``device`` and page its experts, see
+            :func:`qmoe.load`.
+        device: where to, with a budget: ``"auto"`` (the GPU where there is one) or a torch device.
+        context: see :func:`qmoe.load`.
+        batch_size: see :func:`qmoe.load`.
+        prefetch: see :func:`qmoe.load`.
 
     Returns:
         ``model``, the same object.
 
     Raises:
-        ValueError: the model is patched already, is quantized otherwise, has no experts, or holds
-            NaN or infinity in an expert's weight. The model is then unchanged.
+        ValueError: the model is patched already, is quantized otherwise, has no experts, holds NaN
+            or infinity in an expert's weight, or the budget cannot work. The model is then
+            unchanged. Too little host memory, when the experts have been quantized: they then
+            stay where they are, on the CPU.
 
     Example:
         >>> import qmoe
@@ -63,8 +80,24 @@ def patch(
             f"{type(model).__name__} is quantized already ({getattr(method, 'value', method)}); "
             "qmoe.patch takes a bf16, fp16 or fp32 model"
         )
-    quantize_experts(model, find_experts(model), weights, activations)
+    layouts = find_experts(model)
+    if hbm_budget is None:
+        quantize_experts(model, layouts, weights, activations)
+        QmoeQuantizer(config, pre_quantized=True).mark(model)
+        return model
+    on = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
+    if on != {"cpu"}:
+        raise ValueError(
+            f"{type(model).__name__} is on {', '.join(sorted(on))}; hbm_budget takes a model on "
+            "the CPU and brings it to the device itself"
+        )
+    target = choose_device(device)
+    options = PagingOptions(hbm_budget, context, batch_size, prefetch)
+    layers = [layer_pages(name, layout, weights) for name, layout in layouts.items()]
+    budget = options.plan(model, layers, target)
+    quantize_experts(model, layouts, weights, activations)
     QmoeQuantizer(config, pre_quantized=True).mark(model)
+    page_quantized(model, budget, options, target)
     return model
 
 

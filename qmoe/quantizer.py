@@ -12,31 +12,36 @@ model is saved.
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
     ConversionOps,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     WeightTransform,
     rename_source_key,
 )
+from transformers.quantizers import auto
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
 from transformers.utils import is_compressed_tensors_available
+from transformers.utils.logging import is_progress_bar_enabled
 from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
 
 from qmoe.checkpoint import StoredTensor, read_header
-from qmoe.experts import QuantizedExperts, install
+from qmoe.experts import QuantizedExperts, install, quantized_modules
 from qmoe.format import (
     COMPRESSED_TENSORS,
     FORMAT_VERSION,
@@ -46,6 +51,7 @@ from qmoe.format import (
     qmoe_config,
 )
 from qmoe.layout import ExpertsLayout, find_experts
+from qmoe.page_loading import PagingOptions, choose_device, load_pages, page_quantized
 from qmoe_kernels.fused_moe import check_activations
 from qmoe_kernels.quantization import STORAGE_DTYPE, WeightFormat
 
@@ -60,6 +66,12 @@ class QmoeConfig(QuantizationConfigMixin):
         activations: what the experts' products take, see :func:`qmoe_kernels.fused_moe`. A choice
             of this run: not written to disk.
         modules_to_not_convert: full names of experts modules that stay in 16 bit.
+        hbm_budget: page the experts within so much device memory, see :func:`qmoe.load`; a choice
+            of this run like the three that follow. Without a ``device_map``, the model then goes to
+            the GPU where there is one.
+        context: see :func:`qmoe.load`.
+        batch_size: see :func:`qmoe.load`.
+        prefetch: see :func:`qmoe.load`.
         format_version: of the file format.
 
     Raises:
@@ -77,6 +89,10 @@ class QmoeConfig(QuantizationConfigMixin):
         *,
         activations: str = "auto",
         modules_to_not_convert: list[str] | None = None,
+        hbm_budget: str | int | float | None = None,
+        context: int | None = None,
+        batch_size: int = 1,
+        prefetch: bool = True,
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ) -> None:
@@ -98,6 +114,14 @@ class QmoeConfig(QuantizationConfigMixin):
         self.activations = activations
         self.modules_to_not_convert = list(modules_to_not_convert or [])
         self.format_version = format_version
+        self.paging: PagingOptions | None = None
+        if hbm_budget is not None:
+            self.paging = PagingOptions(hbm_budget, context, batch_size, prefetch)
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What holds for a checkpoint that is quantized already, whose own config says the rest."""
+        chosen = {"activations": self.activations, "paging": self.paging}
+        return {name: value for name, value in chosen.items() if value not in ("auto", None)}
 
     def to_dict(self) -> dict[str, Any]:
         """As :func:`qmoe.format.qmoe_config`."""
@@ -110,6 +134,23 @@ class _ExpertsQuantizer(HfQuantizer):
     requires_calibration = False
     quantization_config: Any
     pre_quantized: bool
+    layouts: dict[str, ExpertsLayout]
+    device: torch.device
+    # What the headers say of pages, see load_pages.
+    stored: dict[str, list[StoredTensor]]
+
+    @property
+    def paging(self) -> PagingOptions | None:
+        """What was asked for, if the experts are to be paged."""
+        return getattr(self.quantization_config, "paging", None)
+
+    def update_device_map(self, device_map: Any) -> Any:
+        device_map = super().update_device_map(device_map)
+        if self.paging is None:
+            return device_map
+        self.device = _only_device(device_map)
+        # Experts that are yet to be quantized would not fit.
+        return {"": self.device if self.pre_quantized else torch.device("cpu")}
 
     def preprocess_model(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         super().preprocess_model(model, *args, **kwargs)
@@ -118,10 +159,29 @@ class _ExpertsQuantizer(HfQuantizer):
             matches = re.compile(pattern.replace("*", ".*")).search
             self.dtypes.update(dict.fromkeys(filter(matches, self.dtypes), dtype))
 
+    def _leave_out_pages(self, model: PreTrainedModel) -> None:
+        """Let transformers pass over the tensors that are pages: neither read nor warned of."""
+        patterns = {
+            rf"\.{projection}{QUANTIZED_SUFFIX}$"
+            for experts in quantized_modules(model).values()
+            for projection in experts.layout.projections
+        }
+        ignored = model._keys_to_ignore_on_load_unexpected or ()
+        model._keys_to_ignore_on_load_unexpected = {*ignored, *patterns}
+
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         if not hasattr(HfQuantizer, "get_new_dtype"):
             _cast_renamed(model, self.dtypes)
-        return super().postprocess_model(model, **kwargs)
+        result = super().postprocess_model(model, **kwargs)
+        if self.paging is not None and self.pre_quantized:
+            progress = is_progress_bar_enabled()
+            load_pages(model, self.stored, self.paging, self.device, progress=progress)
+        elif self.paging is not None:
+            layers = [m.layer_pages(name) for name, m in quantized_modules(model).items()]
+            budget = self.paging.plan(model, layers, self.device)
+            page_quantized(model, budget, self.paging, self.device)
+        self.pre_quantized = True
+        return result
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -168,26 +228,45 @@ class QmoeQuantizer(_ExpertsQuantizer):
         self.kept = layouts.keys() - self.layouts.keys()
         if not self.pre_quantized:
             return
+        config = self.quantization_config
         for name in self.layouts:
-            config = self.quantization_config
             source = model.get_submodule(name)
-            install(model, name, QuantizedExperts(source, config.weights, config.activations))
+            experts = QuantizedExperts(
+                source, config.weights, config.activations, paged=self.paging is not None
+            )
+            install(model, name, experts)
         files = kwargs.get("checkpoint_files")
         if files:
-            found = _targets(model, files)
-            for name in self.layouts:
-                for parameter, _ in model.get_submodule(name).named_parameters():
-                    if f"{name}.{parameter}" not in found:
-                        raise ValueError(
-                            f"{name}.{parameter} is in none of the checkpoint's files; "
-                            "convert it again"
-                        )
+            self._read_headers(model, files)
+        if self.paging is not None:
+            if not files:
+                raise ValueError("hbm_budget needs a checkpoint's files; load it from a folder")
+            self._leave_out_pages(model)
+
+    def _read_headers(self, model: PreTrainedModel, files: Iterable[str]) -> None:
+        pages = {
+            f"{name}.{projection}{QUANTIZED_SUFFIX}": layout.shape(projection)
+            for name, layout in self.layouts.items()
+            for projection in layout.projections
+        }
+        rename = _Renamer(model, pages)
+        found = {rename(key): tensor for key, tensor in _headers(files).items()}
+        expected = [f"{n}.{p}" for n in self.layouts for p in model.get_submodule(n).state_dict()]
+        for parameter in (*expected, *pages):
+            if parameter not in found:
+                raise ValueError(
+                    f"{parameter} is in none of the checkpoint's files; convert it again"
+                )
+        self.stored = {}
+        for parameter, shape in pages.items():
+            stored = found[parameter]
+            self.stored[parameter.removesuffix(QUANTIZED_SUFFIX)] = [stored]
+            _check_stored(stored, self.quantization_config.weights, shape)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         if not self.pre_quantized:
             config = self.quantization_config
             quantize_experts(model, self.layouts, config.weights, config.activations)
-            self.pre_quantized = True
         return model
 
     def update_weight_conversions(
@@ -206,19 +285,23 @@ class _CompressedTensorsExperts(_ExpertsQuantizer):
     """
 
     quantized: dict[str, WeightFormat]
-    layouts: dict[str, ExpertsLayout]
     kept: set[str]
     needs_package: list[str]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         self.quantized, self.layouts, self.kept, self.needs_package = {}, {}, set(), []
+        self.stored = {}
         files = kwargs.get("checkpoint_files")
         if not files or getattr(self.quantization_config, "dequantize", False):
             self.needs_package = ["the request to dequantize"]
         else:
             self._read_headers(model, files)
+        paged = self.paging is not None
         for name, weights in self.quantized.items():
-            install(model, name, QuantizedExperts(model.get_submodule(name), weights))
+            experts = QuantizedExperts(model.get_submodule(name), weights, paged=paged)
+            install(model, name, experts)
+        if paged:
+            self._leave_out_pages(model)
         if self.needs_package:
             super()._process_model_before_weight_loading(model, **kwargs)
 
@@ -230,20 +313,20 @@ class _CompressedTensorsExperts(_ExpertsQuantizer):
             layouts = {}  # dense, or experts that only the package can load
         projections = {name: layout.projections for name, layout in layouts.items()}
         rename = _Renamer(model)
-        counts: Counter[str] = Counter()
+        found: dict[str, dict[tuple[int, int], StoredTensor]] = defaultdict(dict)
         for key in headers:
             if not key.endswith(".weight_scale"):
                 if key.endswith((".weight_packed", ".weight_zero_point", ".weight_global_scale")):
                     self.needs_package.append(key)
                 continue
             weight = headers.get(key.removesuffix("_scale"))
-            target = rename(key.removesuffix("_scale"))
+            target, part = rename.with_part(key.removesuffix("_scale"))
             name, _, projection = target.rpartition(".")
             weights = _format_per_channel(weight, headers[key])
             if weight is None or weights is None or projection not in projections.get(name, ()):
                 self.needs_package.append(key)
                 continue
-            counts[target] += 1
+            found[target][_expert_of(key), part] = weight
             if self.quantized.setdefault(name, weights) != weights:
                 raise ValueError(
                     f"{weight.file}: {weight.name} is {weight.dtype}, other experts are not"
@@ -252,12 +335,19 @@ class _CompressedTensorsExperts(_ExpertsQuantizer):
         self.kept = layouts.keys() - self.quantized.keys()
         for name, layout in self.layouts.items():
             for projection in layout.projections:
+                tensors = found[f"{name}.{projection}"]
                 parts = 2 if projection == "gate_up_proj" else 1
-                if counts[f"{name}.{projection}"] != parts * layout.num_experts:
+                expected = list(product(range(layout.num_experts), range(parts)))
+                if sorted(tensors) != expected:
                     raise ValueError(
-                        f"{name}.{projection}: the checkpoint has {counts[f'{name}.{projection}']} "
-                        f"quantized tensors for it instead of {parts * layout.num_experts}"
+                        f"{name}.{projection}: the checkpoint has {len(tensors)} "
+                        f"quantized tensors for it instead of {len(expected)}"
                     )
+                self.stored[f"{name}.{projection}"] = [tensors[place] for place in expected]
+                if self.paging is not None:
+                    _, rows, columns = layout.shape(projection)
+                    for tensor in tensors.values():
+                        _check_stored(tensor, self.quantized[name], (rows // parts, columns))
 
     def update_weight_conversions(
         self, weight_conversions: list[WeightTransform], *args: Any
@@ -270,6 +360,12 @@ class _CompressedTensorsExperts(_ExpertsQuantizer):
                 continue
             sources = conversion._original_source_patterns
             targets = conversion._original_target_patterns
+            for operation in conversion.operations if self.paging is not None else ():
+                if not isinstance(operation, (MergeModulelist, Concatenate)):
+                    raise ValueError(
+                        f"hbm_budget: {sources[0]} is not stored as it is computed with "
+                        f"({type(operation).__name__}); load it without hbm_budget"
+                    )
             # The scales come first: until transformers 5.21, `weight` also matches `weight_scale`.
             ours.insert(
                 0,
@@ -327,9 +423,15 @@ class ExpertsOnlyCompressedTensorsConfig(QuantizationConfigMixin):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> QuantizationConfigMixin:
         """The package's own configuration where the package is there, else the plain dictionary."""
+        names = {field.name for field in dataclasses.fields(PagingOptions)}
+        asked = {name: value for name, value in config_dict.items() if name in names}
+        raw = {name: value for name, value in config_dict.items() if name not in names}
+        config: Any = cls(**raw)
         if is_compressed_tensors_available():
-            return CompressedTensorsConfig.from_dict(config_dict, **kwargs)
-        return cls(**config_dict)
+            config = CompressedTensorsConfig.from_dict(raw, **kwargs)
+        if asked.get("hbm_budget") is not None:
+            config.paging = PagingOptions(**asked)
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """The dictionary that it was made from."""
@@ -447,17 +549,15 @@ def restore_experts(model: PreTrainedModel, dtype: torch.dtype | None = None) ->
     ]
     for name, experts in modules.items():
         install(model, name, experts.restore(dtype or model.dtype))
+    paging = vars(model).pop("qmoe_paging", None)
+    if paging is not None and paging.cache is not None:
+        paging.cache.close()
     mapping = get_model_conversion_mapping(model, add_legacy=False)
     model._weight_conversions = [
         *conversions,
         *(conversion for conversion in mapping if _converts_experts(conversion, layouts)),
     ]
     return model
-
-
-def quantized_modules(model: nn.Module) -> dict[str, QuantizedExperts]:
-    """The quantized experts modules of ``model``, by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedExperts)}
 
 
 def _cast_renamed(model: PreTrainedModel, dtypes: Mapping[str, torch.dtype]) -> None:
@@ -553,25 +653,51 @@ def _copy(
 class _Renamer:
     """Checkpoint name -> the model's parameter that it is loaded into."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, pages: Iterable[str] = ()) -> None:
         conversions = get_model_conversion_mapping(model)
         self.renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
         self.converters = [c for c in conversions if isinstance(c, WeightConverter)]
         self.prefix = model.base_model_prefix
-        self.parameters = model.state_dict()
+        self.parameters = {**dict.fromkeys(pages, True), **model.state_dict()}
 
     def __call__(self, key: str) -> str:
+        return self.with_part(key)[0]
+
+    def with_part(self, key: str) -> tuple[str, int]:
+        """The parameter, and which of the tensors that are merged into it ``key`` is."""
         if key in self.parameters:
-            return key
-        target, _ = rename_source_key(
+            return key, 0
+        target, pattern = rename_source_key(
             key, self.renamings, self.converters, self.prefix, self.parameters
         )
-        return target
+        sources = (converter.source_patterns for converter in self.converters)
+        return target, next((s.index(pattern) for s in sources if pattern in s), 0)
 
 
-def _targets(model: PreTrainedModel, files: Iterable[str]) -> set[str]:
-    rename = _Renamer(model)
-    return {rename(key) for key in _headers(files)}
+def _expert_of(key: str) -> int:
+    """The expert's number in the name of one of its tensors; -1 if there is none."""
+    return int(next((part for part in reversed(key.split(".")) if part.isdigit()), -1))
+
+
+def _check_stored(stored: StoredTensor, weights: WeightFormat, shape: tuple[int, ...]) -> None:
+    if stored.torch_dtype != STORAGE_DTYPE[weights] or stored.shape != shape:
+        raise ValueError(
+            f"{stored.file}: {stored.name} is {stored.dtype} of shape {list(stored.shape)} "
+            f"instead of {weights} of shape {list(shape)}; convert it again"
+        )
+
+
+def _only_device(device_map: Any) -> torch.device:
+    """The one device that a paged model runs on."""
+    if device_map is None or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return choose_device("auto")
+    devices = set(device_map.values())
+    if len(devices) > 1 or "disk" in devices:
+        raise ValueError(
+            f"device_map={device_map!r}: with hbm_budget a model runs on one device; "
+            "give device_map='cuda' or one GPU's name"
+        )
+    return choose_device(devices.pop())
 
 
 def _format_per_channel(weight: StoredTensor | None, scale: StoredTensor) -> WeightFormat | None:
@@ -589,6 +715,8 @@ def _headers(files: Iterable[str]) -> dict[str, StoredTensor]:
     return {name: t for file in files for name, t in read_header(Path(file)).items()}
 
 
+# Lets a QmoeConfig that is given to from_pretrained add to the one in a checkpoint.
+auto.LOADING_ATTRIBUTES_CONFIG_TYPES += (QmoeConfig,)
 AUTO_QUANTIZATION_CONFIG_MAPPING[QMOE] = QmoeConfig
 AUTO_QUANTIZER_MAPPING[QMOE] = QmoeQuantizer
 AUTO_QUANTIZATION_CONFIG_MAPPING[COMPRESSED_TENSORS] = ExpertsOnlyCompressedTensorsConfig

@@ -179,16 +179,16 @@ SIZES = dict(
 )
 
 
-def build(family: str) -> PreTrainedModel:
+def build(family: str, num_experts: int | None = None) -> PreTrainedModel:
     """A whole model, tiny, in fp32, whose experts matter to its output."""
     torch.manual_seed(0)
     if family == "qwen3_moe":
-        config = Qwen3MoeConfig(**SIZES, moe_intermediate_size=32, num_experts=8)
+        config = Qwen3MoeConfig(**SIZES, moe_intermediate_size=32, num_experts=num_experts or 8)
         model = Qwen3MoeForCausalLM(config)
     elif family == "mixtral":
-        model = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4))
+        model = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=num_experts or 4))
     else:
-        model = GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=4))
+        model = GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=num_experts or 4))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "experts" in name:  # the default of 0.02 would leave nothing to see of them

@@ -1,0 +1,191 @@
+"""From a checkpoint's shards, or a model's parameters, to where a budget has the experts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from qmoe.cache.budget import Budget
+from qmoe.cache.host_store import HostStore, PageRead
+from qmoe.cache.pages import LayerPages
+from qmoe.checkpoint import StoredTensor
+from qmoe.experts import quantized_modules
+from qmoe.format import QUANTIZED_SUFFIX
+from qmoe.layout import ExpertsLayout
+from qmoe.paging import keep_resident, page_experts, plan_budget
+from qmoe_kernels.quantization import STORAGE_DTYPE, WeightFormat
+
+
+@dataclass(frozen=True)
+class PagingOptions:
+    """What a user asks for; see :func:`qmoe.load`. Choices of a run: never written to disk."""
+
+    hbm_budget: str | int | float
+    context: int | None = None
+    batch_size: int = 1
+    prefetch: bool = True
+
+    def plan(self, model: nn.Module, layers: Sequence[LayerPages], device: torch.device) -> Budget:
+        """See :func:`qmoe.paging.plan_budget`."""
+        return plan_budget(model, layers, self.hbm_budget, device, self.context, self.batch_size)
+
+
+def choose_device(device: str | int | torch.device) -> torch.device:
+    """The device that is meant, a GPU with its index; ``"auto"`` is the GPU where there is one.
+
+    Raises:
+        ValueError: no torch device, or a GPU where there is none.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise ValueError(
+            f"device={device!r} is no torch device; use 'auto', 'cpu' or 'cuda'"
+        ) from None
+    if chosen.type != "cuda":
+        return chosen
+    if not torch.cuda.is_available():
+        raise ValueError(f"device={str(device)!r}: this machine has no CUDA GPU; use 'cpu'")
+    index = torch.cuda.current_device() if chosen.index is None else chosen.index
+    return torch.device("cuda", index)
+
+
+def layer_pages(name: str, layout: ExpertsLayout, weights: WeightFormat) -> LayerPages:
+    """The pages that an experts module is going to have once it is quantized."""
+    up, down = (layout.shape(projection) for projection in layout.projections)
+    return LayerPages(
+        name, layout.num_experts, STORAGE_DTYPE[weights], (up[1], up[2]), (down[1], down[2])
+    )
+
+
+def load_pages(
+    model: nn.Module,
+    stored: Mapping[str, Sequence[StoredTensor]],
+    options: PagingOptions,
+    device: torch.device,
+    *,
+    progress: bool,
+) -> None:
+    """Read the experts of a model that is otherwise loaded: to host memory, or all to its device.
+
+    Args:
+        model: on ``device``, its experts without their 8-bit weights.
+        stored: ``{module}.{projection}`` -> the tensors that, one behind the other, are its
+            canonical form: one of all experts, or one or two (gate, up) per expert.
+        options: the budget, and what it must hold.
+        device: where the model runs.
+        progress: draw a progress bar if stderr is a terminal.
+
+    Raises:
+        ValueError: a budget that cannot work, too little host memory, or files that have changed.
+    """
+    modules = quantized_modules(model)
+    if not modules:
+        raise ValueError(
+            f"{type(model).__name__}: hbm_budget pages 8-bit experts, and this checkpoint has none"
+        )
+    layers = [experts.layer_pages(name) for name, experts in modules.items()]
+    budget = options.plan(model, layers, device)
+    tensors = [
+        [stored[f"{name}.{projection}"] for projection in experts.layout.projections]
+        for name, experts in modules.items()
+    ]
+    if budget.all_resident:
+        bar = tqdm(layers, "Loading experts", unit="layer", disable=None if progress else True)
+        for pages, (gate_up, down) in zip(bar, tensors, strict=True):
+            with closing(HostStore([pages], pin=False)) as one_layer:
+                one_layer.fill(page_reads(0, pages, gate_up, down))
+                weights = [w.to(device, copy=True).contiguous() for w in one_layer.weights(0)]
+            modules[pages.name].unpage(*weights)
+        keep_resident(model, budget, device)
+        return
+    store = _host_store(layers, device)
+    try:
+        reads = [page_reads(i, p, *t) for i, (p, t) in enumerate(zip(layers, tensors, strict=True))]
+        store.fill([read for layer in reads for read in layer], progress=progress)
+        page_experts(model, store, budget, device, prefetch=options.prefetch)
+    except BaseException:
+        store.close()
+        raise
+
+
+def page_quantized(
+    model: nn.Module, budget: Budget, options: PagingOptions, device: torch.device
+) -> None:
+    """Bring a model that was quantized on the CPU to ``device``, its experts as the budget says.
+
+    Each layer's weights are freed as soon as its pages are filled.
+
+    Raises:
+        ValueError: too little host memory; the model is then as it was.
+        torch.OutOfMemoryError: something else has taken the device's memory; the same holds.
+    """
+    if budget.all_resident:
+        model.to(device)
+        keep_resident(model, budget, device)
+        return
+    modules = quantized_modules(model)
+    store = _host_store([experts.layer_pages(name) for name, experts in modules.items()], device)
+    try:
+        for layer, experts in enumerate(modules.values()):
+            for pages, weights in zip(
+                store.weights(layer), experts.quantized_weights(), strict=True
+            ):
+                pages.copy_(weights)
+            for projection in experts.layout.projections:
+                setattr(experts, projection + QUANTIZED_SUFFIX, None)
+        model.to(device)
+        page_experts(model, store, budget, device, prefetch=options.prefetch)
+    except BaseException:
+        for layer, experts in enumerate(modules.values()):
+            if experts.paged is not None or experts.down_proj_q is None:
+                experts.unpage(*(weights.contiguous() for weights in store.weights(layer)))
+        model.to("cpu")
+        store.close()
+        raise
+
+
+def _host_store(layers: Sequence[LayerPages], device: torch.device) -> HostStore:
+    on_gpu = device.type == "cuda"
+    with torch.cuda.device(device) if on_gpu else nullcontext():
+        return HostStore(layers, pin=on_gpu)
+
+
+def page_reads(
+    layer: int, pages: LayerPages, gate_up: Sequence[StoredTensor], down: Sequence[StoredTensor]
+) -> list[PageRead]:
+    """The reads that fill the pages of one layer.
+
+    Args:
+        layer: its index in the host store.
+        pages: its geometry.
+        gate_up: the tensors that, one behind the other, are its (num_experts, rows, columns)
+            weights.
+        down: the same for the second projection.
+    """
+    return [
+        *_reads(layer, 0, math.prod(pages.gate_up), gate_up),
+        *_reads(layer, pages.down_offset, math.prod(pages.down), down),
+    ]
+
+
+def _reads(
+    layer: int, offset: int, expert_bytes: int, tensors: Sequence[StoredTensor]
+) -> Iterator[PageRead]:
+    position = 0  # in the weights of all experts
+    for tensor in tensors:
+        start, stop = position, position + tensor.nbytes
+        while position < stop:
+            expert, within = divmod(position, expert_bytes)
+            nbytes = min(stop - position, expert_bytes - within)
+            file_offset = tensor.offset + position - start
+            yield PageRead(layer, expert, offset + within, tensor.file, file_offset, nbytes)
+            position += nbytes
