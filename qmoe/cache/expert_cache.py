@@ -255,18 +255,23 @@ class ExpertCache:
                 return self._run_in_waves(layer, topk_ids, topk_weights, compute)
             self._interrupted = True
             if self.overlap:
-                return self._run_overlapped(layer, topk_ids, topk_weights, compute)
+                return self._run_overlapped(layer, hidden_states, topk_ids, topk_weights, compute)
             self._admit(self._copies, layer, topk_ids)
             admitted = self._event()
             self._gather(self._copies, layer)
-            self._start_prefetch(layer, hidden_states, admitted)
+            self._start_prefetch(layer, hidden_states, admitted, self._event())
             self._interrupted = False
             return compute(
                 *self._weights[layer], self._expert_to_slot[layer], topk_ids, topk_weights
             )
 
     def _run_overlapped(
-        self, layer: int, topk_ids: Tensor, topk_weights: Tensor | None, compute: Compute
+        self,
+        layer: int,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor | None,
+        compute: Compute,
     ) -> Tensor:
         """Experts that are there first, while the others are copied on another stream."""
         slots = self._expert_to_slot[layer]
@@ -278,6 +283,7 @@ class ExpertCache:
             admitted.wait(self._copy_stream)
             self._gather(self._copies, layer)
             gathered = self._event()
+        self._start_prefetch(layer, hidden_states, admitted, gathered)
         in_range = (topk_ids >= 0) & (topk_ids < num_experts)
         hit = was_there[torch.where(in_range, topk_ids, num_experts)]
         weights = self._weights[layer]
@@ -390,7 +396,9 @@ class ExpertCache:
             page, slot = int(copies.pages[i]), int(copies.slots[i])
             self.memory[slot, :page_bytes] = pages[page - first_page]
 
-    def _start_prefetch(self, layer: int, hidden_states: Tensor, admitted: Any) -> None:
+    def _start_prefetch(
+        self, layer: int, hidden_states: Tensor, admitted: Any, gathered: Any
+    ) -> None:
         """Copy what the next layer will probably need, behind what this one needs."""
         predict = self._predictors[layer] if self.prefetch else None
         if predict is None or hidden_states.shape[0] > PREFETCHED_TOKENS:
@@ -398,7 +406,6 @@ class ExpertCache:
         limit = PREFETCHED_BYTES // self.host.layers[layer + 1].page_bytes
         if not limit:
             return
-        gathered = self._event()
         stream = self._prefetch_stream
         with self._runtime.stream(stream):
             admitted.wait(stream)
