@@ -1,0 +1,605 @@
+"""Admission against an LRU that was written a second time; gather; both without the host."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_layer import DEVICE
+
+from qmoe_kernels import paging
+from qmoe_kernels.paging import (
+    CREDIT_LIMIT,
+    CREDIT_PER_STEP,
+    HITS,
+    MISSES,
+    PAGE_COST,
+    PAGE_REWARD,
+    PREFETCH_USED,
+    PREFETCHED,
+    CopyList,
+    Residency,
+    admit,
+    gather,
+    launch_admit,
+    launch_gather,
+)
+
+IMPLEMENTATIONS = ["cpu", "triton"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One admission."""
+
+    layer: int
+    topk_ids: list[list[int]]
+    experts: tuple[int, int] | None = None
+    prefetch: int | None = None
+    dtype: torch.dtype = torch.int64
+
+
+@dataclass
+class Slot:
+    page: int | None = None
+    stamp: int = 0
+    unused: bool = False  # prefetched, not routed to since
+
+
+@dataclass
+class LRU:
+    """What `admit` is to do, said with objects: the slots, the credit and the counts."""
+
+    num_experts: int
+    num_layers: int
+    num_slots: int
+    clock: int = 0
+    slots: list[Slot] = field(init=False)
+    credit: list[int] = field(init=False)
+    counts: list[dict[int, int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.slots = [Slot() for _ in range(self.num_slots)]
+        self.credit = [CREDIT_LIMIT // 2] * self.num_layers
+        kinds = (HITS, MISSES, PREFETCHED, PREFETCH_USED)
+        self.counts = [dict.fromkeys(kinds, 0) for _ in range(self.num_layers)]
+
+    def admit(self, step: Step) -> list[tuple[int, int]]:
+        """Change the slots and return what is copied: (page, slot)."""
+        low, high = step.experts or (0, self.num_experts)
+        wanted: list[int] = []
+        for k in range(len(step.topk_ids[0]) if step.topk_ids else 0):
+            for row in step.topk_ids:
+                if max(low, 0) <= row[k] < min(high, self.num_experts):
+                    page = step.layer * self.num_experts + row[k]
+                    if page not in wanted:
+                        wanted.append(page)
+        resident = {slot.page: slot for slot in self.slots}
+        found = [resident[page] for page in wanted if page in resident]
+        absent = [page for page in wanted if page not in resident]
+        counts, limit = self.counts[step.layer], len(absent)
+        if step.prefetch is None:
+            self.clock += 1
+            used = sum(slot.unused for slot in found)
+            counts[HITS] += len(found)
+            counts[MISSES] += len(absent)
+            counts[PREFETCH_USED] += used
+            earned = CREDIT_PER_STEP + PAGE_REWARD * used
+            self.credit[step.layer] = min(CREDIT_LIMIT, self.credit[step.layer] + earned)
+            for slot in found:
+                slot.unused = False
+        else:
+            limit = min(limit, step.prefetch, self.credit[step.layer] // PAGE_COST)
+        for slot in found:
+            slot.stamp = self.clock
+        copied = []
+        for page in absent[:limit]:
+            free = [s for s in range(self.num_slots) if self.slots[s].stamp != self.clock]
+            if not free:
+                break
+            oldest = min(free, key=lambda s: (self.slots[s].stamp, s))
+            self.slots[oldest] = Slot(page, self.clock, unused=step.prefetch is not None)
+            copied.append((page, oldest))
+        if step.prefetch is not None:
+            counts[PREFETCHED] += len(copied)
+            self.credit[step.layer] -= PAGE_COST * len(copied)
+        return copied
+
+
+@dataclass
+class Admission:
+    """The tensors of one cache, and which implementation changes them."""
+
+    implementation: str
+    num_experts: int
+    num_layers: int
+    num_slots: int
+    residency: Residency = field(init=False)
+    copies: CopyList = field(init=False)
+
+    def __post_init__(self) -> None:
+        device = DEVICE if self.implementation == "triton" else "cpu"
+        num_pages = self.num_experts * self.num_layers
+        self.residency = Residency.empty(num_pages, self.num_slots, self.num_layers, device)
+        self.copies = CopyList.empty(self.num_experts, device)
+
+    def admit(self, step: Step) -> list[tuple[int, int]]:
+        num_experts, first_page = self.num_experts, step.layer * self.num_experts
+        ids = torch.tensor(step.topk_ids, dtype=step.dtype)
+        if not step.topk_ids:
+            ids = ids.view(0, 2)
+        ids = ids.to(self.residency.clock.device)
+        if self.implementation == "triton":
+            low, high = step.experts or (0, num_experts)
+            tables = (self.residency, self.copies)
+            launch_admit(
+                ids, step.layer, first_page, num_experts, low, high, *tables, step.prefetch
+            )
+        else:
+            options = {"experts": step.experts, "prefetch": step.prefetch}
+            admit(ids, step.layer, first_page, num_experts, self.residency, self.copies, **options)
+        count = int(self.copies.count)
+        pages, slots = self.copies.pages[:count].tolist(), self.copies.slots[:count].tolist()
+        return list(zip(pages, slots, strict=True))
+
+    def tables(self) -> dict[str, list]:
+        return {f.name: getattr(self.residency, f.name).tolist() for f in fields(Residency)}
+
+
+def expected_tables(lru: LRU) -> dict[str, list]:
+    page_to_slot = [-1] * (lru.num_experts * lru.num_layers)
+    for index, slot in enumerate(lru.slots):
+        if slot.page is not None:
+            page_to_slot[slot.page] = index
+    return {
+        "page_to_slot": page_to_slot,
+        "slot_to_page": [-1 if slot.page is None else slot.page for slot in lru.slots],
+        "last_used": [slot.stamp for slot in lru.slots],
+        "prefetched": [int(slot.unused) for slot in lru.slots],
+        "clock": [lru.clock],
+        "counters": [
+            [counts[i] for i in (HITS, MISSES, PREFETCHED, PREFETCH_USED)] + [0] * 4
+            for counts in lru.counts
+        ],
+        "credit": lru.credit,
+    }
+
+
+def check_invariants(
+    before: dict[str, list], after: dict[str, list], step: Step, copied: list, num_experts: int
+) -> None:
+    """What must be true of any cache, said without the LRU above."""
+    for slot, page in enumerate(after["slot_to_page"]):
+        assert page < 0 or after["page_to_slot"][page] == slot
+    for page, slot in enumerate(after["page_to_slot"]):
+        assert slot < 0 or after["slot_to_page"][slot] == page
+    low, high = step.experts or (0, num_experts)
+    first_page = step.layer * num_experts
+    wanted = {first_page + e for row in step.topk_ids for e in row if low <= e < high}
+    wanted &= set(range(first_page, first_page + num_experts))
+    pages, victims = [p for p, _ in copied], [s for _, s in copied]
+    assert len(set(pages)) == len(pages) and len(set(victims)) == len(victims)
+    assert set(pages) <= wanted and all(before["page_to_slot"][p] < 0 for p in pages)
+    # No page that is wanted now leaves, and none that was used at this clock.
+    gone = {p for p, s in enumerate(before["page_to_slot"]) if s >= 0 > after["page_to_slot"][p]}
+    assert not gone & wanted
+    in_use = {s for s, stamp in enumerate(before["last_used"]) if stamp == after["clock"][0]}
+    in_use |= {before["page_to_slot"][p] for p in wanted}
+    assert not in_use & set(victims)
+    others = set(range(len(before["last_used"]))) - in_use - set(victims)
+    stamps = before["last_used"]
+    assert all(stamps[v] <= stamps[o] for v in victims for o in others)
+    if step.prefetch is None and len(wanted) <= len(stamps):
+        assert all(after["page_to_slot"][p] >= 0 for p in wanted)
+    if step.prefetch is not None:
+        assert len(copied) <= step.prefetch and after["clock"] == before["clock"]
+
+
+@st.composite
+def scenarios(draw: st.DrawFn) -> tuple[tuple[int, int, int], list[Step]]:
+    num_experts = draw(st.sampled_from([1, 3, 5, 8]))
+    num_layers = draw(st.integers(1, 3))
+    num_slots = draw(st.sampled_from([1, 2, 3, 4, 7, 13, num_experts * num_layers]))
+    top_k = draw(st.integers(1, 4))
+    # Ids repeat within a token and between tokens; the sentinel, more than it, and negative ones.
+    row = st.lists(st.integers(-2, num_experts + 1), min_size=top_k, max_size=top_k)
+    bound = st.integers(0, num_experts)
+    step = st.builds(
+        Step,
+        layer=st.integers(0, num_layers - 1),
+        # Up to 24 ids: more than one block of the kernel's.
+        topk_ids=st.lists(row, max_size=6),
+        experts=st.none() | st.tuples(bound, bound),
+        prefetch=st.none() | st.none() | st.integers(0, num_experts),
+        dtype=st.sampled_from([torch.int32, torch.int64]),
+    )
+    return (num_experts, num_layers, num_slots), draw(st.lists(step, min_size=1, max_size=10))
+
+
+def run(implementation: str, sizes: tuple[int, int, int], steps: list[Step]) -> LRU:
+    lru, admission = LRU(*sizes), Admission(implementation, *sizes)
+    for step in steps:
+        before = admission.tables()
+        copied, expected = admission.admit(step), lru.admit(step)
+        after = admission.tables()
+        check_invariants(before, after, step, copied, sizes[0])
+        assert copied == expected, step
+        assert after == expected_tables(lru), step
+    return lru
+
+
+@given(scenarios())
+@settings(max_examples=150, deadline=None)
+def test_admission_on_the_cpu(scenario) -> None:
+    run("cpu", *scenario)
+
+
+@given(scenarios())
+@settings(max_examples=40, deadline=None)
+def test_admission_kernel(scenario) -> None:
+    run("triton", *scenario)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+class TestAdmission:
+    def test_the_least_recently_used_goes_first(self, implementation) -> None:
+        cache = Admission(implementation, num_experts=5, num_layers=2, num_slots=4)
+        assert cache.admit(Step(0, [[3, 1]])) == [(3, 0), (1, 1)]
+        assert cache.admit(Step(1, [[3, 1]])) == [(8, 2), (6, 3)]
+        assert cache.admit(Step(0, [[1]])) == []
+        # Of what is left page 3 is the oldest; page 8 and 6 are of one step, the lower slot goes.
+        assert cache.admit(Step(0, [[0, 1], [4, 0]])) == [(0, 0), (4, 2)]
+        assert cache.tables()["slot_to_page"] == [0, 1, 4, 6]
+
+    def test_a_step_never_evicts_what_it_uses(self, implementation) -> None:
+        cache = Admission(implementation, num_experts=6, num_layers=1, num_slots=3)
+        cache.admit(Step(0, [[0, 1, 2]]))
+        # One slot is free to take; two experts stay absent.
+        assert cache.admit(Step(0, [[1, 5, 4], [2, 3, 1]])) == [(5, 0)]
+        assert cache.tables()["slot_to_page"] == [5, 1, 2]
+        assert cache.tables()["counters"][0][:2] == [2, 3 + 3]
+
+    def test_tokens_first_choices_come_first(self, implementation) -> None:
+        cache = Admission(implementation, num_experts=8, num_layers=1, num_slots=8)
+        copied = cache.admit(Step(0, [[6, 0], [5, 1], [6, 2]]))
+        assert [page for page, _ in copied] == [6, 5, 0, 1, 2]
+
+    def test_nothing_to_admit(self, implementation) -> None:
+        cache = Admission(implementation, num_experts=4, num_layers=1, num_slots=2)
+        cache.admit(Step(0, [[2]]))
+        for ids in ([], [[-1, 4], [7, -(1 << 31)]]):
+            assert cache.admit(Step(0, ids)) == []
+        tables = cache.tables()
+        assert tables["slot_to_page"] == [2, -1] and tables["clock"] == [3]
+        assert tables["counters"][0][:4] == [0, 1, 0, 0]
+
+    def test_large_ids_are_no_experts(self, implementation) -> None:
+        """Those that are an expert's id once they are cut to 32 bits."""
+        cache = Admission(implementation, num_experts=4, num_layers=1, num_slots=4)
+        assert cache.admit(Step(0, [[(1 << 32) + 1, 2, -(1 << 32)]])) == [(2, 0)]
+
+    def test_only_a_range(self, implementation) -> None:
+        cache = Admission(implementation, num_experts=7, num_layers=2, num_slots=3)
+        ids = [[0, 6, 3], [4, 2, 5]]
+        assert cache.admit(Step(1, ids, experts=(3, 6))) == [(11, 0), (10, 1), (12, 2)]
+        assert cache.admit(Step(1, ids, experts=(6, 9))) == [(13, 0)]
+        assert cache.admit(Step(1, ids, experts=(5, 5))) == []
+        assert cache.tables()["counters"][1][:2] == [0, 4]
+
+    def test_prefetch_spares_the_present_step(self, implementation) -> None:
+        cache = Admission(implementation, num_experts=4, num_layers=2, num_slots=4)
+        cache.admit(Step(1, [[3, 2]]))
+        cache.admit(Step(0, [[0, 1]]))
+        # Page 7 is there, in slot 0: it is kept. The layer before it stays as well.
+        assert cache.admit(Step(1, [[3, 1, 0]], prefetch=4)) == [(5, 1)]
+        tables = cache.tables()
+        assert tables["slot_to_page"] == [7, 5, 0, 1] and tables["clock"] == [2]
+        assert tables["prefetched"] == [0, 1, 0, 0]
+        cache.admit(Step(1, [[1, 3]]))
+        assert cache.tables()["prefetched"] == [0] * 4
+        assert cache.tables()["counters"][1][:4] == [2, 2, 1, 1]
+
+    def test_prefetch_copies_at_most_so_many(self, implementation) -> None:
+        cache = Admission(implementation, num_experts=8, num_layers=1, num_slots=8)
+        assert [p for p, _ in cache.admit(Step(0, [[5, 2, 7]], prefetch=2))] == []
+        cache.admit(Step(0, []))  # at clock 0 every slot counts as in use
+        assert [p for p, _ in cache.admit(Step(0, [[5, 2, 7]], prefetch=2))] == [5, 2]
+        assert cache.admit(Step(0, [[1, 3]], prefetch=0)) == []
+
+    def test_credit_is_spent_and_comes_back(self, implementation) -> None:
+        cache = Admission(implementation, num_experts=6, num_layers=2, num_slots=2)
+
+        def propose(layer: int, needed: list[int]) -> int:
+            """Need some experts, let a step pass, propose 0 and 1 and count what was copied."""
+            cache.admit(Step(layer, [needed]))
+            cache.admit(Step(1 - layer, []))
+            return len(cache.admit(Step(layer, [[0, 1]], prefetch=8)))
+
+        # What is proposed is never used, and is gone when it is proposed again.
+        credit, wasted = CREDIT_LIMIT // 2, 0
+        while credit >= PAGE_COST:
+            copied = propose(0, [4, 5])
+            credit += CREDIT_PER_STEP
+            assert copied == min(2, credit // PAGE_COST)
+            credit -= PAGE_COST * copied
+            wasted += copied
+            assert cache.tables()["credit"][0] == credit
+        assert wasted > CREDIT_LIMIT // 2 // PAGE_COST
+        # Poor now: one page in so many steps. The other layer is not.
+        steps = PAGE_COST // CREDIT_PER_STEP
+        assert sum(propose(0, [4, 5]) for _ in range(steps)) == 1
+        assert propose(1, [4, 5]) == 2
+        # Proposals that come true earn it back, up to the limit.
+        cache.residency.credit[0] = CREDIT_LIMIT - 3 * PAGE_REWARD
+        for _ in range(4):
+            propose(0, [4, 5])
+            cache.admit(Step(0, [[0, 1]]))
+        assert cache.tables()["credit"][0] == CREDIT_LIMIT
+        assert cache.tables()["counters"][0][PREFETCH_USED] == 8
+
+    def test_many_slots_and_experts(self, implementation) -> None:
+        """Blocks that are no powers of two, several hundred of everything."""
+        torch.manual_seed(0)
+        ids = torch.rand(12, 130).topk(40).indices
+        steps = [Step(layer % 2, ids.roll(7 * layer, 0)[layer::6].tolist()) for layer in range(6)]
+        lru = run(implementation, (130, 2, 70), steps)
+        assert lru.counts[0][HITS] and lru.counts[1][HITS]
+        assert all(slot.page is not None for slot in lru.slots)
+
+
+@pytest.mark.parametrize("num_slots", [0, -1, 1 << 20])
+def test_slots_that_do_not_work_are_refused(num_slots) -> None:
+    with pytest.raises(ValueError, match=f"num_slots={num_slots}"):
+        Residency.empty(8, num_slots, 1, "cpu")
+
+
+# ---- gather ------------------------------------------------------------------------------------
+
+POISON = 0xAB
+
+
+def host_pages(num_pages: int, stride: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random pages that a kernel on `DEVICE` can read, and where each of them is."""
+    generator = torch.Generator().manual_seed(seed)
+    size = num_pages * stride + 128
+    memory = torch.randint(0, 256, (size,), generator=generator, dtype=torch.uint8)
+    if DEVICE.type == "cuda":
+        memory = memory.pin_memory()
+    start = -memory.data_ptr() % 128
+    pages = memory[start : start + num_pages * stride].view(num_pages, stride)
+    return pages, (pages.data_ptr() + torch.arange(num_pages) * stride).to(DEVICE)
+
+
+def aligned_slots(num_slots: int, slot_bytes: int) -> torch.Tensor:
+    memory = torch.full((num_slots * slot_bytes + 128,), POISON, dtype=torch.uint8, device=DEVICE)
+    start = -memory.data_ptr() % 128
+    return memory[start : start + num_slots * slot_bytes].view(num_slots, slot_bytes)
+
+
+def copy_list(pairs: list[tuple[int, int]], capacity: int = 9) -> CopyList:
+    """Behind the pairs, what no page and no slot is."""
+    copies = CopyList.empty(capacity, DEVICE)
+    copies.pages.fill_(1 << 30)
+    copies.slots.fill_(1 << 30)
+    for i, (page, slot) in enumerate(pairs):
+        copies.pages[i], copies.slots[i] = page, slot
+    copies.count.fill_(len(pairs))
+    return copies
+
+
+BLOCK_BYTES = 8 * paging.GATHER_BLOCK
+
+
+@pytest.mark.parametrize(
+    "page_bytes",
+    [128, 3 * 128, 33 * 128, BLOCK_BYTES - 128, BLOCK_BYTES, BLOCK_BYTES + 128, 3 * BLOCK_BYTES],
+)
+@pytest.mark.parametrize("slot_bytes_more", [0, 128, 5 * 128])
+@pytest.mark.parametrize("num_programs", [1, 3, 8])
+def test_gather(page_bytes: int, slot_bytes_more: int, num_programs: int) -> None:
+    pages, addresses = host_pages(7, page_bytes + 128)
+    memory = aligned_slots(5, page_bytes + slot_bytes_more)
+    pairs = [(6, 2), (0, 4), (3, 0)]
+    expected = torch.full(memory.shape, POISON, dtype=torch.uint8)
+    for page, slot in pairs:
+        expected[slot, :page_bytes] = pages[page, :page_bytes]
+    launch_gather(addresses, memory, copy_list(pairs), page_bytes, num_programs)
+    assert torch.equal(memory.cpu(), expected)
+
+
+def test_gather_of_nothing() -> None:
+    _, addresses = host_pages(2, 128)
+    memory = aligned_slots(3, 128)
+    launch_gather(addresses, memory, copy_list([]), 128, 4)
+    assert bool((memory == POISON).all())
+
+
+@pytest.mark.gpu
+def test_gather_into_slots_far_apart() -> None:
+    """The last slot starts 2**31 words behind the first one."""
+    slot_bytes = 1 << 33
+    pages, addresses = host_pages(2, 256)
+    memory = torch.empty(3, slot_bytes, dtype=torch.uint8, device="cuda")
+    for slot in range(3):
+        memory[slot, :256] = POISON
+    gather(addresses, memory, copy_list([(1, 2)]), 256)
+    assert torch.equal(memory[2, :256].cpu(), pages[1])
+    assert bool((memory[:2, :256] == POISON).all())
+
+
+@pytest.mark.gpu
+def test_gather_of_many_large_pages() -> None:
+    page_bytes = (4 << 20) + 384
+    pages, addresses = host_pages(32, page_bytes)
+    memory = aligned_slots(40, page_bytes)
+    pairs = [(page, 39 - page) for page in range(32)]
+    gather(addresses, memory, copy_list(pairs, 32), page_bytes)
+    slots = torch.tensor([slot for _, slot in pairs])
+    assert torch.equal(memory.cpu()[slots], pages)
+    assert bool((memory[:8] == POISON).all())
+
+
+# ---- without the host --------------------------------------------------------------------------
+
+
+@contextmanager
+def no_synchronization() -> Iterator[None]:
+    """Whatever makes the host wait for the GPU is an error."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+NUM_EXPERTS, PAGE_BYTES = 16, 640
+
+
+def random_steps(num_steps: int, num_tokens: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.rand(num_steps, num_tokens, NUM_EXPERTS, generator=generator).topk(4).indices
+    ids[:, 0, 0] = NUM_EXPERTS  # the sentinel
+    return ids
+
+
+@pytest.mark.gpu
+def test_the_host_waits_for_nothing() -> None:
+    cache = Admission("triton", NUM_EXPERTS, 2, 9)
+    pages, addresses = host_pages(2 * NUM_EXPERTS, PAGE_BYTES)
+    memory = aligned_slots(9, PAGE_BYTES)
+    ids = random_steps(4, 2).cuda()
+    with no_synchronization():
+        for step in range(4):
+            layer, first_page = step % 2, NUM_EXPERTS * (step % 2)
+            arguments = (layer, first_page, NUM_EXPERTS, cache.residency, cache.copies)
+            admit(ids[step], *arguments)
+            gather(addresses, memory, cache.copies, PAGE_BYTES)
+            admit(ids[step], *arguments, experts=(2, 7), prefetch=3)
+            gather(addresses, memory, cache.copies, PAGE_BYTES)
+    check_contents(cache, memory, pages)
+
+
+@pytest.mark.gpu
+def test_in_a_cuda_graph() -> None:
+    """Captured once with ids that are overwritten between replays; each does what the LRU does."""
+    sizes = (NUM_EXPERTS, 2, 9)
+    lru, cache = LRU(*sizes), Admission("triton", *sizes)
+    pages, addresses = host_pages(2 * NUM_EXPERTS, PAGE_BYTES)
+    memory = aligned_slots(9, PAGE_BYTES)
+    steps = random_steps(12, 2)
+    ids = steps[0].cuda()
+
+    def decode() -> None:
+        for layer in range(2):
+            arguments = (layer, NUM_EXPERTS * layer, NUM_EXPERTS, cache.residency, cache.copies)
+            admit(ids, *arguments)
+            gather(addresses, memory, cache.copies, PAGE_BYTES)
+            admit(ids, *arguments, experts=(0, 9), prefetch=2)
+            gather(addresses, memory, cache.copies, PAGE_BYTES)
+
+    decode()  # compiles
+    for f in fields(Residency):  # back to the beginning
+        getattr(cache.residency, f.name).copy_(getattr(Admission("cpu", *sizes).residency, f.name))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decode()
+    assert cache.tables() == expected_tables(lru), "capturing ran something"
+    for step in steps:
+        ids.copy_(step)
+        with no_synchronization():
+            graph.replay()
+        for layer in range(2):
+            lru.admit(Step(layer, step.tolist()))
+            lru.admit(Step(layer, step.tolist(), experts=(0, 9), prefetch=2))
+        assert cache.tables() == expected_tables(lru)
+        check_contents(cache, memory, pages)
+    assert lru.counts[0][PREFETCHED] and lru.counts[0][HITS]
+
+
+def check_contents(cache: Admission, memory: torch.Tensor, pages: torch.Tensor) -> None:
+    for slot, page in enumerate(cache.tables()["slot_to_page"]):
+        expected = pages[page] if page >= 0 else torch.full_like(pages[0], POISON)
+        assert torch.equal(memory[slot].cpu(), expected)
+
+
+# ---- compilation without a GPU -----------------------------------------------------------------
+
+ARCHITECTURES = [80, 86, 89, 90, 100, 120]
+# As in test_grouped_gemm.py, in KiB.
+SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+
+COMPILE = """
+import json, re
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from qmoe_kernels import paging
+
+INT64 = {"last_used_ptr", "clock_ptr", "counters_ptr", "addresses_ptr"}
+BYTES = {"prefetched_ptr": "*i8", "memory_ptr": "*u8"}
+ADMIT = [dict(PREFETCH=prefetch, IDS_BLOCK=16, EXPERTS_BLOCK=experts, SLOTS_BLOCK=slots, ids=ids)
+         for prefetch, experts, slots, ids in (
+             (False, 512, 16384, "*i64"), (True, 128, 4096, "*i32"), (True, 1, 1, "*i64"))]
+for capability in ARCHITECTURES:
+    for kernel, cases in ((paging.admit_kernel, ADMIT),
+                          (paging.gather_kernel, [dict(BLOCK=paging.GATHER_BLOCK)])):
+        names = kernel.arg_names
+        for case in cases:
+            constants = {n: value for n, value in case.items() if n in names}
+            slots = constants.get("SLOTS_BLOCK", 0)
+            types = dict(BYTES, topk_ids_ptr=case.get("ids"), **dict.fromkeys(INT64, "*i64"))
+            types |= dict.fromkeys(constants, "constexpr")
+            source = ASTSource(
+                kernel,
+                {n: types.get(n, "*i32" if n.endswith("_ptr") else "i32") for n in names},
+                constexprs={(names.index(n),): value for n, value in constants.items()},
+                attrs={(i,): [["tt.divisibility", 16]]
+                       for i, n in enumerate(names) if n.endswith("_ptr")},
+            )
+            warps = 4 if slots <= 1024 else 8 if slots <= 8192 else 16
+            compiled = triton.compile(
+                source, target=GPUTarget("cuda", capability, 32),
+                options={"num_warps": warps if slots else paging.GATHER_WARPS},
+            )
+            ptx = compiled.asm["ptx"]
+            print(json.dumps({
+                "capability": capability, "kernel": kernel.__name__, "case": case,
+                "shared": compiled.metadata.shared,
+                "local_memory": len(re.findall(r"(ld|st)\\.local", ptx)),
+                "loads": sorted(set(re.findall(r"(?:ld|cp)\\.\\S*global\\S*", ptx))),
+                "stores": sorted(set(re.findall(r"st\\.\\S*global\\S*", ptx))),
+            }))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
+def test_compiles_for_every_architecture() -> None:
+    # In a process of its own: here the interpreter may have taken the kernels' place.
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    folder = Path(__file__).parents[2] / "kernels"
+    environment["PYTHONPATH"] = os.pathsep.join([str(folder), environment.get("PYTHONPATH", "")])
+    code = f"ARCHITECTURES = {ARCHITECTURES}\n{COMPILE}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(kernels) == (3 + 1) * len(ARCHITECTURES)
+    for kernel in kernels:
+        assert kernel["shared"] <= SHARED_MEMORY[kernel["capability"]] * 1024, kernel
+        assert kernel["local_memory"] == 0, kernel
+        if kernel["kernel"] == "gather_kernel":  # a thread moves 16 bytes at a time
+            assert kernel["stores"] == ["st.global.v2.b64"], kernel
+            assert {"cp.async.cg.shared.global", "ld.volatile.global.v2.b64"} & {*kernel["loads"]}
