@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -466,71 +467,68 @@ def no_synchronization() -> Iterator[None]:
 NUM_EXPERTS, PAGE_BYTES = 16, 640
 
 
-def random_steps(num_steps: int, num_tokens: int) -> torch.Tensor:
+@dataclass
+class Pages(Admission):
+    """Admission of two layers, with contents to be copied."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.pages, self.addresses = host_pages(2 * NUM_EXPERTS, PAGE_BYTES)
+        self.memory = aligned_slots(self.num_slots, PAGE_BYTES)
+
+    def decode(self, ids: torch.Tensor) -> None:
+        """Each layer, and from its ids the other one ahead."""
+        for layer in (0, 1):
+            for wanted, options in ((layer, {}), (1 - layer, {"experts": (2, 9), "prefetch": 2})):
+                tables = (wanted, NUM_EXPERTS * wanted, NUM_EXPERTS, self.residency, self.copies)
+                admit(ids, *tables, **options)
+                gather(self.addresses, self.memory, self.copies, PAGE_BYTES)
+
+    def check(self, lru: LRU) -> None:
+        assert self.tables() == expected_tables(lru)
+        for slot, page in enumerate(self.tables()["slot_to_page"]):
+            if page >= 0:
+                assert torch.equal(self.memory[slot].cpu(), self.pages[page])
+
+
+def decode(lru: LRU, ids: torch.Tensor) -> None:
+    for layer in (0, 1):
+        lru.admit(Step(layer, ids.tolist()))
+        lru.admit(Step(1 - layer, ids.tolist(), experts=(2, 9), prefetch=2))
+
+
+def random_steps(num_steps: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
-    ids = torch.rand(num_steps, num_tokens, NUM_EXPERTS, generator=generator).topk(4).indices
+    ids = torch.rand(num_steps, 2, NUM_EXPERTS, generator=generator).topk(4).indices
     ids[:, 0, 0] = NUM_EXPERTS  # the sentinel
     return ids
 
 
 @pytest.mark.gpu
-def test_the_host_waits_for_nothing() -> None:
-    cache = Admission("triton", NUM_EXPERTS, 2, 9)
-    pages, addresses = host_pages(2 * NUM_EXPERTS, PAGE_BYTES)
-    memory = aligned_slots(9, PAGE_BYTES)
-    ids = random_steps(4, 2).cuda()
-    with no_synchronization():
-        for step in range(4):
-            layer, first_page = step % 2, NUM_EXPERTS * (step % 2)
-            arguments = (layer, first_page, NUM_EXPERTS, cache.residency, cache.copies)
-            admit(ids[step], *arguments)
-            gather(addresses, memory, cache.copies, PAGE_BYTES)
-            admit(ids[step], *arguments, experts=(2, 7), prefetch=3)
-            gather(addresses, memory, cache.copies, PAGE_BYTES)
-    check_contents(cache, memory, pages)
-
-
-@pytest.mark.gpu
-def test_in_a_cuda_graph() -> None:
-    """Captured once with ids that are overwritten between replays; each does what the LRU does."""
-    sizes = (NUM_EXPERTS, 2, 9)
-    lru, cache = LRU(*sizes), Admission("triton", *sizes)
-    pages, addresses = host_pages(2 * NUM_EXPERTS, PAGE_BYTES)
-    memory = aligned_slots(9, PAGE_BYTES)
-    steps = random_steps(12, 2)
+@pytest.mark.parametrize("graph", [False, True])
+def test_the_host_waits_for_nothing(graph: bool) -> None:
+    """Eager, and captured once with ids that are overwritten between replays."""
+    lru, cache = LRU(NUM_EXPERTS, 2, 9), Pages("triton", NUM_EXPERTS, 2, 9)
+    steps = random_steps(12)
     ids = steps[0].cuda()
-
-    def decode() -> None:
-        for layer in range(2):
-            arguments = (layer, NUM_EXPERTS * layer, NUM_EXPERTS, cache.residency, cache.copies)
-            admit(ids, *arguments)
-            gather(addresses, memory, cache.copies, PAGE_BYTES)
-            admit(ids, *arguments, experts=(0, 9), prefetch=2)
-            gather(addresses, memory, cache.copies, PAGE_BYTES)
-
-    decode()  # compiles
-    for f in fields(Residency):  # back to the beginning
-        getattr(cache.residency, f.name).copy_(getattr(Admission("cpu", *sizes).residency, f.name))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        decode()
-    assert cache.tables() == expected_tables(lru), "capturing ran something"
-    for step in steps:
-        ids.copy_(step)
+    step = partial(cache.decode, ids)
+    if graph:
+        cache.decode(torch.full_like(ids, -1))  # compiles
+        captured = torch.cuda.CUDAGraph()
+        before = cache.tables()
+        with torch.cuda.graph(captured):
+            step()
+        assert cache.tables() == before, "capturing ran something"
+        cache.residency.clock.zero_()
+        cache.residency.credit.fill_(CREDIT_LIMIT // 2)
+        step = captured.replay
+    for values in steps:
+        ids.copy_(values)
         with no_synchronization():
-            graph.replay()
-        for layer in range(2):
-            lru.admit(Step(layer, step.tolist()))
-            lru.admit(Step(layer, step.tolist(), experts=(0, 9), prefetch=2))
-        assert cache.tables() == expected_tables(lru)
-        check_contents(cache, memory, pages)
-    assert lru.counts[0][PREFETCHED] and lru.counts[0][HITS]
-
-
-def check_contents(cache: Admission, memory: torch.Tensor, pages: torch.Tensor) -> None:
-    for slot, page in enumerate(cache.tables()["slot_to_page"]):
-        expected = pages[page] if page >= 0 else torch.full_like(pages[0], POISON)
-        assert torch.equal(memory[slot].cpu(), expected)
+            step()
+        decode(lru, values)
+        cache.check(lru)
+    assert all(all(counts.values()) for counts in lru.counts), "nothing of some kind happened"
 
 
 # ---- compilation without a GPU -----------------------------------------------------------------
