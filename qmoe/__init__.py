@@ -48,6 +48,8 @@ _LAZY = {
     "generate": "qmoe.generation",
     "load": "qmoe.loading",
     "perplexity": "qmoe.evaluation",
+    "resize": "qmoe.paging",
+    "stats": "qmoe.paging",
     "record_routing": "qmoe.recording",
 }
 

@@ -18,6 +18,7 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from qmoe.cache.stats import CacheStats
     from qmoe.demo import Demo
     from qmoe.generation import GenerationResult, GenerationStatistics
     from qmoe.inspection import Inspection
@@ -118,11 +119,39 @@ def generate(
         Literal["int8", "fp8"] | None,
         typer.Option(help="Quantize the experts of a 16-bit model while loading."),
     ] = None,
+    hbm_budget: Annotated[
+        str | None,
+        typer.Option(help="Page experts within so much GPU memory: 16GiB, 50%, auto."),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens per text that the budget holds.", show_default="8192"),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Texts at a time that it holds.", show_default="the prompts"),
+    ] = None,
+    prefetch: Annotated[
+        bool, typer.Option(help="Copy experts ahead that the next layer will probably need.")
+    ] = True,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Show the expert cache at work, on stderr.")
+    ] = False,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
     """Continue prompts: text on stdout, statistics on stderr."""
     prompts = prompt or [_read_stdin()]
+    paging: dict[str, Any] = {}
+    if hbm_budget is not None:
+        paging = {
+            "hbm_budget": hbm_budget,
+            "context": context,
+            "batch_size": batch_size or len(prompts) * (num_beams or 1),
+            "prefetch": prefetch,
+        }
+    elif context is not None or batch_size is not None or not prefetch:
+        raise typer.BadParameter("--context, --batch-size and --no-prefetch need --hbm-budget")
     if do_sample is None and any(v is not None for v in (temperature, top_k, top_p, min_p)):
         do_sample = True
     options = {
@@ -140,8 +169,16 @@ def generate(
     from qmoe.generation import generate as generate_texts
 
     _quiet()
-    model = qmoe.load(path, device=device, dtype=dtype, weights=weights)
+    model = qmoe.load(path, device=device, dtype=dtype, weights=weights, **paging)
     writer = None if json_output or (num_beams or 1) > 1 else _Writer(len(prompts))
+    status = _CacheStatus(model) if stats else None
+
+    def stream(index: int, piece: str) -> None:
+        if writer is not None:
+            writer(index, piece)
+        if status is not None:
+            status.update()
+
     interrupted = False
     try:
         result = generate_texts(
@@ -149,19 +186,26 @@ def generate(
             load_tokenizer(path),
             prompts,
             max_new_tokens=max_new_tokens,
-            stream=writer,
+            stream=None if (num_beams or 1) > 1 or not (writer or status) else stream,
             chat=chat,
             seed=seed,
             **{name: value for name, value in options.items() if value is not None},
         )
     except GenerationInterrupted as interruption:
         result, interrupted = interruption.result, True
+    finally:
+        if status is not None:
+            status.close()
     if json_output:
         document = {"model": path, "prompts": prompts, **dataclasses.asdict(result)}
+        if status is not None:
+            document["cache"] = status.document()
         _print_json({**document, "interrupted": interrupted})
     else:
         (writer or _Writer(len(prompts))).finish(result)
         print(_statistics_line(result.statistics), file=sys.stderr)
+        if status is not None:
+            print(status.line(), file=sys.stderr)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
 
@@ -237,6 +281,40 @@ class _Writer:
     def _heading(self, index: int) -> None:
         if self.num_texts > 1:
             print(f"--- prompt {index + 1}")
+
+
+class _CacheStatus:
+    """What the expert cache does, as a line that changes while text is generated."""
+
+    def __init__(self, model: Any) -> None:
+        from qmoe.status_line import StatusLine
+
+        self.model = model
+        self.status_line = StatusLine()
+        self.close = self.status_line.close
+
+    def update(self) -> None:
+        if self.status_line.due():
+            self.status_line.write(self.line())
+
+    def line(self) -> str:
+        from qmoe.status_line import cache_line
+
+        stats = self._read()
+        return "all experts are resident" if stats is None else cache_line(stats)
+
+    def document(self) -> dict[str, Any] | None:
+        stats = self._read()
+        if stats is None:
+            return None
+        totals = {"hit_rate": stats.hit_rate, "bytes": stats.bytes}
+        return {**totals, **dataclasses.asdict(stats)}
+
+    def _read(self) -> CacheStats | None:
+        import qmoe
+
+        paging = getattr(self.model, "qmoe_paging", None)
+        return None if paging is None or paging.cache is None else qmoe.stats(self.model)
 
 
 def _read_stdin() -> str:

@@ -142,9 +142,13 @@ def generate(
             ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``, ``num_beams``, ``stop_strings``
             ... What is not given comes from ``model.generation_config``.
 
+    A model with a budget (see :func:`qmoe.load`) takes long prompts in chunks of a size that the
+    budget has room for.
+
     Raises:
-        ValueError: no prompts, an empty one, one that does not fit into the model's context
-            together with ``max_new_tokens``, an unknown option, or one that would have no effect.
+        ValueError: no prompts, an empty one, one that does not fit into the model's context, or
+            all of them not into its budget, together with ``max_new_tokens``; an unknown option, or
+            one that would have no effect.
         GenerationInterrupted: Ctrl-C; carries the result so far.
 
     Example:
@@ -160,6 +164,7 @@ def generate(
     config = _generation_config(model, tokenizer, max_new_tokens, options)
     token_ids = _tokenize(tokenizer, prompts, chat)
     _check_context(model, token_ids, max_new_tokens)
+    _keep_to_budget(model, config, token_ids)
     num_beams = config.num_beams or 1
     if stream is not None and num_beams > 1:
         raise ValueError(
@@ -445,6 +450,30 @@ def _tokenize(tokenizer: Any, prompts: list[str], chat: bool) -> list[list[int]]
             raise ValueError(f"prompt {index} ({prompt!r}) has no tokens; give it some text")
         token_ids.append(list(ids))
     return token_ids
+
+
+def _keep_to_budget(model: Any, config: GenerationConfig, token_ids: list[list[int]]) -> None:
+    """Refuse what a model's budget has no room for; have long prompts taken in chunks."""
+    if getattr(model, "qmoe_paging", None) is None:
+        return
+    budget = model.qmoe_paging.budget
+    rows = len(token_ids) * max(config.num_beams or 1, config.num_return_sequences or 1)
+    longest = max(map(len, token_ids))
+    tokens = longest + config.max_new_tokens
+    if rows * tokens > budget.batch_size * budget.context:
+        raise ValueError(
+            f"{rows} texts of {longest} + {config.max_new_tokens} tokens do not fit into the "
+            f"budget, which has room for {budget.batch_size} of {budget.context}; make room with "
+            f"qmoe.resize(model, hbm_budget=..., context={tokens}, batch_size={rows})"
+        )
+    # At least two: some models take a chunk of a single token for one that they generated.
+    chunk = max(2, budget.chunk * budget.batch_size // rows)
+    if (config.prefill_chunk_size or 0) > chunk:
+        raise ValueError(
+            f"prefill_chunk_size={config.prefill_chunk_size}: the budget has room for {chunk}"
+        )
+    if longest > chunk and config.prefill_chunk_size is None and config.use_cache is not False:
+        config.prefill_chunk_size = chunk
 
 
 def _check_context(model: Any, token_ids: list[list[int]], max_new_tokens: int) -> None:

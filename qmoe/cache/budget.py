@@ -145,7 +145,7 @@ def plan(
     elif total < least + paged:
         smallest = least + min(paged, experts)
         raise ValueError(
-            f"an HBM budget of {format_size(total)} is too small; the smallest that works is "
+            f"an HBM budget of {total} bytes is too small; the smallest that works is "
             f"{format_size(smallest)} ({smallest} bytes): {format_size(resident)} of weights that "
             f"stay, {format_size(kv_cache)} of KV cache (context={context}, "
             f"batch_size={batch_size}), {format_size(workspace(chunks[0]))} of workspace, "

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -331,6 +332,80 @@ def test_dense_models_generate_too(tokenizer):
     )
     result = generate(Qwen3ForCausalLM(config), tokenizer, "Hi", max_new_tokens=3)
     assert result.statistics.expert_bytes == 0
+
+
+@pytest.fixture(scope="module")
+def resident(model):
+    import qmoe
+
+    return qmoe.patch(copy.deepcopy(model), weights="int8")
+
+
+@pytest.fixture(scope="module")
+def paged(model):
+    import qmoe
+
+    paged = qmoe.patch(copy.deepcopy(model), weights="int8")
+    sizes = {"context": 200, "batch_size": 2}
+    with pytest.raises(ValueError) as refusal:
+        qmoe.resize(paged, hbm_budget=1, **sizes)
+    smallest = int(re.search(r"\((\d+) bytes\)", str(refusal.value))[1])
+    budget = qmoe.resize(paged, hbm_budget=smallest, **sizes)
+    assert budget.chunk == 64 and budget.num_slots == 8
+    return paged
+
+
+class TestBudget:
+    def calls(self, model):
+        """Tokens of each call of the model."""
+        calls: list[tuple[int, ...]] = []
+        hook = model.model.embed_tokens.register_forward_pre_hook(
+            lambda _, args: calls.append(tuple(args[0].shape))
+        )
+        return calls, hook
+
+    @pytest.mark.parametrize(
+        ("prompts", "expected"),
+        [
+            (["a" * 64], [(1, 64)]),
+            (["a" * 190], [(1, 128), (1, 62)]),  # alone it may have the other's share
+            (["a" * 150, "b"], [(2, 64), (2, 64), (2, 22)]),
+            (["a" * 90] * 4, [(4, 32), (4, 32), (4, 26)]),
+        ],
+    )
+    def test_long_prompts_go_in_chunks(self, paged, resident, tokenizer, prompts, expected):
+        calls, hook = self.calls(paged)
+        result = generate(paged, tokenizer, prompts, max_new_tokens=3, do_sample=False)
+        hook.remove()
+        assert calls == [*expected, (len(prompts), 1), (len(prompts), 1)]
+        assert paged.generation_config.prefill_chunk_size is None
+        chunk = expected[0][1]
+        again = generate(
+            resident,
+            tokenizer,
+            prompts,
+            max_new_tokens=3,
+            do_sample=False,
+            prefill_chunk_size=chunk if len(expected) > 1 else None,
+        )
+        assert again.texts == result.texts
+
+    def test_a_chunk_may_be_smaller_but_not_larger(self, paged, tokenizer):
+        calls, hook = self.calls(paged)
+        generate(paged, tokenizer, "a" * 40, max_new_tokens=1, prefill_chunk_size=16)
+        hook.remove()
+        assert calls == [(1, 16), (1, 16), (1, 8)]
+        with pytest.raises(ValueError, match="prefill_chunk_size=129: the budget has room for 128"):
+            generate(paged, tokenizer, "a" * 150, max_new_tokens=1, prefill_chunk_size=129)
+
+    def test_what_does_not_fit_is_refused(self, paged, tokenizer):
+        with pytest.raises(ValueError, match=r"1 texts of 350 \+ 51 .* room for 2 of 200; .*=401"):
+            generate(paged, tokenizer, "a" * 350, max_new_tokens=51)
+        with pytest.raises(ValueError, match="batch_size=3"):
+            generate(paged, tokenizer, ["a" * 100] * 3, max_new_tokens=40)
+        with pytest.raises(ValueError, match="batch_size=6"):
+            generate(paged, tokenizer, ["a" * 10] * 2, max_new_tokens=60, num_beams=3)
+        generate(paged, tokenizer, "a" * 350, max_new_tokens=3)
 
 
 class TestPerplexity:

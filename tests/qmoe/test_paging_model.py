@@ -333,7 +333,7 @@ class TestResize:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"hbm_budget": 1000}, "an HBM budget of 1000B is too small; the smallest"),
+            ({"hbm_budget": 1000}, "an HBM budget of 1000 bytes is too small; the smallest"),
             ({"hbm_budget": "some"}, "hbm_budget='some'"),
             ({"hbm_budget": "1GiB", "context": 1 << 30}, "context=1073741824"),
             ({"hbm_budget": "1MiB", "batch_size": 1 << 20}, "too small"),
