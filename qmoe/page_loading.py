@@ -107,7 +107,7 @@ def load_pages(
             modules[pages.name].unpage(*weights)
         keep_resident(model, budget, device)
         return
-    store = _host_store(layers, device)
+    store = _host_store(layers, device, progress)
     try:
         reads = [page_reads(i, p, *t) for i, (p, t) in enumerate(zip(layers, tensors, strict=True))]
         store.fill([read for layer in reads for read in layer], progress=progress)
@@ -133,7 +133,8 @@ def page_quantized(
         keep_resident(model, budget, device)
         return
     modules = quantized_modules(model)
-    store = _host_store([experts.layer_pages(name) for name, experts in modules.items()], device)
+    layers = [experts.layer_pages(name) for name, experts in modules.items()]
+    store = _host_store(layers, device, progress=False)
     try:
         for layer, experts in enumerate(modules.values()):
             for pages, weights in zip(
@@ -153,10 +154,10 @@ def page_quantized(
         raise
 
 
-def _host_store(layers: Sequence[LayerPages], device: torch.device) -> HostStore:
+def _host_store(layers: Sequence[LayerPages], device: torch.device, progress: bool) -> HostStore:
     on_gpu = device.type == "cuda"
     with torch.cuda.device(device) if on_gpu else nullcontext():
-        return HostStore(layers, pin=on_gpu)
+        return HostStore(layers, pin=on_gpu, progress=progress)
 
 
 def page_reads(

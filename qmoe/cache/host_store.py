@@ -5,12 +5,13 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
@@ -18,6 +19,8 @@ from tqdm import tqdm
 from qmoe.cache.budget import format_size
 from qmoe.cache.pages import LayerPages
 from qmoe.checkpoint import CheckpointError
+
+T = TypeVar("T")
 
 # The RAM that may be taken, in GiB, where the system's own figure is wrong: a virtual machine that
 # is given its memory as it asks for it shows little of it as available.
@@ -64,12 +67,13 @@ class HostStore:
             the CPU if the store is pinned.
     """
 
-    def __init__(self, layers: Sequence[LayerPages], *, pin: bool) -> None:
+    def __init__(self, layers: Sequence[LayerPages], *, pin: bool, progress: bool = False) -> None:
         """Take the memory for the pages of ``layers``; what they hold is undefined.
 
         Args:
             layers: in the order in which the model runs them.
             pin: register the memory with the current CUDA device, for every device to read.
+            progress: draw a progress bar of that if stderr is a terminal.
 
         Raises:
             ValueError: more memory than the machine has available (then nothing was allocated), or
@@ -97,7 +101,7 @@ class HostStore:
                 self._maps.append(_allocate(nbytes))
             pages = [self.pages(layer) for layer in range(len(self.layers))]
             if pin:
-                _pin([layer.view(-1) for layer in pages], pinned)
+                _pin([layer.view(-1) for layer in pages], pinned, progress)
         except BaseException:
             self.close()
             raise
@@ -133,22 +137,8 @@ class HostStore:
             CheckpointError: a file is gone, ends too early or cannot be read; the pages are then
                 undefined.
         """
-        runs = list(_runs(reads))
-        pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="qmoe-fill")
-        bar = tqdm(
-            desc="Loading experts",
-            total=sum(read.nbytes for read in reads),
-            unit="B",
-            unit_scale=True,
-            disable=None if progress else True,
-        )
-        with bar:
-            try:
-                for done in as_completed([pool.submit(self._read, run) for run in runs]):
-                    bar.update(done.result())
-            finally:
-                # After an error or Ctrl-C too: nothing writes into the pages any more.
-                pool.shutdown(cancel_futures=True)
+        num_bytes = sum(read.nbytes for read in reads)
+        _in_threads(self._read, _runs(reads), "Loading experts", num_bytes, progress)
 
     def _read(self, run: Sequence[PageRead]) -> int:
         file = run[0].file
@@ -246,28 +236,48 @@ def _allocate(nbytes: int) -> mmap.mmap:
     return memory
 
 
-def _pin(layers: Sequence[torch.Tensor], pinned: list[int]) -> None:
+def _pin(layers: Sequence[torch.Tensor], pinned: list[int], progress: bool) -> None:
     """Register flat memory with CUDA; the addresses go to ``pinned`` one by one."""
     device = torch.cuda.current_device()
+    num_bytes = sum(memory.nbytes for memory in layers)
 
-    def pin(memory: torch.Tensor) -> None:
-        memory[:: mmap.PAGESIZE] = 0  # faulted in by many threads; registering uses one
+    def pin(memory: torch.Tensor) -> int:
+        # Faulted in here, by many threads, rather than by CUDA under its lock; in parts for which
+        # torch starts no threads of its own.
+        for part in memory.split(_RUN_BYTES):
+            part[:: mmap.PAGESIZE] = 0
         error = _register(memory.data_ptr(), memory.nbytes, device)
         if error:
             raise ValueError(
-                f"CUDA cannot pin {format_size(sum(m.nbytes for m in layers))} of host memory for "
-                f"the experts' pages: {error} after {len(pinned)} of {len(layers)} layers; "
-                "free some, or use a machine or container that allows more"
+                f"CUDA cannot pin {format_size(num_bytes)} of host memory for the experts' pages: "
+                f"{error} after {len(pinned)} of {len(layers)} layers; free some, or use a machine "
+                "or container that allows more"
             )
         pinned.append(memory.data_ptr())
+        return memory.nbytes
 
-    pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="qmoe-pin")
-    futures: list[Future[None]] = [pool.submit(pin, memory) for memory in layers]
-    try:
-        for done in as_completed(futures):
-            done.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    _in_threads(pin, layers, "Pinning host memory", num_bytes, progress)
+
+
+def _in_threads(
+    function: Callable[[T], int], items: Iterable[T], title: str, num_bytes: int, progress: bool
+) -> None:
+    """Call a function that returns how many bytes it has dealt with; the first error ends it."""
+    bar = tqdm(
+        desc=title,
+        total=num_bytes,
+        unit="B",
+        unit_scale=True,
+        disable=None if progress else True,
+    )
+    pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="qmoe-host-store")
+    with bar:
+        try:
+            for done in as_completed([pool.submit(function, item) for item in items]):
+                bar.update(done.result())
+        finally:
+            # After an error or Ctrl-C too: when this returns, nobody writes into pages any more.
+            pool.shutdown(cancel_futures=True)
 
 
 def _register(address: int, nbytes: int, device: int) -> str | None:

@@ -10,11 +10,23 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import qmoe
+from qmoe.cache.budget import Budget
+from qmoe.page_loading import PagingOptions
+from qmoe.paging import stats
 from qmoe.quantizer import quantized_modules
 
 from .conftest import FAMILIES, PER_EXPERT
 
 TOKENS = torch.arange(3, 15).view(2, 6)
+THREE_SLOTS = Budget(
+    **dict.fromkeys(("total", "resident", "kv_cache", "workspace", "staging", "slots"), 0),
+    context=64,
+    batch_size=2,
+    num_slots=3,
+    num_staging=1,
+    chunk=64,
+    all_resident=False,
+)
 
 
 def load(folder: Path):
@@ -54,9 +66,31 @@ def test_converted_is_patched(
     assert torch.equal(logits(load(out.parent / "again")), logits(loaded))
 
 
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [(family, "auto") for family in FAMILIES] + [(family, "qmoe") for family in PER_EXPERT],
+)
+def test_converted_is_paged(
+    family: str, form: str, source: Callable[..., Path], run: Callable, monkeypatch
+) -> None:
+    """Pages filled from the shards hold what an ordinary load holds, with three slots as well."""
+    _, out = run(source(family), weights="int8", format=form, max_shard_size=20_000)
+    expected = load(out)
+    monkeypatch.setattr(PagingOptions, "plan", lambda self, model, layers, device: THREE_SLOTS)
+    paged = qmoe.load(out, dtype="float32", device="cpu", hbm_budget="auto")
+    assert stats(paged).num_slots == 3
+    assert torch.equal(logits(paged), logits(expected))
+    theirs, ours = expected.state_dict(), paged.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(
+            ours[name].contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8)
+        ), name
+
+
 @pytest.mark.parametrize("form", ["compressed-tensors", "qmoe"])
 def test_ignored_layers_load_in_16_bit(
-    form: str, source: Callable[..., Path], run: Callable
+    form: str, source: Callable[..., Path], run: Callable, monkeypatch
 ) -> None:
     folder = source()
     _, out = run(folder, format=form, ignore=[r"layers\.0\."])
@@ -64,3 +98,7 @@ def test_ignored_layers_load_in_16_bit(
     assert list(quantized_modules(loaded)) == ["model.layers.1.mlp.experts"]
     kept = loaded.model.layers[0].mlp.experts.gate_up_proj
     assert torch.equal(kept, original.model.layers[0].mlp.experts.gate_up_proj)
+    monkeypatch.setattr(PagingOptions, "plan", lambda self, model, layers, device: THREE_SLOTS)
+    paged = qmoe.load(out, dtype="float32", device="cpu", hbm_budget="auto")
+    assert len(stats(paged).layers) == 1
+    assert torch.equal(logits(paged), logits(loaded))
