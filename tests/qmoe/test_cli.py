@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
@@ -94,6 +95,41 @@ class TestGenerate:
         # Two layers of eight experts: one byte per weight, four per output channel.
         assert statistics["expert_bytes"] == 2 * 8 * (3 * 64 * 32 + 4 * (2 * 32 + 64))
 
+    def test_pages_within_a_budget(self, checkpoint, capsys, monkeypatch):
+        arguments = ["generate", str(checkpoint), "--prompt=Hello", "--prompt=Good day"]
+        arguments += ["--max-new-tokens=10", "--weights=int8", "--no-do-sample", "--device=cpu"]
+        assert main([*arguments, "--json"]) == 0
+        resident = json.loads(capsys.readouterr().out)["texts"]
+        assert main([*arguments, "--hbm-budget=1", "--context=64"]) == 3
+        refusal = capsys.readouterr().err
+        assert "smallest that works" in refusal and "batch_size=2" in refusal
+        smallest = re.search(r"\((\d+) bytes\)", refusal)[1]
+        paging = [f"--hbm-budget={smallest}", "--context=64", "--stats", "--no-prefetch"]
+
+        assert main([*arguments, *paging]) == 0
+        out, err = capsys.readouterr()
+        assert out == "--- prompt 1\n{}\n--- prompt 2\n{}\n".format(*resident)
+        statistics, cache = err.splitlines()
+        assert "new 20 tokens" in statistics and "experts 106 kB" in statistics
+        assert re.match(r"8 of 16 experts in slots \| hit rate \d+\.\d% \| misses \d+ ", cache)
+        assert cache.endswith("prefetched 0")
+
+        assert main([*arguments, *paging, "--json"]) == 0
+        document = json.loads(capsys.readouterr().out)
+        assert document["texts"] == resident
+        assert document["cache"]["num_slots"] == 8
+        assert 0 < document["cache"]["hit_rate"] < 1
+        assert document["cache"]["bytes"] > 0
+        assert len(document["cache"]["layers"]) == 2
+
+        monkeypatch.setattr("qmoe.status_line.StatusLine.due", lambda self: True)
+        assert main([*arguments, *paging]) == 0
+        lines = re.findall(r"hit rate (\S+)% ", capsys.readouterr().err)
+        assert len(lines) > 10  # one for every token, and the last
+
+        assert main([*arguments, *paging, "--hbm-budget=1GiB"]) == 0
+        assert capsys.readouterr().err.splitlines()[-1] == "all experts are resident"
+
     def test_sampling_options_arrive(self, checkpoint, capsys):
         texts = []
         for options in (
@@ -146,6 +182,13 @@ class TestGenerate:
             (["generate"], 2, "Missing argument 'PATH'"),
             (["generate", "{checkpoint}", "--nonsense"], 2, "No such option"),
             (["generate", "{checkpoint}", "--prompt=a", "--weights=int3"], 2, "int3"),
+            (["generate", "{checkpoint}", "--prompt=a", "--context=9"], 2, "need --hbm-budget"),
+            (["generate", "{checkpoint}", "--prompt=a", "--no-prefetch"], 2, "need --hbm-budget"),
+            (
+                ["generate", "{checkpoint}", "--prompt=a", "--weights=int8", "--hbm-budget=lots"],
+                3,
+                "hbm_budget='lots'; write a size",
+            ),
             (["nonsense"], 2, "nonsense"),
             (["generate", "no/such/folder", "--prompt=a"], 3, "no/such/folder"),
             (["generate", "{checkpoint}", "--prompt="], 3, "prompt 0 is empty"),
