@@ -414,3 +414,65 @@ class TestStats:
             stats(model)
         with pytest.raises(ValueError, match="is not quantized by qmoe"):
             stats(MODELS["qwen3_moe"]())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_gpu_never_holds_more_than_the_budget(attention):
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.manual_seed(0)
+    sizes = SIZES | {"hidden_size": 1024, "num_attention_heads": 16, "head_dim": 64}
+    config = Qwen3MoeConfig(
+        **sizes | {"vocab_size": 32_000, "num_hidden_layers": 6},
+        moe_intermediate_size=256,
+        num_experts=64,
+        max_position_embeddings=1 << 15,
+    )
+    model = Qwen3MoeForCausalLM(config).to("cuda", torch.bfloat16).eval()
+    model.set_attn_implementation(attention)
+    qmoe.patch(model)
+    context, batch_size = 3000, 2
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 32_000, (batch_size, context - 10), generator=generator).cuda()
+    mask = torch.ones_like(ids)
+    mask[1, :700] = 0
+
+    def peak() -> int:
+        torch.cuda.synchronize()
+        nbytes = torch.cuda.max_memory_allocated() - before
+        torch.cuda.reset_peak_memory_stats()
+        return nbytes
+
+    def generate(chunk: int) -> torch.Tensor:
+        return model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=10,
+            do_sample=False,
+            pad_token_id=0,
+            prefill_chunk_size=chunk,
+        )
+
+    pages = sum(p.num_experts * p.page_bytes for p in layer_pages(model))
+    with pytest.raises(ValueError, match="smallest that works") as caught:
+        plan_budget(model, layer_pages(model), 1, "cuda", context, batch_size)
+    least = int(re.search(r"\((\d+) bytes\)", str(caught.value))[1])
+    expected = {}
+    total = 1 << 40
+    peak()
+    for size in (least, least + pages // 3, "2GiB", least, "2GiB"):
+        budget = resize(model, hbm_budget=size, context=context, batch_size=batch_size)
+        assert peak() <= max(total, budget.total)
+        total = budget.total
+        assert budget.all_resident == (size == "2GiB")
+        for _ in range(2):
+            generated = generate(budget.chunk)
+            assert peak() <= total
+            # Another chunk is another order of sums: compare like with like.
+            assert torch.equal(generated, expected.setdefault(budget.chunk, generated))
+        if not budget.all_resident:
+            assert stats(model).bytes > 0
+    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    assert torch.cuda.memory_allocated() - before < held + (64 << 20)  # libraries keep theirs
