@@ -38,12 +38,13 @@ CONTEXT = 64
 def smallest_budget(path: Path, **options) -> int:
     """What a refusal says is the smallest that works."""
     with pytest.raises(ValueError, match="smallest that works") as refusal:
-        qmoe.load(path, device="cpu", hbm_budget=1, context=CONTEXT, **options)
+        load(path, 1, **options)
     return int(str(refusal.value).split(" bytes)")[0].rpartition("(")[2])
 
 
 def load(path: Path, hbm_budget: str | int, **options) -> PreTrainedModel:
-    return qmoe.load(path, device="cpu", hbm_budget=hbm_budget, context=CONTEXT, **options)
+    options = {"device": "cpu", "context": CONTEXT, **options}
+    return qmoe.load(path, hbm_budget=hbm_budget, **options)
 
 
 def saved(family: str, weights: str, form: str, folder: Path) -> torch.Tensor:
@@ -285,6 +286,39 @@ def test_tensors_one_behind_the_other_fill_pages(tmp_path) -> None:
     expected = torch.tensor(list(content), dtype=torch.uint8).view(torch.int8)
     assert torch.equal(first, expected[:72].view(3, 4, 6))
     assert torch.equal(second, expected[72:].view(3, 6, 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["qmoe", "compressed-tensors", "16 bit"])
+def test_on_the_gpu(form, tmp_path, monkeypatch) -> None:
+    """Pinned pages, the same bits as a resident model's; a failure leaves no memory behind."""
+    options = {"device": "cuda", "dtype": "bfloat16"}
+    if form == "16 bit":
+        build("qwen3_moe", NUM_EXPERTS).save_pretrained(tmp_path)
+        options["weights"] = "int8"
+    else:
+        saved("qwen3_moe", "int8", form, tmp_path)
+    expected = logits(qmoe.load(tmp_path, **options))
+    budget = smallest_budget(tmp_path, **options)
+    model = load(tmp_path, budget, **options)
+    host = model.qmoe_paging.cache.host
+    assert is_paged(model) and torch.equal(logits(model), expected)
+    assert {tensor.device.type for tensor in model.state_dict().values()} >= {"cuda"}
+    assert host.pages(0).is_pinned() and host.pages(1).is_pinned()
+    del model, host
+
+    def resize(self, num_slots: int, num_staging: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    with monkeypatch.context() as patched:
+        patched.setattr("qmoe.cache.expert_cache.ExpertCache.resize", resize)
+        with pytest.raises(torch.OutOfMemoryError):
+            load(tmp_path, budget, **options)
+    gc.collect()
+    assert torch.cuda.memory_allocated() == before
+    assert torch.equal(logits(load(tmp_path, budget, **options)), expected)
 
 
 PEAK = """
