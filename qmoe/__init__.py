@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         generate,
     )
     from qmoe.loading import load
+    from qmoe.paging import resize, stats
     from qmoe.recording import record_routing
 
 __version__ = "0.1.0"
@@ -36,6 +37,8 @@ __all__ = [
     "patch",
     "perplexity",
     "record_routing",
+    "resize",
+    "stats",
     "unpatch",
 ]
 
@@ -48,9 +51,9 @@ _LAZY = {
     "generate": "qmoe.generation",
     "load": "qmoe.loading",
     "perplexity": "qmoe.evaluation",
+    "record_routing": "qmoe.recording",
     "resize": "qmoe.paging",
     "stats": "qmoe.paging",
-    "record_routing": "qmoe.recording",
 }
 
 

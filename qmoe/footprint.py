@@ -2,8 +2,8 @@
 
 A model runs a few tokens with its experts left out. The cache that comes back says what a token
 costs in each layer, whatever kind of attention that is; the calls to the experts say how many of
-them a token is routed to. Weights are counted. The workspace of a step is bounded by the sizes of
-the matrices that it meets and by what those few tokens allocated, whichever is more.
+them a token is routed to; and what those few tokens allocated on the way, with what is known of
+experts and attention, bounds the workspace of longer steps.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -23,11 +22,13 @@ from torch.utils._pytree import tree_leaves
 from qmoe.cache.pages import LayerPages
 from qmoe.experts import QuantizedExperts
 from qmoe.format import BIAS_SUFFIX, QUANTIZED_SUFFIX, SCALE_SUFFIX
-from qmoe.layout import describe
+from qmoe.layout import describe, identify_activation
 
-# What a step of so many tokens takes is measured, and of half as many: enough for caches that keep
-# one entry for a group of tokens, and for attention that works on blocks of them.
-MEASURED_TOKENS = 256
+# Steps of so many tokens are run, and of half as many: enough for caches that keep one entry for a
+# group of tokens, and for attention that works on blocks of them.
+_MEASURED_TOKENS = 256
+# For what operators allocate inside, which differs from device to device.
+_MARGIN = 1.25
 # Matrix libraries keep a workspace of their own per stream, 32 MiB on an H100 or H200.
 _CUDA_LIBRARIES = 128 << 20
 
@@ -60,22 +61,24 @@ class Footprint:
         resident: parameters and buffers, scales and biases of the experts included.
         top_k: experts that a token is routed to, by experts module.
         caches: how each layer's cache grows.
-        token_bytes: bound of what a step allocates for each token, by the sizes of matrices.
-        measured_bytes: what a step of `MEASURED_TOKENS` allocated, without its experts.
-        logits_bytes: the same for each sequence.
+        measured_tokens: of the longest step that was run.
+        measured_bytes: what it allocated beside its cache, without experts.
+        expert_bytes: bound of what a step allocates for a token on its way through experts.
         score_bytes: the same for each pair of a token and one that it attends to.
         key_bytes: the same for each token that is attended to.
+        logits_bytes: the same for each sequence.
         fixed_bytes: the same, whatever the step.
     """
 
     resident: int
     top_k: tuple[int, ...]
     caches: tuple[CacheGrowth, ...]
-    token_bytes: int
+    measured_tokens: int
     measured_bytes: int
-    logits_bytes: int
+    expert_bytes: int
     score_bytes: int
     key_bytes: int
+    logits_bytes: int
     fixed_bytes: int
 
     def kv_cache(self, context: int, batch_size: int) -> int:
@@ -84,12 +87,10 @@ class Footprint:
 
     def workspace(self, chunk: int, context: int, batch_size: int) -> int:
         """Bound of the bytes that a step of ``chunk`` tokens of each sequence allocates."""
-        # Until the next step, a layer with a window holds what it has just been given, too.
-        windows = sum(cache.per_token for cache in self.caches if cache.window is not None)
         per_sequence = (
-            # State-space models work on blocks of tokens, and on whole ones.
-            max(chunk * self.token_bytes, -(-chunk // MEASURED_TOKENS) * self.measured_bytes)
-            + chunk * (windows + context * self.score_bytes)
+            # In whole steps: state-space models work on blocks of tokens, and on whole ones.
+            -(-chunk // self.measured_tokens) * self.measured_bytes
+            + chunk * (self.expert_bytes + context * self.score_bytes)
             + context * self.key_bytes
             + self.logits_bytes
         )
@@ -119,8 +120,8 @@ def measure(
         )
     device = device or on.pop()
     config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or MEASURED_TOKENS
-    num_tokens = max(1, min(MEASURED_TOKENS, limit) // 2)
+    limit = getattr(config, "max_position_embeddings", None) or _MEASURED_TOKENS
+    num_tokens = max(1, min(_MEASURED_TOKENS, limit) // 2)
     routed: dict[str, int] = {}
     with _without_experts(model, layers, num_tokens, routed):
         first = _caches(model, num_tokens)
@@ -137,27 +138,26 @@ def measure(
         per_token = -(-(twice - once) // num_tokens)
         caches.append(CacheGrowth(max(0, once - per_token * num_tokens), per_token, window))
 
+    growing = 2 * num_tokens * sum(c.per_token for c in caches if c.window is None)
     itemsize = model.dtype.itemsize
-    heads = getattr(config, "num_attention_heads", 1)
-    rows, most_rows = _rows_of_widest_layer(model, layers)
-    vocab_size, hidden_size = model.get_input_embeddings().weight.shape
     eager = getattr(config, "_attn_implementation", "eager") == "eager"
-    all_logits = 0 if model._supports_logits_to_keep() else vocab_size * itemsize
     return Footprint(
         resident=_resident_bytes(model, layers),
         top_k=top_k,
         caches=tuple(caches),
-        # Outputs of a layer's matrices, in 32 bit, with what is computed on the way to the next.
-        token_bytes=16 * (rows + 4 * hidden_size)
-        + max(k * _pair_bytes(p, itemsize) for k, p in zip(top_k, layers, strict=True))
-        + all_logits,
-        measured_bytes=peak(),
-        # in the model's dtype and in fp32, sorted and cumulated for sampling
-        logits_bytes=32 * vocab_size,
+        measured_tokens=2 * num_tokens,
+        measured_bytes=int(_MARGIN * max(0, peak() - growing)),
+        expert_bytes=max(
+            k * _pair_bytes(model.get_submodule(layer.name), layer, itemsize)
+            for k, layer in zip(top_k, layers, strict=True)
+        ),
         # Masks; eager attention has scores and probabilities of every head.
-        score_bytes=2 * (itemsize + 2) + (heads * (2 * itemsize + 4) if eager else 0),
+        score_bytes=2 * (itemsize + 2)
+        + (getattr(config, "num_attention_heads", 1) * (2 * itemsize + 4) if eager else 0),
         # A layer's keys and values are copied to append to them, and then made as wide as queries.
-        key_bytes=max(cache.per_token for cache in caches) + 4 * itemsize * most_rows,
+        key_bytes=max(c.per_token for c in caches) + 4 * itemsize * _widest_matrix(model, layers),
+        # in the model's dtype and in fp32, sorted and cumulated for sampling
+        logits_bytes=32 * model.get_input_embeddings().weight.shape[0],
         fixed_bytes=_CUDA_LIBRARIES if device.type == "cuda" else 0,
     )
 
@@ -187,25 +187,31 @@ def _resident_bytes(model: nn.Module, layers: Sequence[LayerPages]) -> int:
     return scales + sum(tensor.nbytes for tensor in _staying(model, layers))
 
 
-def _rows_of_widest_layer(model: nn.Module, layers: Sequence[LayerPages]) -> tuple[int, int]:
-    """Rows of the matrices of the layer that has the most of them, and of one matrix at most."""
+def _widest_matrix(model: nn.Module, layers: Sequence[LayerPages]) -> int:
+    """The most rows that a matrix of a layer has, experts aside."""
     matrices = {id(tensor) for tensor in _staying(model, layers) if tensor.ndim == 2}
-    blocks = [b for m in model.modules() if isinstance(m, nn.ModuleList) for b in m] or [model]
-    rows = [
-        [
-            parameter.shape[0]
-            for name, parameter in block.named_parameters()
-            if id(parameter) in matrices and not name.endswith((BIAS_SUFFIX, SCALE_SUFFIX))
-        ]
-        for block in blocks
-    ]
-    return max(map(sum, rows)), max(chain.from_iterable(rows), default=0)
+    scales = (BIAS_SUFFIX, SCALE_SUFFIX)
+    blocks = (block for m in model.modules() if isinstance(m, nn.ModuleList) for block in m)
+    parameters = (parameter for block in blocks for parameter in block.named_parameters())
+    return max(
+        (p.shape[0] for name, p in parameters if id(p) in matrices and not name.endswith(scales)),
+        default=0,
+    )
 
 
-def _pair_bytes(layer: LayerPages, itemsize: int) -> int:
-    """What a token takes at an expert: what is between its products, and its rows of waves."""
+def _pair_bytes(experts: nn.Module, layer: LayerPages, itemsize: int) -> int:
+    """What a token takes at an expert: ids, what is between its products, rows of two waves."""
     hidden_size, intermediate_size = layer.down
-    return itemsize * (layer.gate_up[0] + intermediate_size + 4 * hidden_size) + 64
+    row = intermediate_size + 3 * hidden_size
+    if isinstance(experts, QuantizedExperts):
+        activation = experts.activation
+    else:
+        layout = describe(experts)
+        assert layout is not None
+        activation = identify_activation(experts, layout)
+    if activation is None:  # the model's own gate, in torch
+        row += 4 * layer.gate_up[0]
+    return itemsize * row + 64
 
 
 @contextmanager
