@@ -179,16 +179,17 @@ SIZES = dict(
 )
 
 
-def build(family: str, num_experts: int | None = None) -> PreTrainedModel:
+def build(family: str, num_experts: int | None = None, *, num_layers: int = 2) -> PreTrainedModel:
     """A whole model, tiny, in fp32, whose experts matter to its output."""
     torch.manual_seed(0)
+    sizes = SIZES | {"num_hidden_layers": num_layers}
     if family == "qwen3_moe":
-        config = Qwen3MoeConfig(**SIZES, moe_intermediate_size=32, num_experts=num_experts or 8)
+        config = Qwen3MoeConfig(**sizes, moe_intermediate_size=32, num_experts=num_experts or 8)
         model = Qwen3MoeForCausalLM(config)
     elif family == "mixtral":
-        model = MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=num_experts or 4))
+        model = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=num_experts or 4))
     else:
-        model = GptOssForCausalLM(GptOssConfig(**SIZES, num_local_experts=num_experts or 4))
+        model = GptOssForCausalLM(GptOssConfig(**sizes, num_local_experts=num_experts or 4))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "experts" in name:  # the default of 0.02 would leave nothing to see of them
