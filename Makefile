@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test quality style docs bench-convert clean
+.PHONY: demo test quality style docs bench-convert bench-cache clean
 
 demo: $(READY)
 	$(BIN)/qmoe demo
@@ -29,6 +29,11 @@ docs: $(READY)
 # needs 30 GB of free disk; BENCH_DIR says where
 bench-convert: $(READY)
 	$(BIN)/python benchmarks/convert.py $(if $(BENCH_DIR),--folder $(BENCH_DIR))
+
+# needs a GPU with 80 GB and 100 GB of free host memory; ten minutes
+bench-cache: $(READY)
+	$(BIN)/python -m benchmarks.cache
+	$(BIN)/python -m benchmarks.cache --draw
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "qmoe needs Python 3.10 or newer; set PYTHON=...")'

@@ -1,0 +1,123 @@
+"""The expert cache in Qwen3-30B-A3B's shape: INT8 experts, batch 1, routing replayed from traces.
+
+``python -m benchmarks.cache`` (``make bench-cache``) runs, on one GPU with 60 GB and a host with
+100 GB of memory (``--only`` names some of them):
+
+- *gather*: rate of the kernel that reads missing pages from pinned memory, beside
+  ``cudaMemcpyAsync`` of the same pages, by number of pages and of thread blocks.
+- *admission*: microseconds of one look-up, when everything hits and when it does not.
+- *decode*: milliseconds per token of a CUDA graph of the whole model, at six capacities, with and
+  without prefetching, on a synthetic trace and on one recorded from the shipped model, tiled;
+  beside the same graph with all experts resident, and LRU and Belady replayed on the same tokens.
+- *prefill*: seconds for 8192 tokens with all experts on the host.
+- *baselines*: a host-driven cache, and accelerate's ``cpu_offload``, as eager forward passes.
+
+Every section checks before it times: outputs of paged models equal those of the resident one bit
+for bit. Results go to ``benchmarks/results/cache.json`` as they come (sections that are not run
+keep what they had), and ``--draw`` draws pictures beside it. ``--tiny`` runs all of it on the CPU
+in seconds, to test this file; its times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cache.baselines import run_baselines, run_offload
+from benchmarks.cache.decode import run_decode
+from benchmarks.cache.harness import Benchmark, OutOfTime, Results
+from benchmarks.cache.kernels import run_admission, run_gather
+from benchmarks.cache.model import QWEN3_30B_A3B, TINY
+from benchmarks.cache.prefill import run_prefill
+from benchmarks.convert import commit, machine
+
+RESULTS = Path(__file__).parents[1] / "results" / "cache.json"
+
+SECTIONS: dict[str, Callable[[Benchmark], None]] = {
+    "gather": run_gather,
+    "admission": run_admission,
+    "decode": run_decode,
+    "prefill": run_prefill,
+    "baselines": run_baselines,
+    "offload": run_offload,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run sections; the number of those that failed."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--only", default=",".join(SECTIONS), help="sections, with commas: %(default)s"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--draw", action="store_true", help="draw what --out holds, run nothing")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU, as a test")
+    parser.add_argument("--tokens", type=int, default=48, help="that are timed")
+    parser.add_argument("--warmup", type=int, default=64, help="tokens of the trace before them")
+    parser.add_argument("--context", type=int, default=1024, help="tokens read before")
+    parser.add_argument("--prompt", type=int, default=8192, help="tokens of the prefill")
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="start no new cell after so long"
+    )
+    parser.add_argument("--commit", help="to write down, where there is no git")
+    options = parser.parse_args(arguments)
+    if options.draw:
+        from benchmarks.cache.figures import draw
+
+        draw(options.out)
+        return 0
+    only = options.only.split(",")
+    if unknown := set(only) - set(SECTIONS):
+        parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    if options.tiny and options.out == RESULTS:
+        parser.error("--tiny measures nothing worth keeping: give it another --out")
+    if not options.tiny and not torch.cuda.is_available():
+        parser.error("this needs a GPU; --tiny runs on the CPU")
+    device = torch.device("cpu" if options.tiny else "cuda")
+    shape = TINY if options.tiny else QWEN3_30B_A3B
+    results = Results(options.out, facts(options.commit), options.seconds)
+    bench = Benchmark(shape, device, results, options)
+    failed = 0
+    for name in SECTIONS:
+        if name not in only:
+            continue
+        results.begin(name)
+        started = time.monotonic()
+        try:
+            SECTIONS[name](bench)
+        except OutOfTime:
+            results.set(incomplete=f"stopped after {options.seconds:.0f} s")
+            break
+        except Exception as error:  # the other sections still tell something
+            traceback.print_exc()
+            results.set(error=f"{type(error).__name__}: {error}")
+            failed += 1
+        finally:
+            results.set(seconds=round(time.monotonic() - started, 1))
+    for target in results.data["targets"]:
+        print(("met    " if target["met"] else "missed ") + target["what"], target)
+    return failed
+
+
+def facts(given_commit: str | None) -> dict[str, Any]:
+    """Commit and machine, for each section: they may be measured at different times."""
+    described = {"commit": given_commit or "", "machine": machine()}
+    if not given_commit:
+        with suppress(OSError):  # no git
+            described["commit"] = commit()
+    with suppress(PackageNotFoundError):
+        described["machine"]["triton"] = version("triton")
+    described["machine"]["cuda"] = torch.version.cuda
+    return described
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,183 @@
+"""Results on the disk, and the model, store and cache that sections share."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cache.model import (
+    Decoder,
+    Replay,
+    Residents,
+    Shape,
+    build_model,
+    fill_host_store,
+    measure_link,
+    replay_routing,
+    sweep,
+    synchronize,
+)
+from benchmarks.cache.targets import targets
+from qmoe.cache.expert_cache import ExpertCache
+from qmoe.cache.host_store import HostStore
+from qmoe.cache.stats import CacheStats
+from qmoe.cache.trace import RoutingTrace, synthetic_trace, tile_trace
+
+RECORDED = Path(__file__).parents[1] / "data" / "tiny_moe_routing.safetensors"
+RECALL = 0.886  # of the next layer's router, published for Qwen3-30B
+
+
+class OutOfTime(Exception):
+    """The benchmark's time is up; what was measured is kept."""
+
+
+class Results:
+    """What was measured so far, on the disk after every cell."""
+
+    def __init__(self, path: Path, common: dict[str, Any], deadline: float) -> None:
+        self.path, self.common, self.deadline = path, common, deadline
+        self.started = time.monotonic()
+        self.data: dict[str, Any] = {"benchmark": "cache", "sections": {}}
+        if path.exists():
+            self.data = json.loads(path.read_text())
+        self.section: dict[str, Any] = {}
+
+    def begin(self, name: str) -> None:
+        """Start a section afresh."""
+        self.section = {**self.common}
+        self.data["sections"][name] = self.section
+        self.log(f"== {name}")
+
+    def add(self, key: str, cell: dict[str, Any]) -> None:
+        """Append a cell to a list of the present section.
+
+        Raises:
+            OutOfTime: that was the last one.
+        """
+        self.section.setdefault(key, []).append(cell)
+        self.save()
+        self.log(f"{key}: " + ", ".join(f"{k}={v}" for k, v in cell.items()))
+        if time.monotonic() - self.started > self.deadline:
+            raise OutOfTime
+
+    def set(self, **values: Any) -> None:
+        """Set values of the present section."""
+        self.section |= values
+        self.save()
+        self.log(", ".join(f"{k}={v}" for k, v in values.items()))
+
+    def save(self) -> None:
+        """Write the file, whole or not at all."""
+        self.data["targets"] = targets(self.data["sections"])
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.data, indent=2) + "\n")
+        partial.replace(self.path)
+
+    def log(self, line: str) -> None:
+        """Print a line with the seconds since the start."""
+        print(f"[{time.monotonic() - self.started:6.1f}] {line}", flush=True)
+
+
+class Benchmark:
+    """One model, one host store and one cache, made when a section first asks for them."""
+
+    def __init__(self, shape: Shape, device: torch.device, results: Results, options: Any) -> None:
+        self.shape, self.device, self.results = shape, device, results
+        self.num_tokens, self.num_warmup = options.tokens, options.warmup
+        self.context, self.prompt = options.context, options.prompt
+
+    @cached_property
+    def traces(self) -> dict[str, RoutingTrace]:
+        """By name; each starts with a sweep over all experts, then warm-up, then what is timed."""
+        shape, length = self.shape, self.num_warmup + self.num_tokens
+        drawn = synthetic_trace(length, *shape.routing, recall=RECALL, page_bytes=shape.page_bytes)
+        recorded = RoutingTrace.load(RECORDED)
+        tiled = tile_trace(recorded, *shape.routing, num_tokens=length, page_bytes=shape.page_bytes)
+        return {"synthetic": sweep(drawn), "recorded": sweep(tiled)}
+
+    @property
+    def first(self) -> int:
+        """Tokens of a trace before those that are timed."""
+        return self.traces["synthetic"].num_tokens - self.num_tokens
+
+    @cached_property
+    def model(self) -> Any:
+        """Its routers replay; experts have no weights until `residents` or `cache` give them."""
+        model = build_model(self.shape, self.device)
+        self.results.log("model built")
+        return model
+
+    @cached_property
+    def store(self) -> HostStore:
+        store, self.store_facts = fill_host_store(self.model, self.device)
+        self.results.log(f"host store filled: {self.store_facts}")
+        return store
+
+    @cached_property
+    def replay(self) -> Replay:
+        return Replay(self.shape, self.traces["synthetic"].num_tokens, self.device)
+
+    @cached_property
+    def predictors(self) -> Any:
+        return replay_routing(self.model, self.replay)
+
+    @cached_property
+    def residents(self) -> Residents:
+        residents = Residents(self.model, self.store, self.device)
+        synchronize(self.device)
+        self.results.log("experts on the device")
+        return residents
+
+    @cached_property
+    def cache(self) -> ExpertCache:
+        top_k = self.shape.num_experts_per_tok
+        return ExpertCache(
+            self.store,
+            self.device,
+            num_slots=self.num_slots(0.5),
+            num_staging=top_k,
+            prefetch=False,
+            predictors=self.predictors,
+        )
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        assert self.predictors is not None  # routing is replayed from here on
+        return Decoder(self.model, self.replay, self.context, self.traces["synthetic"].num_tokens)
+
+    @cached_property
+    def link(self) -> dict[str, float]:
+        """GB/s, see `measure_link`."""
+        return {k: round(v, 2) for k, v in measure_link(self.store, self.device).items()}
+
+    def num_slots(self, capacity: float) -> int:
+        """Slots for a share of all pages."""
+        return int(capacity * self.shape.num_pages)
+
+    def counters(self) -> CacheStats:
+        """What the cache counted until now; waits for the device."""
+        synchronize(self.device)
+        return self.cache.read_counters()
+
+    def close(self) -> None:
+        """Give back what the model, the store and the cache hold."""
+        made = self.__dict__
+        if "decoder" in made:
+            self.decoder.release()
+        if "cache" in made:
+            self.cache.close()
+        store = made.get("store")
+        for name in ("decoder", "cache", "residents", "predictors", "replay", "model", "store"):
+            made.pop(name, None)
+        if store is not None:
+            store.close()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()

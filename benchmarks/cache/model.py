@@ -1,0 +1,435 @@
+"""What the benchmark runs: a model in Qwen3-30B-A3B's shape with its routing replayed.
+
+Weights are random and hidden states therefore say nothing about experts, so the ids that routers
+choose are replaced by those of a recorded or synthetic trace, read by a counter on the device. The
+model's own routers run all the same: their cost is in every time.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, StaticCache
+
+from qmoe.cache.expert_cache import ExpertCache
+from qmoe.cache.host_store import HostStore, PageRead
+from qmoe.cache.trace import RoutingTrace
+from qmoe.experts import QuantizedExperts, install
+from qmoe.layout import find_experts
+from qmoe.paging import predictors
+
+RANDOM_BYTES = 1 << 28  # of the file that host stores are filled from
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model of Qwen3-MoE's architecture."""
+
+    num_hidden_layers: int
+    hidden_size: int
+    moe_intermediate_size: int
+    num_experts: int
+    num_experts_per_tok: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one expert at 8 bits."""
+        return 3 * self.moe_intermediate_size * self.hidden_size
+
+    @property
+    def num_pages(self) -> int:
+        """Experts of all layers."""
+        return self.num_hidden_layers * self.num_experts
+
+    @property
+    def routing(self) -> tuple[int, int, int]:
+        """Layers, experts of a layer, experts of a token."""
+        return self.num_hidden_layers, self.num_experts, self.num_experts_per_tok
+
+    @property
+    def cycle(self) -> int:
+        """Pages that one token needs."""
+        return self.num_hidden_layers * self.num_experts_per_tok
+
+    def config(self) -> Qwen3MoeConfig:
+        """The model's config; 8192 tokens and more fit its context."""
+        return Qwen3MoeConfig(
+            **asdict(self),
+            intermediate_size=3 * self.hidden_size,
+            max_position_embeddings=40960,
+            tie_word_embeddings=False,
+        )
+
+
+QWEN3_30B_A3B = Shape(48, 2048, 768, 128, 8, 32, 4, 128, 151936)
+TINY = Shape(2, 64, 32, 16, 2, 2, 1, 32, 64)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device; nothing on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_each(
+    function: Callable[[], object], repeats: int, device: torch.device, *, wait: bool = True
+) -> tuple[list[float], float]:
+    """Run ``function`` back to back; milliseconds of each run, and of all of them together.
+
+    With ``wait=False`` what the device is doing goes on, and launches queue up behind it.
+    """
+    if device.type == "cpu":
+        clock = [time.perf_counter()]
+        for _ in range(repeats):
+            function()
+            clock.append(time.perf_counter())
+        each = [1e3 * (b - a) for a, b in pairwise(clock)]
+        return each, sum(each)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    if wait:
+        torch.cuda.synchronize(device)
+    events[0].record()
+    for event in events[1:]:
+        function()
+        event.record()
+    torch.cuda.synchronize(device)
+    each = [a.elapsed_time(b) for a, b in pairwise(events)]
+    return each, events[0].elapsed_time(events[-1])
+
+
+def build_model(shape: Shape, device: torch.device) -> Qwen3MoeForCausalLM:
+    """The model with random bf16 weights on ``device`` and experts that have no weights yet."""
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(shape.config()).to(torch.bfloat16).eval()
+    for name in find_experts(model):
+        install(model, name, QuantizedExperts(model.get_submodule(name), "int8", paged=True))
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in list(model.named_parameters()):
+        value = torch.empty_like(parameter, device=device)
+        if name.endswith("_scale"):  # times random bytes, whose deviation is 74: like the others
+            value.uniform_(2e-4, 3e-4, generator=generator)
+        elif value.dim() == 1:
+            value.fill_(1.0)
+        else:
+            value.normal_(std=0.02, generator=generator)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    # Its buffers were computed on the meta device, that is, not at all.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
+    return model
+
+
+def experts_of(model: nn.Module) -> dict[str, QuantizedExperts]:
+    """Experts modules by name, first layer to last."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedExperts)}
+
+
+def fill_host_store(model: nn.Module, device: torch.device) -> tuple[HostStore, dict[str, float]]:
+    """A store of random pages, no two alike, read from a file as a checkpoint would be.
+
+    Returns:
+        the store, pinned where ``device`` is a GPU, and how long its making took.
+    """
+    start = time.perf_counter()
+    layers = [experts.layer_pages(name) for name, experts in experts_of(model).items()]
+    store = HostStore(layers, pin=device.type == "cuda")
+    made = time.perf_counter()
+    num_pages = sum(layer.num_experts for layer in layers)
+    page_bytes = max(layer.page_bytes for layer in layers)
+    size = min(RANDOM_BYTES, 2 * num_pages * page_bytes)
+    step = (size - page_bytes) // num_pages
+    with tempfile.TemporaryDirectory(prefix="qmoe-benchmark-") as folder:
+        file = Path(folder) / "random.bin"
+        generator = torch.Generator(device).manual_seed(1)
+        noise = torch.randint(
+            -127, 128, (size,), dtype=torch.int8, device=device, generator=generator
+        )
+        noise.cpu().numpy().tofile(file)
+        written = time.perf_counter()
+        reads = [
+            PageRead(
+                layer=i,
+                expert=expert,
+                offset=0,
+                file=file,
+                file_offset=(store.first_page[i] + expert) * step,
+                nbytes=layer.page_bytes,
+            )
+            for i, layer in enumerate(layers)
+            for expert in range(layer.num_experts)
+        ]
+        store.fill(reads, progress=True)
+    return store, {
+        "bytes": store.num_bytes,
+        "allocate_s": round(made - start, 2),
+        "fill_and_pin_s": round(time.perf_counter() - written, 2),
+    }
+
+
+def measure_link(store: HostStore, device: torch.device) -> dict[str, float]:
+    """GB/s of copies from the store's pinned memory to the device, by the copy engine.
+
+    Returns:
+        ``layer``: one copy for a whole layer's pages. ``page``: one copy for each page.
+    """
+    layers = [store.pages(i) for i in range(min(4, len(store.layers)))]
+    target = torch.empty_like(layers[0], device=device)
+
+    def whole() -> None:
+        for layer in layers:
+            target.copy_(layer, non_blocking=True)
+
+    def by_page() -> None:
+        for layer in layers:
+            for i in range(len(layer)):
+                target[i].copy_(layer[i], non_blocking=True)
+
+    nbytes = sum(layer.nbytes for layer in layers)
+    rates = {}
+    for name, function in (("layer", whole), ("page", by_page)):
+        function()
+        each, _ = time_each(function, 3, device)
+        rates[name] = nbytes / 1e6 / min(each)
+    return rates
+
+
+class Replay:
+    """A trace on the device, and a counter that says which token is next.
+
+    Attributes:
+        topk_ids: (num_layers, num_tokens, top_k) int64.
+        predicted_ids: likewise, -1 where nothing is predicted.
+        token: (1,) int64, the next row; it wraps around.
+        rows: rows of the tokens in the present forward pass.
+    """
+
+    def __init__(self, shape: Shape, num_tokens: int, device: torch.device) -> None:
+        size = (shape.num_hidden_layers, num_tokens, shape.num_experts_per_tok)
+        self.topk_ids = torch.zeros(size, dtype=torch.int64, device=device)
+        self.predicted_ids = torch.full_like(self.topk_ids, -1)
+        self.token = torch.zeros(1, dtype=torch.int64, device=device)
+        self.rows = self.token
+
+    def load(self, trace: RoutingTrace) -> None:
+        """Take another trace of the same size; a captured graph goes on with it."""
+        self.topk_ids.copy_(trace.topk_ids.transpose(0, 1))
+        if trace.predicted_ids is not None:
+            self.predicted_ids.copy_(trace.predicted_ids.transpose(0, 1))
+
+    def begin(self, num_tokens: int) -> None:
+        """Call before a forward pass over so many tokens."""
+        rows = self.token + torch.arange(num_tokens, device=self.token.device)
+        self.rows = rows % self.topk_ids.shape[1]
+
+    def end(self, num_tokens: int) -> None:
+        """Call after it."""
+        self.token.add_(num_tokens)
+
+
+class ReplayedRouter(nn.Module):
+    """Runs a router and then says what the trace says."""
+
+    def __init__(self, router: nn.Module, replay: Replay, layer: int) -> None:
+        super().__init__()
+        self.router, self.replay, self.layer = router, replay, layer
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits, weights, _ = self.router(hidden_states)
+        ids = self.replay.topk_ids[self.layer].index_select(0, self.replay.rows)
+        return logits, weights, ids
+
+
+def replay_routing(
+    model: Qwen3MoeForCausalLM, replay: Replay
+) -> list[Callable[[Tensor], Tensor] | None]:
+    """Replace what the model's routers choose; the predictors to give to an `ExpertCache`.
+
+    A predictor runs the next layer's router, as it would without a trace, and then says what the
+    trace's predictor said.
+    """
+
+    def replayed(
+        predict: Callable[[Tensor], Tensor], next_layer: int
+    ) -> Callable[[Tensor], Tensor]:
+        def predictor(hidden_states: Tensor) -> Tensor:
+            predict(hidden_states)
+            return replay.predicted_ids[next_layer].index_select(0, replay.rows)
+
+        return predictor
+
+    replayed_predictors = [
+        None if predict is None else replayed(predict, layer + 1)
+        for layer, predict in enumerate(predictors(model))
+    ]
+    for layer, block in enumerate(model.model.layers):
+        block.mlp.gate = ReplayedRouter(block.mlp.gate, replay, layer)
+    return replayed_predictors
+
+
+class Residents:
+    """All experts on the device, to put into a model and to take out again without copying."""
+
+    def __init__(self, model: nn.Module, store: HostStore, device: torch.device) -> None:
+        self.experts = list(experts_of(model).values())
+        self.weights = []
+        for i, layer in enumerate(store.layers):
+            pages = store.pages(i).to(device, non_blocking=True)
+            gate_up, down = layer.views(pages)
+            self.weights.append((gate_up.contiguous(), down.contiguous()))
+
+    def enter(self) -> None:
+        """Make the model resident."""
+        for experts, (gate_up, down) in zip(self.experts, self.weights, strict=True):
+            experts.unpage(gate_up, down)
+
+    def leave(self, cache: ExpertCache) -> None:
+        """Make the model paged."""
+        for layer, experts in enumerate(self.experts):
+            experts.page(cache, layer)
+
+    def free(self) -> None:
+        """Drop the weights; the model must be paged."""
+        self.weights.clear()
+
+
+class Decoder:
+    """Greedy decoding of one text on a static cache: one step, the same kernels every time.
+
+    On a GPU the step can be captured into a CUDA graph; `run` then replays it.
+
+    Attributes:
+        logits: (1, vocab_size), of the last step.
+    """
+
+    def __init__(
+        self, model: Qwen3MoeForCausalLM, replay: Replay, context: int, num_tokens: int
+    ) -> None:
+        config, device = model.config, replay.token.device
+        self.model, self.replay, self.context = model, replay, context
+        length = context + num_tokens
+        self.past = StaticCache(config=config, max_cache_len=length)
+        heads, width = config.num_key_value_heads, config.head_dim
+        self.past.early_initialization(1, heads, width, torch.bfloat16, device)
+        for layer in self.past.layers:  # as if `context` tokens had been read
+            layer.keys.normal_()
+            layer.values.normal_()
+        self.columns = torch.arange(length, device=device)
+        self.position = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        self.input_ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        self.logits = torch.zeros(1, config.vocab_size, dtype=torch.bfloat16, device=device)
+        self.graph: Any = None
+        self.reset()
+
+    def reset(self, token: int = 0) -> None:
+        """Go back to the end of the context, and to a token of the trace."""
+        self.position.fill_(self.context)
+        self.input_ids.fill_(1)
+        self.replay.token.fill_(token)
+        for layer in self.past.layers:
+            layer.cumulative_length.fill_(self.context)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One token, eagerly."""
+        self.replay.begin(1)
+        mask = (self.columns <= self.position)[None, None]  # (1, 1, 1, length)
+        output = self.model(
+            self.input_ids,
+            attention_mask=mask,
+            position_ids=self.position,
+            past_key_values=self.past,
+            use_cache=True,
+        )
+        self.logits.copy_(output.logits[:, -1])
+        self.input_ids.copy_(self.logits.argmax(-1, keepdim=True))
+        self.position.add_(1)
+        self.replay.end(1)
+
+    def capture(self) -> None:
+        """Capture the step into a graph, after running it twice; on a CPU only that."""
+        self.graph = None
+        self.reset()
+        device = self.position.device
+        if device.type == "cpu":
+            self.step()
+            return
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self.step()
+        torch.cuda.current_stream(device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step()
+        self.graph = graph
+
+    def release(self) -> None:
+        """Drop the graph; steps are eager again."""
+        self.graph = None
+
+    def advance(self) -> None:
+        """One token, by the graph where there is one."""
+        if self.graph is None:
+            self.step()
+        else:
+            self.graph.replay()
+
+    def logits_of(self, num_tokens: int) -> Tensor:
+        """(num_tokens, vocab_size): decode from the end of the context, token 0 of the trace."""
+        self.reset()
+        rows = []
+        for _ in range(num_tokens):
+            self.advance()
+            rows.append(self.logits.clone())
+        return torch.cat(rows)
+
+    def time(self, first: int, num_tokens: int) -> tuple[list[float], float]:
+        """Milliseconds of each of ``num_tokens`` tokens, and of all of them together.
+
+        The trace's first ``first`` tokens are decoded before, untimed.
+        """
+        self.reset()
+        for _ in range(first):
+            self.advance()
+        return time_each(self.advance, num_tokens, self.position.device)
+
+
+def sweep(trace: RoutingTrace) -> RoutingTrace:
+    """A trace with one more part at its beginning: every expert of every layer once, in order.
+
+    However much a cache held before, it then starts from the same state: the last pages of the
+    sweep, or all of them.
+    """
+    num_steps = -(-trace.num_experts // trace.top_k)
+    ids = torch.arange(num_steps * trace.top_k).clamp(max=trace.num_experts - 1)
+    every = ids.view(num_steps, 1, trace.top_k).expand(-1, trace.num_layers, -1).to(torch.int16)
+    predicted = trace.predicted_ids
+    return RoutingTrace(
+        torch.cat((every, trace.topk_ids)),
+        trace.num_experts,
+        trace.page_bytes,
+        None if predicted is None else torch.cat((torch.full_like(every, -1), predicted)),
+        trace.metadata,
+    )
+
+
+def percentiles(values: Sequence[float], digits: int = 4) -> dict[str, float]:
+    """p20, p50 and p80."""
+    quantiles = torch.tensor(values, dtype=torch.float64).quantile(
+        torch.tensor((0.2, 0.5, 0.8), dtype=torch.float64)
+    )
+    names = ("p20", "p50", "p80")
+    return {n: round(v, digits) for n, v in zip(names, quantiles.tolist(), strict=True)}
