@@ -158,29 +158,30 @@ class ExpertCache:
         the larger of the two; pages come back from the host.
 
         Raises:
-            torch.OutOfMemoryError: the device has less memory than that; the slots are then as many
-                as before, and empty.
+            ValueError: no slot at all.
+            torch.OutOfMemoryError: the device has less memory than that.
+            In both cases the slots are as many as before, and empty.
         """
         with self._exclusive():
             self._synchronize()
             old, before = self._residency, (self.num_slots, self.num_staging)
-            recent = old.last_used.argsort(descending=True, stable=True)[:num_slots].flip(0)
-            pages = old.slot_to_page[recent].tolist()
-            pages = [page for page in pages if page >= 0]
-            del self.memory, self._weights
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            # In the order in which they would be evicted: of one stamp, the lower slot first.
+            recent = old.last_used.argsort(stable=True)[-num_slots:]
+            recent = recent[old.slot_to_page[recent] >= 0]
             try:
+                del self.memory, self._weights
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
                 self._allocate(num_slots, num_staging)
-            except torch.OutOfMemoryError:
+            except BaseException:
                 self._allocate(*before)
-                pages = []
                 raise
             finally:
                 self._residency.counters.copy_(old.counters)
                 self._residency.credit.copy_(old.credit)
             self._interrupted = True
-            self._load(pages)
+            self._load(old.slot_to_page[recent].tolist())
+            self._residency.prefetched[: len(recent)] = old.prefetched[recent]
             self._interrupted = False
 
     def _load(self, pages: Sequence[int]) -> None:
