@@ -1,0 +1,559 @@
+"""Paged experts against resident ones, bit for bit, with everything that could go stale poisoned.
+
+`PoisonedCache` is the cache with garbage in every slot that no table names and in every slot that
+is about to be copied to: whoever computes with a page that is not there, or not there yet, gets
+something else (FP8: NaN). On a GPU copies are slow besides, so that a missing wait is seen; on the
+CPU, where streams mean nothing, `Race` follows what the streams would have to wait for.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import qmoe
+from qmoe.cache import expert_cache
+from qmoe.cache.expert_cache import ExpertCache
+from qmoe.cache.host_store import HostStore
+from qmoe.cache.pages import LayerPages
+from qmoe.cache.stats import LayerStats
+from qmoe.experts import QuantizedExperts
+from qmoe.quantizer import quantized_modules
+from qmoe_kernels.paging import CopyList
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+POISON = 0x7F  # 127 as int8, NaN as float8_e4m3fn
+NUM_LAYERS = 3
+
+
+@pytest.fixture(autouse=True)
+def only_with_a_gpu(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU")
+
+
+class PoisonedCache(ExpertCache):
+    """Garbage wherever no valid page is; on a GPU, copies that are late."""
+
+    late = 200_000  # GPU cycles, about 0.1 ms: longer than a kernel of these models
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.ways: set[str] = set()
+        super().__init__(*args, **options)
+
+    def _allocate(self, num_slots: int, num_staging: int) -> None:
+        super()._allocate(num_slots, num_staging)
+        self.memory.fill_(POISON)
+
+    def _gather(self, copies: CopyList, layer: int) -> None:
+        slots = torch.arange(len(copies.slots), device=self.device)
+        targets = torch.where(slots < copies.count, copies.slots, self.num_slots)
+        stale = torch.zeros(self.num_slots + 1, dtype=torch.bool, device=self.device)
+        stale.index_fill_(0, targets.long(), True)
+        stale = stale[: self.num_slots] | (self._residency.slot_to_page < 0)
+        self.memory[: self.num_slots].masked_fill_(stale[:, None], POISON)
+        self._delay()
+        super()._gather(copies, layer)
+
+    def _admit(self, copies: CopyList, layer: int, topk_ids: Tensor, **options: Any) -> None:
+        self.ways.add("waves" if "experts" in options else "admitted")
+        super()._admit(copies, layer, topk_ids, **options)
+
+    def _stage(self, layer: int, group: int, buffer: int) -> Any:
+        self.ways.add("streamed")
+        first = self.num_slots + buffer * self.num_staging
+        with self._runtime.stream(self._copy_stream):
+            self._free[buffer].wait(self._copy_stream)
+            self.memory[first : first + self.num_staging] = POISON
+            self._delay()
+        return super()._stage(layer, group, buffer)
+
+    def _delay(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda._sleep(self.late)
+
+
+class Guess(nn.Module):
+    """Proposes the same experts for the same hidden state; right about as often as chance."""
+
+    def __init__(self, hidden_size: int, num_experts: int, device: str) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = torch.randn(hidden_size, num_experts, generator=generator).to(device)
+
+    @torch.no_grad()
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return (hidden_states.float() @ self.weight).topk(2).indices
+
+
+@dataclass
+class Paged:
+    """A model whose experts are in host memory, and what it computed while they were not."""
+
+    model: PreTrainedModel
+    experts: list[QuantizedExperts]
+    host: HostStore
+    prompts: list[Tensor]
+    logits: list[Tensor]
+    generated: list[Tensor]
+
+    @property
+    def num_pages(self) -> int:
+        return len(self.host.addresses)
+
+    def cache(self, num_slots: int, num_staging: int = 0, **options: Any) -> PoisonedCache:
+        """Page the model's experts with a new cache."""
+        device = self.model.device
+        guesses = [Guess(e.layout.hidden_size, e.num_experts, device) for e in self.experts[1:]]
+        options.setdefault("predictors", [*guesses, None])
+        sizes = {"num_slots": num_slots, "num_staging": num_staging}
+        cache = PoisonedCache(self.host, device, **sizes, **options)
+        for layer, experts in enumerate(self.experts):
+            experts.page(cache, layer)
+        return cache
+
+    def check(self) -> None:
+        """Logits and greedy generation, prompt after prompt."""
+        for prompt, logits in zip(self.prompts, self.logits, strict=True):
+            assert torch.equal(forward(self.model, prompt), logits), prompt.shape
+        for prompt, generated in zip(self.prompts, self.generated, strict=False):
+            assert torch.equal(generate(self.model, prompt), generated), prompt.shape
+
+
+@torch.no_grad()
+def forward(model: PreTrainedModel, prompt: Tensor) -> Tensor:
+    return model(prompt.to(model.device)).logits.cpu()
+
+
+def generate(model: PreTrainedModel, prompt: Tensor, num_tokens: int = 4) -> Tensor:
+    prompt = prompt.to(model.device)
+    return model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=num_tokens,
+        min_new_tokens=num_tokens,
+        do_sample=False,
+        pad_token_id=0,
+    ).cpu()
+
+
+@functools.cache
+def paged(family: str, weights: str, device: str) -> Paged:
+    """Built once for all tests of the family."""
+    model = zoo.build(family, num_layers=NUM_LAYERS)
+    if device == "cuda":
+        model = model.to(torch.bfloat16)
+    model = qmoe.patch(model, weights=weights).to(device)
+    generator = torch.Generator().manual_seed(0)
+    # One token; several; with (2, 20) and (1, 40) there are four pairs per expert and more.
+    sizes = [(2, 5), (1, 1), (1, 13), (4, 1), (2, 20), (1, 40)]
+    prompts = [torch.randint(1, 96, size, generator=generator) for size in sizes]
+    logits = [forward(model, prompt) for prompt in prompts]
+    assert all(x.isfinite().all() for x in logits)
+    generated = [generate(model, prompt) for prompt in prompts[:1]]
+    modules = quantized_modules(model)
+    host = HostStore([e.layer_pages(n) for n, e in modules.items()], pin=device == "cuda")
+    for layer, experts in enumerate(modules.values()):
+        for page, weight in zip(host.weights(layer), experts.quantized_weights(), strict=True):
+            page.copy_(weight)
+    return Paged(model, list(modules.values()), host, prompts, logits, generated)
+
+
+# ---- the same bits -----------------------------------------------------------------------------
+
+MODELS = [
+    ("qwen3_moe", "int8"),
+    ("qwen3_moe", "fp8"),
+    ("mixtral", "fp8"),
+    ("gpt_oss", "int8"),  # biases
+    ("gpt_oss", "fp8"),
+]
+# num_slots, num_staging: one slot, waves of several, a token's cycle, most, everything and more.
+POOLS = [(1, 0), (2, 1), (3, 8), (6, 3), (11, 2), (30, 8)]
+VARIANTS = [
+    {"prefetch": False, "overlap": False},
+    {"prefetch": True, "overlap": False},
+    {"prefetch": False, "overlap": True},
+    {"prefetch": True, "overlap": True},
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("model", MODELS, ids="-".join)
+def test_paged_equals_resident(model, device) -> None:
+    example = paged(*model, device)
+    cases = list(itertools.product(POOLS, VARIANTS))
+    ways, prefetched = set(), 0
+    # The CPU takes every third one, each model others; together they are all there.
+    for (num_slots, num_staging), variant in (
+        cases if device == "cuda" else cases[MODELS.index(model) % 3 :: 3]
+    ):
+        cache = example.cache(num_slots, num_staging, **variant)
+        example.check()
+        ways |= cache.ways
+        prefetched += sum(layer.prefetched for layer in cache.read_counters().layers)
+    assert ways == {"admitted", "waves", "streamed"} and prefetched
+
+
+CLASSES = zoo.experts_classes()
+
+
+# Flat, biases, identity experts, a norm behind, no gate.
+FORMS = ["dbrx", "gpt_oss", "longcat_flash", "muse_spark", "nemotron_h", "openai_privacy_filter"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "experts_class", [c for c in CLASSES if c.model in FORMS], ids=lambda c: c.model
+)
+def test_forms_of_experts(experts_class, device) -> None:
+    check_layer(QuantizedExperts.quantized_from(experts_class.build().to(device), "fp8"), device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_gate_of_its_own(device) -> None:
+    (mixtral,) = (c for c in CLASSES if c.model == "mixtral")
+    source = mixtral.build().to(device)
+
+    class Odd(type(source)):
+        def _apply_gate(self, gate_up):
+            gate, up = gate_up.chunk(2, dim=-1)
+            return torch.sin(gate) * up
+
+    source.__class__ = Odd
+    experts = QuantizedExperts.quantized_from(source, "fp8")
+    assert experts.activation is None
+    check_layer(experts, device)
+
+
+@torch.no_grad()
+def check_layer(experts: QuantizedExperts, device: str) -> None:
+    num_experts = experts.num_experts + experts.layout.num_identity_experts
+    calls = []
+    for num_tokens in (17, 1, 2):
+        hidden, ids, weights = zoo.routing(num_tokens, num_experts, seed=num_tokens)
+        ids[-1, 0] = num_experts if not experts.layout.num_identity_experts else num_experts - 1
+        calls.append([t.to(device) for t in (hidden, ids, weights)])
+    expected = [experts(*call) for call in calls]
+    host = HostStore([experts.layer_pages("experts")], pin=device == "cuda")
+    for page, weight in zip(host.weights(0), experts.quantized_weights(), strict=True):
+        page.copy_(weight)
+    for num_slots, num_staging in ((1, 0), (4, 0), (2, 2)):
+        experts.page(PoisonedCache(host, device, num_slots=num_slots, num_staging=num_staging), 0)
+        for call, output in zip(calls, expected, strict=True):
+            assert torch.equal(experts(*call), output)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_llama4_block(device) -> None:
+    from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
+    from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
+
+    from qmoe.experts import install
+
+    config = Llama4TextConfig(
+        hidden_size=zoo.HIDDEN,
+        intermediate_size=zoo.INTERMEDIATE,
+        intermediate_size_mlp=zoo.INTERMEDIATE,
+        num_local_experts=zoo.NUM_EXPERTS,
+        num_experts_per_tok=2,
+    )
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"moe": Llama4TextMoe(config).eval()}).to(device)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=zoo.HIDDEN**-0.5)
+    experts = QuantizedExperts.quantized_from(model["moe"].experts, "int8")
+    install(model, "moe.experts", experts)
+    hidden = [torch.randn(2, n, zoo.HIDDEN, device=device) for n in (1, 9)]
+    with torch.no_grad():
+        expected = [model["moe"](h)[0] for h in hidden]
+        host = HostStore([experts.layer_pages("moe.experts")], pin=device == "cuda")
+        for page, weight in zip(host.weights(0), experts.quantized_weights(), strict=True):
+            page.copy_(weight)
+        for num_slots, num_staging in ((1, 0), (3, 2), (6, 6)):
+            cache = PoisonedCache(host, device, num_slots=num_slots, num_staging=num_staging)
+            experts.page(cache, 0)
+            for h, output in zip(hidden, expected, strict=True):
+                assert torch.equal(model["moe"](h)[0], output)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_models_in_one_process(device) -> None:
+    one, other = paged("qwen3_moe", "int8", device), paged("gpt_oss", "fp8", device)
+    one.cache(5, 2)
+    other.cache(4, 1, overlap=True)
+    for i in range(len(one.prompts)):
+        assert torch.equal(forward(one.model, one.prompts[i]), one.logits[i])
+        assert torch.equal(forward(other.model, other.prompts[-i]), other.logits[-i])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("num_slots, num_staging", [(6, 0), (9, 3)])
+def test_several_threads(device, overlap, num_slots, num_staging) -> None:
+    """Generations at once on one model, on a GPU each on a stream of its own."""
+    example = paged("qwen3_moe", "fp8", device)
+    example.cache(num_slots, num_staging, overlap=overlap)
+    prompts = [p for p in example.prompts if p.shape[0] < 4]
+    results: dict[int, list[Tensor]] = {}
+    errors: list[BaseException] = []
+    start = threading.Barrier(len(prompts))
+
+    def work(index: int) -> None:
+        try:
+            stream = torch.cuda.Stream() if device == "cuda" else None
+            start.wait()
+            with torch.cuda.stream(stream):
+                logits = forward(example.model, prompts[index])
+                results[index] = [logits, generate(example.model, prompts[index])]
+        except BaseException as error:
+            errors.append(error)
+
+    for _ in range(2):
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(prompts))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors
+        for index, prompt in enumerate(prompts):
+            logits, generated = results[index]
+            assert torch.equal(logits, forward(example.model, prompt))
+            assert torch.equal(generated, generate(example.model, prompt))
+
+
+# ---- interrupted -------------------------------------------------------------------------------
+
+
+def interrupt_at(line: int, action: Callable[[], object]) -> bool:
+    """Raise KeyboardInterrupt before the so-manieth line that runs in expert_cache.py."""
+    count = 0
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        nonlocal count
+        if frame.f_code.co_filename != expert_cache.__file__:
+            return None
+        if event == "line":
+            count += 1
+            if count == line:
+                raise KeyboardInterrupt
+        return trace
+
+    previous = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        action()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(previous)
+    return False
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "prompt, num_slots, num_staging, overlap, stride",
+    [(1, 5, 0, False, 2), (1, 5, 0, True, 2), (3, 3, 0, False, 5), (5, 4, 3, False, 7)],
+    ids=["admitted", "overlapped", "waves", "streamed"],
+)
+def test_an_interrupt_leaves_no_wrong_weights(
+    device, prompt, num_slots, num_staging, overlap, stride
+) -> None:
+    """Ctrl-C anywhere; what comes next is as if nothing had happened."""
+    example = paged("qwen3_moe", "fp8", device)
+    cache = example.cache(num_slots, num_staging, overlap=overlap)
+    prompt, expected = example.prompts[prompt], example.logits[prompt]
+    line = 1
+    while interrupt_at(line, lambda: forward(example.model, prompt)):
+        assert torch.equal(forward(example.model, prompt), expected), line
+        line += stride
+    assert line > 60 and cache is not None
+
+
+def test_an_error_while_computing_leaves_the_pages_where_they_are() -> None:
+    example = paged("qwen3_moe", "fp8", "cpu")
+    cache = example.cache(8, prefetch=False)
+    prompt = example.prompts[1]
+    forward(example.model, prompt)
+    handle = example.experts[0].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        forward(example.model, prompt)
+    handle.remove()
+    before = cache.read_counters()
+    assert torch.equal(forward(example.model, prompt), example.logits[1])
+    assert cache.read_counters().misses == before.misses
+
+
+# ---- other sizes -------------------------------------------------------------------------------
+
+
+def pages_by_recency(cache: ExpertCache) -> list[int]:
+    """What is resident, from the page that would go first to the one that would go last."""
+    r = cache._residency
+    rows = zip(r.last_used.tolist(), range(cache.num_slots), r.slot_to_page.tolist(), strict=True)
+    return [page for _, _, page in sorted(rows) if page >= 0]
+
+
+def counts(cache: ExpertCache) -> tuple[int, int, int]:
+    stats = cache.read_counters()
+    return stats.hits, stats.misses, stats.bytes
+
+
+def check_contents(cache: ExpertCache) -> None:
+    """Every slot holds the page that the tables say."""
+    for slot, page in enumerate(cache._residency.slot_to_page.tolist()):
+        if page >= 0:
+            layer, expert = cache._layer_of(page)
+            assert cache._residency.page_to_slot[page] == slot
+            expected = cache.host.pages(layer)[expert]
+            assert torch.equal(cache.memory[slot, : len(expected)].cpu(), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_resize_keeps_the_most_recent_pages(device) -> None:
+    example = paged("qwen3_moe", "fp8", device)
+    cache = example.cache(12, 2)
+    prompts = [example.prompts[i] for i in (0, 2, 4)]
+    for num_slots, num_staging in ((7, 2), (7, 0), (1, 1), (24, 8), (11, 3), (30, 0)):
+        for prompt in prompts:
+            forward(example.model, prompt)
+        before, counted = pages_by_recency(cache), counts(cache)
+        cache.resize(num_slots, num_staging)
+        assert (cache.num_slots, cache.num_staging) == (num_slots, num_staging)
+        assert pages_by_recency(cache) == before[-num_slots:] and before
+        check_contents(cache)
+        assert counts(cache) == counted
+        example.check()
+
+
+def test_pages_that_wait_to_be_used_survive_a_resize() -> None:
+    cache = direct_cache(num_slots=6)
+    use(cache, 0, [[0, 1]])  # brings (1, 0) and (1, 1) ahead
+    cache.resize(5, 0)
+    assert [layer.prefetch_wasted for layer in cache.read_counters().layers] == [0, 0]
+    use(cache, 1, [[0, 1]])
+    layer = cache.read_counters().layers[1]
+    assert (layer.prefetched, layer.prefetch_used, layer.prefetch_wasted) == (2, 2, 0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_memory_that_is_not_there_leaves_the_old_size(device, monkeypatch) -> None:
+    example = paged("qwen3_moe", "fp8", device)
+    cache = example.cache(9, 2)
+    example.check()
+    before = counts(cache)
+    empty = torch.empty
+
+    def too_little(*shape: int, **options: Any) -> Tensor:
+        if shape[0] > 15:
+            raise torch.OutOfMemoryError("out of memory")
+        return empty(*shape, **options)
+
+    if device == "cpu":
+        monkeypatch.setattr(torch, "empty", too_little)
+    with pytest.raises(torch.OutOfMemoryError):
+        cache.resize(12, 4 if device == "cpu" else 1 << 24)
+    monkeypatch.undo()
+    assert (cache.num_slots, cache.num_staging) == (9, 2)
+    assert pages_by_recency(cache) == []
+    assert counts(cache) == before
+    example.check()
+    cache.resize(11, 3)
+    example.check()
+
+
+def test_a_size_that_does_not_work_leaves_the_old_one() -> None:
+    example = paged("qwen3_moe", "fp8", "cpu")
+    cache = example.cache(9, 2)
+    with pytest.raises(ValueError, match="num_slots=0"):
+        cache.resize(0, 2)
+    assert (cache.num_slots, cache.num_staging) == (9, 2)
+    example.check()
+
+
+# ---- counters ----------------------------------------------------------------------------------
+
+LAYERS = [LayerPages(f"layers.{i}", 4, torch.int8, (4, 32), (32, 4)) for i in range(2)]
+PAGE_BYTES = 256
+
+
+def direct_cache(**options: Any) -> ExpertCache:
+    """Two layers of four experts without a model around them; after layer 0, (1, 0) and (1, 1)
+    are proposed."""
+    host = HostStore(LAYERS, pin=False)
+    for layer in range(2):
+        host.pages(layer).copy_(torch.randint(0, 256, (4, PAGE_BYTES)))
+    options.setdefault("num_staging", 0)
+    options.setdefault("predictors", [lambda hidden: torch.tensor([[0, 1]]), None])
+    return ExpertCache(host, "cpu", **options)
+
+
+def use(cache: ExpertCache, layer: int, ids: list[list[int]]) -> None:
+    """Run a layer; what it computes is that its experts are there."""
+    host_gate_up, host_down = cache.host.weights(layer)
+
+    def compute(gate_up, down, expert_to_slot, topk_ids, topk_weights) -> Tensor:
+        for expert in topk_ids[(topk_ids >= 0) & (topk_ids < 4)].tolist():
+            slot = expert_to_slot[expert]
+            assert slot >= 0 and torch.equal(gate_up[slot], host_gate_up[expert])
+            assert torch.equal(down[slot], host_down[expert])
+        return torch.zeros(*topk_ids.shape, 8)
+
+    topk_ids = torch.tensor(ids)
+    cache.run(layer, torch.zeros(len(ids), 8), topk_ids, None, compute)
+
+
+def test_counters_against_a_count_by_hand() -> None:
+    cache = direct_cache(num_slots=4, num_staging=4)
+    assert cache.read_counters().hit_rate is None
+    use(cache, 0, [[0, 1]])  # slots: 00 01, ahead 10 11
+    use(cache, 1, [[0, 2]])  # 10 is there, 12 takes the slot of 00
+    use(cache, 0, [[1, -1], [3, 4]])  # 01 is there, 03 takes that of 11; ahead 11 that of 12
+    stats = cache.read_counters()
+    assert (stats.num_slots, stats.num_pages, stats.page_bytes) == (4, 8, (256, 256))
+    assert stats.layers == (
+        LayerStats(1, 3, 0, 0, 0, streamed_bytes=0),
+        LayerStats(1, 1, prefetched=3, prefetch_used=1, prefetch_wasted=1, streamed_bytes=0),
+    )
+    assert (stats.hits, stats.misses, stats.hit_rate) == (2, 4, 2 / 6)
+    assert stats.bytes == (4 + 3) * PAGE_BYTES
+    # Sixteen pairs for four experts: streamed. In slots are 11, 01, 10 and 03, which stay there.
+    slots = cache._residency.slot_to_page.tolist()
+    assert slots == [5, 1, 4, 3]
+    for layer in range(2):
+        use(cache, layer, [[0, 1, 2, 3]] * 4)
+    streamed = cache.read_counters()
+    assert [layer.streamed_bytes for layer in streamed.layers] == [2 * PAGE_BYTES] * 2
+    assert streamed.bytes == stats.bytes + 4 * PAGE_BYTES
+    assert (streamed.hits, streamed.misses) == (stats.hits, stats.misses)
+    assert cache._residency.slot_to_page.tolist() == slots
+
+
+def test_counters_can_be_read_while_the_model_runs() -> None:
+    example = paged("qwen3_moe", "fp8", "cpu")
+    cache = example.cache(6, 2)
+    seen, done = [], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            seen.append(cache.read_counters())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for prompt, logits in zip(example.prompts, example.logits, strict=True):
+        assert torch.equal(forward(example.model, prompt), logits)
+    done.set()
+    watcher.join()
+    assert seen and all(a.hits <= b.hits for a, b in itertools.pairwise(seen))
+    assert cache.read_counters().hits >= seen[-1].hits
