@@ -1,6 +1,6 @@
 """The expert cache in Qwen3-30B-A3B's shape: INT8 experts, batch 1, routing replayed from traces.
 
-``python -m benchmarks.cache`` (``make bench-cache``) runs, on one GPU with 60 GB and a host with
+``python -m benchmarks.cache`` (``make bench-cache``) runs, on one GPU with 80 GB and a host with
 100 GB of memory (``--only`` names some of them):
 
 - *gather*: rate of the kernel that reads missing pages from pinned memory, beside
@@ -10,7 +10,8 @@
   without prefetching, on a synthetic trace and on one recorded from the shipped model, tiled;
   beside the same graph with all experts resident, and LRU and Belady replayed on the same tokens.
 - *prefill*: seconds for 8192 tokens with all experts on the host.
-- *baselines*: a host-driven cache, and accelerate's ``cpu_offload``, as eager forward passes.
+- *baselines*: a host-driven cache and qmoe's own, as eager forward passes.
+- *offload*: accelerate's ``cpu_offload`` of the bf16 model.
 
 Every section checks before it times: outputs of paged models equal those of the resident one bit
 for bit. Results go to ``benchmarks/results/cache.json`` as they come (sections that are not run
@@ -103,7 +104,8 @@ def main(arguments: list[str] | None = None) -> int:
         finally:
             results.set(seconds=round(time.monotonic() - started, 1))
     for target in results.data["targets"]:
-        print(("met    " if target["met"] else "missed ") + target["what"], target)
+        word = "met   " if target["met"] else "missed"
+        print(f"{word} {target['what']}: {target['measured']} (target {target['target']})")
     return failed
 
 

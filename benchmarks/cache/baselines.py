@@ -201,6 +201,8 @@ def run_baselines(bench: Benchmark, num_tokens: int = 16) -> None:
                 decoder.step()
                 cell["equal"] = torch.equal(decoder.logits, expected)
                 results.add("cells", cell | time_cell(each, total))
+                if not cell["equal"]:
+                    raise AssertionError("the host-driven cache computes something else")
             del host_driven
     cache = bench.cache
     bench.residents.leave(cache)

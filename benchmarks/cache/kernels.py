@@ -12,7 +12,7 @@ from benchmarks.cache.harness import Benchmark
 from benchmarks.cache.model import percentiles, synchronize, time_each
 from qmoe.cache.host_store import HostStore
 from qmoe.cache.pages import LayerPages
-from qmoe_kernels.paging import CopyList, Residency, admit, gather
+from qmoe_kernels.paging import HITS, MISSES, CopyList, Residency, admit, gather
 
 NUM_PROGRAMS = (1, 2, 4, 6, 8, 12, 16, 32)
 
@@ -137,7 +137,7 @@ def run_admission(bench: Benchmark) -> None:
         before = residency.counters.sum(0).tolist()
         each, _ = time_each(run, 5 if device.type == "cuda" else 1, device)
         after = residency.counters.sum(0).tolist()
-        misses, hits = after[1] - before[1], after[0] - before[0]
+        misses, hits = after[MISSES] - before[MISSES], after[HITS] - before[HITS]
         expected = {"0": 0, "1": 1, "top_k": top_k}[name]
         if misses * (top_k - expected) != hits * expected or misses + hits == 0:
             raise AssertionError(f"{misses} misses and {hits} hits; {expected} of {top_k} miss")

@@ -68,3 +68,5 @@ def run_prefill(bench: Benchmark, repeats: int = 2) -> None:
                 "ratio": round(min(each) / max(compute[chunk], link_ms), 4),
             },
         )
+    if not all(cell["equal"] for cell in results.section["cells"]):
+        raise AssertionError("logits of the paged model differ from the resident one's")
