@@ -74,7 +74,7 @@ def test_the_folder_is_no_package(folder) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["qmoe.generation", "qmoe.loading", "qmoe.patching", "qmoe.quantizer"]
+    "module", ["qmoe.generation", "qmoe.loading", "qmoe.paging", "qmoe.patching", "qmoe.quantizer"]
 )
 def test_examples_in_docstrings_run(module, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)
