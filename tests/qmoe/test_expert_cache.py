@@ -9,10 +9,12 @@ CPU, where streams mean nothing, `Race` follows what the streams would have to w
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +22,7 @@ import pytest
 import torch
 import zoo
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StaticCache
 
 import qmoe
 from qmoe.cache import expert_cache
@@ -557,3 +559,161 @@ def test_counters_can_be_read_while_the_model_runs() -> None:
     watcher.join()
     assert seen and all(a.hits <= b.hits for a, b in itertools.pairwise(seen))
     assert cache.read_counters().hits >= seen[-1].hits
+
+
+# ---- decoding without the host -----------------------------------------------------------------
+
+
+class Decoder:
+    """Greedy decoding on a static KV cache, the same kernels every step; a CUDA graph on a GPU."""
+
+    def __init__(self, model: PreTrainedModel, length: int = 32) -> None:
+        config, device = model.config, model.device
+        self.model = model
+        self.past = StaticCache(config=config, max_cache_len=length)
+        heads, width = config.num_key_value_heads, config.head_dim
+        self.past.early_initialization(1, heads, width, model.dtype, device)
+        self.columns = torch.arange(length, device=device)
+        self.position = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        self.input_ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        self.logits = torch.zeros(1, config.vocab_size, dtype=model.dtype, device=device)
+
+    def reset(self) -> None:
+        self.past.reset()
+        self.position.zero_()
+        self.input_ids.fill_(7)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        output = self.model(
+            self.input_ids,
+            attention_mask=(self.columns <= self.position)[None, None],
+            position_ids=self.position,
+            past_key_values=self.past,
+            use_cache=True,
+        )
+        self.logits.copy_(output.logits[:, -1])
+        self.input_ids.copy_(self.logits.argmax(-1, keepdim=True))
+        self.position.add_(1)
+
+    def capture(self) -> Callable[[], None]:
+        if self.model.device.type == "cpu":
+            return self.step
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.reset()
+            self.step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step()
+        return graph.replay
+
+    def run(self, step: Callable[[], None], num_tokens: int = 16) -> Tensor:
+        """(num_tokens, vocab_size); whatever makes the host wait for the GPU is an error."""
+        self.reset()
+        rows = []
+        for _ in range(num_tokens):
+            with no_synchronization(self.model.device):
+                step()
+            rows.append(self.logits.clone())
+        return torch.cat(rows).cpu()
+
+
+@contextmanager
+def no_synchronization(device: torch.device) -> Iterator[None]:
+    if device.type == "cpu":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_decoding_eagerly_and_by_graph(weights, device) -> None:
+    example = paged("qwen3_moe", weights, device)
+    decoder = Decoder(example.model)
+    for experts, layer in zip(example.experts, range(NUM_LAYERS), strict=True):
+        experts.unpage(*(w.clone().to(device) for w in example.host.weights(layer)))
+    decoder.reset()
+    decoder.step()  # compiles kernels
+    expected = decoder.run(decoder.step)
+    assert torch.equal(decoder.run(decoder.capture()), expected)
+    assert len(expected.argmax(-1).unique()) > 4
+    cases = list(itertools.product((1, 2, 6, 11, 24), VARIANTS))
+    for num_slots, variant in cases if device == "cuda" else [(6, VARIANTS[3])]:
+        cache = example.cache(num_slots, **variant)
+        decoder.reset()
+        decoder.step()  # compiles kernels
+        assert torch.equal(decoder.run(decoder.step), expected)
+        replay = decoder.capture()
+        assert torch.equal(decoder.run(replay), expected)
+        # Eager between replays, on the same stream.
+        assert torch.equal(forward(example.model, example.prompts[4]), example.logits[4])
+        assert torch.equal(decoder.run(replay), expected)
+        check_contents(cache)
+        prefetched = sum(layer.prefetched for layer in cache.read_counters().layers)
+        assert bool(prefetched) == (variant["prefetch"] and num_slots > 2)
+
+
+@pytest.mark.gpu
+def test_counters_are_read_while_the_gpu_computes() -> None:
+    """Reading does not wait for what is queued on the model's stream."""
+    example = paged("qwen3_moe", "int8", "cuda")
+    cache = example.cache(6, 2)
+    forward(example.model, example.prompts[1])
+    before = cache.read_counters()
+    queued = torch.cuda.Event()
+    torch.cuda._sleep(1 << 30)  # half a second
+    queued.record()
+    assert cache.read_counters() == before
+    assert not queued.query(), "it waited"
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_closing_gives_the_memory_back() -> None:
+    model = qmoe.patch(zoo.build("qwen3_moe").to(torch.bfloat16)).to("cuda")
+    modules = quantized_modules(model)
+    prompt = torch.ones(1, 30, dtype=torch.int64)
+    forward(model, prompt)
+    expected = forward(model, zoo.TOKENS)
+
+    def memory() -> int:
+        gc.collect()
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    host = HostStore([e.layer_pages(n) for n, e in modules.items()], pin=True)
+    weights = []
+    for layer, experts in enumerate(modules.values()):
+        weights.append([w.cpu() for w in experts.quantized_weights()])
+        for page, weight in zip(host.weights(layer), weights[-1], strict=True):
+            page.copy_(weight)
+        experts.page(None, layer)  # without parameters, and not paged yet
+    experts = None
+    before = memory()
+    cache = ExpertCache(host, "cuda", num_slots=1000, num_staging=100)
+    for layer, module in enumerate(modules.values()):
+        module.page(cache, layer)
+    assert torch.equal(forward(model, zoo.TOKENS), expected)
+    forward(model, prompt)
+    cache.resize(500, 3)
+    forward(model, prompt)
+    assert memory() - before > 500 * cache.slot_bytes
+    view = host.pages(0)
+    assert view.is_pinned()
+    cache.close()
+    assert memory() - before < 64 << 10 and not view.is_pinned()
+    for module, parameters in zip(modules.values(), weights, strict=True):
+        module.unpage(*(w.clone() for w in parameters))
+    del cache, module
+    assert memory() == before
+    for module, parameters in zip(modules.values(), weights, strict=True):
+        module.unpage(*(w.cuda() for w in parameters))
+    assert torch.equal(forward(model, zoo.TOKENS), expected)
