@@ -1,0 +1,218 @@
+"""Who has to wait for whom, without a GPU: streams that only keep vector clocks.
+
+Two accesses to the same memory, one of them a write, must be ordered by events, whatever the host
+did first. The cache runs on the CPU with these streams in the place of torch's; each of its
+accesses to a slot, a table or a list of copies is checked against the earlier ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qmoe.cache.expert_cache import ExpertCache
+from qmoe.cache.host_store import HostStore
+from qmoe.cache.pages import LayerPages
+from qmoe_kernels.paging import CopyList
+
+Clock = dict["Stream", int]
+
+
+class Stream:
+    """What of every stream is finished when this one goes on."""
+
+    def __init__(self) -> None:
+        self.seen: Clock = {self: 0}
+
+    def tick(self) -> Clock:
+        self.seen[self] += 1
+        return dict(self.seen)
+
+    def wait(self, seen: Clock) -> None:
+        for stream, time in seen.items():
+            self.seen[stream] = max(self.seen.get(stream, 0), time)
+
+    def wait_stream(self, other: Stream) -> None:
+        self.wait(other.tick())
+
+
+class Event:
+    def __init__(self) -> None:
+        self.seen: Clock = {}
+
+    def record(self, stream: Stream) -> None:
+        self.seen = stream.tick()
+
+    def wait(self, stream: Stream) -> None:
+        stream.wait(self.seen)
+
+
+class Streams:
+    """Takes the place of torch.cpu's streams, and remembers who touched what."""
+
+    def __init__(self) -> None:
+        self.current = Stream()
+        self.written: dict[Any, tuple[Stream, int]] = {}
+        self.read_since: dict[Any, list[tuple[Stream, int]]] = {}
+        self.num_accesses = 0
+        self.races: list[Any] = []
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cpu, "Stream", Stream)
+        monkeypatch.setattr(torch.cpu, "Event", Event)
+        monkeypatch.setattr(torch.cpu, "stream", self.on)
+        monkeypatch.setattr(torch.cpu, "current_stream", lambda device=None: self.current)
+
+    @contextmanager
+    def on(self, stream: Stream) -> Iterator[None]:
+        previous, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = previous
+
+    def read(self, what: Any) -> None:
+        seen = self.current.tick()
+        self._after(seen, what, [self.written.get(what)])
+        self.read_since.setdefault(what, []).append((self.current, seen[self.current]))
+
+    def write(self, what: Any, *, by: Stream | None = None, seen: Clock | None = None) -> None:
+        stream = by or self.current
+        seen = seen or stream.tick()
+        self._after(seen, what, [self.written.get(what), *self.read_since.pop(what, [])])
+        self.written[what] = stream, seen[stream]
+
+    def _after(self, seen: Clock, what: Any, accesses: list[tuple[Stream, int] | None]) -> None:
+        for access in accesses:
+            self.num_accesses += 1
+            if access is not None and seen.get(access[0], 0) < access[1]:
+                self.races.append(what)
+
+
+class WatchedCache(ExpertCache):
+    """Tells `Streams` what is touched, where a GPU would do it."""
+
+    streams: Streams
+
+    def _admit(self, copies: CopyList, layer: int, topk_ids: Tensor, **options: Any) -> None:
+        before = self._residency.page_to_slot.clone()
+        super()._admit(copies, layer, topk_ids, **options)
+        self.streams.write("stamps")
+        self.streams.write(id(copies))
+        for page in (before != self._residency.page_to_slot).nonzero().flatten().tolist():
+            self.streams.write(("page", page))
+
+    def _gather(self, copies: CopyList, layer: int) -> None:
+        self.streams.read(id(copies))
+        for slot in copies.slots[: int(copies.count)].tolist():
+            self.streams.write(("slot", slot))
+        super()._gather(copies, layer)
+
+    def _stage(self, layer: int, group: int, buffer: int) -> Any:
+        staged = super()._stage(layer, group, buffer)
+        low, high = self._groups(layer)[group]
+        first = self.num_slots + buffer * self.num_staging
+        for slot in range(first, first + high - low):
+            # At the time of the event behind the copies, of what the copies had waited for.
+            self.streams.write(("slot", slot), by=self._copy_stream, seen=staged.ready.seen)
+        return staged
+
+    def compute(self, layer: int) -> Any:
+        """Reads the slots of the routed experts and checks what they hold."""
+        host_gate_up, _ = self.host.weights(layer)
+        first_page, num_experts = self.host.first_page[layer], len(host_gate_up)
+
+        def compute(gate_up, down, expert_to_slot, topk_ids, topk_weights) -> Tensor:
+            for expert in topk_ids[(topk_ids >= 0) & (topk_ids < num_experts)].unique().tolist():
+                slot = int(expert_to_slot[expert])
+                assert torch.equal(gate_up[slot], host_gate_up[expert])
+                self.streams.read(("slot", slot))
+                if slot < self.num_slots:
+                    self.streams.read(("page", first_page + expert))
+            return torch.zeros(*topk_ids.shape, 1)
+
+        return compute
+
+
+NUM_EXPERTS = 8
+LAYERS = [LayerPages(f"layers.{i}", NUM_EXPERTS, torch.int8, (8, 8), (8, 8)) for i in range(3)]
+
+
+def run(
+    streams: Streams, num_slots: int, num_staging: int, *, num_users: int, **options: Any
+) -> WatchedCache:
+    """Forwards of one to many tokens, on one stream or on several in turn."""
+    draw, generator = random.Random(0), torch.Generator().manual_seed(0)
+    host = HostStore(LAYERS, pin=False)
+    for layer in range(3):
+        host.pages(layer).copy_(torch.randint(0, 256, (NUM_EXPERTS, 128), generator=generator))
+
+    def predict(hidden: Tensor) -> Tensor:
+        streams.read(("hidden states", int(hidden[0, 0])))
+        return torch.randint(0, NUM_EXPERTS, (1, 2), generator=generator)
+
+    WatchedCache.streams = streams
+    predictors = [predict, predict, None]
+    sizes = {"num_slots": num_slots, "num_staging": num_staging}
+    cache = WatchedCache(host, "cpu", **sizes, **options, predictors=predictors)
+    users = [Stream() for _ in range(num_users)]
+    number = itertools.count()
+    for _ in range(30):
+        tokens = draw.choice([1, 1, 2, 5, 20])
+        forwards = [[0, 1, 2], [0, 1, 2]][: num_users if draw.random() < 0.5 else 1]
+        while any(forwards):  # layers of several forwards, interleaved
+            i = draw.choice([i for i, layers in enumerate(forwards) if layers])
+            layer, user = forwards[i].pop(0), users[-1 - i]
+            ids = torch.randint(-1, NUM_EXPERTS + 1, (tokens, 2), generator=generator)
+            with streams.on(user):
+                name = ("hidden states", next(number))
+                hidden = torch.full((tokens, 8), name[1])
+                streams.write(name)
+                if num_users == 1:
+                    # Whoever gets the memory next writes to it on the stream that took it. With two
+                    # users the other one may let go of it: a guess, at worst, from garbage.
+                    weakref.finalize(hidden, streams.write, name, by=user)
+                cache.run(layer, hidden, ids, None, cache.compute(layer))
+                del hidden
+    return cache
+
+
+@pytest.mark.parametrize("num_users", [1, 2])
+@pytest.mark.parametrize("num_slots, num_staging", [(2, 0), (5, 0), (9, 3), (16, 8)])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_no_race(monkeypatch, num_slots, num_staging, overlap, num_users) -> None:
+    streams = Streams()
+    streams.install(monkeypatch)
+    cache = run(streams, num_slots, num_staging, overlap=overlap, num_users=num_users)
+    assert streams.num_accesses > 1000 and not streams.races
+    stats = cache.read_counters()
+    assert stats.misses and bool(num_staging) == any(x.streamed_bytes for x in stats.layers)
+    assert num_slots < 5 or any(layer.prefetched for layer in stats.layers)
+
+
+class Deaf(Event):
+    def wait(self, stream: Stream) -> None:
+        """Does not."""
+
+
+def test_a_missing_wait_is_seen(monkeypatch) -> None:
+    """The checks above can fail: nothing waits for events, or no stream for another."""
+    for target, name, broken in (
+        (torch.cpu, "Event", Deaf),
+        (Stream, "wait_stream", lambda self, other: None),
+        (ExpertCache, "_join_prefetch", lambda self: None),
+    ):
+        streams = Streams()
+        with monkeypatch.context() as patch:
+            streams.install(patch)
+            patch.setattr(target, name, broken)
+            run(streams, 9, 3, num_users=2)
+        assert streams.races, name
