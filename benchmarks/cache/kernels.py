@@ -18,7 +18,10 @@ NUM_PROGRAMS = (1, 2, 4, 6, 8, 12, 16, 32)
 
 
 def run_gather(bench: Benchmark) -> None:
-    """GB/s of `gather` and of cudaMemcpyAsync, in the same run, over the same pages."""
+    """GB/s of `gather` and of cudaMemcpyAsync, in the same run, over the same pages.
+
+    Each is timed in a queue of its like, and alone.
+    """
     shape, device, results = bench.shape, bench.device, bench.results
     num_pages = shape.num_experts
     sizes = ((2 * shape.moe_intermediate_size, shape.hidden_size),)
@@ -63,6 +66,7 @@ def run_gather(bench: Benchmark) -> None:
 
         nbytes = count * layer.page_bytes
         copied = percentiles(time_copies(memcpy, count))
+        copied_alone = percentiles(time_alone(memcpy, device))
         for num_programs in NUM_PROGRAMS if device.type == "cuda" else (0,):
             memory.zero_()
 
@@ -80,6 +84,7 @@ def run_gather(bench: Benchmark) -> None:
             if not torch.equal(memory.flip(0), original):
                 raise AssertionError(f"gather of {count} pages copied something else")
             kernel = percentiles(time_copies(by_kernel, count))
+            kernel_alone = percentiles(time_alone(by_kernel, device))
             results.add(
                 "cells",
                 {
@@ -87,12 +92,34 @@ def run_gather(bench: Benchmark) -> None:
                     "num_programs": num_programs,
                     "kernel_ms": kernel,
                     "memcpy_ms": copied,
+                    "kernel_alone_ms": kernel_alone,
+                    "memcpy_alone_ms": copied_alone,
                     "kernel_gb_per_s": round(nbytes / 1e6 / kernel["p50"], 2),
                     "memcpy_gb_per_s": round(nbytes / 1e6 / copied["p50"], 2),
                     "ratio": round(copied["p50"] / kernel["p50"], 4),
+                    "ratio_alone": round(copied_alone["p50"] / kernel_alone["p50"], 4),
                 },
             )
     store.close()
+
+
+def time_alone(function: Callable[[], object], device: torch.device) -> list[float]:
+    """Milliseconds of single runs from an idle device, as a graph of nothing else.
+
+    A copy that follows another is set up while that one is under way; one in a decode step, where
+    it waits for admission, is not.
+    """
+    run = function
+    if device.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            function()
+        run = graph.replay
+    run()
+    each = []
+    for _ in range(30):
+        each += time_each(run, 1, device)[0]
+    return each
 
 
 def run_admission(bench: Benchmark) -> None:

@@ -146,7 +146,7 @@ def gather(
     copies: CopyList,
     page_bytes: int,
     *,
-    num_programs: int = 8,
+    num_programs: int | None = None,
 ) -> None:
     """Copy the pages of ``copies`` from host memory into their slots, on the device.
 
@@ -155,9 +155,10 @@ def gather(
         memory: the slots.
         copies: from `admit`.
         page_bytes: bytes to copy of each page, a multiple of 128.
-        num_programs: thread blocks that copy; the fewer, the more are left to others.
+        num_programs: thread blocks that copy, `GATHER_PROGRAMS` by default; the fewer, the more of
+            the device is left to others.
     """
-    launch_gather(addresses, memory, copies, page_bytes, num_programs)
+    launch_gather(addresses, memory, copies, page_bytes, num_programs or GATHER_PROGRAMS)
 
 
 # ---- CPU ---------------------------------------------------------------------------------------
@@ -280,6 +281,7 @@ def launch_gather(
 
 
 # Measured on an H200, see docs/expert-cache.md.
+GATHER_PROGRAMS = 8
 GATHER_BLOCK = 4096  # words of 8 bytes
 GATHER_WARPS = 8
 

@@ -91,7 +91,7 @@ def test_from_pretrained_takes_the_budget_from_the_config(form, tmp_path, monkey
     expected = saved("qwen3_moe", "int8", form, tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     config.quantization_config |= {"hbm_budget": smallest_budget(tmp_path), "context": CONTEXT}
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, config=config, device_map="cpu")
     assert is_paged(model) and torch.equal(logits(model), expected)
     assert "hbm_budget" not in json.dumps(model.config.to_dict())
     with pytest.raises(ValueError, match=r"device_map=.*one device"):
@@ -106,7 +106,9 @@ def test_from_pretrained_takes_the_budget_as_an_argument(tmp_path) -> None:
         hbm_budget=smallest_budget(tmp_path), context=CONTEXT, activations="bf16"
     )
     with pytest.warns(UserWarning, match="loading attributes"):
-        model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=asked)
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=asked, device_map="cpu"
+        )
     assert is_paged(model)
     assert {m.activations for m in quantized_modules(model).values()} == {"bf16"}
     assert expected.shape == logits(model).shape
@@ -121,6 +123,7 @@ def test_a_16_bit_checkpoint_is_quantized_and_paged(tmp_path) -> None:
         AutoModelForCausalLM.from_pretrained(
             tmp_path,
             quantization_config=qmoe.QmoeConfig("fp8", hbm_budget=budget, context=CONTEXT),
+            device_map="cpu",
         ),
         qmoe.patch(
             build("qwen3_moe", NUM_EXPERTS), "fp8", hbm_budget=budget, device="cpu", context=CONTEXT

@@ -475,4 +475,4 @@ def test_a_gpu_never_holds_more_than_the_budget(attention):
         if not budget.all_resident:
             assert stats(model).bytes > 0
     held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    assert torch.cuda.memory_allocated() - before < held + (64 << 20)  # libraries keep theirs
+    assert torch.cuda.memory_allocated() - before < held + (128 << 20)  # libraries keep theirs
