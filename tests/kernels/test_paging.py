@@ -214,7 +214,7 @@ def scenarios(draw: st.DrawFn) -> tuple[tuple[int, int, int], list[Step]]:
     top_k = draw(st.integers(1, 4))
     # Ids repeat within a token and between tokens; the sentinel, more than it, and negative ones.
     row = st.lists(st.integers(-2, num_experts + 1), min_size=top_k, max_size=top_k)
-    bound = st.integers(0, num_experts)
+    bound = st.integers(0, num_experts + 2)
     step = st.builds(
         Step,
         layer=st.integers(0, num_layers - 1),
@@ -295,6 +295,7 @@ class TestAdmission:
         assert cache.admit(Step(1, ids, experts=(3, 6))) == [(11, 0), (10, 1), (12, 2)]
         assert cache.admit(Step(1, ids, experts=(6, 9))) == [(13, 0)]
         assert cache.admit(Step(1, ids, experts=(5, 5))) == []
+        assert cache.admit(Step(1, [[7, 8]], experts=(6, 9))) == []
         assert cache.tables()["counters"][1][:2] == [0, 4]
 
     def test_prefetch_spares_the_present_step(self, implementation) -> None:
