@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+
+try:
+    from triton.runtime import interpreter
+except ImportError:  # a CPU needs no Triton
+    interpreter = None
+
+if interpreter is not None and hasattr(interpreter, "_patch_lang_tensor"):
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor: Any, scope: Any) -> None:
+        """Let the interpreter of Triton 3.6 loop to a bound that is loaded, with numpy 2.4."""
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_tensor_and_index
 
 
 @pytest.fixture(autouse=True)
