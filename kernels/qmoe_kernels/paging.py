@@ -280,10 +280,11 @@ def launch_gather(
     )
 
 
-# Measured on an H200, see docs/expert-cache.md.
-GATHER_PROGRAMS = 8
-GATHER_BLOCK = 4096  # words of 8 bytes
-GATHER_WARPS = 8
+# Measured on an H200, see docs/expert-cache.md: 256 KiB in flight keep its link busy; blocks that
+# take few registers and no shared memory leave their multiprocessors to others as well.
+GATHER_PROGRAMS = 4
+GATHER_BLOCK = 8192  # words of 8 bytes
+GATHER_WARPS = 16
 
 if triton is not None:
     _NOT_SPECIALIZED: Any = [
@@ -425,7 +426,7 @@ if triton is not None:
         blocks_per_page = tl.cdiv(page_words, BLOCK)
         memory = memory_ptr.to(tl.pointer_type(tl.int64))
         num_blocks = count * blocks_per_page
-        for block in tl.range(tl.program_id(0), num_blocks, tl.num_programs(0), num_stages=3):
+        for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
             i = block // blocks_per_page
             offsets = (block % blocks_per_page) * BLOCK + tl.arange(0, BLOCK)
             # What do_not_specialize hides from the compiler: pages are whole lines, so that a

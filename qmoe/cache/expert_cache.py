@@ -51,8 +51,9 @@ Predictor = Callable[[Tensor], Tensor]
 STREAMED_PAIRS_PER_EXPERT = 4
 # More tokens than this keep the link busy by themselves.
 PREFETCHED_TOKENS = 8
-# What a layer may copy ahead: about what the link carries while a layer computes.
-PREFETCHED_BYTES = 12 << 20
+# What a layer may copy ahead: about what the link carries while a layer computes. More costs
+# little, as most of it is needed; docs/expert-cache.md has the figures.
+PREFETCHED_BYTES = 20 << 20
 
 
 @dataclass(frozen=True)
