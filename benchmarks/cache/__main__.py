@@ -38,6 +38,7 @@ from benchmarks.cache.harness import Benchmark, OutOfTime, Results
 from benchmarks.cache.kernels import run_admission, run_gather
 from benchmarks.cache.model import QWEN3_30B_A3B, TINY
 from benchmarks.cache.prefill import run_prefill
+from benchmarks.cache.tuning import run_tuning
 from benchmarks.convert import commit, machine
 
 RESULTS = Path(__file__).parents[1] / "results" / "cache.json"
@@ -49,14 +50,18 @@ SECTIONS: dict[str, Callable[[Benchmark], None]] = {
     "prefill": run_prefill,
     "baselines": run_baselines,
     "offload": run_offload,
+    "tuning": run_tuning,
 }
+ON_REQUEST = {"tuning"}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run sections; the number of those that failed."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--only", default=",".join(SECTIONS), help="sections, with commas: %(default)s"
+        "--only",
+        default=",".join(name for name in SECTIONS if name not in ON_REQUEST),
+        help="sections, with commas: %(default)s",
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--draw", action="store_true", help="draw what --out holds, run nothing")

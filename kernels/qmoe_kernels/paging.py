@@ -436,10 +436,5 @@ if triton is not None:
             source = tl.multiple_of(address.to(tl.pointer_type(tl.int64)), 128)
             slot = tl.load(copy_slots_ptr + i).to(tl.int64)
             target = tl.multiple_of(memory + slot * slot_words, 128)
-            words = tl.load(
-                source + offsets,
-                mask=mask,
-                cache_modifier=".cv",
-                eviction_policy="evict_first",
-            )
+            words = tl.load(source + offsets, mask=mask, eviction_policy="evict_first")
             tl.store(target + offsets, words, mask=mask)

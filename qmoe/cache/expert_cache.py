@@ -128,8 +128,10 @@ class ExpertCache:
         self._prefetch_stream = self._new_stream()
         self._copy_stream = self._new_stream()
         self._stats_stream = self._new_stream()
-        # The event after which prefetched pages are there, and what must live until then.
-        self._prefetching: tuple[Any, Tensor] | None = None
+        # The event after which prefetched pages are there, what must live until then, and whether
+        # both belong to a graph that is being captured.
+        self._prefetching: tuple[Any, Tensor, bool] | None = None
+        self._closed = False
         self._staged: _Staged | None = None
         self._absent: list[bool] = []
         self._allocate(num_slots, num_staging)
@@ -217,7 +219,10 @@ class ExpertCache:
     def close(self) -> None:
         """Give device and host memory back. The cache cannot be used again."""
         with self._lock:
+            if self._closed:
+                return
             self._synchronize()
+            self._closed = True
             self._prefetching = self._staged = None
             del self.memory, self._weights, self._expert_to_slot, self._residency
             self.host.close()
@@ -415,12 +420,15 @@ class ExpertCache:
             self._admit(self._prefetch_copies, layer + 1, ids, prefetch=limit)
             gathered.wait(stream)
             self._gather(self._prefetch_copies, layer + 1)
-            self._prefetching = (self._event(), hidden_states)
+            self._prefetching = (self._event(), hidden_states, self._capturing())
 
     def _join_prefetch(self) -> None:
         if self._prefetching is not None:
-            prefetched, _ = self._prefetching
-            prefetched.wait(self._current_stream())
+            prefetched, _, captured = self._prefetching
+            # What was queued before a capture began has been waited for; what was captured in a
+            # graph that was given up never runs.
+            if captured == self._capturing():
+                prefetched.wait(self._current_stream())
             self._prefetching = None
 
     # ---- threads and streams -------------------------------------------------------------------
@@ -429,17 +437,24 @@ class ExpertCache:
     def _exclusive(self) -> Iterator[bool]:
         """Queue behind what other threads queued; yields whether a CUDA graph is being captured."""
         with self._lock, self._on_device():
-            capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            if self._closed:
+                raise ValueError("this expert cache is closed; load the model again")
+            capturing = self._capturing()
             stream = self._current_stream()
             if not capturing:
                 if self._last_stream is not None and self._last_stream != stream:
                     stream.wait_stream(self._last_stream)
                 self._last_stream = stream
+            if self._interrupted and capturing:
+                raise ValueError("the last step was cut off; run the model once before a capture")
             if self._interrupted:
                 self._synchronize()
                 self._forget()
                 self._interrupted = False
             yield capturing
+
+    def _capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def _on_device(self) -> Any:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
