@@ -16,12 +16,16 @@ from qmoe.layout import ExpertsLayout, describe
 # Of layer l's hidden states (num_tokens, hidden_size): the experts (num_tokens, k) of layer l + 1.
 Predictor = Callable[[torch.Tensor], torch.Tensor]
 
+# On a GPU the smallest tensor takes 512 bytes: so many are joined to one.
+_MANY = 512
+
 
 class Recording:
     """What :func:`record_routing` has seen so far; grows while the model runs."""
 
     def __init__(self, layouts: Sequence[ExpertsLayout]) -> None:
         self._layouts = layouts
+        # For each layer, what came one after the other: (num_tokens, k) each, on its device.
         self._topk_ids: list[list[torch.Tensor]] = [[] for _ in layouts]
         self._predicted_ids: list[list[torch.Tensor]] = [[] for _ in layouts]
 
@@ -53,9 +57,16 @@ class Recording:
         joined = torch.full((num_tokens, len(recorded), top_k), NONE, dtype=torch.int16)
         for layer, parts in enumerate(recorded):
             if parts:
-                ids = torch.cat(parts).cpu()[:, :top_k]
+                ids = torch.cat(parts).cpu()[:num_tokens, :top_k]
                 joined[:, layer, : ids.shape[1]] = ids
         return joined
+
+    def _forget_unfinished(self) -> None:
+        """Take back what an interrupted pass left in the layers that it came to."""
+        seen = [sum(map(len, ids)) for ids in self._topk_ids]
+        if len(set(seen)) == 2 and seen == sorted(seen, reverse=True):
+            for parts in (*self._topk_ids, *self._predicted_ids):
+                parts[:] = [ids[: seen[-1]] for ids in (torch.cat(parts),)] if parts else []
 
     def _add(
         self,
@@ -68,10 +79,10 @@ class Recording:
             raise ValueError(
                 "record_routing: a captured CUDA graph cannot be recorded; run eagerly"
             )
-        self._topk_ids[layer].append(_with_pages(topk_ids, self._layouts[layer]))
+        _append(self._topk_ids[layer], _with_pages(topk_ids, self._layouts[layer]))
         if predictor is not None:
             ids = predictor(hidden_states.reshape(-1, hidden_states.shape[-1]))
-            self._predicted_ids[layer + 1].append(_with_pages(ids, self._layouts[layer + 1]))
+            _append(self._predicted_ids[layer + 1], _with_pages(ids, self._layouts[layer + 1]))
 
 
 @contextmanager
@@ -80,7 +91,8 @@ def record_routing(
 ) -> Iterator[Recording]:
     """Record the routing of everything that ``model`` runs inside the ``with`` block.
 
-    Ids stay on the device until the trace is asked for, so that the model is not held up.
+    Ids stay on the device until the trace is asked for, so that the model is not held up. If an
+    exception ends the block, tokens that had not been through all layers are left out.
 
     Args:
         model: a transformers model with experts, quantized or not, paged or not.
@@ -89,7 +101,7 @@ def record_routing(
 
     Raises:
         ValueError: the model has no experts, or ones that are called without ids (Llama 4 before
-            ``qmoe.patch``).
+            ``qmoe.patch``); not as many predictors as experts modules.
 
     Example:
         >>> import qmoe
@@ -115,16 +127,23 @@ def record_routing(
     if not experts:
         raise ValueError(f"{type(model).__name__} has no experts; there is no routing to record")
     recording = Recording([layout for _, layout in experts])
-    known = list(predictors or [])[: len(experts) - 1]
+    if predictors is None:
+        predictors = [None] * len(experts)
+    if len(predictors) != len(experts):
+        raise ValueError(f"{len(predictors)} predictors for {len(experts)} experts modules")
+    known = [*predictors[:-1], None]  # nothing comes after the last
     hooks = [
         module.register_forward_pre_hook(
-            _hook(recording, layer, known[layer] if layer < len(known) else None),
+            _hook(recording, layer, known[layer]),
             with_kwargs=True,
         )
         for layer, (module, _) in enumerate(experts)
     ]
     try:
         yield recording
+    except BaseException:
+        recording._forget_unfinished()
+        raise
     finally:
         for hook in hooks:
             hook.remove()
@@ -137,6 +156,12 @@ def _hook(recording: Recording, layer: int, predictor: Predictor | None) -> Call
         recording._add(layer, called["hidden_states"], called["top_k_index"], predictor)
 
     return record
+
+
+def _append(parts: list[torch.Tensor], ids: torch.Tensor) -> None:
+    parts.append(ids)
+    if len(parts) == _MANY:
+        parts[:] = [torch.cat(parts)]
 
 
 def _with_pages(ids: torch.Tensor, layout: ExpertsLayout) -> torch.Tensor:

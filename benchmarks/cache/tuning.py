@@ -16,9 +16,9 @@ from benchmarks.cache.model import time_each
 from qmoe.cache import expert_cache
 from qmoe_kernels import paging
 
-PREFETCHED_PAGES = (0, 2, 3, 4, 6, 8)
+PREFETCHED_PAGES = (0, 2, 3, 4, 6)
 # Thread blocks, words of 8 bytes per block and turn, warps.
-GATHERS = ((4, 4096, 16), (8, 2048, 16), (8, 4096, 16), (6, 4096, 16), (3, 8192, 16), (16, 2048, 8))
+GATHERS = ((4, 4096, 16), (8, 2048, 16), (8, 4096, 16), (6, 4096, 16), (3, 8192, 16))
 CAPACITIES = (0.25, 0.5)
 
 
@@ -40,8 +40,7 @@ def run_tuning(bench: Benchmark) -> None:
         for pages in PREFETCHED_PAGES:
             _cells(bench, resident, capacity, pages, chosen)
         for gather in GATHERS if bench.device.type == "cuda" else ():
-            for pages in (0, 4):
-                _cells(bench, resident, capacity, pages, gather)
+            _cells(bench, resident, capacity, 4, gather)
     decoder.release()
     cache.prefetch = False
 

@@ -454,7 +454,7 @@ class ExpertCache:
             yield capturing
 
     def _capturing(self) -> bool:
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return self.device.type == "cuda" and bool(torch.cuda.is_current_stream_capturing())
 
     def _on_device(self) -> Any:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()

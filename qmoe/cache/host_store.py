@@ -254,7 +254,7 @@ def _pin(layers: Sequence[torch.Tensor], pinned: list[int], progress: bool) -> N
                 "or container that allows more"
             )
         pinned.append(memory.data_ptr())
-        return memory.nbytes
+        return int(memory.nbytes)
 
     _in_threads(pin, layers, "Pinning host memory", num_bytes, progress)
 
