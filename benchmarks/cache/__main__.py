@@ -6,6 +6,8 @@
 - *gather*: rate of the kernel that reads missing pages from pinned memory, beside
   ``cudaMemcpyAsync`` of the same pages, by number of pages and of thread blocks.
 - *admission*: microseconds of one look-up, when everything hits and when it does not.
+- *overlap*: microseconds of a layer that computes with the experts it has while the others fly,
+  and of one that does not, by number of tokens.
 - *decode*: milliseconds per token of a CUDA graph of the whole model, at six capacities, with and
   without prefetching, on a synthetic trace and on one recorded from the shipped model, tiled;
   beside the same graph with all experts resident, and LRU and Belady replayed on the same tokens.
@@ -37,6 +39,7 @@ from benchmarks.cache.decode import run_decode
 from benchmarks.cache.harness import Benchmark, OutOfTime, Results
 from benchmarks.cache.kernels import run_admission, run_gather
 from benchmarks.cache.model import QWEN3_30B_A3B, TINY
+from benchmarks.cache.overlap import run_overlap
 from benchmarks.cache.prefill import run_prefill
 from benchmarks.cache.tuning import run_tuning
 from benchmarks.convert import commit, machine
@@ -46,6 +49,7 @@ RESULTS = Path(__file__).parents[1] / "results" / "cache.json"
 SECTIONS: dict[str, Callable[[Benchmark], None]] = {
     "gather": run_gather,
     "admission": run_admission,
+    "overlap": run_overlap,
     "decode": run_decode,
     "prefill": run_prefill,
     "baselines": run_baselines,

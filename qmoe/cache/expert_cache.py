@@ -53,7 +53,10 @@ STREAMED_PAIRS_PER_EXPERT = 4
 PREFETCHED_TOKENS = 8
 # What a layer may copy ahead: about what the link carries while a layer computes. More costs
 # little, as most of it is needed; docs/expert-cache.md has the figures.
-PREFETCHED_BYTES = 20 << 20
+PREFETCHED_BYTES = 15 << 20
+# From so many tokens on, computing with the experts that are there takes longer than queueing a
+# layer in two parts does.
+OVERLAPPED_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ class ExpertCache:
         num_slots: pages that fit.
         num_staging: pages of each of the two staging buffers; 0: long prompts go in waves.
         prefetch: whether pages are copied ahead of their layer.
-        overlap: whether a layer computes with the experts that it has while the others fly.
+        overlap: whether a layer computes with the experts that it has while the others fly; None:
+            from `OVERLAPPED_TOKENS` tokens on.
     """
 
     def __init__(
@@ -91,7 +95,7 @@ class ExpertCache:
         num_slots: int,
         num_staging: int,
         prefetch: bool = True,
-        overlap: bool = False,
+        overlap: bool | None = None,
         predictors: Sequence[Predictor | None] | None = None,
     ) -> None:
         """Take the device memory for the slots; nothing is resident yet.
@@ -261,7 +265,10 @@ class ExpertCache:
             if min(num_pairs, num_experts) > self.num_slots:
                 return self._run_in_waves(layer, topk_ids, topk_weights, compute)
             self._interrupted = True
-            if self.overlap:
+            overlap = self.overlap
+            if overlap is None:
+                overlap = topk_ids.shape[0] >= OVERLAPPED_TOKENS
+            if overlap:
                 return self._run_overlapped(layer, hidden_states, topk_ids, topk_weights, compute)
             self._admit(self._copies, layer, topk_ids)
             admitted = self._event()
