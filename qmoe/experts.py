@@ -12,7 +12,7 @@ from torch import nn
 
 from qmoe.cache.pages import LayerPages
 from qmoe.format import BIAS_SUFFIX, QUANTIZED_SUFFIX, SCALE_SUFFIX
-from qmoe.layout import apply_own_gate, describe, identify_activation, kept_modules
+from qmoe.layout import ExpertsLayout, apply_own_gate, describe, identify_activation, kept_modules
 from qmoe_kernels import Activation, fused_moe, weighted_sum
 from qmoe_kernels.quantization import STORAGE_DTYPE, WeightFormat, dequantize, quantize
 
@@ -184,14 +184,7 @@ class QuantizedExperts(nn.Module):
         Args:
             name: of the module in its model, for messages.
         """
-        up, down = (self.layout.shape(projection) for projection in self.layout.projections)
-        return LayerPages(
-            name,
-            self.num_experts,
-            STORAGE_DTYPE[self.weights],
-            gate_up=(up[1], up[2]),
-            down=(down[1], down[2]),
-        )
+        return layer_pages(name, self.layout, self.weights)
 
     def page(self, cache: ExpertCache, layer: int) -> None:
         """Compute with the pages of a cache from now on; the weights as parameters are dropped."""
@@ -325,6 +318,18 @@ class QuantizedExperts(nn.Module):
             f"intermediate_size={layout.intermediate_size}, weights={self.weights}"
             + (", paged" if self.paged is not None else "")
         )
+
+
+def layer_pages(name: str, layout: ExpertsLayout, weights: WeightFormat) -> LayerPages:
+    """The pages that an experts module has, or is going to have once it is quantized."""
+    up, down = (layout.shape(projection) for projection in layout.projections)
+    return LayerPages(
+        name,
+        layout.num_experts,
+        STORAGE_DTYPE[weights],
+        gate_up=(up[1], up[2]),
+        down=(down[1], down[2]),
+    )
 
 
 def quantized_modules(model: nn.Module) -> dict[str, QuantizedExperts]:

@@ -17,9 +17,7 @@ from qmoe.cache.pages import LayerPages
 from qmoe.checkpoint import StoredTensor
 from qmoe.experts import quantized_modules
 from qmoe.format import QUANTIZED_SUFFIX
-from qmoe.layout import ExpertsLayout
 from qmoe.paging import keep_resident, page_experts, plan_budget
-from qmoe_kernels.quantization import STORAGE_DTYPE, WeightFormat
 
 
 @dataclass(frozen=True)
@@ -56,14 +54,6 @@ def choose_device(device: str | int | torch.device) -> torch.device:
         raise ValueError(f"device={str(device)!r}: this machine has no CUDA GPU; use 'cpu'")
     index = torch.cuda.current_device() if chosen.index is None else chosen.index
     return torch.device("cuda", index)
-
-
-def layer_pages(name: str, layout: ExpertsLayout, weights: WeightFormat) -> LayerPages:
-    """The pages that an experts module is going to have once it is quantized."""
-    up, down = (layout.shape(projection) for projection in layout.projections)
-    return LayerPages(
-        name, layout.num_experts, STORAGE_DTYPE[weights], (up[1], up[2]), (down[1], down[2])
-    )
 
 
 def load_pages(

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qmoe.experts import layer_pages
 from qmoe.layout import find_experts
-from qmoe.page_loading import PagingOptions, choose_device, layer_pages, page_quantized
+from qmoe.page_loading import PagingOptions, choose_device, page_quantized
 from qmoe.quantizer import (
     QmoeConfig,
     QmoeQuantizer,
