@@ -1,8 +1,9 @@
-"""Without a GPU, Triton kernels run in Triton's interpreter; Ctrl-C works wherever tests run."""
+"""What all tests share: the device that kernels run on, the tests it takes, Ctrl-C."""
 
 import os
 import signal
 
+import pytest
 import torch
 
 # Read when a kernel is defined, therefore set before anything imports one.
@@ -13,3 +14,11 @@ if not torch.cuda.is_available():
 # they start would inherit.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
