@@ -64,13 +64,7 @@ def run_decode(bench: Benchmark) -> None:
             cache.prefetch, cache.overlap = switches["prefetch"], switches["overlap"]
             decoder.capture()
             for name, trace in bench.traces.items():
-                bench.replay.load(trace)
-                decoder.reset()
-                for _ in range(bench.first):
-                    decoder.advance()
-                before = bench.counters()
-                each, total = time_each(decoder.advance, bench.num_tokens, bench.device)
-                counts = count(before, bench.counters(), bench.num_tokens)
+                each, total, counts = time_paged(bench, trace)
                 lru, belady = replayed[name][capacity]
                 ms = total / bench.num_tokens
                 link_ms = counts["missed_bytes"] / 1e6 / bench.link["layer"]
@@ -98,6 +92,20 @@ def run_decode(bench: Benchmark) -> None:
         cell = {"trace": name, **time_cell(each, total)}
         results.add("resident_again", cell | {"retention": round(resident[name] / cell["ms"], 4)})
     decoder.release()
+
+
+def time_paged(
+    bench: Benchmark, trace: RoutingTrace
+) -> tuple[list[float], float, dict[str, float]]:
+    """Milliseconds of each timed token and of all of them, and what the cache counted meanwhile."""
+    decoder = bench.decoder
+    bench.replay.load(trace)
+    decoder.reset()
+    for _ in range(bench.first):
+        decoder.advance()
+    before = bench.counters()
+    each, total = time_each(decoder.advance, bench.num_tokens, bench.device)
+    return each, total, count(before, bench.counters(), bench.num_tokens)
 
 
 def time_cell(each: list[float], total: float) -> dict[str, Any]:

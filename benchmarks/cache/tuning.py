@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from benchmarks.cache.decode import count
+from benchmarks.cache.decode import time_paged
 from benchmarks.cache.harness import Benchmark
-from benchmarks.cache.model import time_each
 from qmoe.cache import expert_cache
 from qmoe_kernels import paging
 
@@ -58,13 +57,7 @@ def _cells(
         decoder.release()
         decoder.capture()
     for name, trace in bench.traces.items():
-        bench.replay.load(trace)
-        decoder.reset()
-        for _ in range(bench.first):
-            decoder.advance()
-        before = bench.counters()
-        _, total = time_each(decoder.advance, bench.num_tokens, bench.device)
-        counts = count(before, bench.counters(), bench.num_tokens)
+        _, total, counts = time_paged(bench, trace)
         cell: dict[str, Any] = {
             "trace": name,
             "capacity": capacity,
