@@ -1,4 +1,4 @@
-"""The command ``qmoe``: demo, generate, inspect.
+"""The command ``qmoe``: cache-report, demo, generate, inspect.
 
 Exit codes: 0; 2 usage; 3 input that cannot be used; 130 interrupted. A failure is one line on
 stderr that says what to do; ``--debug`` shows the traceback.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from qmoe.demo import Demo
     from qmoe.generation import GenerationResult, GenerationStatistics
     from qmoe.inspection import Inspection
+    from qmoe.recording import Recording
+    from qmoe.report import CacheReport
 
 USAGE, UNUSABLE, INTERRUPTED = 2, 3, 130
 
@@ -137,10 +141,18 @@ def generate(
     stats: Annotated[
         bool, typer.Option("--stats", help="Show the expert cache at work, on stderr.")
     ] = False,
+    record_routing: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write which experts every token went to, for qmoe cache-report.", metavar="FILE"
+        ),
+    ] = None,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
     """Continue prompts: text on stdout, statistics on stderr."""
+    if record_routing is not None:
+        _check_writable(record_routing)
     prompts = prompt or [_read_stdin()]
     paging: dict[str, Any] = {}
     if hbm_budget is not None:
@@ -180,17 +192,19 @@ def generate(
             status.update()
 
     interrupted = False
+    recording = None
     try:
-        result = generate_texts(
-            model,
-            load_tokenizer(path),
-            prompts,
-            max_new_tokens=max_new_tokens,
-            stream=None if (num_beams or 1) > 1 or not (writer or status) else stream,
-            chat=chat,
-            seed=seed,
-            **{name: value for name, value in options.items() if value is not None},
-        )
+        with nullcontext() if record_routing is None else _recording(model) as recording:
+            result = generate_texts(
+                model,
+                load_tokenizer(path),
+                prompts,
+                max_new_tokens=max_new_tokens,
+                stream=None if (num_beams or 1) > 1 or not (writer or status) else stream,
+                chat=chat,
+                seed=seed,
+                **{name: value for name, value in options.items() if value is not None},
+            )
     except GenerationInterrupted as interruption:
         result, interrupted = interruption.result, True
     finally:
@@ -206,6 +220,10 @@ def generate(
         print(_statistics_line(result.statistics), file=sys.stderr)
         if status is not None:
             print(status.line(), file=sys.stderr)
+    if recording is not None:
+        assert record_routing is not None
+        name = Path(path).resolve().name if os.path.isdir(path) else path
+        _save_trace(recording, record_routing, name, len(prompts), interrupted)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
 
@@ -224,6 +242,54 @@ def inspect(
         _print_json(dataclasses.asdict(inspection))
     else:
         _print(_inspection_table(inspection))
+
+
+@app.command()
+def cache_report(
+    trace: Annotated[
+        Path,
+        typer.Argument(help="What qmoe generate --record-routing wrote.", metavar="TRACE"),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Draw hit_rate.png and heat_map.png into this folder.")
+    ] = None,
+    capacity: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Of the cache: a share of all experts (12.5%) or a number of them; repeatable.",
+            show_default="the eighths",
+        ),
+    ] = None,
+    warmup: Annotated[
+        int, typer.Option(help="So many tokens fill the cache before hits are counted.")
+    ] = 0,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Replay recorded routing: hit rates of caches that evict by LRU, LFU and Belady's rule."""
+    from qmoe.cache.trace import RoutingTrace
+    from qmoe.report import cache_report as replay_trace
+    from qmoe.report import draw_report, require_matplotlib
+
+    if out is not None:
+        require_matplotlib()
+    recorded = RoutingTrace.load(trace)
+    report = replay_trace(recorded, capacity, warmup=warmup)
+    pictures = [] if out is None else list(map(str, draw_report(report, recorded, out)))
+    if json_output:
+        document = {"trace": str(trace), **dataclasses.asdict(report)}
+        document["replays"] = [
+            {
+                **dataclasses.asdict(replay),
+                "hit_rate": replay.hit_rate,
+                "missed_bytes_per_token": report.missed_bytes_per_token(replay),
+            }
+            for replay in report.replays
+        ]
+        _print_json({**document, "pictures": pictures})
+    else:
+        _print(_cache_report_table(report))
+        print("\n".join([*_routing_lines(report), *pictures]))
 
 
 @app.command()
@@ -329,6 +395,40 @@ def _read_stdin() -> str:
     return text.removesuffix("\n")
 
 
+def _check_writable(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent} to write it into")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; give a file's name")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{path}: may not be written")
+
+
+def _recording(model: Any) -> Any:
+    """Record routing, and what would be prefetched where all experts are quantized."""
+    from qmoe.layout import describe
+    from qmoe.paging import predictors
+    from qmoe.recording import record_routing
+
+    quantized = all(describe(module) is None for module in model.modules())
+    return record_routing(model, predictors=predictors(model) if quantized else None)
+
+
+def _save_trace(
+    recording: Recording, path: Path, model: str, num_prompts: int, interrupted: bool
+) -> None:
+    try:
+        trace = recording.trace()
+    except ValueError as error:
+        if not interrupted:
+            raise
+        print(f"{path}: not written, {error}", file=sys.stderr)
+        return
+    prompts = "1 prompt" if num_prompts == 1 else f"{num_prompts} prompts"
+    trace.metadata["source"] = f"{model}: {prompts}, {trace.num_tokens} tokens"
+    trace.save(path)
+
+
 def _quiet() -> None:
     """Keep the libraries' remarks off stderr, which is for statistics and failures."""
     from qmoe.generation import hide_progress_bars
@@ -412,6 +512,51 @@ def _inspection_table(inspection: Inspection) -> Table:
             f"median {error['median']:.3%}, worst {error['worst']:.3%} in {error['worst_module']}",
         )
     return table
+
+
+def _cache_report_table(report: CacheReport) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    from qmoe.cache.replay import POLICIES
+    from qmoe.report import NAMES
+
+    r = report
+    table = Table(title=escape(r.metadata.get("source", "")) or None, title_justify="left")
+    table.add_column("capacity", justify="right")
+    table.add_column("pages", justify="right")
+    for column in ("hit rate", "missed/token"):
+        for policy in POLICIES:
+            table.add_column(f"{NAMES[policy]}\n{column}", justify="right")
+    by_capacity: dict[int, list[str]] = {}
+    for cell in (
+        lambda replay: f"{replay.hit_rate:.1%}",
+        lambda replay: format_bytes(round(r.missed_bytes_per_token(replay))),
+    ):
+        for replay in r.replays:  # policies outermost
+            by_capacity.setdefault(replay.capacity, []).append(cell(replay))
+    for capacity, cells in by_capacity.items():
+        table.add_row(f"{capacity / r.num_pages:.1%}", str(capacity), *cells)
+    return table
+
+
+def _routing_lines(report: CacheReport) -> list[str]:
+    def shares(by_layer: list[float]) -> str:
+        mean = sum(by_layer) / len(by_layer)
+        return f"{mean:.1%} ({min(by_layer):.1%} to {max(by_layer):.1%} by layer)"
+
+    r = report
+    lines = [
+        f"{r.num_tokens} tokens through {r.num_layers} layers of {r.num_experts} experts, top "
+        f"{r.top_k}: one token asks for {r.cycle} pages",
+        f"reuse: {shares(r.reuse)} of a token's experts were the token's before it",
+    ]
+    recall = [share for share in r.recall if share is not None]
+    if recall:
+        lines.append(f"recall: {shares(recall)} of a token's experts had been predicted")
+    if r.warmup:
+        lines.append(f"warm-up: the first {r.warmup} tokens are not counted in the table")
+    return lines
 
 
 def _demo_table(result: Demo) -> Table:

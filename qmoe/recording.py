@@ -57,7 +57,7 @@ class Recording:
         joined = torch.full((num_tokens, len(recorded), top_k), NONE, dtype=torch.int16)
         for layer, parts in enumerate(recorded):
             if parts:
-                ids = torch.cat(parts).cpu()[:num_tokens, :top_k]
+                ids = torch.cat(parts).cpu()[:, :top_k]
                 joined[:, layer, : ids.shape[1]] = ids
         return joined
 
@@ -65,8 +65,8 @@ class Recording:
         """Take back what an interrupted pass left in the layers that it came to."""
         seen = [sum(map(len, ids)) for ids in self._topk_ids]
         if len(set(seen)) == 2 and seen == sorted(seen, reverse=True):
-            for parts in (*self._topk_ids, *self._predicted_ids):
-                parts[:] = [ids[: seen[-1]] for ids in (torch.cat(parts),)] if parts else []
+            for parts in filter(None, (*self._topk_ids, *self._predicted_ids)):
+                parts[:] = [torch.cat(parts)[: seen[-1]]]
 
     def _add(
         self,
@@ -133,11 +133,8 @@ def record_routing(
         raise ValueError(f"{len(predictors)} predictors for {len(experts)} experts modules")
     known = [*predictors[:-1], None]  # nothing comes after the last
     hooks = [
-        module.register_forward_pre_hook(
-            _hook(recording, layer, known[layer]),
-            with_kwargs=True,
-        )
-        for layer, (module, _) in enumerate(experts)
+        module.register_forward_pre_hook(_hook(recording, layer, predictor), with_kwargs=True)
+        for layer, ((module, _), predictor) in enumerate(zip(experts, known, strict=True))
     ]
     try:
         yield recording
