@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
 import qmoe
+from qmoe.cache.trace import RoutingTrace
 from qmoe.checkpoint import read_header
 from qmoe.cli import format_bytes, main
 from qmoe.format import MANIFEST_NAME, Manifest, Shard, compressed_tensors_config
@@ -130,6 +131,73 @@ class TestGenerate:
         assert main([*arguments, *paging, "--hbm-budget=1GiB"]) == 0
         assert capsys.readouterr().err.splitlines()[-1] == "all experts are resident"
 
+    def test_records_routing(self, checkpoint, greedy, capsys, tmp_path):
+        def record(name, *options):
+            arguments = ["--prompt=Hello", "--prompt=Good day", "--max-new-tokens=10"]
+            arguments += ["--no-do-sample", "--device=cpu", "--json", *options]
+            path = tmp_path / f"{name}.safetensors"
+            assert main(["generate", str(checkpoint), *arguments, f"--record-routing={path}"]) == 0
+            return json.loads(capsys.readouterr().out), RoutingTrace.load(path)
+
+        document, trace = record("plain")
+        assert document["texts"] == greedy.texts
+        # Two prompts padded to 8 tokens; the last new token goes nowhere.
+        assert trace.topk_ids.shape == (2 * (8 + 9), 2, 2)
+        assert (trace.num_experts, trace.page_bytes) == (8, (3 * 64 * 32,) * 2)
+        assert trace.predicted_ids is None
+        assert trace.metadata == {"source": f"{checkpoint.name}: 2 prompts, 34 tokens"}
+        with torch.no_grad():
+            tokens = load_tokenizer(str(checkpoint))("Good day", return_tensors="pt").input_ids
+            logits = qmoe.load(checkpoint, device="cpu")(tokens, output_router_logits=True)
+        chosen = torch.stack([layer.topk(2).indices for layer in logits.router_logits], 1)
+        assert torch.equal(trace.topk_ids[8:16].long(), chosen)
+
+        resident, whole = record("resident", "--weights=int8")
+        paging = ["--hbm-budget=1", "--context=64", "--batch-size=2"]
+        arguments = ["generate", str(checkpoint), "--prompt=a", "--weights=int8", "--device=cpu"]
+        assert main([*arguments, *paging]) == 3
+        smallest = re.search(r"\((\d+) bytes\)", capsys.readouterr().err)[1]
+        paging[0] = f"--hbm-budget={smallest}"
+        paged, part = record("paged", "--weights=int8", "--stats", *paging)
+        assert paged["cache"]["num_slots"] == 8
+        assert paged["texts"] == resident["texts"]
+        assert torch.equal(part.topk_ids, whole.topk_ids)
+        assert torch.equal(part.predicted_ids, whole.predicted_ids)
+        assert whole.predicted_ids[:, 1].min() >= 0
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="signals")
+    def test_records_up_to_an_interrupt(self, checkpoint, tmp_path):
+        path = tmp_path / "routing.safetensors"
+        process = command(
+            "generate",
+            checkpoint,
+            "--prompt=Hello",
+            "--max-new-tokens=100000",
+            "--no-do-sample",
+            "--device=cpu",
+            f"--record-routing={path}",
+        )
+        process.stdout.read(8)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 130, err
+        new = int(re.search(rb"new (\d+) tokens", err)[1])
+        # The interrupt may come between a pass and its token.
+        assert RoutingTrace.load(path).num_tokens - (5 + new) in (-1, 0)
+
+    def test_nothing_is_recorded_of_a_run_without_tokens(
+        self, checkpoint, tmp_path, capsys, monkeypatch
+    ):
+        def interrupted(self, *args, **options):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Qwen3MoeForCausalLM, "forward", interrupted)
+        path = tmp_path / "routing.safetensors"
+        arguments = ["generate", str(checkpoint), "--prompt=Hello", f"--record-routing={path}"]
+        assert main(arguments) == 130
+        assert f"{path}: not written, nothing was recorded" in capsys.readouterr().err
+        assert not path.exists()
+
     def test_sampling_options_arrive(self, checkpoint, capsys):
         texts = []
         for options in (
@@ -193,6 +261,12 @@ class TestGenerate:
             (["generate", "no/such/folder", "--prompt=a"], 3, "no/such/folder"),
             (["generate", "{checkpoint}", "--prompt="], 3, "prompt 0 is empty"),
             (["generate", "{checkpoint}", "--prompt=a", "--chat"], 3, "no chat template"),
+            (
+                ["generate", "no/such/model", "--prompt=a", "--record-routing=no/folder/file"],
+                3,
+                "no/folder/file: there is no folder no/folder to write it into",
+            ),
+            (["generate", "no/such/model", "--record-routing=."], 3, ".: is a folder"),
             (["generate", "{checkpoint}", "--prompt=a", "--max-new-tokens=0"], 3, "max_new_tokens"),
             (["generate", "{checkpoint}", "--prompt=a", "--device=tpu9"], 3, "tpu9"),
             (["generate", "{checkpoint}", "--prompt=a", "--dtype=int5"], 3, "int5"),

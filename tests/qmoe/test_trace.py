@@ -239,7 +239,42 @@ class TestRecording:
             experts(torch.zeros(2, 64), top_k_index=ids, top_k_weights=torch.ones(2, 2))
         assert recording.trace().topk_ids.tolist() == [[[3, NONE]], [[0, 1]]]
 
+    @pytest.mark.parametrize("where", [0, 1])
+    def test_an_interrupted_pass_is_left_out(self, model, where, monkeypatch):
+        monkeypatch.setattr("qmoe.recording._MANY", 3)
+
+        def interrupt(module, args, output):
+            raise KeyboardInterrupt
+
+        def predict(hidden_states):
+            return torch.zeros(len(hidden_states), 2, dtype=torch.int64)
+
+        passes = [self.TOKENS[:1, i : i + 2] for i in range(0, 10, 2)]
+        with (
+            pytest.raises(KeyboardInterrupt),
+            qmoe.record_routing(model, predictors=[predict, None]) as recording,
+        ):
+            for tokens in passes:
+                model(tokens)
+            # After layer 0 or layer 1 has been recorded, while it computes.
+            hook = model.model.layers[where].mlp.experts.register_forward_hook(interrupt)
+            try:
+                model(self.TOKENS)
+            finally:
+                hook.remove()
+        trace = recording.trace()
+        expected = torch.cat([router_choices(model, tokens) for tokens in passes])
+        if where == 1:  # by then it has been through all layers
+            expected = torch.cat([expected, router_choices(model, self.TOKENS)])
+        assert torch.equal(trace.topk_ids, expected)
+        assert torch.equal(trace.predicted_ids[:, 1], torch.zeros(len(expected), 2).short())
+
     def test_refuses_in_words(self, model):
+        with (
+            pytest.raises(ValueError, match="3 predictors for 2 experts modules"),
+            qmoe.record_routing(model, predictors=[None] * 3),
+        ):
+            pass
         with (
             pytest.raises(ValueError, match="Linear has no experts"),
             qmoe.record_routing(torch.nn.Linear(2, 2)),
