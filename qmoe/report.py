@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmoe.cache.replay import POLICIES, Replay, replay_curve
+from qmoe.cache.replay import Replay, replay_curve
 from qmoe.cache.trace import RoutingTrace
 
 if TYPE_CHECKING:
@@ -144,8 +144,8 @@ def draw_report(report: CacheReport, trace: RoutingTrace, folder: str | Path) ->
 def _hit_rate(report: CacheReport) -> Figure:
     figure, axes = _axes((7.0, 4.6), report.metadata)
     share = 100 / report.num_pages
-    colors = {"lru": "tab:blue", "lfu": "tab:orange", "belady": "tab:green"}
-    for policy in sorted(POLICIES):  # as the curves lie: Belady above
+    colors = {"belady": "tab:green", "lru": "tab:blue", "lfu": "tab:orange"}
+    for policy in colors:
         curve = [r for r in report.replays if r.policy == policy]
         axes.plot(
             [r.capacity * share for r in curve],
