@@ -130,12 +130,19 @@ def page_experts(
         if had_weights:
             _unpage(modules.values(), cache)
         raise
-    model.qmoe_paging = Paging(budget, device, cache, prefetch)
+    _remember(model, Paging(budget, device, cache, prefetch))
 
 
 def keep_resident(model: nn.Module, budget: Budget, device: torch.device | str) -> None:
     """Remember the budget of a model that has all of its weights on ``device``."""
-    model.qmoe_paging = Paging(budget, torch.device(device), None)
+    _remember(model, Paging(budget, torch.device(device), None))
+
+
+def _remember(model: Any, paging: Paging) -> None:
+    model.qmoe_paging = paging
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.paged = paging.cache is not None
 
 
 def resize(
@@ -199,7 +206,7 @@ def resize(
             store.close()
             raise
         return budget
-    model.qmoe_paging = Paging(budget, device, cache, prefetch)
+    _remember(model, Paging(budget, device, cache, prefetch))
     return budget
 
 

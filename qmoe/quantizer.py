@@ -134,6 +134,7 @@ class _ExpertsQuantizer(HfQuantizer):
     requires_calibration = False
     quantization_config: Any
     pre_quantized: bool
+    paged = False  # kept up to date by qmoe.paging
     layouts: dict[str, ExpertsLayout]
     device: torch.device
     # What the headers say of pages, see load_pages.
@@ -192,7 +193,9 @@ class _ExpertsQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        return True
+        # Layers of a paged model run between pieces that are compiled; transformers' own choice of
+        # CUDA graphs for these would keep hidden states that the prefetcher still reads.
+        return not self.paged
 
     def _dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | None = None

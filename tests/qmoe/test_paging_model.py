@@ -290,6 +290,7 @@ class TestResize:
         for step in ("least", "some", "least", "all", "all", "some", "all", "least"):
             budget = resize(model, hbm_budget=sizes[step])
             kinds.append(budget.all_resident)
+            assert model.hf_quantizer.is_compileable == budget.all_resident
             for logits, new in (run(), run()):  # cold, then warm
                 assert torch.equal(logits, expected[0])
                 assert torch.equal(new, expected[1])
