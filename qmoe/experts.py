@@ -254,11 +254,12 @@ class QuantizedExperts(nn.Module):
     def _fused_moe(
         self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor | None
     ) -> torch.Tensor:
-        if self.paged is None:
+        paged = self.paged  # once: another thread may make the model resident meanwhile
+        if paged is None:
             return self._compute(
                 hidden_states, *self.quantized_weights(), None, topk_ids, topk_weights
             )
-        cache, layer = self.paged
+        cache, layer = paged
         compute = partial(self._compute, hidden_states)
         return cache.run(layer, hidden_states, topk_ids, topk_weights, compute)
 

@@ -140,6 +140,10 @@ class ExpertCache:
         self._absent: list[bool] = []
         self._allocate(num_slots, num_staging)
 
+    def __reduce__(self) -> Any:
+        # What copy.deepcopy and pickle ask for; they would stumble over a lock.
+        raise TypeError("a paged model cannot be copied or pickled; load it again")
+
     # ---- memory --------------------------------------------------------------------------------
 
     def _allocate(self, num_slots: int, num_staging: int) -> None:

@@ -386,6 +386,12 @@ class TestResize:
             resize(model, hbm_budget=smallest(model, context=64), context=64)
         assert state_of(model) == before
 
+    def test_a_paged_model_cannot_be_copied(self):
+        model = build("qwen3_moe")
+        resize(model, hbm_budget=smallest(model))
+        with pytest.raises(TypeError, match="cannot be copied or pickled; load it again"):
+            copy.deepcopy(model)
+
     def test_needs_quantized_experts(self):
         with pytest.raises(ValueError, match=r"call qmoe\.patch\(model\) first"):
             resize(MODELS["qwen3_moe"](), hbm_budget="1GiB")
