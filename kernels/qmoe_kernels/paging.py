@@ -34,6 +34,12 @@ NUM_COUNTERS = 8
 # more than one page in sixteen steps, just enough to notice that its proposals have become better.
 CREDIT_PER_STEP, PAGE_COST, PAGE_REWARD, CREDIT_LIMIT = 1, 16, 32, 1024
 
+# Measured on an H200, see docs/expert-cache.md: 256 KiB in flight keep its link busy; blocks that
+# take few registers and no shared memory leave their multiprocessors to others as well.
+GATHER_PROGRAMS = 4
+GATHER_BLOCK = 8192  # words of 8 bytes
+GATHER_WARPS = 16
+
 # Slots are numbered in the low bits of an eviction key, clock stamps lie above them.
 SLOT_BITS = 20
 
@@ -158,7 +164,17 @@ def gather(
         num_programs: thread blocks that copy, `GATHER_PROGRAMS` by default; the fewer, the more of
             the device is left to others.
     """
-    launch_gather(addresses, memory, copies, page_bytes, num_programs or GATHER_PROGRAMS)
+    gather_kernel[(num_programs or GATHER_PROGRAMS,)](
+        addresses,
+        memory,
+        copies.pages,
+        copies.slots,
+        copies.count,
+        page_bytes // 8,
+        memory.stride(0) // 8,
+        BLOCK=GATHER_BLOCK,
+        num_warps=GATHER_WARPS,
+    )
 
 
 # ---- CPU ---------------------------------------------------------------------------------------
@@ -263,30 +279,15 @@ def launch_admit(
     )
 
 
-def launch_gather(
-    addresses: Tensor, memory: Tensor, copies: CopyList, page_bytes: int, num_programs: int
-) -> None:
-    """Run `gather_kernel`; arguments as in `gather`."""
-    gather_kernel[(num_programs,)](
-        addresses,
-        memory,
-        copies.pages,
-        copies.slots,
-        copies.count,
-        page_bytes // 8,
-        memory.stride(0) // 8,
-        BLOCK=GATHER_BLOCK,
-        num_warps=GATHER_WARPS,
-    )
-
-
-# Measured on an H200, see docs/expert-cache.md: 256 KiB in flight keep its link busy; blocks that
-# take few registers and no shared memory leave their multiprocessors to others as well.
-GATHER_PROGRAMS = 4
-GATHER_BLOCK = 8192  # words of 8 bytes
-GATHER_WARPS = 16
-
 if triton is not None:
+    # Kernels see only globals of this type.
+    _HITS, _MISSES = tl.constexpr(HITS), tl.constexpr(MISSES)
+    _PREFETCHED, _PREFETCH_USED = tl.constexpr(PREFETCHED), tl.constexpr(PREFETCH_USED)
+    _NUM_COUNTERS = tl.constexpr(NUM_COUNTERS)
+    _SLOT_BITS, _SLOT_MASK = tl.constexpr(SLOT_BITS), tl.constexpr((1 << SLOT_BITS) - 1)
+    _PER_STEP, _LIMIT = tl.constexpr(CREDIT_PER_STEP), tl.constexpr(CREDIT_LIMIT)
+    _COST, _REWARD = tl.constexpr(PAGE_COST), tl.constexpr(PAGE_REWARD)
+
     _NOT_SPECIALIZED: Any = [
         "num_tokens",
         "top_k",
@@ -330,7 +331,6 @@ if triton is not None:
         """Grid: (1,). Slots are only searched when something is missing."""
         NONE: tl.constexpr = 0x7FFFFFFF
         NEVER: tl.constexpr = 0x7FFFFFFFFFFFFFFF
-        SLOT_MASK: tl.constexpr = (1 << 20) - 1
 
         clock = tl.load(clock_ptr)
         credit = tl.load(credit_ptr + layer)
@@ -354,9 +354,9 @@ if triton is not None:
         limit = tl.minimum(num_missing, max_copies)
 
         now = clock
-        counters_row = counters_ptr + layer * 8
+        counters_row = counters_ptr + layer * _NUM_COUNTERS
         if PREFETCH:
-            limit = tl.minimum(limit, credit // 16)
+            limit = tl.minimum(limit, credit // _COST)
         else:
             now = clock + 1
             tl.store(clock_ptr, now)
@@ -364,10 +364,10 @@ if triton is not None:
             tl.store(prefetched_ptr + slots, tl.zeros_like(used).to(tl.int8), mask=hit)
             num_used = tl.sum(used, 0)
             num_hits = tl.sum(hit.to(tl.int32), 0)
-            tl.store(counters_row, tl.load(counters_row) + num_hits)
-            tl.store(counters_row + 1, tl.load(counters_row + 1) + num_missing)
-            tl.store(counters_row + 3, tl.load(counters_row + 3) + num_used)
-            credit = tl.minimum(credit + 1 + 32 * num_used, 1024)
+            _add(counters_row + _HITS, num_hits)
+            _add(counters_row + _MISSES, num_missing)
+            _add(counters_row + _PREFETCH_USED, num_used)
+            credit = tl.minimum(credit + _PER_STEP + _REWARD * num_used, _LIMIT)
         tl.store(last_used_ptr + slots, tl.zeros_like(slots).to(tl.int64) + now, mask=hit)
 
         num_copies = limit * 0
@@ -377,7 +377,7 @@ if triton is not None:
             last_used = tl.load(
                 last_used_ptr + every_slot, mask=every_slot < num_slots, other=NEVER
             )
-            key = tl.where(last_used < now, (last_used << 20) | every_slot, NEVER)
+            key = tl.where(last_used < now, (last_used << _SLOT_BITS) | every_slot, NEVER)
             num_copies = tl.minimum(limit, tl.sum((key < NEVER).to(tl.int32), 0))
             order = tl.where(missing, rank, NONE)
             for i in range(num_copies):
@@ -385,7 +385,7 @@ if triton is not None:
                 first = tl.min(order, 0)
                 # One rank, one id, one expert.
                 expert = tl.sum(tl.where(order == first, experts, 0), 0)
-                tl.store(copy_slots_ptr + i, (oldest & SLOT_MASK).to(tl.int32))
+                tl.store(copy_slots_ptr + i, (oldest & _SLOT_MASK).to(tl.int32))
                 tl.store(copy_pages_ptr + i, first_page + expert)
                 key = tl.where(key == oldest, NEVER, key)
                 order = tl.where(order == first, NONE, order)
@@ -406,9 +406,13 @@ if triton is not None:
             tl.store(prefetched_ptr + victims, flag.to(tl.int8), mask=copied)
         tl.store(copy_count_ptr, num_copies)
         if PREFETCH:
-            tl.store(counters_row + 2, tl.load(counters_row + 2) + num_copies)
-            credit -= 16 * num_copies
+            _add(counters_row + _PREFETCHED, num_copies)
+            credit -= _COST * num_copies
         tl.store(credit_ptr + layer, credit)
+
+    @triton.jit
+    def _add(counter_ptr, count):
+        tl.store(counter_ptr, tl.load(counter_ptr) + count)
 
     @triton.jit(do_not_specialize=["page_words", "slot_words"])
     def gather_kernel(

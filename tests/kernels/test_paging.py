@@ -33,7 +33,6 @@ from qmoe_kernels.paging import (
     admit,
     gather,
     launch_admit,
-    launch_gather,
 )
 
 IMPLEMENTATIONS = ["cpu", "triton"]
@@ -415,14 +414,14 @@ def test_gather(page_bytes: int, slot_bytes_more: int, num_programs: int) -> Non
     expected = torch.full(memory.shape, POISON, dtype=torch.uint8)
     for page, slot in pairs:
         expected[slot, :page_bytes] = pages[page, :page_bytes]
-    launch_gather(addresses, memory, copy_list(pairs), page_bytes, num_programs)
+    gather(addresses, memory, copy_list(pairs), page_bytes, num_programs=num_programs)
     assert torch.equal(memory.cpu(), expected)
 
 
 def test_gather_of_nothing() -> None:
     _, addresses = host_pages(2, 128)
     memory = aligned_slots(3, 128)
-    launch_gather(addresses, memory, copy_list([]), 128, 4)
+    gather(addresses, memory, copy_list([]), 128, num_programs=4)
     assert bool((memory == POISON).all())
 
 
