@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,14 @@ from qmoe.cache.pages import LayerPages
 from qmoe.checkpoint import StoredTensor
 from qmoe.experts import quantized_modules
 from qmoe.format import QUANTIZED_SUFFIX
-from qmoe.paging import keep_resident, page_experts, plan_budget
+from qmoe.paging import (
+    fill_layer,
+    host_store,
+    keep_resident,
+    page_experts,
+    pages_of,
+    plan_budget,
+)
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,7 @@ def load_pages(
         raise ValueError(
             f"{type(model).__name__}: hbm_budget pages 8-bit experts, and this checkpoint has none"
         )
-    layers = [experts.layer_pages(name) for name, experts in modules.items()]
+    layers = pages_of(modules)
     budget = options.plan(model, layers, device)
     tensors = [
         [stored[f"{name}.{projection}"] for projection in experts.layout.projections]
@@ -97,7 +104,7 @@ def load_pages(
             modules[pages.name].unpage(*weights)
         keep_resident(model, budget, device)
         return
-    store = _host_store(layers, device, progress)
+    store = host_store(layers, device, progress=progress)
     try:
         reads = [page_reads(i, p, *t) for i, (p, t) in enumerate(zip(layers, tensors, strict=True))]
         store.fill([read for layer in reads for read in layer], progress=progress)
@@ -123,14 +130,11 @@ def page_quantized(
         keep_resident(model, budget, device)
         return
     modules = quantized_modules(model)
-    layers = [experts.layer_pages(name) for name, experts in modules.items()]
-    store = _host_store(layers, device, progress=False)
+    layers = pages_of(modules)
+    store = host_store(layers, device)
     try:
         for layer, experts in enumerate(modules.values()):
-            for pages, weights in zip(
-                store.weights(layer), experts.quantized_weights(), strict=True
-            ):
-                pages.copy_(weights)
+            fill_layer(store, layer, experts)
             for projection in experts.layout.projections:
                 setattr(experts, projection + QUANTIZED_SUFFIX, None)
         model.to(device)
@@ -142,12 +146,6 @@ def page_quantized(
         model.to("cpu")
         store.close()
         raise
-
-
-def _host_store(layers: Sequence[LayerPages], device: torch.device, progress: bool) -> HostStore:
-    on_gpu = device.type == "cuda"
-    with torch.cuda.device(device) if on_gpu else nullcontext():
-        return HostStore(layers, pin=on_gpu, progress=progress)
 
 
 def page_reads(

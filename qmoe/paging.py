@@ -6,7 +6,8 @@ A model keeps what it was given in one attribute, ``model.qmoe_paging``.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from qmoe.cache.budget import Budget, parse_budget, plan
-from qmoe.cache.expert_cache import ExpertCache
+from qmoe.cache.expert_cache import ExpertCache, Predictor
 from qmoe.cache.host_store import HostStore
 from qmoe.cache.pages import LayerPages
 from qmoe.cache.stats import CacheStats
@@ -37,18 +38,6 @@ class Paging:
     device: torch.device
     cache: ExpertCache | None
     prefetch: bool = True
-
-
-def kv_cache_bytes(model: Any, context: int, batch_size: int) -> int:
-    """Bytes of the cache of ``batch_size`` sequences of ``context`` tokens.
-
-    Measured: the model runs on a few tokens, its experts left out, and what its cache then holds is
-    extrapolated, up to the window of layers that have one.
-
-    Raises:
-        ValueError: see :func:`qmoe.footprint.measure`.
-    """
-    return measure(model, _pages(quantized_modules(model))).kv_cache(context, batch_size)
 
 
 def plan_budget(
@@ -189,7 +178,7 @@ def resize(
         context = context or before.budget.context
         batch_size = batch_size or before.budget.batch_size
     device = before.device if before is not None else next(model.parameters()).device
-    layers = _pages(modules)
+    layers = pages_of(modules)
     budget = plan_budget(model, layers, hbm_budget, device, context, batch_size or 1)
     cache = before.cache if before is not None else None
     prefetch = before.prefetch if before is not None else True
@@ -225,7 +214,8 @@ def stats(model: nn.Module) -> CacheStats:
     return paging.cache.read_counters()
 
 
-def _pages(modules: Mapping[str, QuantizedExperts]) -> list[LayerPages]:
+def pages_of(modules: Mapping[str, QuantizedExperts]) -> list[LayerPages]:
+    """What the pages of each module look like, in the modules' order."""
     return [experts.layer_pages(name) for name, experts in modules.items()]
 
 
@@ -261,18 +251,35 @@ def _make_resident(modules: Mapping[str, QuantizedExperts], cache: ExpertCache) 
     cache.close()
 
 
+def host_store(
+    layers: Sequence[LayerPages], device: torch.device, *, progress: bool = False
+) -> HostStore:
+    """Host memory for pages that ``device`` is going to read, pinned if that is a GPU.
+
+    Raises:
+        ValueError: see :class:`HostStore`.
+    """
+    on_gpu = device.type == "cuda"
+    with torch.cuda.device(device) if on_gpu else nullcontext():
+        return HostStore(layers, pin=on_gpu, progress=progress)
+
+
+def fill_layer(store: HostStore, layer: int, experts: QuantizedExperts) -> None:
+    """Copy the weights that a module holds into its pages; copies from a GPU are only queued."""
+    for pages, weights in zip(store.weights(layer), experts.quantized_weights(), strict=True):
+        # One by one, each copy is contiguous on both sides.
+        for target, source in zip(pages, weights.detach(), strict=True):
+            target.copy_(source, non_blocking=True)
+
+
 def _store_of(
     modules: Mapping[str, QuantizedExperts], layers: Sequence[LayerPages], device: torch.device
 ) -> HostStore:
     """A host store filled with the weights that modules have on ``device``."""
-    store = HostStore(layers, pin=device.type == "cuda")
+    store = host_store(layers, device)
     try:
         for layer, experts in enumerate(modules.values()):
-            for pages, weights in zip(
-                store.weights(layer), experts.quantized_weights(), strict=True
-            ):
-                for target, source in zip(pages, weights.detach(), strict=True):
-                    target.copy_(source, non_blocking=True)
+            fill_layer(store, layer, experts)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     except BaseException:
@@ -308,7 +315,7 @@ def _held(model: nn.Module, device: torch.device) -> int:
 # ---- prediction --------------------------------------------------------------------------------
 
 
-def predictors(model: nn.Module) -> list[Callable[[torch.Tensor], torch.Tensor] | None]:
+def predictors(model: nn.Module) -> list[Predictor | None]:
     """For each experts module, what proposes the experts of the next one.
 
     A proposal is what the next layer's router makes of the hidden states that go into this layer's
@@ -319,7 +326,7 @@ def predictors(model: nn.Module) -> list[Callable[[torch.Tensor], torch.Tensor] 
     return [*(_predictor(model, following) for following in names[1:]), None]
 
 
-def _predictor(model: Any, name: str) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def _predictor(model: Any, name: str) -> Predictor | None:
     experts: QuantizedExperts = model.get_submodule(name)
     layout = experts.layout
     block = model.get_submodule(name.rpartition(".")[0])

@@ -52,6 +52,7 @@ from qmoe.format import (
 )
 from qmoe.layout import ExpertsLayout, find_experts
 from qmoe.page_loading import PagingOptions, choose_device, load_pages, page_quantized
+from qmoe.paging import pages_of
 from qmoe_kernels.fused_moe import check_activations
 from qmoe_kernels.quantization import STORAGE_DTYPE, WeightFormat
 
@@ -178,7 +179,7 @@ class _ExpertsQuantizer(HfQuantizer):
             progress = is_progress_bar_enabled()
             load_pages(model, self.stored, self.paging, self.device, progress=progress)
         elif self.paging is not None:
-            layers = [m.layer_pages(name) for name, m in quantized_modules(model).items()]
+            layers = pages_of(quantized_modules(model))
             budget = self.paging.plan(model, layers, self.device)
             page_quantized(model, budget, self.paging, self.device)
         self.pre_quantized = True

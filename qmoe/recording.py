@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from qmoe.cache.expert_cache import Predictor
 from qmoe.cache.trace import NONE, RoutingTrace
-from qmoe.experts import QuantizedExperts
+from qmoe.experts import QuantizedExperts, layer_pages
 from qmoe.layout import ExpertsLayout, describe
-
-# Of layer l's hidden states (num_tokens, hidden_size): the experts (num_tokens, k) of layer l + 1.
-Predictor = Callable[[torch.Tensor], torch.Tensor]
 
 # On a GPU the smallest tensor takes 512 bytes: so many are joined to one.
 _MANY = 512
@@ -46,7 +44,7 @@ class Recording:
         return RoutingTrace(
             self._join(self._topk_ids, max(tokens)),
             max(layout.num_experts for layout in self._layouts),
-            tuple(map(_page_bytes, self._layouts)),
+            tuple(layer_pages("", layout, "int8").page_bytes for layout in self._layouts),
             predicted if any(self._predicted_ids) else None,
             metadata or {},
         )
@@ -165,8 +163,3 @@ def _with_pages(ids: torch.Tensor, layout: ExpertsLayout) -> torch.Tensor:
     """A copy as int16; ids that have no page (sentinels, identity experts) are `NONE`."""
     paged = (ids >= 0) & (ids < layout.num_experts)
     return torch.where(paged, ids, NONE).to(torch.int16)
-
-
-def _page_bytes(layout: ExpertsLayout) -> int:
-    """Bytes of one expert's weights in 8 bits."""
-    return sum(layout.shape(p)[1] * layout.shape(p)[2] for p in layout.projections)

@@ -10,7 +10,7 @@ streamed   when nearly every expert is routed to (a long prompt), the copy engin
            with. The slots are read, and left as they are.
 
 All three give the same bits as weights that are resident: a product does not depend on where its
-weights lie, and rows of different waves are never added to each other.
+weights lie, and a row comes from one wave or group alone, the others add zeros to it.
 
 On the CPU the same code runs on slots in host memory, and streams and events mean nothing.
 """
@@ -18,6 +18,7 @@ On the CPU the same code runs on slots in host memory, and streams and events me
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -211,10 +212,8 @@ class ExpertCache:
         r.clock.fill_(num)
 
     def _layer_of(self, page: int) -> tuple[int, int]:
-        for layer in reversed(range(len(self.host.layers))):
-            if page >= self.host.first_page[layer]:
-                return layer, page - self.host.first_page[layer]
-        raise AssertionError(page)
+        layer = bisect_right(self.host.first_page, page) - 1
+        return layer, page - self.host.first_page[layer]
 
     def _forget(self) -> None:
         """Empty every slot."""
@@ -373,7 +372,7 @@ class ExpertCache:
     def _stage(self, layer: int, group: int, buffer: int) -> _Staged:
         """Queue the copies of a group's absent pages into a staging buffer."""
         low, high = self._groups(layer)[group]
-        first_slot = self.num_slots + buffer * self.num_staging - low
+        first_slot = self.num_slots + buffer * self.num_staging
         pages = self.host.pages(layer)
         first_page = self.host.first_page[layer]
         ready = self._runtime.Event()
@@ -381,7 +380,7 @@ class ExpertCache:
             self._free[buffer].wait(self._copy_stream)
             for start, end in _runs(self._absent[first_page + low : first_page + high]):
                 source = pages[low + start : low + end]
-                target = self.memory[first_slot + low + start : first_slot + low + end]
+                target = self.memory[first_slot + start : first_slot + end]
                 if source.shape == target.shape:  # one piece
                     target.copy_(source, non_blocking=True)
                 else:

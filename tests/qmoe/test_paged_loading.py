@@ -209,7 +209,7 @@ def test_a_failure_midway_leaves_nothing_behind(failure, weights, tmp_path, monk
         raise failure("CUDA out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr("qmoe.page_loading.HostStore", Watched)
+        patched.setattr("qmoe.paging.HostStore", Watched)
         patched.setattr("qmoe.cache.expert_cache.ExpertCache.resize", resize)
         with pytest.raises(failure):
             load(tmp_path, budget, weights=weights)

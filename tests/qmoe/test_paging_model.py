@@ -26,7 +26,6 @@ from transformers import (
 from zoo import SIZES
 
 import qmoe
-from qmoe import paging
 from qmoe.cache import expert_cache, host_store
 from qmoe.experts import QuantizedExperts
 from qmoe.footprint import _LiveBytes, measure
@@ -151,7 +150,7 @@ class TestFootprint:
             for chunk in tokens(context, batch_size=2).split([context - 1, 1], dim=1):
                 cache = model(chunk, past_key_values=cache, use_cache=True).past_key_values
         actual = storage_bytes(cache, set())
-        predicted = paging.kv_cache_bytes(model, context, batch_size=2)
+        predicted = measure(model, layer_pages(model)).kv_cache(context, batch_size=2)
         # A window is kept with one token less: the next one takes its place.
         assert actual <= predicted <= actual + 2 * 256 * SIZES["num_hidden_layers"]
 
