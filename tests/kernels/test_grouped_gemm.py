@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from compiling import ARCHITECTURES, SHARED_MEMORY, run_compiler
 from random_layer import DEVICE, TRITON_DTYPES, assert_close, random_layer
 
 from qmoe_kernels import Activation, ExpertRouting, weighted_sum
@@ -230,10 +227,6 @@ def test_same_bits_every_time_and_in_any_batch() -> None:
 
 # ---- compilation without a GPU -----------------------------------------------------------------
 
-ARCHITECTURES = [80, 86, 89, 90, 100, 120]
-# Bytes that one program may have: "Shared Memory" in the CUDA programming guide, by capability.
-SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-
 COMPILE = """
 import json, re
 import torch, triton
@@ -290,16 +283,7 @@ for capability in ARCHITECTURES:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
 def test_compiles_for_every_architecture() -> None:
-    # In a process of its own: here the interpreter may have taken the kernels' place.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    folder = Path(__file__).parents[2] / "kernels"
-    environment["PYTHONPATH"] = os.pathsep.join([str(folder), environment.get("PYTHONPATH", "")])
-    code = f"ARCHITECTURES = {ARCHITECTURES}\n{COMPILE}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    kernels = run_compiler(f"ARCHITECTURES = {ARCHITECTURES}\n{COMPILE}")
     assert len(kernels) == 3 * len(ARCHITECTURES)
     for kernel in kernels:
         assert kernel["products"], f"no tensor cores: {kernel}"

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
+from compiling import ARCHITECTURES, SHARED_MEMORY, run_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_layer import DEVICE
@@ -533,10 +530,6 @@ def test_the_host_waits_for_nothing(graph: bool) -> None:
 
 # ---- compilation without a GPU -----------------------------------------------------------------
 
-ARCHITECTURES = [80, 86, 89, 90, 100, 120]
-# As in test_grouped_gemm.py, in KiB.
-SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-
 COMPILE = """
 import json, re
 import triton
@@ -585,16 +578,7 @@ for capability in ARCHITECTURES:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
 def test_compiles_for_every_architecture() -> None:
-    # In a process of its own: here the interpreter may have taken the kernels' place.
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    folder = Path(__file__).parents[2] / "kernels"
-    environment["PYTHONPATH"] = os.pathsep.join([str(folder), environment.get("PYTHONPATH", "")])
-    code = f"ARCHITECTURES = {ARCHITECTURES}\n{COMPILE}"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    kernels = run_compiler(f"ARCHITECTURES = {ARCHITECTURES}\n{COMPILE}")
     assert len(kernels) == (3 + 1) * len(ARCHITECTURES)
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_MEMORY[kernel["capability"]] * 1024, kernel
