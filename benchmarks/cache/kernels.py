@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.cache.harness import Benchmark
-from benchmarks.cache.model import percentiles, synchronize, time_each
+from benchmarks.cache.model import as_graph, percentiles, synchronize, time_each
 from qmoe.cache.host_store import HostStore
 from qmoe.cache.pages import LayerPages
 from qmoe_kernels.paging import HITS, MISSES, CopyList, Residency, admit, gather
@@ -109,12 +109,7 @@ def time_alone(function: Callable[[], object], device: torch.device) -> list[flo
     A copy that follows another is set up while that one is under way; one in a decode step, where
     it waits for admission, is not.
     """
-    run = function
-    if device.type == "cuda":
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            function()
-        run = graph.replay
+    run = as_graph(function, device)
     run()
     each = []
     for _ in range(30):
@@ -153,13 +148,8 @@ def run_admission(bench: Benchmark) -> None:
             for layer, ids in todo:
                 admit(ids, layer, layer * experts, experts, residency, copies)
 
-        run: Callable[[], object] = every
         every()
-        if device.type == "cuda":
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                every()
-            run = graph.replay
+        run = as_graph(every, device)
         run()
         before = residency.counters.sum(0).tolist()
         each, _ = time_each(run, 5 if device.type == "cuda" else 1, device)

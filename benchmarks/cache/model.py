@@ -109,6 +109,19 @@ def time_each(
     return each, events[0].elapsed_time(events[-1])
 
 
+def as_graph(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """What runs ``function`` again: a CUDA graph of it; on a CPU the function itself.
+
+    Kernels must have been compiled.
+    """
+    if device.type == "cpu":
+        return function
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
 def build_model(shape: Shape, device: torch.device) -> Qwen3MoeForCausalLM:
     """The model with random bf16 weights on ``device`` and experts that have no weights yet."""
     with torch.device("meta"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.cache.harness import Benchmark
-from benchmarks.cache.model import percentiles, time_each
+from benchmarks.cache.model import as_graph, percentiles, time_each
 from qmoe.cache.expert_cache import ExpertCache
 from qmoe.cache.host_store import HostStore
 from qmoe.cache.pages import LayerPages
@@ -65,12 +65,7 @@ def run_overlap(bench: Benchmark) -> None:
         for overlap in (False, True):
             cache.overlap = overlap
             steps()
-            run = steps
-            if device.type == "cuda":
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    steps()
-                run = graph.replay
+            run = as_graph(steps, device)
             run()
             before = cache.read_counters()
             each, _ = time_each(run, 6, device)
