@@ -5,48 +5,10 @@ Nothing here measures by itself while a model runs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-
-@dataclass(frozen=True)
-class LayerShape:
-    """What a layer's speed depends on, its number of tokens apart."""
-
-    num_experts: int
-    top_k: int
-    hidden_size: int
-    intermediate_size: int
-    gated: bool = True
-
-
-@dataclass(frozen=True)
-class TileConfig:
-    """Tile of one program: block_m rows of one expert, block_n channels, block_k per step.
-
-    ``block_m == 1`` stands for the kernel without tensor cores, one row per program. With a gate,
-    ``block_n`` counts gate and up channels together: a tile of 128 writes 64 columns.
-    """
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True)
-class LayerTiles:
-    """Tiles of a layer's two products; ``sort``: pairs are sorted by a launch of its own first.
-
-    Without sorting each program looks for the rows of its expert in ``topk_ids`` itself, which
-    pays while these are few.
-    """
-
-    gate_up: TileConfig
-    down: TileConfig
-    sort: bool
+from qmoe_kernels.heuristic import heuristic_tiles
+from qmoe_kernels.tiles import LayerShape, LayerTiles
 
 
 def choose_tiles(
@@ -65,10 +27,3 @@ def choose_tiles(
         device: whose table is read.
     """
     return heuristic_tiles(shape, num_tokens, weights, activations)
-
-
-def heuristic_tiles(
-    shape: LayerShape, num_tokens: int, weights: torch.dtype, activations: torch.dtype
-) -> LayerTiles:
-    """Choose by the mean number of rows per expert; fits 99 KiB of shared memory."""
-    raise NotImplementedError

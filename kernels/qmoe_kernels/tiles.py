@@ -1,0 +1,44 @@
+"""Shapes of layers and of the tiles that their products run with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What a layer's speed depends on, its number of tokens apart."""
+
+    num_experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    gated: bool = True
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Tile of one program: block_m rows of one expert, block_n channels, block_k per step.
+
+    ``block_m == 1`` stands for the kernel without tensor cores, one row per program. With a gate,
+    ``block_n`` counts gate and up channels together: a tile of 128 writes 64 columns.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class LayerTiles:
+    """Tiles of a layer's two products; ``sort``: pairs are sorted by a launch of its own first.
+
+    Without sorting each program looks for the rows of its expert in ``topk_ids`` itself, which
+    pays while these are few.
+    """
+
+    gate_up: TileConfig
+    down: TileConfig
+    sort: bool
