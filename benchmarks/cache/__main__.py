@@ -27,22 +27,20 @@ import argparse
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from benchmarks.cache.baselines import run_baselines, run_offload
 from benchmarks.cache.decode import run_decode
-from benchmarks.cache.harness import Benchmark, OutOfTime, Results
+from benchmarks.cache.harness import Benchmark
 from benchmarks.cache.kernels import run_admission, run_gather
 from benchmarks.cache.model import QWEN3_30B_A3B, TINY
 from benchmarks.cache.overlap import run_overlap
 from benchmarks.cache.prefill import run_prefill
+from benchmarks.cache.targets import targets
 from benchmarks.cache.tuning import run_tuning
-from benchmarks.convert import commit, machine
+from benchmarks.record import OutOfTime, Results, facts
 
 RESULTS = Path(__file__).parents[1] / "results" / "cache.json"
 
@@ -95,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     # cuDNN's attention does not repeat its own bits (docs/expert-cache.md), and bits are compared.
     torch.backends.cuda.enable_cudnn_sdp(False)
     shape = TINY if options.tiny else QWEN3_30B_A3B
-    results = Results(options.out, facts(options.commit), options.seconds)
+    results = Results("cache", options.out, facts(options.commit), targets, options.seconds)
     bench = Benchmark(shape, device, results, options)
     failed = 0
     for name in SECTIONS:
@@ -118,18 +116,6 @@ def main(arguments: list[str] | None = None) -> int:
         word = "met   " if target["met"] else "missed"
         print(f"{word} {target['what']}: {target['measured']} (target {target['target']})")
     return failed
-
-
-def facts(given_commit: str | None) -> dict[str, Any]:
-    """Commit and machine, for each section: they may be measured at different times."""
-    described = {"commit": given_commit or "", "machine": machine()}
-    if not given_commit:
-        with suppress(OSError):  # no git
-            described["commit"] = commit()
-    with suppress(PackageNotFoundError):
-        described["machine"]["triton"] = version("triton")
-    described["machine"]["cuda"] = torch.version.cuda
-    return described
 
 
 if __name__ == "__main__":

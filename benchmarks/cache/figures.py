@@ -6,14 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, which the colour-blind can tell apart.
-BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
+from benchmarks.drawing import BLUE, GREEN, GREY, ORANGE, RED, save, tidy
+
 VARIANTS = {
     "plain": ("no prefetch", BLUE, "o"),
     "overlap": ("hits compute first", ORANGE, "v"),
@@ -101,7 +97,7 @@ def retention(section: Cell, path: Path) -> None:
     axes[1, 0].set_ylabel("hits, % of experts asked for")
     axes[0, -1].legend(fontsize=8, loc="lower right")
     axes[1, -1].legend(fontsize=8, loc="lower right")
-    _save(figure, "Speed kept by capacity\n" + subtitle(section), path)
+    save(figure, "Speed kept by capacity\n" + subtitle(section), path)
 
 
 def time_per_token(section: Cell, path: Path) -> None:
@@ -136,10 +132,10 @@ def time_per_token(section: Cell, path: Path) -> None:
         axis.set_xticks(range(len(cells)), [f"{100 * cell['capacity']:g}" for cell in cells])
         axis.set_xlabel("capacity, % of all experts on the GPU")
         axis.set_title(TITLES.get(trace, trace), fontsize=10)
-        _tidy(axis)
+        tidy(axis)
     axes[0, 0].set_ylabel("ms per token (above bars: share of the sum)")
     axes[0, -1].legend(fontsize=8)
-    _save(figure, "Time per token\n" + subtitle(section), path)
+    save(figure, "Time per token\n" + subtitle(section), path)
 
 
 def baselines(sections: Cell, path: Path) -> None:
@@ -175,9 +171,9 @@ def baselines(sections: Cell, path: Path) -> None:
     axis.margins(x=0.12)
     axis.invert_yaxis()
     axis.set_xlabel("tokens per second, log scale")
-    _tidy(axis)
+    tidy(axis)
     machine = sections["baselines"]["machine"]
-    _save(
+    save(
         figure,
         (
             f"Ways to decode with Qwen3-30B-A3B's shape, batch 1, {machine['gpu']}\n"
@@ -185,16 +181,3 @@ def baselines(sections: Cell, path: Path) -> None:
         ),
         path,
     )
-
-
-def _tidy(axis: Axes) -> None:
-    axis.grid(alpha=0.3)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _save(figure: Any, title: str, path: Path) -> None:
-    figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)

@@ -1,10 +1,8 @@
-"""Results on the disk, and the model, store and cache that sections share."""
+"""The model, store and cache that sections share."""
 
 from __future__ import annotations
 
 import gc
-import json
-import time
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from benchmarks.cache.model import (
     sweep,
     synchronize,
 )
-from benchmarks.cache.targets import targets
+from benchmarks.record import Results
 from qmoe.cache.expert_cache import ExpertCache
 from qmoe.cache.host_store import HostStore
 from qmoe.cache.stats import CacheStats
@@ -31,58 +29,6 @@ from qmoe.cache.trace import RoutingTrace, synthetic_trace, tile_trace
 
 RECORDED = Path(__file__).parents[1] / "data" / "tiny_moe_routing.safetensors"
 RECALL = 0.886  # of the next layer's router, published for Qwen3-30B
-
-
-class OutOfTime(Exception):
-    """The benchmark's time is up; what was measured is kept."""
-
-
-class Results:
-    """What was measured so far, on the disk after every cell."""
-
-    def __init__(self, path: Path, common: dict[str, Any], deadline: float) -> None:
-        self.path, self.common, self.deadline = path, common, deadline
-        self.started = time.monotonic()
-        self.data: dict[str, Any] = {"benchmark": "cache", "sections": {}}
-        if path.exists():
-            self.data = json.loads(path.read_text())
-        self.section: dict[str, Any] = {}
-
-    def begin(self, name: str) -> None:
-        """Start a section afresh."""
-        self.section = {**self.common}
-        self.data["sections"][name] = self.section
-        self.log(f"== {name}")
-
-    def add(self, key: str, cell: dict[str, Any]) -> None:
-        """Append a cell to a list of the present section.
-
-        Raises:
-            OutOfTime: that was the last one.
-        """
-        self.section.setdefault(key, []).append(cell)
-        self.save()
-        self.log(f"{key}: " + ", ".join(f"{k}={v}" for k, v in cell.items()))
-        if time.monotonic() - self.started > self.deadline:
-            raise OutOfTime
-
-    def set(self, **values: Any) -> None:
-        """Set values of the present section."""
-        self.section |= values
-        self.save()
-        self.log(", ".join(f"{k}={v}" for k, v in values.items()))
-
-    def save(self) -> None:
-        """Write the file, whole or not at all."""
-        self.data["targets"] = targets(self.data["sections"])
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(self.data, indent=2) + "\n")
-        partial.replace(self.path)
-
-    def log(self, line: str) -> None:
-        """Print a line with the seconds since the start."""
-        print(f"[{time.monotonic() - self.started:6.1f}] {line}", flush=True)
 
 
 class Benchmark:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qmoe_kernels.quantization import STORAGE_DTYPE, quantize
-from qmoe_kernels.tuning import LayerShape
+from qmoe_kernels.tiles import LayerShape
 
 GRAPH_SECONDS = 0.004  # of one replay, about: long beside the gap between two replays
 # Rough rates of a large GPU, to choose a number of calls with: bytes/s and operations/s.

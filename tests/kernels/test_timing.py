@@ -15,7 +15,7 @@ from qmoe_kernels.timing import (
     random_routing,
     replay_microseconds,
 )
-from qmoe_kernels.tuning import LayerShape
+from qmoe_kernels.tiles import LayerShape
 
 SMALL = LayerShape(num_experts=6, top_k=2, hidden_size=64, intermediate_size=32)
 QWEN3 = LayerShape(128, 8, 2048, 768)

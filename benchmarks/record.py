@@ -1,0 +1,89 @@
+"""What benchmarks write down: results as they come, and where and of which commit they are."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.convert import commit, machine
+
+Targets = Callable[[dict[str, Any]], list[dict[str, Any]]]
+
+
+class OutOfTime(Exception):
+    """The benchmark's time is up; what was measured is kept."""
+
+
+class Results:
+    """What was measured so far, on the disk after every cell."""
+
+    def __init__(
+        self,
+        name: str,
+        path: Path,
+        common: dict[str, Any],
+        targets: Targets,
+        deadline: float = math.inf,
+    ) -> None:
+        self.path, self.common, self.targets, self.deadline = path, common, targets, deadline
+        self.started = time.monotonic()
+        self.data: dict[str, Any] = {"benchmark": name, "sections": {}}
+        if path.exists():
+            self.data = json.loads(path.read_text())
+        self.section: dict[str, Any] = {}
+
+    def begin(self, name: str) -> None:
+        """Start a section afresh."""
+        self.section = {**self.common}
+        self.data["sections"][name] = self.section
+        self.log(f"== {name}")
+
+    def add(self, key: str, cell: dict[str, Any]) -> None:
+        """Append a cell to a list of the present section.
+
+        Raises:
+            OutOfTime: that was the last one.
+        """
+        self.section.setdefault(key, []).append(cell)
+        self.save()
+        self.log(f"{key}: " + ", ".join(f"{k}={v}" for k, v in cell.items()))
+        if time.monotonic() - self.started > self.deadline:
+            raise OutOfTime
+
+    def set(self, **values: Any) -> None:
+        """Set values of the present section."""
+        self.section |= values
+        self.save()
+        self.log(", ".join(f"{k}={v}" for k, v in values.items()))
+
+    def save(self) -> None:
+        """Write the file, whole or not at all."""
+        self.data["targets"] = self.targets(self.data["sections"])
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.data, indent=2) + "\n")
+        partial.replace(self.path)
+
+    def log(self, line: str) -> None:
+        """Print a line with the seconds since the start."""
+        print(f"[{time.monotonic() - self.started:6.1f}] {line}", flush=True)
+
+
+def facts(given_commit: str | None) -> dict[str, Any]:
+    """Commit and machine, for each section: they may be measured at different times."""
+    described = {"commit": given_commit or "", "machine": machine()}
+    if not given_commit:
+        with suppress(OSError):  # no git
+            described["commit"] = commit()
+    with suppress(PackageNotFoundError):
+        described["machine"]["triton"] = version("triton")
+    described["machine"]["cuda"] = torch.version.cuda
+    return described
