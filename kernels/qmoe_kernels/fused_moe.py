@@ -21,10 +21,14 @@ from torch import Tensor
 
 from qmoe_kernels import activations as _activations
 from qmoe_kernels.activations import SWIGLU, Activation, ActivationName
-from qmoe_kernels.quantization import STORAGE_DTYPE, decode
+from qmoe_kernels.quantization import STORAGE_DTYPE, WeightFormat, decode, quantize_rows
 from qmoe_kernels.routing import ExpertRouting
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# From so many rows per expert on, products are bound by arithmetic rather than by the bytes of
+# 8-bit weights: on an H200, 690 TFLOP/s in bf16 and 4.5 TB/s balance at 690 / (2 * 4.5) = 77 rows.
+ARITHMETIC_BOUND_ROWS = 64
 
 
 def fused_moe(
@@ -61,7 +65,11 @@ def fused_moe(
             see `weighted_sum`.
         activation: an `Activation`, or a callable from rows ``(..., 2 * intermediate_size)`` to
             ``(..., intermediate_size)`` that treats each row by itself.
-        activations: ``"auto"`` or ``"bf16"``: both multiply in the dtype of ``hidden_states``.
+        activations: what the products take. ``"bf16"``: rows as they are, in the dtype of
+            ``hidden_states``. ``"int8"``, ``"fp8"``: rows quantized to the weights' dtype with a
+            scale each, by `quantize_rows`, before either product. ``"auto"``: 8 bit where a GPU is
+            bound by arithmetic, which is from `ARITHMETIC_BOUND_ROWS` pairs per expert on; as they
+            are everywhere else.
         gate_up_proj_bias, down_proj_bias: added after the scale.
         expert_to_slot: where in ``gate_up_proj`` and ``down_proj`` an expert's weights are;
             scales and biases stay indexed by expert. Every routed expert must have a slot: the
@@ -72,9 +80,10 @@ def fused_moe(
         in the dtype of ``hidden_states``.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or activations that do not work yet.
+        ValueError: shapes, dtypes or devices that do not fit, or activations that the weights or
+            the GPU cannot be multiplied with.
     """
-    check_activations(activations)
+    _check_activations(activations, gate_up_proj)
     _check_hidden_states(hidden_states, topk_ids)
     num_rows = _check_linear(
         "gate_up_proj",
@@ -124,9 +133,16 @@ def fused_moe(
             activation.limit_after,
             activation.gate_softcap,
             activation.up_softcap,
+            activations,
         )
     gate_up = _grouped_linear(
-        hidden_states, gate_up_proj, gate_up_proj_scale, gate_up_proj_bias, topk_ids, expert_to_slot
+        hidden_states,
+        gate_up_proj,
+        gate_up_proj_scale,
+        gate_up_proj_bias,
+        topk_ids,
+        expert_to_slot,
+        activations,
     )
     hidden = activation(gate_up).to(hidden_states.dtype)
     if hidden.shape[-1] != down_proj.shape[-1]:
@@ -135,7 +151,7 @@ def fused_moe(
             f"{down_proj.shape[-1]}"
         )
     rows = _grouped_linear(
-        hidden, down_proj, down_proj_scale, down_proj_bias, topk_ids, expert_to_slot
+        hidden, down_proj, down_proj_scale, down_proj_bias, topk_ids, expert_to_slot, activations
     )
     return rows if topk_weights is None else _weighted_sum(rows, topk_weights)
 
@@ -146,20 +162,26 @@ def grouped_linear(
     scale: Tensor | None,  # (num_experts, out_features) fp32
     topk_ids: Tensor,  # (num_tokens, top_k) int32 | int64
     *,
+    activations: str = "auto",
     bias: Tensor | None = None,  # (num_experts, out_features) float
     expert_to_slot: Tensor | None = None,  # (num_experts,) int32
 ) -> Tensor:
     """Return ``weight[topk_ids[t, k]] @ x[t]`` (or ``@ x[t, k]``) for every token and expert.
 
+    Args:
+        x, weight, scale, topk_ids, bias, expert_to_slot: see the signature.
+        activations: as `fused_moe` has it.
+
     Returns:
         (num_tokens, top_k, out_features) in the dtype of ``x``; zeros where an id is skipped.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit.
+        ValueError: as `fused_moe`.
     """
+    _check_activations(activations, weight)
     _check_hidden_states(x, topk_ids, per_pair=True)
     _check_linear("weight", weight, scale, bias, expert_to_slot, x, x.shape[-1])
-    return _grouped_linear(x, weight, scale, bias, topk_ids, expert_to_slot)
+    return _grouped_linear(x, weight, scale, bias, topk_ids, expert_to_slot, activations)
 
 
 def weighted_sum(
@@ -183,16 +205,52 @@ def weighted_sum(
     return _weighted_sum(rows, topk_weights)
 
 
-def check_activations(activations: str) -> None:
-    """Raise ValueError unless ``activations`` is one that works."""
-    if activations in ("auto", "bf16"):
-        return
-    if activations in STORAGE_DTYPE:
+def check_activations(activations: str, weights: str | None = None) -> None:
+    """Raise ValueError unless ``activations`` is one that works, with these ``weights`` if given.
+
+    Args:
+        activations: see `fused_moe`.
+        weights: ``"int8"`` or ``"fp8"``.
+    """
+    if activations not in ("auto", "bf16", *STORAGE_DTYPE):
         raise ValueError(
-            f"activations={activations!r}: 8-bit activations are not implemented yet; 'auto' and "
-            "'bf16' (16-bit, the dtype of hidden_states) work"
+            f"unknown activations {activations!r}; 'auto', 'bf16', 'int8' and 'fp8' work"
         )
-    raise ValueError(f"unknown activations {activations!r}; 'auto' and 'bf16' work")
+    if activations in STORAGE_DTYPE and weights not in (None, activations):
+        raise ValueError(
+            f"activations={activations!r} with {weights} weights; 8-bit activations need weights "
+            "of their own format: 'auto' and 'bf16' work with any"
+        )
+
+
+def _check_activations(activations: str, weight: Tensor) -> None:
+    names = {dtype: name for name, dtype in STORAGE_DTYPE.items()}
+    check_activations(activations, names.get(weight.dtype, str(weight.dtype)))
+    if activations == "fp8" and weight.device.type == "cuda" and not _multiplies_fp8(weight.device):
+        name = torch.cuda.get_device_name(weight.device)
+        raise ValueError(
+            f"activations='fp8': {name} multiplies no FP8; 'auto' and 'bf16' work there"
+        )
+
+
+def _multiplies_fp8(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _row_format(
+    activations: str, weight: Tensor, num_pairs: int, num_experts: int
+) -> WeightFormat | None:
+    """What rows are quantized to before a product, or None; of shapes, dtypes and device only."""
+    if activations == "bf16":
+        return None
+    if activations == "auto":
+        if weight.device.type != "cuda" or num_pairs < ARITHMETIC_BOUND_ROWS * num_experts:
+            return None
+        if weight.dtype == torch.int8:
+            return "int8"
+        fp8 = weight.dtype == torch.float8_e4m3fn and _multiplies_fp8(weight.device)
+        return "fp8" if fp8 else None
+    return cast(WeightFormat, activations)
 
 
 # ---- operators ---------------------------------------------------------------------------------
@@ -218,6 +276,7 @@ def _fused_moe(
     limit_after: bool,
     gate_softcap: float | None,
     up_softcap: float | None,
+    activations: str,
 ) -> Tensor:
     activation = Activation(
         cast(ActivationName, name),
@@ -231,9 +290,11 @@ def _fused_moe(
     )
     num_tokens, top_k = topk_ids.shape
     rows = hidden_states.new_zeros(num_tokens * top_k, down_proj.shape[1])
-    up = _CPULinear(gate_up_proj, gate_up_proj_scale, gate_up_proj_bias, hidden_states.dtype)
-    down = _CPULinear(down_proj, down_proj_scale, down_proj_bias, hidden_states.dtype)
+    dtype = hidden_states.dtype
     num_experts = _num_experts(gate_up_proj, gate_up_proj_scale, expert_to_slot)
+    to = _row_format(activations, gate_up_proj, num_tokens * top_k, num_experts)
+    up = _CPULinear(gate_up_proj, gate_up_proj_scale, gate_up_proj_bias, dtype, to)
+    down = _CPULinear(down_proj, down_proj_scale, down_proj_bias, dtype, to)
     for expert, slot, pairs in _routed_experts(topk_ids, num_experts, expert_to_slot):
         hidden = _activations.apply(activation, up(hidden_states[pairs // top_k], expert, slot))
         rows[pairs] = down(hidden.to(hidden_states.dtype), expert, slot).to(rows.dtype)
@@ -267,13 +328,15 @@ def _grouped_linear(
     bias: Tensor | None,
     topk_ids: Tensor,
     expert_to_slot: Tensor | None,
+    activations: str,
 ) -> Tensor:
     num_tokens, top_k = topk_ids.shape
     pairs_per_row = top_k if x.ndim == 2 else 1
     x = x.flatten(0, -2)
     rows = x.new_zeros(num_tokens * top_k, weight.shape[1])
-    linear = _CPULinear(weight, scale, bias, x.dtype)
     num_experts = _num_experts(weight, scale, expert_to_slot)
+    to = _row_format(activations, weight, num_tokens * top_k, num_experts)
+    linear = _CPULinear(weight, scale, bias, x.dtype, to)
     for expert, slot, pairs in _routed_experts(topk_ids, num_experts, expert_to_slot):
         rows[pairs] = linear(x[pairs // pairs_per_row], expert, slot).to(rows.dtype)
     return rows.view(num_tokens, top_k, weight.shape[1])
@@ -287,6 +350,7 @@ def _(
     bias: Tensor | None,
     topk_ids: Tensor,
     expert_to_slot: Tensor | None,
+    activations: str,
 ) -> Tensor:
     return x.new_empty(*topk_ids.shape, weight.shape[1])
 
@@ -316,11 +380,14 @@ def _(
     topk_ids: Tensor,
     topk_weights: Tensor | None,
     expert_to_slot: Tensor | None,
-    *activation: Any,
+    *rest: Any,
 ) -> Tensor:
     # Here, so that a CPU needs no Triton.
     from qmoe_kernels.grouped_gemm import fused_moe_triton
 
+    *activation, activations = rest
+    num_experts = _num_experts(gate_up_proj, gate_up_proj_scale, expert_to_slot)
+    to = _row_format(activations, gate_up_proj, topk_ids.numel(), num_experts)
     with torch.cuda.device(hidden_states.device):
         return fused_moe_triton(
             hidden_states,
@@ -334,7 +401,8 @@ def _(
             topk_weights,
             expert_to_slot,
             Activation(*activation),
-            _num_experts(gate_up_proj, gate_up_proj_scale, expert_to_slot),
+            num_experts,
+            activations=None if to is None else STORAGE_DTYPE[to],
         )
 
 
@@ -346,12 +414,23 @@ def _(
     bias: Tensor | None,
     topk_ids: Tensor,
     expert_to_slot: Tensor | None,
+    activations: str,
 ) -> Tensor:
     from qmoe_kernels.grouped_gemm import grouped_linear_triton
 
     num_experts = _num_experts(weight, scale, expert_to_slot)
+    to = _row_format(activations, weight, topk_ids.numel(), num_experts)
     with torch.cuda.device(x.device):
-        return grouped_linear_triton(x, weight, scale, bias, topk_ids, expert_to_slot, num_experts)
+        return grouped_linear_triton(
+            x,
+            weight,
+            scale,
+            bias,
+            topk_ids,
+            expert_to_slot,
+            num_experts,
+            activations=None if to is None else STORAGE_DTYPE[to],
+        )
 
 
 @_weighted_sum.register_kernel("cuda")
@@ -369,9 +448,14 @@ class _CPULinear:
     """One projection of every expert; an expert's weight is converted when it is asked for."""
 
     def __init__(
-        self, weight: Tensor, scale: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+        self,
+        weight: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        row_format: WeightFormat | None,
     ) -> None:
-        self.weight, self.scale, self.bias = weight, scale, bias
+        self.weight, self.scale, self.bias, self.row_format = weight, scale, bias, row_format
         # An fp16 sum of unscaled products would overflow.
         self.dtype = torch.float32 if dtype == torch.float16 else dtype
         self.scratch: Tensor | None = None
@@ -383,9 +467,15 @@ class _CPULinear:
             if self.scratch is None:
                 self.scratch = torch.empty_like(weight, dtype=self.dtype)
             weight = decode(weight, out=self.scratch)
+        x_scale = None
+        if self.row_format is not None:
+            q, x_scale = quantize_rows(x, self.row_format)
+            x = decode(q, out=torch.empty_like(q, dtype=self.dtype))
         y = (x.to(self.dtype) @ weight.t()).float()
         if self.scale is not None:
             y = y.mul_(self.scale[expert])
+        if x_scale is not None:
+            y = y.mul_(x_scale[:, None])
         return y if self.bias is None else y.add_(self.bias[expert])
 
 

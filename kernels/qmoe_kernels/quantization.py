@@ -88,6 +88,26 @@ def quantize_with_squares(
     return q, scale, squares[0], squares[1]
 
 
+def quantize_rows(x: torch.Tensor, to: WeightFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize each row of activations by its own largest magnitude, as `quantize` does weights.
+
+    Unlike weights, activations may hold a NaN or an infinity: such a row's scale is not finite
+    either, and what it is multiplied with shows it.
+
+    Args:
+        x: (..., in_features), any floating-point dtype.
+        to: ``"int8"`` or ``"fp8"``.
+
+    Returns:
+        ``q``, (..., in_features) int8 or float8_e4m3fn, and ``scale``, (...) fp32.
+    """
+    rows = x.float()
+    absmax = rows.abs().amax(-1) if x.shape[-1] else rows.sum(-1)
+    scale = (absmax / LARGEST[to]).clamp_(min=SMALLEST_SCALE)
+    rows = rows / scale[..., None]
+    return (rows.round() if to == "int8" else rows).to(STORAGE_DTYPE[to]), scale
+
+
 def dequantize(
     q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:

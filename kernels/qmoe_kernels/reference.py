@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from qmoe_kernels import activations
+from qmoe_kernels import activations as _activations
 from qmoe_kernels.activations import SWIGLU, Activation
-from qmoe_kernels.quantization import dequantize
+from qmoe_kernels.quantization import WeightFormat, dequantize, quantize_rows
 
 
 def fused_moe_reference(
@@ -24,8 +24,12 @@ def fused_moe_reference(
     gate_up_proj_bias: torch.Tensor | None = None,
     down_proj_bias: torch.Tensor | None = None,
     expert_to_slot: torch.Tensor | None = None,
+    activations: WeightFormat | None = None,
 ) -> torch.Tensor:
     """Compute what `qmoe_kernels.fused_moe` does, in fp64 but for an `Activation` (fp32).
+
+    Args:
+        activations: what rows are quantized to before each product; None: nothing.
 
     Returns:
         (num_tokens, hidden_size), or (num_tokens, top_k, hidden_size) without ``topk_weights``;
@@ -38,9 +42,10 @@ def fused_moe_reference(
         topk_ids,
         bias=gate_up_proj_bias,
         expert_to_slot=expert_to_slot,
+        activations=activations,
     )
     if isinstance(activation, Activation):
-        hidden = activations.apply(activation, gate_up)
+        hidden = _activations.apply(activation, gate_up)
     else:
         hidden = activation(gate_up)
     rows = grouped_linear_reference(
@@ -50,6 +55,7 @@ def fused_moe_reference(
         topk_ids,
         bias=down_proj_bias,
         expert_to_slot=expert_to_slot,
+        activations=activations,
     )
     if topk_weights is None:
         return rows
@@ -64,14 +70,17 @@ def grouped_linear_reference(
     *,
     bias: torch.Tensor | None = None,
     expert_to_slot: torch.Tensor | None = None,
+    activations: WeightFormat | None = None,
 ) -> torch.Tensor:
-    """Compute what `qmoe_kernels.grouped_linear` does.
+    """Compute what `qmoe_kernels.grouped_linear` does; ``activations`` as above.
 
     Returns:
         (num_tokens, top_k, out_features) fp64.
     """
     per_expert = next((t for t in (scale, expert_to_slot) if t is not None), weight)
     num_experts = per_expert.shape[0]
+    if activations is not None:
+        x = dequantize(*quantize_rows(x, activations), torch.float64)
     rows = x.new_zeros(*topk_ids.shape, weight.shape[1], dtype=torch.float64)
     for token, ids in enumerate(topk_ids.tolist()):
         for k, expert in enumerate(ids):

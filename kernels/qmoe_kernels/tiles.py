@@ -21,7 +21,8 @@ class TileConfig:
     """Tile of one program: block_m rows of one expert, block_n channels, block_k per step.
 
     ``block_m == 1`` stands for the kernel without tensor cores, one row per program. With a gate,
-    ``block_n`` counts gate and up channels together: a tile of 128 writes 64 columns.
+    ``block_n`` counts gate and up channels together: a tile of 128 writes 64 columns. ``tail_m``:
+    an expert's last tile is only so high if no more rows are left for it; 0 for none.
     """
 
     block_m: int
@@ -29,6 +30,7 @@ class TileConfig:
     block_k: int
     num_warps: int
     num_stages: int
+    tail_m: int = 0
 
 
 @dataclass(frozen=True)
