@@ -1,4 +1,4 @@
-"""The command ``qmoe``: cache-report, demo, generate, inspect.
+"""The command ``qmoe``: bench tune, cache-report, demo, generate, inspect.
 
 Exit codes: 0; 2 usage; 3 input that cannot be used; 130 interrupted. A failure is one line on
 stderr that says what to do; ``--debug`` shows the traceback.
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from qmoe import bench
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,6 +38,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench.app, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]

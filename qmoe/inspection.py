@@ -155,8 +155,7 @@ def _describe(
 ) -> Inspection:
     text = _text_config(config)
     quantization = config.get("quantization_config") or text.get("quantization_config") or {}
-    sizes = {**(text.get("ffn_config") or {}), **text}  # DBRX keeps them apart
-    modules, experts = _find_experts(tensors, _first(sizes, _NUM_EXPERTS))
+    modules, experts = _find_experts(tensors, _first(_sizes(text), _NUM_EXPERTS))
     weights = [t for t in experts if not _NO_WEIGHT.search(t.name)]
     expert_weights = sum(_num_weights(t, quantization) for t in weights)
     expert_bytes = sum(t.nbytes for t in experts)
@@ -166,7 +165,7 @@ def _describe(
         num_layers=text.get("num_hidden_layers"),
         expert_layers=len(modules),
         num_experts=sorted(set(modules.values())),
-        top_k=_first(sizes, _TOP_K) if modules else None,
+        top_k=find_top_k(config) if modules else None,
         format=_format(quantization, weights or tensors),
         shards=len({t.file for t in tensors}),
         expert_weights=expert_weights,
@@ -177,6 +176,15 @@ def _describe(
         errors=_errors(manifest) if manifest else None,
         source=manifest.source if manifest else None,
     )
+
+
+def find_top_k(config: dict[str, Any]) -> int | None:
+    """Experts per token, by a model's config; None where it does not tell."""
+    return _first(_sizes(_text_config(config)), _TOP_K)
+
+
+def _sizes(text: dict[str, Any]) -> dict[str, Any]:
+    return {**(text.get("ffn_config") or {}), **text}  # DBRX keeps them apart
 
 
 def _text_config(config: dict[str, Any]) -> dict[str, Any]:

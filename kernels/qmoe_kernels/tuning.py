@@ -1,14 +1,29 @@
-"""Which tiles a layer runs with: committed tables by GPU, shape and size, and a heuristic.
+"""Which tiles a layer runs with: measured ones by GPU, shape and size, else a heuristic.
 
-Nothing here measures by itself while a model runs.
+Tables lie in ``configs`` beside this file, and in the folder that the environment variable
+``QMOE_CONFIGS`` names, which is asked first. ``qmoe bench tune`` writes them; nothing here
+measures while a model runs.
 """
 
 from __future__ import annotations
 
+import functools
+import os
+from dataclasses import replace
+from pathlib import Path
+
 import torch
 
 from qmoe_kernels.heuristic import heuristic_tiles
+from qmoe_kernels.tile_tables import OPERANDS, LayerKind, TileTable, table_path
 from qmoe_kernels.tiles import LayerShape, LayerTiles
+
+CONFIGS = Path(__file__).parent / "configs"
+CONFIGS_VARIABLE = "QMOE_CONFIGS"
+
+# A program that looks for its rows itself reads all pairs: not for more than this, twice as many
+# as tuning tries, whatever the nearest measured number of tokens does.
+MAX_UNSORTED_PAIRS = 512
 
 
 def choose_tiles(
@@ -18,12 +33,61 @@ def choose_tiles(
     activations: torch.dtype,
     device: torch.device,
 ) -> LayerTiles:
-    """Choose by what was measured, or by rows per expert; a function of its arguments only.
+    """Choose by what was measured, or by rows per expert.
+
+    A function of its arguments, of the device's name and of the tables, which are read once.
 
     Args:
         shape: of the layer.
         num_tokens: in this call.
         weights, activations: dtypes of the products' operands.
-        device: whose table is read.
+        device: whose table is read; without CUDA there is none.
+
+    Raises:
+        ValueError: a table is malformed, or QMOE_CONFIGS names no folder.
     """
+    gpu = gpu_name(device)
+    folder = os.environ.get(CONFIGS_VARIABLE)
+    return _choose(shape, num_tokens, weights, activations, gpu, folder)
+
+
+def gpu_name(device: torch.device) -> str | None:
+    """Return what torch calls a GPU; None for another device."""
+    if device.type != "cuda":
+        return None
+    return _gpu_name(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _gpu_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(
+    shape: LayerShape,
+    num_tokens: int,
+    weights: torch.dtype,
+    activations: torch.dtype,
+    gpu: str | None,
+    folder: str | None,
+) -> LayerTiles:
+    if gpu is not None and num_tokens > 0 and {weights, activations} <= OPERANDS.keys():
+        kind = LayerKind(shape, OPERANDS[weights], OPERANDS[activations])
+        for table in _tables(gpu, folder):
+            tiles = table.find(kind, num_tokens)
+            if tiles is not None:
+                many = num_tokens * shape.top_k > MAX_UNSORTED_PAIRS
+                return replace(tiles, sort=tiles.sort or many)
     return heuristic_tiles(shape, num_tokens, weights, activations)
+
+
+@functools.cache
+def _tables(gpu: str, folder: str | None) -> list[TileTable]:
+    folders = [CONFIGS]
+    if folder:
+        if not Path(folder).is_dir():
+            raise ValueError(f"{CONFIGS_VARIABLE}={folder}: no such folder")
+        folders.insert(0, Path(folder))
+    paths = [table_path(each, gpu) for each in folders]
+    return [TileTable.read(path) for path in paths if path.exists()]

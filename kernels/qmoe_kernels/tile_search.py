@@ -1,0 +1,324 @@
+"""Search for the tiles that run a layer fastest: what to try, and in which order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, product
+from typing import Literal
+
+from qmoe_kernels.heuristic import heuristic_tiles
+from qmoe_kernels.tile_tables import OPERANDS, LayerKind
+from qmoe_kernels.tiles import LayerTiles, TileConfig
+
+Effort = Literal["quick", "full"]
+
+# Of one program, on the GPUs with the most (compute capability 9.0 and 10.0).
+SHARED_MEMORY = 227 * 1024
+# 32-bit registers of a thread that accumulators and decoded weights may take; it has 255.
+REGISTERS = 176
+# Between these numbers of pairs, sorting them first is tried as well as not sorting them. Fewer
+# are never sorted and more always.
+FEWEST_SORTED, MOST_UNSORTED = 64, 256
+
+# Seconds to replay a candidate for, and to compare the best few for.
+SCREENING, FINAL = 0.02, 0.08
+FINALISTS = 2
+# By which a short measurement may be too long.
+NOISE = 1.03
+
+BYTES = {"int8": 1, "fp8": 1, "bf16": 2}
+
+# block_n, bytes of weights along k, warps, stages. Likely ones first.
+_DECODE = (
+    (128, 128, 4, 4),
+    (64, 256, 4, 4),
+    (128, 256, 8, 3),
+    (64, 128, 4, 6),
+    (128, 128, 4, 3),
+    (64, 256, 4, 3),
+    (128, 128, 8, 4),
+    (128, 256, 4, 3),
+    (256, 128, 8, 4),
+    (64, 128, 4, 4),
+    (64, 512, 4, 3),
+    (32, 256, 4, 4),
+)
+# block_n, bytes of rows along k, warps, stages.
+_PREFILL = (
+    (128, 128, 8, 4),
+    (128, 128, 4, 4),
+    (128, 128, 8, 3),
+    (256, 128, 8, 3),
+    (128, 256, 8, 3),
+    (256, 128, 8, 4),
+    (128, 128, 4, 3),
+    (64, 128, 4, 4),
+)
+# block_n, bytes of weights along k, warps, stages; for one token, without tensor cores.
+_GEMV = (
+    (8, 1024, 4, 2),
+    (16, 512, 4, 3),
+    (8, 512, 4, 3),
+    (4, 1024, 4, 2),
+    (8, 512, 2, 3),
+    (4, 512, 2, 3),
+    (8, 1024, 4, 1),
+    (16, 256, 4, 3),
+    (16, 1024, 8, 2),
+    (32, 256, 4, 2),
+    (8, 256, 2, 4),
+    (4, 256, 2, 4),
+    (8, 2048, 8, 2),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What tiles are sought for: a kind of layer at a number of tokens."""
+
+    kind: LayerKind
+    num_tokens: int
+
+    @property
+    def num_pairs(self) -> int:
+        return self.num_tokens * self.kind.shape.top_k
+
+    def heuristic(self) -> LayerTiles:
+        """Return what runs without a table."""
+        dtypes = {name: dtype for dtype, name in reversed(OPERANDS.items())}
+        weights, activations = dtypes[self.kind.weights], dtypes[self.kind.activations]
+        return heuristic_tiles(self.kind.shape, self.num_tokens, weights, activations)
+
+    def __str__(self) -> str:
+        kind = self.kind
+        return f"{kind.weights} weights, {kind.activations} activations, {self.num_tokens} tokens"
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Tiles to try for one kernel: each product's for itself, from ``start`` on."""
+
+    start: LayerTiles
+    gate_up: Sequence[TileConfig]
+    down: Sequence[TileConfig]
+    sort: Sequence[bool]
+
+    def pairs(self) -> list[LayerTiles]:
+        """Return layers' tiles that hold every candidate, ``start`` first: what to compile."""
+        number = max(len(self.gate_up), len(self.down))
+        starts = [replace(self.start, sort=sort) for sort in (self.start.sort, *self.sort)]
+        both = [
+            LayerTiles(
+                self.gate_up[min(i, len(self.gate_up) - 1)],
+                self.down[min(i, len(self.down) - 1)],
+                self.start.sort,
+            )
+            for i in range(number)
+        ]
+        return list(dict.fromkeys([*starts, *both]))
+
+    def without(self, broken: Collection[LayerTiles]) -> Candidates:
+        """Return what is left if such layers don't compile: each tile that one of `pairs` has."""
+        working = [tiles for tiles in self.pairs() if tiles not in broken]
+        gate_up, down = (
+            {getattr(tiles, name) for tiles in working} for name in ("gate_up", "down")
+        )
+        return replace(
+            self,
+            gate_up=[tile for tile in self.gate_up if tile in gate_up],
+            down=[tile for tile in self.down if tile in down],
+        )
+
+
+def candidates(cell: Cell, effort: Effort = "quick") -> list[Candidates]:
+    """Return what to try: with tensor cores, and for one token without them too.
+
+    All of them fit in 227 KiB of shared memory and in registers, by this estimate: every stage
+    holds a tile of weights and one of rows, a sum is one register, and so are two decoded 16-bit
+    weights.
+
+    Args:
+        cell: what is tuned.
+        effort: ``"quick"``, a dozen or two for each product, or ``"full"``, some hundred.
+    """
+    shape = cell.kind.shape
+    up_rows = shape.intermediate_size * (2 if shape.gated else 1)
+    sizes = ((up_rows, shape.hidden_size), (shape.hidden_size, shape.intermediate_size))
+    heuristic = cell.heuristic()
+    found = []
+    for gemv in (False, True):
+        if gemv and (cell.num_tokens > 1 or BYTES[cell.kind.activations] == 1):
+            continue
+        options = _gemv(cell.kind, effort) if gemv else _tensor_core(cell, effort)
+        gate_up, down = (
+            [tile for tile in options if _fits_product(tile, *size)] or options[:1]
+            for size in sizes
+        )
+        start = heuristic
+        if (heuristic.gate_up.block_m == 1) != gemv:
+            start = LayerTiles(gate_up[0], down[0], sort=False)
+        unsorted = cell.num_pairs < FEWEST_SORTED or gemv
+        sort = [False] if unsorted else [True]
+        if not unsorted and cell.num_pairs <= MOST_UNSORTED:
+            sort = [False, True]
+        found.append(Candidates(start, gate_up, down, sort))
+    return found
+
+
+def shared_memory(tile: TileConfig, kind: LayerKind) -> int:
+    """Estimate a program's bytes of shared memory; the kernel without tensor cores takes little."""
+    if tile.block_m == 1:
+        return 0
+    columns = tile.block_n * BYTES[kind.weights] + tile.block_m * BYTES[kind.activations]
+    return tile.num_stages * tile.block_k * columns
+
+
+def registers(tile: TileConfig, kind: LayerKind) -> float:
+    """Estimate a thread's 32-bit registers for sums and decoded weights."""
+    threads = 32 * tile.num_warps
+    if tile.block_m == 1:  # a sum for each weight, and what is loaded of the next ones
+        return tile.block_n * tile.block_k * (1 + BYTES[kind.weights] / 4) / threads
+    decoded = BYTES[kind.weights] < BYTES[kind.activations]
+    weights = tile.block_n * tile.block_k / 2 if decoded else 0
+    return (tile.block_m * tile.block_n + weights) / threads
+
+
+def _fits_product(tile: TileConfig, out_features: int, in_features: int) -> bool:
+    """Whether less than half of a tile lies beyond the matrix."""
+    return tile.block_n < 2 * out_features and tile.block_k < 2 * in_features
+
+
+def _fits(tile: TileConfig, kind: LayerKind) -> bool:
+    most = 96 if tile.block_m == 1 else REGISTERS
+    return shared_memory(tile, kind) <= SHARED_MEMORY and registers(tile, kind) <= most
+
+
+def _gemv(kind: LayerKind, effort: Effort) -> list[TileConfig]:
+    width = BYTES[kind.weights]
+    tiles = [TileConfig(1, n, size // width, warps, s) for n, size, warps, s in _GEMV]
+    if effort == "full":
+        grid = product((4, 8, 16, 32), (256, 512, 1024, 2048), (2, 4, 8), (1, 2, 3, 4))
+        tiles += [TileConfig(1, *sizes) for sizes in grid]
+    return [tile for tile in dict.fromkeys(tiles) if _fits(tile, kind)]
+
+
+def _tensor_core(cell: Cell, effort: Effort) -> list[TileConfig]:
+    rows = cell.num_pairs / cell.kind.shape.num_experts
+    # Half as many again: some experts get more than the mean.
+    block_m = next((size for size in (16, 32, 64) if 1.5 * rows <= size), 128)
+    other = {16: 32 if rows > 4 else 8, 32: 16, 64: 32, 128: 256 if rows >= 256 else 64}[block_m]
+    decode = rows < 32
+    width = BYTES[cell.kind.weights if decode else cell.kind.activations]
+    grid = [(n, size // width, warps, stages) for n, size, warps, stages in _DECODE]
+    if not decode:
+        grid = [(n, size // width, warps, stages) for n, size, warps, stages in _PREFILL]
+    tiles = [TileConfig(block_m, *sizes) for sizes in grid]
+    tiles += [TileConfig(other, *sizes) for sizes in (grid[:4] if decode else grid)]
+    if not decode:  # where the last rows of an expert are few
+        tiles += [
+            TileConfig(block_m, *sizes, tail_m=tail) for sizes in grid[:2] for tail in (16, 32)
+        ]
+    if effort == "full":
+        tiles += [TileConfig(*sizes) for sizes in _full_grid(decode)]
+    fitting = [tile for tile in dict.fromkeys(tiles) if _fits(tile, cell.kind)]
+    return [tile for tile in fitting if tile.tail_m < tile.block_m]
+
+
+def _full_grid(decode: bool) -> chain[tuple[int, ...]]:
+    if decode:
+        return chain(
+            product((8, 16, 32), (32, 64, 128, 256), (64, 128, 256, 512), (2, 4, 8), range(2, 7))
+        )
+    block_m, block_n = (32, 64, 128, 256), (64, 128, 256)
+    return chain(product(block_m, block_n, (64, 128), (4, 8), (3, 4, 5), (0, 16, 32)))
+
+
+# Microseconds of a layer with these tiles, replayed for so many seconds; None if they don't work,
+# or are slower by far than the number of microseconds that comes last, if one does.
+Measure = Callable[[LayerTiles, float, "float | None"], "float | None"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The outcome of a search: the best tiles, and how much was tried.
+
+    Attributes:
+        tiles: the best.
+        microseconds: with them.
+        heuristic_microseconds: with the heuristic's.
+        num_tried: tiles that were measured.
+        num_skipped: tiles that don't work, or were slower by far.
+        out_of_time: whether some were not tried at all.
+    """
+
+    tiles: LayerTiles
+    microseconds: float
+    heuristic_microseconds: float
+    num_tried: int
+    num_skipped: int
+    out_of_time: bool
+
+
+def search(
+    cell: Cell,
+    options: Sequence[Candidates],
+    measure: Measure,
+    *,
+    seconds: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> Found:
+    """Find the best tiles by coordinate descent: gate_up, then down, then sorting.
+
+    Every candidate is replayed for a short time, and the best few of each step again for longer
+    beside the best so far.
+
+    Args:
+        cell: what is tuned.
+        options: from `candidates`.
+        measure: times a layer.
+        seconds: start no measurement after so long; the heuristic's always comes.
+        clock: in seconds.
+
+    Raises:
+        ValueError: the heuristic's tiles don't work.
+    """
+    until = clock() + seconds
+    heuristic = cell.heuristic()
+    first = measure(heuristic, FINAL, None)
+    if first is None:
+        raise ValueError(f"{cell}: the heuristic's tiles do not work: {heuristic}")
+    times: dict[LayerTiles, float | None] = {heuristic: first}
+    best, best_time = heuristic, first
+    out_of_time = False
+    for kernel in options:
+        here, here_time = kernel.start, first
+        if kernel.start != heuristic:
+            timed = measure(kernel.start, FINAL, best_time)
+            times[kernel.start] = timed
+            here_time = float("inf") if timed is None else timed
+        for step in ("gate_up", "down", "sort"):
+            screened: list[tuple[float, LayerTiles]] = []
+            for option in getattr(kernel, step):
+                tiles = replace(here, **{step: option})
+                if tiles in times:
+                    continue
+                if clock() > until:
+                    out_of_time = True
+                    break
+                bound = min(here_time, best_time)
+                times[tiles] = timed = measure(tiles, SCREENING, bound)
+                if timed is not None:
+                    screened.append((timed, tiles))
+            screened.sort(key=lambda pair: pair[0])
+            for screening, tiles in screened[:FINALISTS]:
+                if screening > NOISE * here_time:
+                    break
+                timed = measure(tiles, FINAL, None)
+                if timed is not None and timed < here_time:
+                    here, here_time = tiles, timed
+        if here_time < best_time:
+            best, best_time = here, here_time
+    skipped = sum(timed is None for timed in times.values())
+    return Found(best, best_time, first, len(times), skipped, out_of_time)
