@@ -179,41 +179,51 @@ def tune(
     versions = _versions(commit)
     done: list[Tuned] = []
     started = time.monotonic()
+    interrupted = False
     with ExitStack() as stack:
         precompiler = _precompiler(workers)
         if precompiler is not None:
             stack.enter_context(precompiler)
         progress = stack.enter_context(_progress(len(cells)))
-        for tuned in tune_cells(
+        tuning = tune_cells(
             cells,
             _timing(device),
             precompiler=precompiler,
             effort=effort,
             seconds=seconds_per_cell or SECONDS_PER_CELL[effort],
-        ):
-            done.append(tuned)
-            progress.update()
-            if tuned.found is not None:
-                found = tuned.found
-                measured = Measurement(
-                    found.tiles,
-                    round(found.microseconds, 2),
-                    round(found.heuristic_microseconds, 2),
-                    versions,
-                )
-                table.add(tuned.cell.kind, tuned.cell.num_tokens, measured)
-                table.write(path)
-            if not json_output:
-                progress.write(tuned.line(), file=sys.stdout)
-            if debug or tuned.found is None:
-                for error in tuned.errors:
-                    progress.write(f"  {' '.join(error.split())[:400]}", file=sys.stderr)
+        )
+        try:
+            for tuned in tuning:
+                done.append(tuned)
+                progress.update()
+                if tuned.found is not None:
+                    measured = Measurement(
+                        tuned.found.tiles,
+                        round(tuned.found.microseconds, 2),
+                        round(tuned.found.heuristic_microseconds, 2),
+                        versions,
+                    )
+                    table.add(tuned.cell.kind, tuned.cell.num_tokens, measured)
+                    table.write(path)
+                if not json_output:
+                    progress.write(tuned.line(), file=sys.stdout)
+                    sys.stdout.flush()
+                if debug or tuned.found is None:
+                    for error in tuned.errors:
+                        progress.write(f"  {' '.join(error.split())[:400]}", file=sys.stderr)
+        except KeyboardInterrupt:
+            interrupted = True
     succeeded = sum(tuned.found is not None for tuned in done)
     if json_output:
         document = {"table": str(path), "gpu": gpu, "cells": [asdict(tuned) for tuned in done]}
         print(json.dumps(document, indent=2))
     else:
         print(f"{path}: {succeeded} cells in {time.monotonic() - started:.0f} s")
+    if interrupted:
+        print(
+            f"qmoe: interrupted; {succeeded} of {len(cells)} cells are in {path}", file=sys.stderr
+        )
+        raise typer.Exit(130)
     if succeeded < len(done):
         raise typer.Exit(1)
 

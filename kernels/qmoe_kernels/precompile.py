@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -84,14 +85,21 @@ class Precompiler:
         except OSError:
             answer = ""
         if not answer:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.wait(1)  # for its own exit code
             worker.kill()
-            return f"the compiling process ended ({worker.wait()})"
+            code = worker.wait()
+            self._own.log.seek(0)
+            last = (self._own.log.read().strip() or "no message").splitlines()[-1]
+            return f"the compiling process ended with code {code}: {last}"
         return json.loads(answer)
 
     def _start(self) -> subprocess.Popen[str]:
         path = os.pathsep.join(
             [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         )
+        # Compilers say much about what they cannot compile.
+        self._own.log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         with self._lock:
             if self._closed:
                 raise RuntimeError("closed")
@@ -99,6 +107,7 @@ class Precompiler:
                 [sys.executable, "-m", "qmoe_kernels.precompile"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                stderr=self._own.log,
                 text=True,
                 env={**os.environ, "PYTHONPATH": path},
                 # Ctrl-C is for the process that tunes, which ends this one.

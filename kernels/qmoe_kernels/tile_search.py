@@ -28,6 +28,9 @@ FINALISTS = 2
 # By which a short measurement may be too long.
 NOISE = 1.03
 
+# When each step of a search is to end.
+SHARES = {"gate_up": 0.5, "down": 0.95, "sort": 1.0}
+
 BYTES = {"int8": 1, "fp8": 1, "bf16": 2}
 
 # block_n, bytes of weights along k, warps, stages. Likely ones first.
@@ -278,13 +281,13 @@ def search(
         cell: what is tuned.
         options: from `candidates`.
         measure: times a layer.
-        seconds: start no measurement after so long; the heuristic's always comes.
+        seconds: start no measurement after so long, but for the heuristic's; steps share it.
         clock: in seconds.
 
     Raises:
         ValueError: the heuristic's tiles don't work.
     """
-    until = clock() + seconds
+    began = clock()
     heuristic = cell.heuristic()
     first = measure(heuristic, FINAL, None)
     if first is None:
@@ -292,13 +295,14 @@ def search(
     times: dict[LayerTiles, float | None] = {heuristic: first}
     best, best_time = heuristic, first
     out_of_time = False
-    for kernel in options:
+    for index, kernel in enumerate(options):
         here, here_time = kernel.start, first
         if kernel.start != heuristic:
             timed = measure(kernel.start, FINAL, best_time)
             times[kernel.start] = timed
             here_time = float("inf") if timed is None else timed
-        for step in ("gate_up", "down", "sort"):
+        for step, share in SHARES.items():
+            until = began + seconds * (index + share) / len(options)
             screened: list[tuple[float, LayerTiles]] = []
             for option in getattr(kernel, step):
                 tiles = replace(here, **{step: option})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from functools import partial
 
@@ -35,7 +36,7 @@ class LayerTimer:
     Args:
         shape: of the layer.
         weights: ``"int8"``, ``"fp8"`` or ``"bf16"``.
-        device: a CUDA device.
+        device: a CUDA device; on the CPU, times mean nothing.
     """
 
     def __init__(self, shape: LayerShape, weights: str, device: torch.device) -> None:
@@ -92,7 +93,7 @@ class LayerTimer:
             except Exception as failure:  # Triton's and the compilers' have no common base
                 errors.append(f"{tiles}: {type(failure).__name__}: {failure}")
                 try:
-                    torch.cuda.synchronize(self.device)
+                    self._synchronize()
                 except RuntimeError as broken:  # nothing runs in this process any more
                     raise RuntimeError(f"{tiles} broke the GPU's context: {broken}") from None
                 return None
@@ -101,12 +102,15 @@ class LayerTimer:
 
     def _launched(self, call: Callable[[LayerTiles], object], tiles: LayerTiles) -> float:
         """Microseconds from one launch to its end, the host's part included."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        self._synchronize()
+        start = time.perf_counter()
         call(tiles)
-        end.record()
-        end.synchronize()
-        return 1e3 * start.elapsed_time(end)
+        self._synchronize()
+        return 1e6 * (time.perf_counter() - start)
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
 def _call(
