@@ -8,7 +8,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from qmoe_kernels import Activation, fused_moe, quantize
+from qmoe_kernels.quantization import STORAGE_DTYPE
 from qmoe_kernels.reference import fused_moe_reference
+from qmoe_kernels.tiles import LayerTiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -52,18 +54,24 @@ class Layer:
     def arguments(self) -> dict[str, object]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
-    def fused_moe(self) -> torch.Tensor:
-        return fused_moe(**self.arguments())
+    def fused_moe(self, *, activations: str = "auto") -> torch.Tensor:
+        return fused_moe(**self.arguments(), activations=activations)
 
-    def triton(self) -> torch.Tensor:
+    def triton(
+        self, *, activations: str | None = None, tiles: LayerTiles | None = None
+    ) -> torch.Tensor:
         """Launch the Triton kernels, in the interpreter where there is no GPU."""
         from qmoe_kernels.grouped_gemm import fused_moe_triton
 
-        arguments = {f.name: getattr(self.to(DEVICE), f.name) for f in fields(self)}
-        return fused_moe_triton(**arguments, num_experts=self.num_experts)
+        return fused_moe_triton(
+            **self.to(DEVICE).arguments(),
+            num_experts=self.num_experts,
+            activations=None if activations is None else STORAGE_DTYPE[activations],
+            tiles=tiles,
+        )
 
-    def reference(self) -> torch.Tensor:
-        return fused_moe_reference(**self.to("cpu").arguments())
+    def reference(self, *, activations: str | None = None) -> torch.Tensor:
+        return fused_moe_reference(**self.to("cpu").arguments(), activations=activations)
 
 
 def random_layer(

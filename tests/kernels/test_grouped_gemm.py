@@ -12,13 +12,13 @@ from random_layer import DEVICE, TRITON_DTYPES, assert_close, random_layer
 
 from qmoe_kernels import Activation, ExpertRouting, weighted_sum
 from qmoe_kernels.grouped_gemm import (
-    TileConfig,
-    choose_tile,
     grouped_linear_triton,
     launch_grouped_gemm,
     launch_weighted_sum,
 )
+from qmoe_kernels.heuristic import heuristic_tile
 from qmoe_kernels.reference import grouped_linear_reference
+from qmoe_kernels.tiles import TileConfig
 
 WEIGHTS = ["int8", "fp8", None]
 
@@ -102,6 +102,8 @@ def test_tiles(weights: str | None, block_m: int, block_n: int, block_k: int) ->
         layer.hidden_states,
         *projection,
         None,
+        layer.topk_ids,
+        3,
         ExpertRouting.from_topk_ids(layer.topk_ids, 3),
         None,
         torch.full((140, layer.gate_up_proj.shape[1]), torch.nan, device=DEVICE),
@@ -125,6 +127,8 @@ def test_tiles_fit_any_routing() -> None:
             weight,
             None,
             None,
+            ids,
+            4,
             ExpertRouting.from_topk_ids(ids, 4),
             None,
             torch.full((len(ids), 5), torch.nan, device=DEVICE),
@@ -232,11 +236,12 @@ import json, re
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from qmoe_kernels.grouped_gemm import choose_tile, grouped_gemm_kernel
+from qmoe_kernels.grouped_gemm import grouped_gemm_kernel
+from qmoe_kernels.heuristic import heuristic_tile
 
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 pointers = dict.fromkeys(
-    ["sorted_pair_ids_ptr", "expert_offsets_ptr", "expert_to_slot_ptr"], "*i32"
+    ["ids_ptr", "expert_offsets_ptr", "expert_to_slot_ptr"], "*i32"
 )
 activation = dict(NAME="silu", ALPHA=1.702, UP_SHIFT=1.0, LIMIT=7.0, LIMIT_AFTER=False,
                   GATE_SOFTCAP=None, UP_SOFTCAP=None)
@@ -245,11 +250,12 @@ for capability in ARCHITECTURES:
         (torch.bfloat16, "int8", True, 1), (torch.bfloat16, "fp8", False, 200),
         (torch.float16, "fp8", True, 40),
     ]:
-        tile = choose_tile(rows, 1, dtype, torch.int8, gated)
+        tile = heuristic_tile(rows, torch.int8, dtype, gated=gated)
         constants = dict(
-            activation, N=704, K=2880, GATHER=gated, SCATTER=not gated, FP8=weights == "fp8",
-            GATED=gated, EXPERTS_BLOCK=128, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k, GROUP_M=8,
+            activation, x_scale_ptr=None, SORTED=True, GATHER=gated, SCATTER=not gated,
+            FP8=weights == "fp8", GATED=gated, BLOCK_IDS=128, BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, TAIL_M=tile.tail_m, GROUP_M=8,
+            EVEN_K=False, ASM=True, PDL=False,
         )
         if not gated:
             constants["NAME"] = None
@@ -293,11 +299,10 @@ def test_compiles_for_every_architecture() -> None:
             assert "wgmma.mma" in kernel["products"], kernel
 
 
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("weight_dtype", [torch.int8, torch.bfloat16])
-def test_tile_grows_with_rows(gated: bool, weight_dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("weights", [torch.int8, torch.bfloat16])
+def test_tile_grows_with_rows(weights: torch.dtype) -> None:
     blocks = [
-        choose_tile(tokens * 8, 128, torch.bfloat16, weight_dtype, gated).block_m
+        heuristic_tile(tokens * 8 / 128, weights, torch.bfloat16, gated=True).block_m
         for tokens in (0, 1, 64, 512, 1024, 4096)
     ]
     assert blocks == sorted(blocks) and blocks[0] == 16 and blocks[-1] == 128
