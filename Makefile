@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test quality style docs bench-convert bench-cache clean
+.PHONY: demo test quality style docs bench-convert bench-cache bench-kernels clean
 
 demo: $(READY)
 	$(BIN)/qmoe demo
@@ -34,6 +34,11 @@ bench-convert: $(READY)
 bench-cache: $(READY)
 	$(BIN)/python -m benchmarks.cache
 	$(BIN)/python -m benchmarks.cache --draw
+
+# needs a GPU with 140 GB; five minutes
+bench-kernels: $(READY)
+	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.kernels --draw
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "qmoe needs Python 3.10 or newer; set PYTHON=...")'

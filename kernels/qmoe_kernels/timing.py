@@ -17,6 +17,8 @@ from torch import Tensor
 from qmoe_kernels.quantization import STORAGE_DTYPE, quantize
 from qmoe_kernels.tiles import LayerShape
 
+FLOAT_DTYPE = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
 GRAPH_SECONDS = 0.004  # of one replay, about: long beside the gap between two replays
 # Rough rates of a large GPU, to choose a number of calls with: bytes/s and operations/s.
 _BYTES_PER_SECOND, _OPERATIONS_PER_SECOND = 4e12, 5e14
@@ -27,11 +29,11 @@ class LayerWeights:
     """The experts of one layer, as `fused_moe` takes them.
 
     Attributes:
-        gate_up_proj: (num_experts, 2 * intermediate_size, hidden_size) int8 | e4m3fn | bf16;
+        gate_up_proj: (num_experts, 2 * intermediate_size, hidden_size) int8 | e4m3fn | float;
             intermediate_size rows without a gate.
-        gate_up_proj_scale: (num_experts, 2 * intermediate_size) fp32; None for bf16.
+        gate_up_proj_scale: (num_experts, 2 * intermediate_size) fp32; None for float weights.
         down_proj: (num_experts, hidden_size, intermediate_size), same dtype.
-        down_proj_scale: (num_experts, hidden_size) fp32; None for bf16.
+        down_proj_scale: (num_experts, hidden_size) fp32; None for float weights.
     """
 
     gate_up_proj: Tensor
@@ -59,15 +61,17 @@ def random_layer(
 
     Args:
         shape: of the layer.
-        weights: ``"int8"``, ``"fp8"`` (both per output channel) or ``"bf16"``.
+        weights: ``"int8"``, ``"fp8"`` (both per output channel), ``"bf16"`` or ``"fp32"``; of one
+            draw, if ``generator`` is in the same state.
         device: where to draw.
         generator: on that device.
 
     Raises:
         ValueError: unknown weights.
     """
-    if weights != "bf16" and weights not in STORAGE_DTYPE:
-        raise ValueError(f"unknown weights {weights!r}; 'int8', 'fp8' and 'bf16' work")
+    dtype = (STORAGE_DTYPE | FLOAT_DTYPE).get(weights)
+    if dtype is None:
+        raise ValueError(f"unknown weights {weights!r}; 'int8', 'fp8', 'bf16' and 'fp32' work")
     up_rows = shape.intermediate_size * (2 if shape.gated else 1)
     found: list[Tensor | None] = []
     for rows, columns in (
@@ -75,7 +79,6 @@ def random_layer(
         (shape.hidden_size, shape.intermediate_size),
     ):
         size = (shape.num_experts, rows, columns)
-        dtype = STORAGE_DTYPE.get(weights, torch.bfloat16)
         values = torch.empty(size, dtype=dtype, device=device)
         scale = None
         if weights in STORAGE_DTYPE:

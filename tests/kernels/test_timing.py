@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qmoe_kernels import fused_moe
+from qmoe_kernels.tiles import LayerShape
 from qmoe_kernels.timing import (
     LayerWeights,
     eager_microseconds,
@@ -15,7 +16,6 @@ from qmoe_kernels.timing import (
     random_routing,
     replay_microseconds,
 )
-from qmoe_kernels.tiles import LayerShape
 
 SMALL = LayerShape(num_experts=6, top_k=2, hidden_size=64, intermediate_size=32)
 QWEN3 = LayerShape(128, 8, 2048, 768)
@@ -33,7 +33,7 @@ def draw(skew: float = 0.0, num_tokens: int = 2048, among: int | None = None) ->
     return ids.cpu()
 
 
-@pytest.mark.parametrize("weights", ["int8", "fp8", "bf16"])
+@pytest.mark.parametrize("weights", ["int8", "fp8", "bf16", "fp32"])
 @pytest.mark.parametrize("gated", [True, False])
 def test_layer_has_the_shapes_that_fused_moe_takes(weights: str, gated: bool) -> None:
     shape = LayerShape(6, 2, 64, 32, gated)
@@ -42,7 +42,7 @@ def test_layer_has_the_shapes_that_fused_moe_takes(weights: str, gated: bool) ->
     assert layer.down_proj.shape == (6, 64, 32)
     assert layer.gate_up_proj.numel() + layer.down_proj.numel() == 6 * expert_elements(shape)
     scales = (layer.gate_up_proj_scale, layer.down_proj_scale)
-    if weights == "bf16":
+    if weights in ("bf16", "fp32"):
         assert scales == (None, None)
         return
     assert [scale.shape for scale in scales if scale is not None] == [
@@ -57,14 +57,14 @@ def test_layer_has_the_shapes_that_fused_moe_takes(weights: str, gated: bool) ->
 
 
 def test_formats_hold_the_same_draw_and_seeds_differ() -> None:
-    layers = {w: random_layer(SMALL, w, DEVICE, generator()) for w in ("int8", "bf16")}
+    layers = {w: random_layer(SMALL, w, DEVICE, generator()) for w in ("int8", "fp32")}
     scale = layers["int8"].gate_up_proj_scale
     assert scale is not None
-    difference = layers["int8"].gate_up_proj * scale[..., None] - layers["bf16"].gate_up_proj
-    assert float(difference.norm() / layers["bf16"].gate_up_proj.float().norm()) < 0.02
+    difference = layers["int8"].gate_up_proj * scale[..., None] - layers["fp32"].gate_up_proj
+    assert float(difference.norm() / layers["fp32"].gate_up_proj.norm()) < 0.02
     other = random_layer(SMALL, "int8", DEVICE, generator(1))
     assert not torch.equal(other.gate_up_proj, layers["int8"].gate_up_proj)
-    with pytest.raises(ValueError, match=r"int4.*'int8', 'fp8' and 'bf16'"):
+    with pytest.raises(ValueError, match=r"int4.*'int8', 'fp8', 'bf16' and 'fp32'"):
         random_layer(SMALL, "int4", DEVICE, generator())
 
 

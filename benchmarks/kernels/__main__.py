@@ -1,0 +1,142 @@
+"""One MoE layer: ours, and what others compute it with, in three models' shapes.
+
+``python -m benchmarks.kernels`` (``make bench-kernels``) runs, on one GPU with 140 GB (``--only``
+names some of them):
+
+- *ceilings*: what this machine reads, copies and multiplies.
+- *errors*: of every format on fp32 weights, and of our kernels over it.
+- *latency*: microseconds of the whole layer, by tokens, of our modes, torch's grouped products
+  (GEMMs alone), transformers' experts implementations and, where it is installed, vLLM's kernels:
+  CUDA-graph replay, two layers' weights and many routings in turn, so that nothing is in L2.
+- *skew*: Zipf-distributed routing over uniform routing with as many active experts.
+- *routing*: sorting pairs by expert, by itself, and routers, fused and transformers' own.
+- *layer*: one layer computed on the CPU, eagerly, grouped and fused.
+
+Every cell is checked before it is timed: up to 32 tokens against fp64 on the same rounded operands,
+on memory poisoned with NaN, twice for equal bits. One that fails has no time. Results go to
+``benchmarks/results/kernels.json`` as they come (sections that are not run keep what they had), and
+``--draw`` draws pictures beside it. ``--tiny`` runs all of it on small shapes, on a CPU too, to
+test this file; its times mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.kernels.layers import MODES
+from benchmarks.kernels.routing import run_routing
+from benchmarks.kernels.sections import (
+    Bench,
+    run_ceilings,
+    run_errors,
+    run_latency,
+    run_layer,
+    run_skew,
+)
+from benchmarks.kernels.table import tables
+from benchmarks.kernels.targets import SHAPES, TOKENS, targets
+from benchmarks.record import Results, facts
+from qmoe_kernels.tiles import LayerShape
+
+RESULTS = Path(__file__).parents[1] / "results" / "kernels.json"
+TINY_SHAPES = {
+    "tiny": LayerShape(num_experts=8, top_k=2, hidden_size=64, intermediate_size=32),
+    "odd": LayerShape(num_experts=5, top_k=1, hidden_size=48, intermediate_size=16),
+}
+TINY_TOKENS = (1, 16)
+
+SECTIONS: dict[str, Callable[[Bench], None]] = {
+    "ceilings": run_ceilings,
+    "errors": run_errors,
+    "latency": run_latency,
+    "skew": run_skew,
+    "routing": run_routing,
+    "layer": run_layer,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run sections; the number of those that failed, and of cells whose check did."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default=",".join(SECTIONS), help="sections: %(default)s")
+    parser.add_argument("--shapes", help=f"some of {','.join(SHAPES)}")
+    parser.add_argument("--tokens", help=f"{','.join(map(str, TOKENS))} if absent")
+    parser.add_argument("--modes", default=",".join(MODES), help="%(default)s")
+    parser.add_argument("--seconds", type=float, default=0.1, help="of replays, per cell")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--draw", action="store_true", help="draw what --out holds, run nothing")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, as a test")
+    parser.add_argument("--commit", help="to write down, where there is no git")
+    options = parser.parse_args(arguments)
+    if options.draw:
+        from benchmarks.kernels.figures import draw
+
+        draw(options.out)
+        return 0
+    known = TINY_SHAPES if options.tiny else SHAPES
+    only = options.only.split(",")
+    shapes = options.shapes.split(",") if options.shapes else list(known)
+    modes = options.modes.split(",")
+    for what, asked, there in (
+        ("section", only, SECTIONS),
+        ("shape", shapes, known),
+        ("mode", modes, MODES),
+    ):
+        if unknown := set(asked) - set(there):
+            parser.error(f"no {what} {', '.join(sorted(unknown))}; there are {', '.join(there)}")
+    tokens = TINY_TOKENS if options.tiny else TOKENS
+    if options.tokens:
+        try:
+            tokens = tuple(int(t) for t in options.tokens.split(","))
+        except ValueError:
+            parser.error(f"--tokens {options.tokens}: numbers with commas work")
+    if options.tiny and options.out == RESULTS:
+        parser.error("--tiny measures nothing worth keeping: give it another --out")
+    if not options.tiny and not torch.cuda.is_available():
+        parser.error("this needs a GPU; --tiny runs on the CPU")
+    common = facts(options.commit) | {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "command": " ".join(["python -m benchmarks.kernels", *arguments]),
+    }
+    results = Results("kernels", options.out, common, targets)
+    bench = Bench(
+        {name: known[name] for name in shapes},
+        tokens,
+        tuple(modes),
+        options.seconds,
+        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        results,
+    )
+    failed = 0
+    for name, run in SECTIONS.items():
+        if name not in only:
+            continue
+        started = time.monotonic()
+        try:
+            run(bench)
+        except Exception as error:  # the other sections still tell something
+            traceback.print_exc()
+            results.set(error=f"{type(error).__name__}: {error}")
+            failed += 1
+        results.log(f"{name} took {time.monotonic() - started:.1f} s")
+    sections = results.data["sections"]
+    missed = [target for target in results.data["targets"] if not target["met"]]
+    for target in missed:
+        print(f"missed {target['what']}: {target['measured']} (target {target['target']})")
+    for line in tables(sections):
+        print(line)
+    print(f"{len(missed)} of {len(results.data['targets'])} targets missed")
+    failed += sum("failed" in cell for s in sections.values() for cell in s.get("cells", []))
+    return failed
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,77 @@
+"""The tables that are printed, from what was written down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.kernels.layers import MODES
+from benchmarks.kernels.targets import TOKENS, best_peer
+
+LEGEND = (
+    "microseconds, % of the floor (the larger of memory's and arithmetic's), + target reached, "
+    "- missed;\nfloor: active experts at 8 bits; best here: of whole layers in this run; known: "
+    "of the table that targets come from"
+)
+
+
+def tables(sections: dict[str, Any]) -> Iterator[str]:
+    """Yield lines: latencies shape by shape, then what else there is."""
+    latencies = {n: s for n, s in sections.items() if n.startswith("latency.") and s.get("cells")}
+    if latencies:
+        yield LEGEND
+    for section in latencies.values():
+        yield from latency_table(section)
+    for section in sections.values():
+        for cell in section.get("skewed", []):
+            yield (
+                f"skewed: {cell['shape']:8} {cell['tokens']:5} {cell['mode']:10} "
+                f"{cell['skewed_us']:9.1f} {cell['uniform_us']:9.1f} us, ratio {cell['ratio']:.3f}"
+            )
+    for cell in sections.get("errors", {}).get("errors", []):
+        yield (
+            f"error: {cell['shape']:8} {cell['tokens']:5} {cell['mode']:10} {cell['error']:.5f}, "
+            f"the format's {cell['format_error']:.5f}, ratio {cell['ratio']:.3f}"
+        )
+
+
+def latency_table(section: dict[str, Any]) -> Iterator[str]:
+    """Yield one shape's table: a row for each number of tokens, a column for each mode."""
+    shape = section["cells"][0]["shape"]
+    cells = {(c["tokens"], c["mode"]): c for c in section["cells"]}
+    modes = [m for m in MODES if any(mode == m for _, mode in cells)]
+    yield ""
+    yield f"{shape:8} active   floor |" + "|".join(f"{m:^17}" for m in modes) + "| best here, known"
+    for tokens in sorted({t for t, _ in cells}):
+        row = [cells.get((tokens, mode)) for mode in modes]
+        first = next(c for c in row if c is not None)
+        floor = min(c["floor_us"] for c in row if c is not None)
+        line = f"{tokens:8} {first['active']:6.1f} {floor:7.1f} |"
+        line += "|".join(_entry(cell) for cell in row)
+        yield line + "| " + _peers(section, shape, tokens)
+    for cell in section["cells"]:
+        if "failed" in cell:
+            yield f"FAILED {shape} {cell['tokens']} {cell['mode']}: {cell['failed']}"
+
+
+def _entry(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return " " * 17
+    if "us" not in cell:
+        return f"{'FAILED':^17}"
+    mark = " "
+    if cell["target_us"] is not None:
+        mark = "+" if cell["us"] <= cell["target_us"] else "-"
+    return f"{cell['us']:9.1f} {100 * cell['share_of_floor']:3.0f}% {mark} "
+
+
+def _peers(section: dict[str, Any], shape: str, tokens: int) -> str:
+    here = [
+        (p["us"], p["peer"])
+        for p in section.get("peers", [])
+        if p["tokens"] == tokens and "us" in p and p["whole_layer"]
+    ]
+    text = "{1} {0:.1f}".format(*min(here)) if here else ""
+    if tokens in TOKENS and shape in ("qwen3", "mixtral", "dsv3"):
+        text += ", {} {:.1f}".format(*best_peer(shape, tokens))
+    return text
