@@ -39,8 +39,8 @@ _DECODE = (
     (64, 256, 4, 4),
     (128, 256, 8, 3),
     (64, 128, 4, 6),
-    (128, 128, 4, 3),
-    (64, 256, 4, 3),
+    (128, 128, 4, 6),
+    (64, 256, 4, 5),
     (128, 128, 8, 4),
     (128, 256, 4, 3),
     (256, 128, 8, 4),
@@ -136,7 +136,7 @@ class Candidates:
 
 
 def candidates(cell: Cell, effort: Effort = "quick") -> list[Candidates]:
-    """Return what to try: with tensor cores, and for one token without them too.
+    """Return what to try: with tensor cores, and without them for one token or by the heuristic.
 
     All of them fit in 227 KiB of shared memory and in registers, by this estimate: every stage
     holds a tile of weights and one of rows, a sum is one register, and so are two decoded 16-bit
@@ -152,7 +152,8 @@ def candidates(cell: Cell, effort: Effort = "quick") -> list[Candidates]:
     heuristic = cell.heuristic()
     found = []
     for gemv in (False, True):
-        if gemv and (cell.num_tokens > 1 or BYTES[cell.kind.activations] == 1):
+        likely = cell.num_tokens == 1 or heuristic.gate_up.block_m == 1
+        if gemv and (BYTES[cell.kind.activations] == 1 or not likely):
             continue
         options = _gemv(cell.kind, effort) if gemv else _tensor_core(cell, effort)
         gate_up, down = (

@@ -25,6 +25,8 @@ from qmoe_kernels.timing import (
 TOLERANCE = 2e-2
 # A candidate slower than the best by this factor is not replayed; launching it takes so long, too.
 TOO_SLOW, LAUNCH_MICROSECONDS = 1.5, 500.0
+# A graph with more takes longer to capture than to replay.
+MOST_CALLS = 64
 # Two copies of weights up to this size, so that L2 has less of what comes next; see
 # `replay_microseconds`.
 SMALL_LAYER = 4e9
@@ -55,7 +57,8 @@ class LayerTimer:
         shape = cell.kind.shape
         draw = partial(torch.randn, device=self.device, generator=self.generator)
         calls: list[Callable[[LayerTiles], torch.Tensor]] = []
-        for index in range(num_calls(shape, cell.num_tokens, self.layers[0].down_proj.itemsize)):
+        number = num_calls(shape, cell.num_tokens, self.layers[0].down_proj.itemsize)
+        for index in range(min(number, MOST_CALLS)):
             topk_ids, topk_weights = random_routing(
                 shape, cell.num_tokens, device=self.device, generator=self.generator
             )

@@ -445,6 +445,14 @@ class TestPrecompiler:
             assert "the compiling process ended with code 2: /bin/ls: " in error
         assert len(found) == 2
 
+    @pytest.mark.gpu
+    def test_compiles_on_a_gpu(self) -> None:
+        cells = [Cell(LayerKind(QWEN3, *pair), 4) for pair in (("int8", "bf16"), ("fp8", "fp8"))]
+        with Precompiler(2) as precompiler:
+            for cell in cells:
+                compiling = precompiler.submit(cell, [cell.heuristic()])
+                assert failures(compiling, 120) == {}
+
     @pytest.mark.slow
     def test_compiles_and_launches_nothing(self, tmp_path: Path) -> None:
         """With a driver that has an architecture and nothing else."""

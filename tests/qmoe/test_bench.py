@@ -148,6 +148,20 @@ class TestTune:
         assert every.found is not None and every.found.tiles == best_tiles(cell)
 
 
+@pytest.mark.gpu
+def test_tunes_on_a_gpu(tmp_path, capsys) -> None:
+    arguments = ["--weights=int8", "--tokens=1,4", "--seconds-per-cell=2", "--workers=4", "--json"]
+    assert tune(tmp_path, *arguments) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert len(document["cells"]) == 4
+    for cell in document["cells"]:
+        assert cell["found"]["num_tried"] > 4
+        assert cell["found"]["microseconds"] <= cell["found"]["heuristic_microseconds"]
+        assert not [error for error in cell["errors"] if "OutOf" not in error]
+    table = TileTable.read(Path(document["table"]))
+    assert [list(row) for row in table.rows.values()] == [[1, 4], [1, 4]]
+
+
 class TestModel:
     def test_the_shape_of_a_checkpoint(self, gpu, checkpoint, tmp_path) -> None:
         arguments = ["--model", str(checkpoint), f"--output={tmp_path}", "--tokens=4"]
