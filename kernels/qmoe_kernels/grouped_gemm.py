@@ -75,16 +75,20 @@ def grouped_gemm_kernel(
     BLOCK_K: tl.constexpr,
     TAIL_M: tl.constexpr,  # an expert's last tile with no more rows is this high
     GROUP_M: tl.constexpr,
+    PREFETCH_LINES: tl.constexpr,
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Grid: (max_tiles_m * cdiv(channels, BLOCK_N),); programs without rows leave at once.
 
     With GATED, channels are gate and up ones together, 2 * N.
+
+    PREFETCH_LINES: ask for so many cache lines of each row of weights before waiting for the
+    kernel before this one, which must not have written ids, offsets or slots.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    if PDL and PREFETCH_LINES == 0:
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     # Neighbouring programs share weights (same expert, same channels) and then rows: L2 serves
     # both.
     BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
@@ -139,6 +143,12 @@ def grouped_gemm_kernel(
     if bias_ptr is not None:
         bias_ptr += expert * channels
 
+    if PREFETCH_LINES > 0:
+        prefetched = tl.minimum(tile_n * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
+        _prefetch(weight_ptr, prefetched.to(tl.int64) * stride_weight_n, K, PREFETCH_LINES)
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
     if TAIL_M > 0:  # noqa: SIM102 (one is known when compiling)
         if num_rows <= TAIL_M:
             rows = tl.arange(0, TAIL_M)
@@ -164,6 +174,17 @@ def grouped_gemm_kernel(
         SORTED, GATHER, SCATTER, FP8, NAME, GATED, ALPHA, UP_SHIFT, LIMIT, LIMIT_AFTER,
         GATE_SOFTCAP, UP_SOFTCAP, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, ASM,
     )  # fmt: skip
+
+
+@triton.jit
+def _prefetch(ptr, offsets, length, LINES: tl.constexpr):
+    """Bring LINES cache lines from each ``ptr + offsets`` on to L2, up to ``length`` elements."""
+    LINE: tl.constexpr = 128 * 8 // ptr.dtype.element_ty.primitive_bitwidth
+    lines = tl.minimum(tl.arange(0, LINES) * LINE, length - 1)
+    ptrs = (ptr + offsets[:, None] + lines[None, :]).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptrs], tl.int32, is_pure=False, pack=1
+    )
 
 
 @triton.jit
@@ -384,14 +405,19 @@ def gemv_kernel(
     topk_ids_ptr,  # (num_tokens, TOP_K)
     topk_weights_ptr,  # (num_tokens, TOP_K), or None
     expert_to_slot_ptr,  # (num_experts,) int32, or None
+    next_weight_ptr,  # (num_slots, ...): the weights that are multiplied next
     num_experts,
     N,
     K,
     stride_x,
     stride_weight_slot,
     stride_weight_n,
+    stride_next_slot,
+    next_length,  # how much of a slot of the next weights is prefetched, by all programs
     TOP_K: tl.constexpr,
     PER_PAIR: tl.constexpr,
+    PAIRS: tl.constexpr,  # per program
+    PAIRS_BLOCK: tl.constexpr,  # power of two, at least PAIRS
     FP8: tl.constexpr,
     NAME: tl.constexpr,
     GATED: tl.constexpr,
@@ -405,104 +431,103 @@ def gemv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    PREFETCH_LINES: tl.constexpr,  # per program
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Products of single rows, and with topk_weights_ptr their sum over a token's experts.
 
-    Grid: (num_pairs or num_tokens, cdiv(N, channels per program)). Without tensor cores, since one
-    row would leave seven eighths of them idle; every load of weights is independent of any other.
+    Grid: (num_pairs / PAIRS, cdiv(channels, BLOCK_N)). Without tensor cores, of which one row
+    would leave seven eighths idle. All experts of a program are read at the same time.
+
+    The kernel before this one must not have written ids or slots.
     """
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
-    SUM: tl.constexpr = topk_weights_ptr is not None
-    NUM_PAIRS: tl.constexpr = TOP_K if SUM else 1
+    order = tl.arange(0, PAIRS_BLOCK)
+    pairs = tl.program_id(0) * PAIRS + order
+    expert = tl.load(topk_ids_ptr + pairs, mask=order < PAIRS, other=-1).to(tl.int32)
+    routed = (expert >= 0) & (expert < num_experts)
+    expert = tl.where(routed, expert, 0)
+    slot = expert
+    if expert_to_slot_ptr is not None:
+        slot = tl.load(expert_to_slot_ptr + expert)
+    absent = slot < 0
+    slot = tl.maximum(slot, 0).to(tl.int64)
+
+    tile_rows = tl.arange(0, BLOCK_N)
     columns = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    mask = columns < N
-    channels = N
     if GATED:
         channels = 2 * N
-        tile_rows = tl.arange(0, BLOCK_N)
         rows = tl.program_id(1) * BLOCK_OUT + tile_rows % BLOCK_OUT
         rows = tl.minimum(rows, N - 1) + tile_rows // BLOCK_OUT * N
     else:
+        channels = N
         rows = tl.minimum(columns, N - 1)
+    offsets_k = tl.arange(0, BLOCK_K)
+    weight_ptrs = weight_ptr + (
+        (slot * stride_weight_slot)[:, None, None]
+        + (rows.to(tl.int64) * stride_weight_n)[None, :, None]
+        + offsets_k[None, None, :]
+    )
+    x_rows = pairs
+    if not PER_PAIR:
+        x_rows = pairs // TOP_K
+    x_ptrs = x_ptr + (x_rows.to(tl.int64) * stride_x)[:, None, None] + offsets_k[None, None, :]
+    mask = routed[:, None, None]
     if PDL:
         tl.extra.cuda.gdc_wait()
-    total = tl.zeros((BLOCK_OUT,), dtype=tl.float32)
-    for i in tl.static_range(NUM_PAIRS):
-        pair = tl.program_id(0) * NUM_PAIRS + i
-        expert = tl.load(topk_ids_ptr + pair).to(tl.int32)
-        routed = (expert >= 0) & (expert < num_experts)
-        expert = tl.where(routed, expert, 0)
-        slot = expert
-        if expert_to_slot_ptr is not None:
-            slot = tl.load(expert_to_slot_ptr + expert)
-        x_row = pair
-        if not PER_PAIR:
-            x_row = pair // TOP_K
-        y = _rows_times_vector(
-            x_ptr + x_row.to(tl.int64) * stride_x,
-            weight_ptr + tl.maximum(slot, 0).to(tl.int64) * stride_weight_slot,
-            rows, stride_weight_n, K, FP8, EVEN_K, BLOCK_N, BLOCK_K, NUM_STAGES, ASM,
-        )  # fmt: skip
-        if scale_ptr is not None:
-            scale = tl.load(scale_ptr + expert * channels + rows)
-            if FP8:
-                scale = scale * 256.0  # what _decode left out
-            y = y * scale
-        if bias_ptr is not None:
-            y = y + tl.load(bias_ptr + expert * channels + rows).to(tl.float32)
-        up = y
-        if GATED:
-            y, up = tl.split(tl.permute(tl.reshape(y, (2, BLOCK_OUT)), (1, 0)))
-        if NAME is not None:
-            y = apply_triton(
-                y, up, NAME, GATED, ALPHA, UP_SHIFT, LIMIT, LIMIT_AFTER, GATE_SOFTCAP, UP_SOFTCAP
-            )  # fmt: skip
-        y = tl.where(slot < 0, float("nan"), y).to(out_ptr.dtype.element_ty)
-        if SUM:
-            # As weighted_sum_kernel does it: to the same bits.
-            weight = tl.load(topk_weights_ptr + pair).to(tl.float32)
-            added = tl.fma(y.to(tl.float32), tl.zeros_like(total) + weight, total)
-            total = tl.where(routed, added, total)
-        else:
-            tl.store(out_ptr + pair.to(tl.int64) * N + columns, y, mask=mask & routed)
-    if SUM:
-        total = total.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + tl.program_id(0).to(tl.int64) * N + columns, total, mask=mask)
-
-
-@triton.jit
-def _rows_times_vector(
-    x_ptr,
-    weight_ptr,
-    rows,  # (BLOCK_N,)
-    stride_weight_n,
-    K,
-    FP8: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-    ASM: tl.constexpr,
-):
-    offsets_k = tl.arange(0, BLOCK_K)
-    weight_ptrs = weight_ptr + rows.to(tl.int64)[:, None] * stride_weight_n + offsets_k[None, :]
-    acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+        tl.extra.cuda.gdc_launch_dependents()
+    acc = tl.zeros((PAIRS_BLOCK, BLOCK_N, BLOCK_K), dtype=tl.float32)
     for k in tl.range(0, K, BLOCK_K, num_stages=NUM_STAGES):
-        if EVEN_K:
-            x = tl.load(x_ptr + k + offsets_k)
-            weight = tl.load(weight_ptrs + k)
-        else:
-            mask = offsets_k < K - k
-            x = tl.load(x_ptr + k + offsets_k, mask=mask, other=0.0)
-            weight = tl.load(weight_ptrs + k, mask=mask[None, :], other=0)
+        mask_k = mask
+        if not EVEN_K:
+            mask_k = mask & (offsets_k < K - k)[None, None, :]
+        x = tl.load(x_ptrs + k, mask=mask_k, other=0.0)
+        weight = tl.load(weight_ptrs + k, mask=mask_k, other=0.0)
         if weight.dtype == tl.int8:
             weight = _decode(weight, tl.float16, FP8, ASM)
-        acc += weight.to(tl.float32) * x.to(tl.float32)[None, :]
-    return tl.sum(acc, 1)
+        acc += weight.to(tl.float32) * x.to(tl.float32)
+    if PREFETCH_LINES > 0:
+        # What is left of this kernel leaves the memory idle.
+        LINE: tl.constexpr = 128 * 8 // next_weight_ptr.dtype.element_ty.primitive_bitwidth
+        start = slot * stride_next_slot + tl.program_id(1) * PREFETCH_LINES * LINE
+        left = next_length - tl.program_id(1) * PREFETCH_LINES * LINE
+        if left > 0:
+            _prefetch(next_weight_ptr, start, left, PREFETCH_LINES)
+
+    y = tl.sum(acc, 2)
+    scale_rows = expert[:, None] * channels + rows[None, :]
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + scale_rows)
+        if FP8:
+            scale = scale * 256.0  # what _decode left out
+        y = y * scale
+    if bias_ptr is not None:
+        y = y + tl.load(bias_ptr + scale_rows).to(tl.float32)
+    up = y
+    if GATED:
+        y, up = tl.split(tl.permute(tl.reshape(y, (PAIRS_BLOCK, 2, BLOCK_OUT)), (0, 2, 1)))
+    if NAME is not None:
+        y = apply_triton(
+            y, up, NAME, GATED, ALPHA, UP_SHIFT, LIMIT, LIMIT_AFTER, GATE_SOFTCAP, UP_SOFTCAP
+        )  # fmt: skip
+    y = tl.where(absent[:, None], float("nan"), y).to(out_ptr.dtype.element_ty)
+    exists = columns < N
+    if topk_weights_ptr is None:
+        out_ptrs = out_ptr + pairs.to(tl.int64)[:, None] * N + columns[None, :]
+        tl.store(out_ptrs, y, mask=routed[:, None] & exists[None, :])
+    else:
+        # As weighted_sum_kernel does it, to the same bits: rounded, then in order.
+        y = tl.where(routed[:, None], y.to(tl.float32), 0.0)
+        weights = tl.load(topk_weights_ptr + pairs, mask=routed, other=0.0).to(tl.float32)
+        total = tl.zeros((BLOCK_OUT,), dtype=tl.float32)
+        for i in tl.static_range(PAIRS):
+            this = order == i
+            row = tl.sum(tl.where(this[:, None], y, 0.0), 0)
+            weight = tl.sum(tl.where(this, weights, 0.0), 0)
+            total = tl.fma(row, tl.zeros_like(total) + weight, total)
+        total = total.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + tl.program_id(0).to(tl.int64) * N + columns, total, mask=exists)
 
 
 # Not specialized: see above.
@@ -550,8 +575,8 @@ def quantize_rows_kernel(
 ):
     """Grid: (num_rows,)."""
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     absmax = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -576,6 +601,9 @@ def quantize_rows_kernel(
         tl.store(out_ptr + row * K + k + offsets, x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+# Of the second product's weights, while the first one ends: a good part of a large GPU's L2.
+PREFETCHED_BYTES = 16 << 20
+
 # Inline assembly and programmatic launches are for devices, not for the interpreter.
 COMPILED = isinstance(grouped_gemm_kernel, triton.JITFunction)
 
@@ -583,6 +611,10 @@ COMPILED = isinstance(grouped_gemm_kernel, triton.JITFunction)
 @functools.cache
 def _has_dependent_launch(device: torch.device) -> bool:
     return COMPILED and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _launch_options(dependent: bool, device: torch.device) -> dict[str, bool]:
+    return {"launch_pdl": True} if dependent and _has_dependent_launch(device) else {}
 
 
 def launch_grouped_gemm(
@@ -602,6 +634,7 @@ def launch_grouped_gemm(
     pairs_per_row: int | None = None,
     scatter: bool = False,
     dependent: bool = True,
+    prefetch: bool = False,
 ) -> torch.Tensor:
     """Fill the routed rows of ``out`` and return it; the others are left as they are.
 
@@ -613,8 +646,10 @@ def launch_grouped_gemm(
         pairs_per_row: row ``pair // pairs_per_row`` of ``x`` belongs to a pair; None says that
             rows of ``x`` are in the order of sorted pairs.
         scatter: write in the order of pairs instead of the sorted order.
-        dependent: start while the kernel before this one ends, where the GPU can; only if that
-            kernel waits for its own predecessor.
+        dependent: start while the kernel before this one ends, where the GPU can; that kernel is
+            to wait for its own predecessor before it lets this one start.
+        prefetch: ask for weights before that kernel has ended; for few rows of products after the
+            first.
     """
     num_pairs, out_features = out.shape
     if num_pairs == 0 or out_features == 0:
@@ -627,7 +662,9 @@ def launch_grouped_gemm(
         # Every expert but one may leave its last tile nearly empty.
         extra = max(0, num_pairs - num_experts) // tile.block_m
         max_tiles_m = min(num_pairs, num_experts + extra)
-    pdl = dependent and _has_dependent_launch(x.device)
+    pdl = _has_dependent_launch(x.device)
+    # 1024 bytes of each row at most: what all programs ask for at once has to stay in L2.
+    lines = min(8, triton.cdiv(in_features * weight.element_size(), 128))
     grid = (max_tiles_m * triton.cdiv(out_features * (2 if gated else 1), tile.block_n),)
     grouped_gemm_kernel[grid](
         x,
@@ -660,11 +697,12 @@ def launch_grouped_gemm(
         BLOCK_K=tile.block_k,
         TAIL_M=tile.tail_m,
         GROUP_M=8,
+        PREFETCH_LINES=triton.next_power_of_2(lines) if prefetch and pdl else 0,
         ASM=COMPILED,
         PDL=pdl,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **({"launch_pdl": True} if pdl else {}),
+        **_launch_options(dependent, x.device),
     )
     return out
 
@@ -683,17 +721,26 @@ def launch_gemv(
     *,
     activation: Activation | None = None,
     per_pair: bool = False,
+    next_weight: torch.Tensor | None = None,
     dependent: bool = True,
 ) -> torch.Tensor:
-    """Fill the routed rows of ``out`` and return it; with ``topk_weights``, sums over experts."""
+    """Fill the routed rows of ``out`` and return it; with ``topk_weights``, sums over experts.
+
+    ``next_weight`` (num_slots, ...) is what the next kernel reads: as much as L2 keeps of it is
+    prefetched at the end of this one.
+    """
     out_features = out.shape[1]
     if out.numel() == 0:
         return out
     in_features = x.shape[1]
     x = x.contiguous()
     gated = activation is not None and activation.gated
-    pdl = dependent and _has_dependent_launch(x.device)
+    pdl = _has_dependent_launch(x.device)
     tiles_n = triton.cdiv(out_features * (2 if gated else 1), tile.block_n)
+    pairs = 1 if topk_weights is None else topk_ids.shape[1]
+    next_bytes = 0
+    if next_weight is not None and pdl:
+        next_bytes = min(next_weight[0].nbytes, PREFETCHED_BYTES // topk_ids.numel())
     gemv_kernel[(out.shape[0], tiles_n)](
         x,
         _bits(weight, x),
@@ -703,24 +750,31 @@ def launch_gemv(
         topk_ids.contiguous(),
         None if topk_weights is None else topk_weights.contiguous(),
         expert_to_slot,
+        None if next_weight is None else _bits(next_weight, x),
         num_experts,
         out_features,
         in_features,
         x.stride(0),
         weight.stride(0),
         weight.stride(1),
+        0 if next_weight is None else next_weight.stride(0),
+        next_bytes // weight.element_size(),
         TOP_K=topk_ids.shape[1],
         PER_PAIR=per_pair,
+        PAIRS=pairs,
+        PAIRS_BLOCK=triton.next_power_of_2(pairs),
         FP8=_is_decoded_fp8(weight, x),
         **_activation_constants(activation),
         EVEN_K=in_features % tile.block_k == 0,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         NUM_STAGES=tile.num_stages,
+        PREFETCH_LINES=next_bytes
+        and triton.next_power_of_2(triton.cdiv(next_bytes, 128 * tiles_n)),
         ASM=COMPILED,
         PDL=pdl,
         num_warps=tile.num_warps,
-        **({"launch_pdl": True} if pdl else {}),
+        **_launch_options(dependent, x.device),
     )
     return out
 
@@ -762,7 +816,6 @@ def launch_quantize_rows(
     scale = x.new_empty(num_rows, dtype=torch.float32)
     if out.numel():
         block = min(8192, triton.next_power_of_2(in_features))
-        pdl = dependent and _has_dependent_launch(x.device)
         largest = next(LARGEST[name] for name, stored in STORAGE_DTYPE.items() if stored == dtype)
         quantize_rows_kernel[(num_rows,)](
             x,
@@ -772,9 +825,9 @@ def launch_quantize_rows(
             LARGEST_VALUE=largest,
             SMALLEST=SMALLEST_SCALE,
             BLOCK=block,
-            PDL=pdl,
+            PDL=_has_dependent_launch(x.device),
             num_warps=max(1, min(16, block // 512)),
-            **({"launch_pdl": True} if pdl else {}),
+            **_launch_options(dependent, x.device),
         )
     return out, scale
 
@@ -792,7 +845,6 @@ def launch_weighted_sum(
     out = rows.new_empty(num_tokens, hidden_size)
     if out.numel():
         block = min(1024, triton.next_power_of_2(hidden_size))
-        pdl = dependent and _has_dependent_launch(rows.device)
         weighted_sum_kernel[(num_tokens, triton.cdiv(hidden_size, block))](
             rows.contiguous(),
             topk_weights.contiguous(),
@@ -802,8 +854,8 @@ def launch_weighted_sum(
             hidden_size,
             TOP_K=top_k,
             BLOCK=block,
-            PDL=pdl,
-            **({"launch_pdl": True} if pdl else {}),
+            PDL=_has_dependent_launch(rows.device),
+            **_launch_options(dependent, rows.device),
         )
     return out
 
@@ -854,6 +906,7 @@ def fused_moe_triton(
             hidden,
             tiles.gate_up,
             activation=activation,
+            next_weight=down_proj,
             dependent=False,
         )
         summed = topk_weights is not None
@@ -915,6 +968,7 @@ def fused_moe_triton(
         tiles.down,
         x_scale=x_scale,
         scatter=tiles.sort,
+        prefetch=tiles.down.block_m <= 32,
     ).view(num_tokens, top_k, hidden_size)
     if topk_weights is None:
         return rows
