@@ -562,43 +562,62 @@ def weighted_sum_kernel(
     tl.store(out_ptr + token * hidden_size + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def quantize_rows_kernel(
     x_ptr,  # (num_rows, K)
     out_ptr,  # (num_rows, K) int8 | e4m3fn
     scale_ptr,  # (num_rows,) fp32
+    num_rows,
     K,
     LARGEST_VALUE: tl.constexpr,  # 127 or 448
     SMALLEST: tl.constexpr,  # a scale is not below
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,  # per program
+    BLOCK: tl.constexpr,  # power of two; rows that are longer are read twice
+    EARLY: tl.constexpr,  # the kernel before this one did not write x
     PDL: tl.constexpr,
 ):
-    """Grid: (num_rows,)."""
-    if PDL:
+    """Grid: (cdiv(num_rows, ROWS),)."""
+    if PDL and not EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    row = tl.program_id(0).to(tl.int64)
-    offsets = tl.arange(0, BLOCK)
-    absmax = tl.zeros((BLOCK,), dtype=tl.float32)
-    not_finite = absmax
-    for k in range(0, K, BLOCK):
-        x = tl.load(x_ptr + row * K + k + offsets, mask=offsets < K - k, other=0.0).to(tl.float32)
-        absmax = tl.maximum(absmax, tl.abs(x))
-        not_finite += x * 0.0
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    x_ptrs = x_ptr + rows[:, None] * K + columns[None, :]
+    out_ptrs = out_ptr + rows[:, None] * K + columns[None, :]
+    mask = (rows < num_rows)[:, None]
+    x = tl.load(x_ptrs, mask=mask & (columns < K)[None, :], other=0.0).to(tl.float32)
+    absmax = tl.max(tl.abs(x), 1)
+    not_finite = tl.sum(x * 0.0, 1)
+    for k in range(BLOCK, K, BLOCK):
+        other = tl.load(x_ptrs + k, mask=mask & (columns < K - k)[None, :], other=0.0)
+        absmax = tl.maximum(absmax, tl.max(tl.abs(other.to(tl.float32)), 1))
+        not_finite += tl.sum(other.to(tl.float32) * 0.0, 1)
     # A maximum passes over NaN, a sum does not.
-    scale = tl.maximum(tl.max(absmax, 0) / LARGEST_VALUE, SMALLEST) + tl.sum(not_finite, 0)
-    tl.store(scale_ptr + row, scale)
+    scale = tl.maximum(absmax / LARGEST_VALUE, SMALLEST) + not_finite
+    if PDL and EARLY:
+        # What is written now may have been that kernel's memory.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    tl.store(scale_ptr + rows, scale, mask=rows < num_rows)
     # Times the inverse: where that rounds another way than a division, it is by one unit of a
     # number half-way between two.
-    inverse = 1.0 / scale
-    for k in range(0, K, BLOCK):
-        mask = offsets < K - k
-        x = tl.load(x_ptr + row * K + k + offsets, mask=mask, other=0.0).to(tl.float32) * inverse
-        x = tl.minimum(tl.maximum(x, -LARGEST_VALUE), LARGEST_VALUE)
-        if out_ptr.dtype.element_ty == tl.int8:
-            # The sum is past 2**23, where fp32 has no fraction: rounded, half to even.
-            x = (x + 12582912.0) - 12582912.0
-        tl.store(out_ptr + row * K + k + offsets, x.to(out_ptr.dtype.element_ty), mask=mask)
+    inverse = (1.0 / scale)[:, None]
+    x = _round_to(x * inverse, out_ptr.dtype.element_ty, LARGEST_VALUE)
+    tl.store(out_ptrs, x, mask=mask & (columns < K)[None, :])
+    for k in range(BLOCK, K, BLOCK):
+        mask_k = mask & (columns < K - k)[None, :]
+        other = tl.load(x_ptrs + k, mask=mask_k, other=0.0).to(tl.float32)
+        other = _round_to(other * inverse, out_ptr.dtype.element_ty, LARGEST_VALUE)
+        tl.store(out_ptrs + k, other, mask=mask_k)
+
+
+@triton.jit
+def _round_to(x, dtype: tl.constexpr, LARGEST_VALUE: tl.constexpr):
+    x = tl.minimum(tl.maximum(x, -LARGEST_VALUE), LARGEST_VALUE)
+    if dtype == tl.int8:
+        # The sum is past 2**23, where fp32 has no fraction: rounded, half to even.
+        x = (x + 12582912.0) - 12582912.0
+    return x.to(dtype)
 
 
 # Of the second product's weights, while the first one ends: a good part of a large GPU's L2.
@@ -663,8 +682,8 @@ def launch_grouped_gemm(
         extra = max(0, num_pairs - num_experts) // tile.block_m
         max_tiles_m = min(num_pairs, num_experts + extra)
     pdl = _has_dependent_launch(x.device)
-    # 1024 bytes of each row at most: what all programs ask for at once has to stay in L2.
-    lines = min(8, triton.cdiv(in_features * weight.element_size(), 128))
+    # Few: they bridge the microseconds between two kernels, and all have to stay in L2.
+    lines = min(2, triton.cdiv(in_features * weight.element_size(), 128))
     grid = (max_tiles_m * triton.cdiv(out_features * (2 if gated else 1), tile.block_n),)
     grouped_gemm_kernel[grid](
         x,
@@ -807,26 +826,33 @@ def _block_ids(number: int) -> int:
 
 
 def launch_quantize_rows(
-    x: torch.Tensor, dtype: torch.dtype, *, dependent: bool
+    x: torch.Tensor, dtype: torch.dtype, *, dependent: bool, early: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize each row of ``x`` (num_rows, K) to int8 or e4m3fn; returns that and its scales."""
+    """Quantize each row of ``x`` (num_rows, K) to int8 or e4m3fn; returns that and its scales.
+
+    ``early``: the kernel before this one does not write ``x``, which is read without waiting.
+    """
     x = x.contiguous()
     num_rows, in_features = x.shape
     out = torch.empty_like(x, dtype=dtype)
     scale = x.new_empty(num_rows, dtype=torch.float32)
     if out.numel():
-        block = min(8192, triton.next_power_of_2(in_features))
+        block = min(16384, max(16, triton.next_power_of_2(in_features)))
+        rows = max(1, 4096 // block)
         largest = next(LARGEST[name] for name, stored in STORAGE_DTYPE.items() if stored == dtype)
-        quantize_rows_kernel[(num_rows,)](
+        quantize_rows_kernel[(triton.cdiv(num_rows, rows),)](
             x,
             out,
             scale,
+            num_rows,
             in_features,
             LARGEST_VALUE=largest,
             SMALLEST=SMALLEST_SCALE,
+            ROWS=rows,
             BLOCK=block,
+            EARLY=early,
             PDL=_has_dependent_launch(x.device),
-            num_warps=max(1, min(16, block // 512)),
+            num_warps=max(4, block // 1024),
             **_launch_options(dependent, x.device),
         )
     return out, scale
@@ -935,7 +961,7 @@ def fused_moe_triton(
     routing = ExpertRouting.from_topk_ids(topk_ids, num_experts) if tiles.sort else None
     x, x_scale = hidden_states, None
     if activations is not None:
-        x, x_scale = launch_quantize_rows(x, activations, dependent=tiles.sort)
+        x, x_scale = launch_quantize_rows(x, activations, dependent=tiles.sort, early=True)
     launch_grouped_gemm(
         x,
         gate_up_proj,
@@ -994,7 +1020,7 @@ def grouped_linear_triton(
     routing = ExpertRouting.from_topk_ids(topk_ids, num_experts)
     x, x_scale = x.flatten(0, -2), None
     if activations is not None:
-        x, x_scale = launch_quantize_rows(x, activations, dependent=True)
+        x, x_scale = launch_quantize_rows(x, activations, dependent=True, early=True)
     rows = launch_grouped_gemm(
         x,
         weight,

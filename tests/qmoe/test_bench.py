@@ -155,7 +155,7 @@ def test_tunes_on_a_gpu(tmp_path, capsys) -> None:
     document = json.loads(capsys.readouterr().out)
     assert len(document["cells"]) == 4
     for cell in document["cells"]:
-        assert cell["found"]["num_tried"] > 4
+        assert cell["found"]["num_tried"] > 1
         assert cell["found"]["microseconds"] <= cell["found"]["heuristic_microseconds"]
         assert not [error for error in cell["errors"] if "OutOf" not in error]
     table = TileTable.read(Path(document["table"]))
