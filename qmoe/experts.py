@@ -14,6 +14,7 @@ from qmoe.cache.pages import LayerPages
 from qmoe.format import BIAS_SUFFIX, QUANTIZED_SUFFIX, SCALE_SUFFIX
 from qmoe.layout import ExpertsLayout, apply_own_gate, describe, identify_activation, kept_modules
 from qmoe_kernels import Activation, fused_moe, weighted_sum
+from qmoe_kernels.fused_moe import check_activations
 from qmoe_kernels.quantization import STORAGE_DTYPE, WeightFormat, dequantize, quantize
 
 if TYPE_CHECKING:
@@ -65,8 +66,12 @@ class QuantizedExperts(nn.Module):
             weights: ``"int8"`` or ``"fp8"``.
             activations: see :func:`qmoe_kernels.fused_moe`.
             paged: leave the weights out; :meth:`page` or :meth:`unpage` brings them.
+
+        Raises:
+            ValueError: no experts module, or activations that these weights do not go with.
         """
         super().__init__()
+        check_activations(activations, weights)
         layout = describe(source)
         if layout is None:
             raise ValueError(f"{type(source).__name__} is no experts module that qmoe knows")

@@ -16,6 +16,7 @@ from qmoe.quantizer import (
     quantized_modules,
     restore_experts,
 )
+from qmoe_kernels.fused_moe import check_activations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,6 +72,7 @@ def patch(
         QuantizedExperts(4 experts, hidden_size=32, intermediate_size=16, weights=fp8)
     """
     config = QmoeConfig(weights, activations=activations)
+    check_activations(activations, weights)
     if quantized_modules(model):
         raise ValueError(
             f"{type(model).__name__} is patched already; call qmoe.unpatch(model) first"

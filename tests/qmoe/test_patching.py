@@ -30,6 +30,15 @@ def test_a_patched_model_is_the_model_on_dequantized_weights(family, weights) ->
     assert not torch.equal(patched, original)
 
 
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_8_bit_activations_are_near_and_not_the_same(weights) -> None:
+    model = build("qwen3_moe")
+    expected = logits(qmoe.patch(copy.deepcopy(model), weights, activations="bf16"))
+    actual = logits(qmoe.patch(model, weights, activations=weights))
+    error = float((actual - expected).norm() / expected.norm())
+    assert 0 < error < 0.15
+
+
 def test_patching_is_no_illusion() -> None:
     """Other weights in the 8-bit parameters, another output: nothing 16 bit is left behind."""
     model = qmoe.patch(build("qwen3_moe"))
@@ -141,7 +150,11 @@ def test_an_unknown_parameter_of_an_experts_module_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(dict(weights="int3"), "int3.*int8"), (dict(activations="fp4"), "fp4.*auto")],
+    [
+        (dict(weights="int3"), "int3.*int8"),
+        (dict(activations="fp4"), "fp4.*auto"),
+        (dict(weights="fp8", activations="int8"), "'int8' with fp8 weights.*'auto'"),
+    ],
 )
 def test_wrong_options_say_what_works(options, message) -> None:
     with pytest.raises(ValueError, match=message):

@@ -237,7 +237,7 @@ def test_importing_qmoe_is_what_registers_it(tmp_path) -> None:
     ("options", "message"),
     [
         (dict(weights="int4"), "int4.*int8.*fp8"),
-        (dict(activations="int8"), "activations='int8'.*auto"),
+        (dict(activations="fp4"), "activations 'fp4'.*'auto', 'bf16', 'int8' and 'fp8'"),
         (dict(format_version=7), "version 7.*version 1"),
         (dict(bits=8), "unknown option 'bits'"),
     ],
