@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 ARCHITECTURES = [80, 86, 89, 90, 100, 120]
 # KiB that one program may have: "Shared Memory" in the CUDA programming guide, by capability.
@@ -17,13 +23,65 @@ SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 def run_compiler(code: str) -> list[dict[str, Any]]:
     """Run Python code that compiles kernels; what it prints, one JSON object per line.
 
-    In a process of its own: here the interpreter may have taken the kernels' place.
+    In a process of its own, that sees no GPU: here the interpreter may have taken the kernels'
+    place.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    folder = Path(__file__).parents[2] / "kernels"
-    environment["PYTHONPATH"] = os.pathsep.join([str(folder), environment.get("PYTHONPATH", "")])
+    folders = [str(Path(__file__).parents[2] / "kernels"), str(Path(__file__).parent)]
+    environment["PYTHONPATH"] = os.pathsep.join([*folders, environment.get("PYTHONPATH", "")])
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@contextmanager
+def compiling_for(capability: int) -> Iterator[list[Any]]:
+    """Make launches compile for an architecture and launch nothing; yields what they compiled.
+
+    For `run_compiler`: nothing is put back where it was.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    class Driver:
+        """As much of a GPU's driver as a compiler asks for."""
+
+        def get_current_device(self) -> int:
+            return capability  # kernels are kept by device
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", capability, 32)
+
+    compiled: list[Any] = []
+    run = triton.JITFunction.run
+
+    def compile_only(kernel: Any, *args: Any, **options: Any) -> None:
+        compiled.append(run(kernel, *args, **{**options, "warmup": True}))
+
+    triton.runtime.driver.set_active(Driver())
+    torch.cuda.get_device_capability = lambda device=None: divmod(capability, 10)
+    triton.JITFunction.run = compile_only
+    try:
+        yield compiled
+    finally:
+        triton.JITFunction.run = run
+
+
+def spilled_bytes(cubin: bytes) -> int:
+    """Bytes of local memory that each thread has, which is where registers that lack go."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    (stack,), (local,) = (re.findall(rf"{word}:(\d+)", usage) for word in ("STACK", "LOCAL"))
+    return int(stack) + int(local)

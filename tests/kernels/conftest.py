@@ -9,6 +9,7 @@ import pytest
 import torch
 
 try:
+    import triton.language as tl
     from triton.runtime import interpreter
 except ImportError:  # a CPU needs no Triton
     interpreter = None
@@ -22,6 +23,17 @@ if interpreter is not None and hasattr(interpreter, "_patch_lang_tensor"):
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = patch_tensor_and_index
+
+if interpreter is not None:
+    convert_float = interpreter._convert_float
+
+    def convert_float_by_torch(data: Any, dtype: Any, to: Any, rounding: Any) -> Any:
+        """Round to FP8 as GPUs do: the interpreter loses what a mantissa carries over."""
+        if dtype == tl.float32 and to == tl.float8e4nv:
+            return torch.from_numpy(data).to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        return convert_float(data, dtype, to, rounding)
+
+    interpreter._convert_float = convert_float_by_torch
 
 
 @pytest.fixture(autouse=True)

@@ -51,6 +51,15 @@ class Layer:
         }
         return replace(self, **tensors)
 
+    def tokens(self, some: slice | torch.Tensor) -> Layer:
+        """Return the layer with some of its tokens."""
+        return replace(
+            self,
+            hidden_states=self.hidden_states[some],
+            topk_ids=self.topk_ids[some],
+            topk_weights=None if self.topk_weights is None else self.topk_weights[some],
+        )
+
     def arguments(self) -> dict[str, object]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
@@ -117,6 +126,11 @@ def random_layer(
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     """Compare with the reference; a NaN in ``actual`` fails."""
     assert actual.shape == expected.shape
-    actual64, expected = actual.double().cpu(), expected.double().cpu()
-    error = float((actual64 - expected).norm() / expected.norm().clamp(min=1e-30))
+    error = relative_error(actual, expected)
     assert error < TOLERANCE[actual.dtype], f"relative error {error:.2e}"
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative to ``expected``, Frobenius, in fp64."""
+    actual, expected = actual.double().cpu(), expected.double().cpu()
+    return float((actual - expected).norm() / expected.norm().clamp(min=1e-30))
