@@ -1031,7 +1031,7 @@ def grouped_linear_triton(
         routing,
         expert_to_slot,
         out,
-        heuristic_tile(num_pairs / num_experts, weight.dtype, x.dtype, gated=False),
+        heuristic_tile(num_pairs / num_experts, weight.dtype, x.dtype),
         x_scale=x_scale,
         pairs_per_row=pairs_per_row,
         scatter=True,

@@ -22,27 +22,34 @@ def heuristic_tiles(
     """
     num_pairs = num_tokens * shape.top_k
     if num_tokens == 1 and activations.itemsize > 1:
-        gemv = TileConfig(1, 16, 512, num_warps=4, num_stages=2)
-        return LayerTiles(gemv, gemv, sort=False)
+        experts = 1 << (shape.top_k - 1).bit_length()
+        gate_up = TileConfig(1, 8, 256, num_warps=2, num_stages=4)
+        down = TileConfig(1, max(1, 32 // experts), 256, num_warps=4, num_stages=3)
+        return LayerTiles(gate_up, down, sort=False)
     rows = num_pairs / shape.num_experts
     return LayerTiles(
-        heuristic_tile(rows, weights, activations, gated=shape.gated),
-        heuristic_tile(rows, weights, activations, gated=False),
+        heuristic_tile(rows, weights, activations),
+        heuristic_tile(rows, weights, activations),
         sort=num_pairs > UNSORTED_PAIRS,
     )
 
 
-def heuristic_tile(
-    rows: float, weights: torch.dtype, activations: torch.dtype, *, gated: bool
-) -> TileConfig:
+def heuristic_tile(rows: float, weights: torch.dtype, activations: torch.dtype) -> TileConfig:
     """Choose one product's tile for so many rows per expert, on average."""
     if activations == torch.float32:  # ieee products use no tensor cores, and registers are few
         return TileConfig(16 if rows <= 16 else 32, 32, 32, num_warps=4, num_stages=2)
-    wide = 64 if weights.itemsize == 1 else 32
-    if rows <= 16:
-        return TileConfig(16, 128, 2 * wide, num_warps=4, num_stages=3)
-    if rows <= 48:
-        return TileConfig(32, 128, 2 * wide, num_warps=4, num_stages=3)
-    if rows <= 96:
-        return TileConfig(64, 128, wide, num_warps=4, num_stages=3)
-    return TileConfig(128, 128, wide, num_warps=8, num_stages=3, tail_m=32)
+    if activations.itemsize == 1:
+        if rows <= 40:
+            return TileConfig(16 if rows <= 10 else 32, 128, 128, num_warps=4, num_stages=4)
+        if rows <= 80:
+            return TileConfig(64, 128, 128, num_warps=4, num_stages=3)
+        return TileConfig(128, 128, 128, num_warps=8, num_stages=3, tail_m=32)
+    # In elements of the rows, of 16 bits, as weights may have.
+    block_k = 128 if weights.itemsize == 1 else 64
+    if rows <= 8:
+        return TileConfig(8, 64, 2 * block_k, num_warps=4, num_stages=3)
+    if rows <= 40:
+        return TileConfig(16 if rows <= 20 else 32, 64, block_k, num_warps=2, num_stages=4)
+    if rows <= 80:
+        return TileConfig(64, 128, 64, num_warps=4, num_stages=3)
+    return TileConfig(128, 128, 32, num_warps=8, num_stages=4, tail_m=32)

@@ -46,7 +46,19 @@ _DECODE = (
     (256, 128, 8, 4),
     (64, 128, 4, 4),
     (64, 512, 4, 3),
+    (128, 256, 8, 4),
+    (64, 128, 2, 5),
+    (64, 128, 2, 4),
+    (64, 256, 8, 4),
+)
+# With 16-bit rows and weights to decode: two warps multiply by instructions that take rows of
+# weights as threads hold them, four take wgmma, for which bytes are shuffled.
+_DECODE_WIDE = (
+    (64, 128, 2, 4),
+    (64, 128, 2, 3),
+    (32, 256, 2, 4),
     (32, 256, 4, 4),
+    (32, 128, 2, 5),
 )
 # block_n, bytes of rows along k, warps, stages.
 _PREFILL = (
@@ -61,19 +73,30 @@ _PREFILL = (
 )
 # block_n, bytes of weights along k, warps, stages; for one token, without tensor cores.
 _GEMV = (
-    (8, 1024, 4, 2),
-    (16, 512, 4, 3),
-    (8, 512, 4, 3),
-    (4, 1024, 4, 2),
-    (8, 512, 2, 3),
-    (4, 512, 2, 3),
-    (8, 1024, 4, 1),
-    (16, 256, 4, 3),
-    (16, 1024, 8, 2),
-    (32, 256, 4, 2),
     (8, 256, 2, 4),
-    (4, 256, 2, 4),
-    (8, 2048, 8, 2),
+    (8, 512, 2, 3),
+    (8, 512, 2, 4),
+    (4, 512, 1, 3),
+    (8, 256, 1, 4),
+    (16, 256, 2, 4),
+    (8, 256, 2, 6),
+    (16, 512, 4, 3),
+    (16, 256, 4, 3),
+    (4, 1024, 2, 3),
+)
+# The same where a program has all experts of a token: block_n times that number, rounded up.
+_GEMV_SUM = (
+    (32, 256, 4, 3),
+    (32, 256, 4, 4),
+    (32, 128, 4, 4),
+    (16, 512, 4, 3),
+    (16, 256, 2, 4),
+    (16, 256, 4, 4),
+    (16, 512, 2, 3),
+    (8, 512, 2, 3),
+    (16, 128, 2, 4),
+    (64, 128, 4, 4),
+    (32, 256, 8, 3),
 )
 
 
@@ -155,10 +178,9 @@ def candidates(cell: Cell, effort: Effort = "quick") -> list[Candidates]:
         likely = cell.num_tokens == 1 or heuristic.gate_up.block_m == 1
         if gemv and (BYTES[cell.kind.activations] == 1 or not likely):
             continue
-        options = _gemv(cell.kind, effort) if gemv else _tensor_core(cell, effort)
         gate_up, down = (
             [tile for tile in options if _fits_product(tile, *size)] or options[:1]
-            for size in sizes
+            for options, size in zip(_options(cell, gemv, effort), sizes, strict=True)
         )
         start = heuristic
         if (heuristic.gate_up.block_m == 1) != gemv:
@@ -199,13 +221,29 @@ def _fits(tile: TileConfig, kind: LayerKind) -> bool:
     return shared_memory(tile, kind) <= SHARED_MEMORY and registers(tile, kind) <= most
 
 
-def _gemv(kind: LayerKind, effort: Effort) -> list[TileConfig]:
+def _options(cell: Cell, gemv: bool, effort: Effort) -> tuple[list[TileConfig], list[TileConfig]]:
+    """Tiles of either product."""
+    if gemv:
+        experts = 1 << (cell.kind.shape.top_k - 1).bit_length()
+        return _gemv(cell.kind, effort, 1), _gemv(cell.kind, effort, experts)
+    options = _tensor_core(cell, effort)
+    return options, options
+
+
+def _gemv(kind: LayerKind, effort: Effort, experts: int) -> list[TileConfig]:
+    """Tiles of programs that read so many ``experts`` at a time."""
     width = BYTES[kind.weights]
-    tiles = [TileConfig(1, n, size // width, warps, s) for n, size, warps, s in _GEMV]
+    grid: list[tuple[int, ...]] = list(_GEMV if experts == 1 else _GEMV_SUM)
     if effort == "full":
-        grid = product((4, 8, 16, 32), (256, 512, 1024, 2048), (2, 4, 8), (1, 2, 3, 4))
-        tiles += [TileConfig(1, *sizes) for sizes in grid]
-    return [tile for tile in dict.fromkeys(tiles) if _fits(tile, kind)]
+        grid += product((4, 8, 16, 32, 64), (128, 256, 512, 1024), (1, 2, 4, 8), (2, 3, 4, 5))
+    tiles = [TileConfig(1, max(1, n // experts), k // width, w, s) for n, k, w, s in grid]
+    fits = (tile for tile in dict.fromkeys(tiles) if _fits(_of_experts(tile, experts), kind))
+    return list(fits)
+
+
+def _of_experts(tile: TileConfig, experts: int) -> TileConfig:
+    """The tile as large as all that a program of so many experts reads."""
+    return replace(tile, block_n=tile.block_n * experts)
 
 
 def _tensor_core(cell: Cell, effort: Effort) -> list[TileConfig]:
@@ -220,6 +258,9 @@ def _tensor_core(cell: Cell, effort: Effort) -> list[TileConfig]:
         grid = [(n, size // width, warps, stages) for n, size, warps, stages in _PREFILL]
     tiles = [TileConfig(block_m, *sizes) for sizes in grid]
     tiles += [TileConfig(other, *sizes) for sizes in (grid[:4] if decode else grid)]
+    if BYTES[cell.kind.weights] < BYTES[cell.kind.activations] and 4 <= rows < 64:
+        wide = [TileConfig(m, *sizes) for m in (block_m, other) for sizes in _DECODE_WIDE]
+        tiles = wide + tiles[: len(tiles) - 6]
     if not decode:  # where the last rows of an expert are few
         tiles += [
             TileConfig(block_m, *sizes, tail_m=tail) for sizes in grid[:2] for tail in (16, 32)
