@@ -84,6 +84,8 @@ def gather_rows_kernel(
     x_ptr,  # (num_tokens, words) int32
     sorted_pair_ids_ptr,  # (num_pairs,) int32
     out_ptr,  # (num_pairs, out_words) int32
+    scale_ptr,  # (num_tokens,) fp32, or None
+    out_scale_ptr,  # (num_pairs,) fp32
     words,
     out_words,
     TOP_K: tl.constexpr,
@@ -102,6 +104,8 @@ def gather_rows_kernel(
         x = tl.reshape(x, (BLOCK // GROUP, 4, GROUP // 4))
         x = tl.reshape(tl.permute(x, (0, 2, 1)), (BLOCK,))
     tl.store(out_ptr + position.to(tl.int64) * out_words + offsets, x, mask=offsets < out_words)
+    if scale_ptr is not None:
+        tl.store(out_scale_ptr + position, tl.load(scale_ptr + token))
 
 
 if gluon is not None:
@@ -112,11 +116,11 @@ if gluon is not None:
         bases = [[0, 1 << bit] for bit in range((block_k // 4).bit_length() - 1)]
         return [*bases, [8, 0]]
 
-    @gluon.jit(do_not_specialize=["max_tiles", "rows_per_scale"])
+    @gluon.jit(do_not_specialize=["max_tiles"])
     def hopper_gemm_kernel(
         weight_desc,  # (slots, N, K), or (slots, N / 8, 2, 8, K) if GATED
         x_desc,  # (num_pairs, K), sorted
-        x_scale_ptr,  # (num_pairs / rows_per_scale,) fp32, or None
+        x_scale_ptr,  # (num_pairs,) fp32, sorted, or None
         scale_ptr,  # (num_experts, N or 2 * N) fp32
         bias_ptr,  # (num_experts, N or 2 * N), or None
         out_ptr,  # (num_pairs, stride_out)
@@ -124,7 +128,6 @@ if gluon is not None:
         sorted_pair_ids_ptr,  # (num_pairs,) int32
         expert_to_slot_ptr,  # (num_experts,) int32, or None
         max_tiles,
-        rows_per_scale,  # pair // rows_per_scale has x_scale; 0: the sorted position
         N,
         K,
         stride_out,
@@ -142,6 +145,7 @@ if gluon is not None:
         BLOCK_M: gl.constexpr,
         BLOCK_N: gl.constexpr,
         BLOCK_K: gl.constexpr,
+        TAIL_M: gl.constexpr,  # an expert's last tile with no more rows is this high; or 0
         NUM_STAGES: gl.constexpr,
         GROUP_M: gl.constexpr,
     ):
@@ -165,12 +169,6 @@ if gluon is not None:
         absent = slot < 0
         slot = gl.maximum(slot, 0)
 
-        # wgmma: 16 rows of weights per warp, and 32 bytes of rows at a time.
-        X_BITS: gl.constexpr = x_desc.dtype.primitive_bitwidth
-        INTEGER: gl.constexpr = x_desc.dtype == gl.int8
-        # Triton knows no product of integers with 256 rows.
-        MMA_M: gl.constexpr = 128 if INTEGER and BLOCK_M > 128 else BLOCK_M
-        MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, MMA_M, 256 // X_BITS])
         weights = gl.allocate_shared_memory(
             weight_desc.dtype,
             [NUM_STAGES] + weight_desc.block_type.shape,  # noqa: RUF005 (Triton unpacks no lists)
@@ -189,12 +187,75 @@ if gluon is not None:
                 weight_desc, x_desc, weights, rows, full, slot, row_n, first, i, num_steps,
                 GATED, BLOCK_K, NUM_STAGES,
             )  # fmt: skip
+        if TAIL_M > 0:  # noqa: SIM102 (one is known when compiling)
+            if num_rows <= TAIL_M:
+                _tile(
+                    weight_desc, x_desc, x_scale_ptr, scale_ptr, bias_ptr, out_ptr,
+                    sorted_pair_ids_ptr, weights, rows, full, expert, slot, absent, first,
+                    num_rows, row_n, num_steps, N, stride_out,
+                    SCATTER, FP8, NAME, GATED, ALPHA, UP_SHIFT, LIMIT, LIMIT_AFTER, GATE_SOFTCAP,
+                    UP_SOFTCAP, PERMUTE, TAIL_M, BLOCK_N, BLOCK_K, NUM_STAGES,
+                )  # fmt: skip
+                return
+        _tile(
+            weight_desc, x_desc, x_scale_ptr, scale_ptr, bias_ptr, out_ptr,
+            sorted_pair_ids_ptr, weights, rows, full, expert, slot, absent, first,
+            num_rows, row_n, num_steps, N, stride_out,
+            SCATTER, FP8, NAME, GATED, ALPHA, UP_SHIFT, LIMIT, LIMIT_AFTER, GATE_SOFTCAP,
+            UP_SOFTCAP, PERMUTE, BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES,
+        )  # fmt: skip
+
+    @gluon.jit
+    def _tile(
+        weight_desc,
+        x_desc,
+        x_scale_ptr,
+        scale_ptr,
+        bias_ptr,
+        out_ptr,
+        sorted_pair_ids_ptr,
+        weights,  # (NUM_STAGES, as weight_desc's box), shared
+        rows,  # (NUM_STAGES, as x_desc's box), shared
+        full,  # (NUM_STAGES, 1) barriers
+        expert,
+        slot,
+        absent,
+        first,
+        num_rows,
+        row_n,
+        num_steps,
+        N,
+        stride_out,
+        SCATTER: gl.constexpr,
+        FP8: gl.constexpr,
+        NAME: gl.constexpr,
+        GATED: gl.constexpr,
+        ALPHA: gl.constexpr,
+        UP_SHIFT: gl.constexpr,
+        LIMIT: gl.constexpr,
+        LIMIT_AFTER: gl.constexpr,
+        GATE_SOFTCAP: gl.constexpr,
+        UP_SOFTCAP: gl.constexpr,
+        PERMUTE: gl.constexpr,
+        BLOCK_M: gl.constexpr,  # at most x_desc's
+        BLOCK_N: gl.constexpr,
+        BLOCK_K: gl.constexpr,
+        NUM_STAGES: gl.constexpr,
+    ):
+        """One tile, transposed: (channels, rows). The first NUM_STAGES - 1 steps are on the way."""
+        BLOCK_OUT: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+        # wgmma: 16 rows of weights per warp, and 32 bytes of rows at a time.
+        X_BITS: gl.constexpr = x_desc.dtype.primitive_bitwidth
+        INTEGER: gl.constexpr = x_desc.dtype == gl.int8
+        # Triton knows no product of integers with 256 rows.
+        MMA_M: gl.constexpr = 128 if INTEGER and BLOCK_M > 128 else BLOCK_M
+        MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, MMA_M, 256 // X_BITS])
         if X_BITS == 8:
             acc = gl.zeros([BLOCK_N, BLOCK_M], gl.int32 if INTEGER else gl.float32, MMA)
             for step in range(num_steps):
                 _wait_for(full, step, num_steps, NUM_STAGES)
                 weight = _weight_tile(weights, step, BLOCK_N, BLOCK_K, NUM_STAGES)
-                x = rows.index(step % NUM_STAGES).permute([1, 0])
+                x = _row_tile(rows, step, BLOCK_M, BLOCK_K, NUM_STAGES)
                 acc = warpgroup_mma(weight, x, acc, is_async=True)
                 # This product may run on; the one before it is over, and so its stage is free.
                 acc = warpgroup_mma_wait(1, deps=[acc])
@@ -217,7 +278,7 @@ if gluon is not None:
                     # Early: a branch keeps the assembler from decoding after the wait for wgmma.
                     _wait_for(full, step + 1, num_steps, NUM_STAGES)
                     acc, weight = warpgroup_mma_wait(0, deps=[acc, weight])
-                    x = rows.index(step % NUM_STAGES).permute([1, 0])
+                    x = _row_tile(rows, step, BLOCK_M, BLOCK_K, NUM_STAGES)
                     acc = warpgroup_mma(weight, x, acc, is_async=True)
                     tl.debug_barrier()
                     _fetch(
@@ -230,7 +291,7 @@ if gluon is not None:
                 weight = _decoded_weights(
                     weights, step, x_desc.dtype, FP8, MMA, BLOCK_N, BLOCK_K, NUM_STAGES
                 )  # fmt: skip
-                x = rows.index(step % NUM_STAGES).permute([1, 0])
+                x = _row_tile(rows, step, BLOCK_M, BLOCK_K, NUM_STAGES)
                 acc = warpgroup_mma(weight, x, acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=[acc])
         acc = warpgroup_mma_wait(0, deps=[acc])
@@ -252,11 +313,8 @@ if gluon is not None:
         if x_scale_ptr is not None:
             tile_columns = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))
             inside = tile_columns < num_rows
-            x_rows = first + tile_columns
-            if rows_per_scale > 0:
-                x_rows = gl.load(sorted_pair_ids_ptr + x_rows, mask=inside, other=0)
-                x_rows = x_rows // rows_per_scale
-            acc = acc * gl.expand_dims(gl.load(x_scale_ptr + x_rows, mask=inside, other=0.0), 0)
+            x_scale = gl.load(x_scale_ptr + first + tile_columns, mask=inside, other=0.0)
+            acc = acc * gl.expand_dims(x_scale, 0)
         if bias_ptr is not None:
             bias = gl.load(bias_ptr + expert * all_channels + channels).to(gl.float32)
             acc = acc + gl.expand_dims(bias, 1)
@@ -353,6 +411,13 @@ if gluon is not None:
         )  # fmt: skip
 
     @gluon.jit
+    def _row_tile(
+        rows, step, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, NUM_STAGES: gl.constexpr
+    ):
+        tile = rows.index(step % NUM_STAGES)
+        return tile._reinterpret(rows.dtype, [BLOCK_M, BLOCK_K], rows.layout).permute([1, 0])
+
+    @gluon.jit
     def _decoded_weights(
         weights,
         step,
@@ -439,32 +504,38 @@ def launch_tile_table(
     return table
 
 
-def launch_gather_rows(x: torch.Tensor, routing: ExpertRouting, block_k: int = 0) -> torch.Tensor:
-    """Return rows of ``x`` (num_tokens, K) for each sorted pair.
+def launch_gather_rows(
+    x: torch.Tensor, routing: ExpertRouting, block_k: int = 0, *, scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return rows of ``x`` (num_tokens, K), and of ``scale``, for each sorted pair.
 
     Args:
         x: 8 or 16 bits wide, K bytes a multiple of 4.
         routing: of ``x``'s tokens.
         block_k: K in the order that the module's docstring says, padded with zeros to a multiple
             of this; 0: as it is.
+        scale: (num_tokens,) fp32.
     """
     x = x.contiguous()
     num_pairs, in_features = routing.sorted_pair_ids.shape[0], x.shape[1]
     width = triton.cdiv(in_features, block_k) * block_k if block_k else in_features
     out = x.new_empty(num_pairs, width)
+    out_scale = None if scale is None else scale.new_empty(num_pairs)
     words, out_words = (columns * x.element_size() // 4 for columns in (in_features, width))
     block = max(block_k, min(1024, triton.next_power_of_2(out_words)))
     gather_rows_kernel[(num_pairs, triton.cdiv(out_words, block))](
         x.view(torch.int32),
         routing.sorted_pair_ids,
         out.view(torch.int32),
+        scale,
+        out_scale,
         words,
         out_words,
         TOP_K=routing.top_k,
         GROUP=block_k // 2,
         BLOCK=block,
     )
-    return out
+    return out, out_scale
 
 
 def launch_hopper_gemm(
@@ -481,7 +552,6 @@ def launch_hopper_gemm(
     num_stages: int,
     out_features: int,
     x_scale: torch.Tensor | None = None,
-    rows_per_scale: int = 0,
     activation: Activation | None = None,
     scatter: bool = False,
     permute: bool = False,
@@ -491,7 +561,7 @@ def launch_hopper_gemm(
     Args:
         block_m: rows of a tile: 64, 128 or 256.
         num_stages: tiles in flight, at least 3.
-        x_scale: of each pair divided by ``rows_per_scale``; of each sorted row if that is 0.
+        x_scale: (num_pairs,) fp32, sorted, for 8-bit rows.
         activation: fused into the epilogue.
         scatter: write in the order of pairs instead of the sorted order.
         permute: columns of ``out`` in the order of `launch_gather_rows`, zeros beyond
@@ -524,7 +594,6 @@ def launch_hopper_gemm(
         routing.sorted_pair_ids,
         expert_to_slot,
         table.shape[0],
-        rows_per_scale,
         out_features,
         in_features,
         out.stride(0),
@@ -535,9 +604,12 @@ def launch_hopper_gemm(
         BLOCK_M=block_m,
         BLOCK_N=BLOCK_N,
         BLOCK_K=block_k,
+        TAIL_M=block_m // 2 if block_m > 64 else 0,
         NUM_STAGES=num_stages,
         GROUP_M=8,
         num_warps=8,
+        # Two programs share the registers: one stores while the other multiplies.
+        maxnreg=128 if block_m <= 128 else None,
     )
     return out
 
@@ -582,8 +654,9 @@ def hopper_fused_moe(
     x, x_scale = hidden_states, None
     if activations is not None:
         x, x_scale = launch_quantize_rows(x, activations, dependent=False)
+    x, x_scale = launch_gather_rows(x, routing, BLOCK_K_16 if wide else 0, scale=x_scale)
     launch_hopper_gemm(
-        launch_gather_rows(x, routing, BLOCK_K_16 if wide else 0),
+        x,
         gate_up_proj,
         gate_up_proj_scale,
         gate_up_proj_bias,
@@ -595,7 +668,6 @@ def hopper_fused_moe(
         num_stages=num_stages,
         out_features=intermediate_size,
         x_scale=x_scale,
-        rows_per_scale=top_k,
         activation=activation,
         permute=wide,
     )

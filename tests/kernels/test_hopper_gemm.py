@@ -44,7 +44,9 @@ def test_gather_rows(in_features: int, block_k: int, dtype: torch.dtype) -> None
         pytest.skip("8-bit rows keep their order")
     x = torch.randint(-128, 128, (7, in_features), device=DEVICE).to(dtype)
     routing = ExpertRouting.from_topk_ids(torch.rand(7, 6, device=DEVICE).topk(2).indices, 6)
-    out = hopper.launch_gather_rows(x, routing, block_k)
+    scale = torch.rand(7, device=DEVICE)
+    out, out_scale = hopper.launch_gather_rows(x, routing, block_k, scale=scale)
+    assert torch.equal(out_scale, scale[routing.sorted_token_ids])
     expected = x[routing.sorted_token_ids]
     if block_k:
         padding = -in_features % block_k
@@ -110,6 +112,7 @@ for x, weights, gated, block_m, num_stages in [
         GATED=gated, ALPHA=1.702, UP_SHIFT=1.0, LIMIT=7.0, LIMIT_AFTER=False, GATE_SOFTCAP=None,
         UP_SOFTCAP=None, PERMUTE=block_k if wide and gated else 0, BLOCK_M=block_m,
         BLOCK_N=hopper.BLOCK_N, BLOCK_K=block_k, NUM_STAGES=num_stages, GROUP_M=8,
+        TAIL_M=block_m // 2 if block_m > 64 else 0,
     )
     if wide:
         constants["x_scale_ptr"] = None
@@ -126,7 +129,8 @@ for x, weights, gated, block_m, num_stages in [
         constexprs={(names.index(n),): value for n, value in constants.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in even if n not in constants},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    options = {"num_warps": 8, "maxnreg": 128 if block_m <= 128 else None}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     loop = compiled.asm["ptx"]
     print(json.dumps({
         "case": f"{x} {weights} gated={gated} block_m={block_m}",
