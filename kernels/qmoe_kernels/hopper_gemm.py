@@ -639,7 +639,8 @@ def hopper_fused_moe(
     Args:
         block_m: rows of a tile: 64, 128 or 256.
         num_stages: tiles in flight, at least 3; a stage takes block_m times 128 bytes and 8 KiB
-            more, 16 KiB with 8-bit rows, of the 227 KiB that there are.
+            more, 16 KiB with 8-bit rows, of the 227 KiB that there are. Two programs run at a time
+            where each takes half of them: block_m=128 with 4 stages, or 3 with 8-bit rows.
     """
     num_tokens, top_k = topk_ids.shape
     num_pairs = num_tokens * top_k
