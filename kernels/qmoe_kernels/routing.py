@@ -9,16 +9,19 @@ import torch
 try:
     import triton
     import triton.language as tl
-    from triton.language.extra.cuda import gdc_launch_dependents
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 except ImportError:  # a CPU needs no Triton
     triton = None
 
-# Up to so many pairs a small block has them all; a large one reads 16 per thread at once.
-SMALL_BLOCK, SMALL_WARPS = 1024, 4
-LARGE_BLOCK, LARGE_WARPS = 8192, 16
-# A thread remembers in 16 bits which of its pairs are an expert's. Beyond, to read all pairs for
-# every expert costs more than a radix sort.
-MAX_PAIRS = 16 * LARGE_BLOCK
+# Up to so many pairs, reading all of them for every two experts is faster than a second launch.
+# At most 16 * PAIRS_AT_ONCE: a thread remembers in 16 bits which of its pairs are an expert's.
+FEW_PAIRS = 4096
+PAIRS_AT_ONCE, FEW_WARPS = 1024, 4
+
+# More are counted and sorted by blocks, a pair per thread. Every block adds up the counts of all
+# chunks, so chunks are as many blocks long as keeps these few: MAX_COUNTS are 64 per thread.
+BLOCK_PAIRS, BLOCK_WARPS = 256, 8
+MAX_CHUNKS, MAX_COUNTS = 128, 16384
 
 
 @dataclass(frozen=True)
@@ -54,16 +57,16 @@ class ExpertRouting:
     def from_topk_ids(cls, topk_ids: torch.Tensor, num_experts: int) -> ExpertRouting:
         """Sort the pairs of ``topk_ids`` by expert.
 
-        On a GPU this is one launch (a few above `MAX_PAIRS`) without a synchronization, and no
-        shape depends on a device value: a CUDA graph can hold it. From compute capability 9.0 on
-        a kernel launched with ``launch_pdl=True`` may start while this one still runs.
+        On a GPU these are one launch, or two above `FEW_PAIRS`, without a synchronization, and no
+        shape depends on a device value: a CUDA graph can hold them. From compute capability 9.0
+        on a kernel launched with ``launch_pdl=True`` may start while the last one still runs.
 
         Args:
             topk_ids: (num_tokens, top_k) int32 or int64. Ids outside [0, num_experts) are skipped;
                 expert parallelism marks experts of other ranks so.
             num_experts: of this layer.
         """
-        if topk_ids.is_cuda and triton is not None and topk_ids.numel() <= MAX_PAIRS:
+        if topk_ids.is_cuda and triton is not None:
             with torch.cuda.device(topk_ids.device):
                 return launch_routing(topk_ids, num_experts)
         return _sort(topk_ids, num_experts)
@@ -79,20 +82,62 @@ def _sort(topk_ids: torch.Tensor, num_experts: int) -> ExpertRouting:
 
 
 def launch_routing(topk_ids: torch.Tensor, num_experts: int) -> ExpertRouting:
-    """Run `routing_kernel`; for at most `MAX_PAIRS` pairs. See `ExpertRouting.from_topk_ids`."""
+    """Run `routing_kernel`, or `count_pairs_kernel` and `sort_pairs_kernel` above `FEW_PAIRS`.
+
+    See `ExpertRouting.from_topk_ids`.
+    """
     num_pairs = topk_ids.numel()
-    sorted_pair_ids = topk_ids.new_empty(num_pairs, dtype=torch.int32)
-    expert_offsets = topk_ids.new_empty(num_experts + 1, dtype=torch.int32)
-    small = num_pairs <= SMALL_BLOCK
-    routing_kernel[(triton.cdiv(num_experts + 1, 2),)](
-        topk_ids.contiguous(),
+    ids = topk_ids.contiguous()
+    sorted_pair_ids = ids.new_empty(num_pairs, dtype=torch.int32)
+    expert_offsets = ids.new_empty(num_experts + 1, dtype=torch.int32)
+    # Programmatic launches are for devices, not for the interpreter.
+    compiled = isinstance(routing_kernel, triton.JITFunction)
+    pdl = compiled and torch.cuda.get_device_capability(ids.device) >= (9, 0)
+    if num_pairs <= FEW_PAIRS:
+        routing_kernel[(triton.cdiv(num_experts + 1, 2),)](
+            ids,
+            sorted_pair_ids,
+            expert_offsets,
+            num_pairs,
+            num_experts,
+            BLOCK=PAIRS_AT_ONCE,
+            PDL=pdl,
+            num_warps=FEW_WARPS,
+        )
+        return ExpertRouting(sorted_pair_ids, expert_offsets, topk_ids.shape[1])
+
+    block_experts = max(32, triton.next_power_of_2(num_experts))
+    max_chunks = max(1, min(MAX_CHUNKS, MAX_COUNTS // block_experts))
+    num_blocks = triton.cdiv(num_pairs, BLOCK_PAIRS)
+    chunk_blocks = triton.cdiv(num_blocks, max_chunks)
+    num_chunks = triton.cdiv(num_blocks, chunk_blocks)
+    counts = ids.new_empty(
+        (num_chunks, chunk_blocks + 1, block_experts),
+        dtype=torch.int16 if chunk_blocks * BLOCK_PAIRS < 2**15 else torch.int32,
+    )
+    constants = {"BLOCK": BLOCK_PAIRS, "BLOCK_EXPERTS": block_experts, "PDL": pdl}
+    count_pairs_kernel[(num_chunks,)](
+        ids,
+        counts,
+        num_pairs,
+        num_experts,
+        chunk_blocks,
+        **constants,
+        num_warps=BLOCK_WARPS,
+    )
+    sort_pairs_kernel[(num_blocks,)](
+        ids,
+        counts,
         sorted_pair_ids,
         expert_offsets,
         num_pairs,
         num_experts,
-        BLOCK=SMALL_BLOCK if small else LARGE_BLOCK,
-        PDL=topk_ids.is_cuda and torch.cuda.get_device_capability(topk_ids.device) >= (9, 0),
-        num_warps=SMALL_WARPS if small else LARGE_WARPS,
+        num_chunks,
+        chunk_blocks,
+        MAX_CHUNKS=max_chunks,
+        **constants,
+        num_warps=BLOCK_WARPS,
+        **({"launch_pdl": True} if pdl else {}),
     )
     return ExpertRouting(sorted_pair_ids, expert_offsets, topk_ids.shape[1])
 
@@ -151,3 +196,94 @@ if triton is not None:
             counts = tl.sum(mine, 0)
             first_end += counts & 0xFFFF
             second_end += counts >> 16
+
+    @triton.jit(
+        do_not_specialize=["num_pairs", "num_experts", "chunk_blocks"],
+        do_not_specialize_on_alignment=["topk_ids_ptr"],
+    )
+    def count_pairs_kernel(
+        topk_ids_ptr,  # (num_pairs,) int32 | int64
+        counts_ptr,  # (num_chunks, chunk_blocks + 1, BLOCK_EXPERTS) int16 | int32
+        num_pairs,
+        num_experts,
+        chunk_blocks,
+        BLOCK: tl.constexpr,
+        BLOCK_EXPERTS: tl.constexpr,  # power of two, at least num_experts
+        PDL: tl.constexpr,
+    ):
+        """Grid: (num_chunks,). Row i counts the experts' pairs in the chunk's first i blocks."""
+        if PDL:
+            gdc_launch_dependents()
+        chunk = tl.program_id(0)
+        experts = tl.arange(0, BLOCK_EXPERTS)
+        counts_ptrs = counts_ptr + chunk * (chunk_blocks + 1) * BLOCK_EXPERTS + experts
+        counts = tl.zeros((BLOCK_EXPERTS,), dtype=tl.int32)
+        for i in range(chunk_blocks):
+            pairs = (chunk * chunk_blocks + i) * BLOCK + tl.arange(0, BLOCK)
+            ids = tl.load(topk_ids_ptr + pairs, mask=pairs < num_pairs, other=-1).to(tl.int32)
+            tl.store(counts_ptrs, counts.to(counts_ptr.dtype.element_ty))
+            counts_ptrs += BLOCK_EXPERTS
+            exists = (ids >= 0) & (ids < num_experts)
+            counts += tl.histogram(ids, BLOCK_EXPERTS, mask=exists)
+        tl.store(counts_ptrs, counts.to(counts_ptr.dtype.element_ty))
+
+    @triton.jit(
+        do_not_specialize=["num_pairs", "num_experts", "num_chunks", "chunk_blocks"],
+        do_not_specialize_on_alignment=["topk_ids_ptr"],
+    )
+    def sort_pairs_kernel(
+        topk_ids_ptr,  # (num_pairs,) int32 | int64
+        counts_ptr,  # (num_chunks, chunk_blocks + 1, BLOCK_EXPERTS), count_pairs_kernel's
+        sorted_pair_ids_ptr,  # (num_pairs,) int32
+        expert_offsets_ptr,  # (num_experts + 1,) int32
+        num_pairs,
+        num_experts,
+        num_chunks,
+        chunk_blocks,
+        BLOCK: tl.constexpr,
+        BLOCK_EXPERTS: tl.constexpr,
+        MAX_CHUNKS: tl.constexpr,
+        PDL: tl.constexpr,
+    ):
+        """Grid: (cdiv(num_pairs, BLOCK),), a block of pairs per program.
+
+        A pair comes after all pairs of lower experts, its expert's in earlier chunks, its
+        expert's in earlier blocks of this chunk, and its expert's before it in this block.
+        """
+        block = tl.program_id(0)
+        lanes = tl.arange(0, BLOCK)
+        pairs = block * BLOCK + lanes
+        inside = pairs < num_pairs
+        # count_pairs_kernel did not write ids: they are ranked while it runs.
+        ids = tl.load(topk_ids_ptr + pairs, mask=inside, other=-1).to(tl.int32)
+        skipped = (ids < 0) | (ids >= num_experts)
+        ids = tl.where(skipped, num_experts, ids)
+        # Keys of an expert's pairs are BLOCK numbers in a row: those of its earlier pairs are the
+        # `lane` ones below a pair's own. One comparison, as a negative difference is a large one.
+        keys = ids * BLOCK + lanes
+        below = ((keys - 1)[None, :] - keys[:, None]).to(tl.uint32)
+        ranks = tl.sum((below < lanes.to(tl.uint32)[None, :]).to(tl.int32), 0)
+
+        experts = tl.arange(0, BLOCK_EXPERTS)
+        chunks = tl.arange(0, MAX_CHUNKS)
+        chunk = block // chunk_blocks
+        rows = chunks * (chunk_blocks + 1) + chunk_blocks
+        counts_ptrs = counts_ptr + rows[:, None] * BLOCK_EXPERTS + experts[None, :]
+        row = chunk * (chunk_blocks + 1) + block % chunk_blocks
+        if PDL:
+            gdc_wait()
+            gdc_launch_dependents()
+        counts = tl.load(counts_ptrs, mask=(chunks < num_chunks)[:, None], other=0).to(tl.int32)
+        before = tl.load(counts_ptr + row * BLOCK_EXPERTS + experts).to(tl.int32)
+        before += tl.sum(tl.where((chunks < chunk)[:, None], counts, 0), 0)
+        totals = tl.sum(counts, 0)
+        ends = tl.cumsum(totals, 0)
+
+        positions = tl.gather(ends - totals + before, tl.where(skipped, 0, ids), 0)
+        # Skipped pairs come after all experts'; what no expert has of earlier blocks was skipped.
+        first_skipped = block * BLOCK + tl.sum(totals - before, 0)
+        positions = tl.where(skipped, first_skipped, positions) + ranks
+        tl.store(sorted_pair_ids_ptr + positions, pairs, mask=inside)
+        if block == 0:
+            tl.store(expert_offsets_ptr, 0)
+            tl.store(expert_offsets_ptr + 1 + experts, ends, mask=experts < num_experts)

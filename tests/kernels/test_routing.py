@@ -10,7 +10,14 @@ from compiling import ARCHITECTURES, run_compiler
 from random_layer import DEVICE
 
 from qmoe_kernels import ExpertRouting
-from qmoe_kernels.routing import LARGE_BLOCK, MAX_PAIRS, SMALL_BLOCK, launch_routing
+from qmoe_kernels import routing as routing_module
+from qmoe_kernels.routing import (
+    BLOCK_PAIRS,
+    FEW_PAIRS,
+    FEW_WARPS,
+    PAIRS_AT_ONCE,
+    launch_routing,
+)
 
 CASES = [
     # num_tokens, num_experts, top_k
@@ -64,7 +71,7 @@ def test_nothing_is_routed() -> None:
     assert routing.expert_offsets.tolist() == [0] * 6
 
 
-# ---- the kernel --------------------------------------------------------------------------------
+# ---- the kernels -------------------------------------------------------------------------------
 
 
 def random_ids(num_tokens: int, num_experts: int, top_k: int, dtype: torch.dtype) -> torch.Tensor:
@@ -92,13 +99,17 @@ def assert_like_torch(topk_ids: torch.Tensor, num_experts: int) -> None:
         (0, 8, 2),  # no tokens: offsets are written all the same
         (1, 128, 8),
         (5, 7, 3),
-        (SMALL_BLOCK // 2, 4, 2),  # a full block
-        (SMALL_BLOCK // 2 + 1, 3, 2),  # the larger block
-        (LARGE_BLOCK // 2 + 3, 6, 5),  # several blocks, the last one not full
+        (PAIRS_AT_ONCE // 2, 4, 2),  # all that are read at once
+        (PAIRS_AT_ONCE // 2 + 1, 3, 2),  # more
+        (FEW_PAIRS // 2, 7, 2),  # one launch
+        (FEW_PAIRS + 1, 7, 1),  # two, the last block has one pair
+        (FEW_PAIRS + BLOCK_PAIRS, 1, 1),  # full blocks, one expert
+        (FEW_PAIRS // 6 + 99, 128, 8),
+        (FEW_PAIRS // 10 + 1, 300, 10),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_kernel(num_tokens: int, num_experts: int, top_k: int, dtype: torch.dtype) -> None:
+def test_kernels(num_tokens: int, num_experts: int, top_k: int, dtype: torch.dtype) -> None:
     assert_like_torch(random_ids(num_tokens, num_experts, top_k, dtype), num_experts)
 
 
@@ -106,22 +117,36 @@ def test_kernel_with_512_experts() -> None:
     assert_like_torch(random_ids(9, 512, 10, torch.int64), 512)
 
 
-def test_kernel_with_as_many_pairs_as_it_takes() -> None:
-    ids = random_ids(MAX_PAIRS // 8, 2, 8, torch.int32)
-    assert ids.numel() == MAX_PAIRS
-    assert_like_torch(ids, 2)
-
-
 @pytest.mark.parametrize("num_experts", [4, 5])  # the skipped ids' program has an expert, or none
 @pytest.mark.parametrize("expert", [-1, 0, 3, 4, 5])
-@pytest.mark.parametrize("num_tokens", [9, LARGE_BLOCK + 5])
-def test_kernel_with_all_pairs_on_one_id(num_experts: int, expert: int, num_tokens: int) -> None:
+@pytest.mark.parametrize("num_tokens", [9, FEW_PAIRS + 5])
+def test_kernels_with_all_pairs_on_one_id(num_experts: int, expert: int, num_tokens: int) -> None:
     assert_like_torch(torch.full((num_tokens, 1), expert), num_experts)
 
 
-def test_kernel_reads_any_strides_and_alignment() -> None:
+@pytest.mark.parametrize("max_chunks", [1, 2, 4, 16])
+def test_chunks_of_several_blocks(max_chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing_module, "MAX_CHUNKS", max_chunks)
+    assert_like_torch(random_ids(FEW_PAIRS + 5 * BLOCK_PAIRS + 7, 9, 1, torch.int64), 9)
+
+
+def test_more_experts_make_larger_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing_module, "MAX_COUNTS", 256)
+    assert_like_torch(random_ids(FEW_PAIRS // 8 + 60, 40, 8, torch.int64), 40)
+    assert_like_torch(random_ids(FEW_PAIRS // 8 + 60, 512, 8, torch.int64), 512)
+
+
+def test_counts_beyond_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing_module, "MAX_CHUNKS", 1)
+    assert_like_torch(torch.full((2**15, 1), 1), 2)
+
+
+def test_kernels_read_any_strides_and_alignment() -> None:
     ids = random_ids(40, 6, 4, torch.int64)
     for view in (ids.t().contiguous().t(), ids[:, 1:3], ids[1:], ids[::2], ids[:1].expand(7, 4)):
+        assert_like_torch(view, 6)
+    many = random_ids(FEW_PAIRS + 9, 6, 1, torch.int32)
+    for view in (many[1:], many[:1].expand(FEW_PAIRS + 1, 1)):
         assert_like_torch(view, 6)
 
 
@@ -129,47 +154,54 @@ def test_kernel_reads_any_strides_and_alignment() -> None:
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("num_experts", [8, 128, 129, 512])
 def test_many_pairs(num_experts: int, dtype: torch.dtype) -> None:
-    for num_tokens, top_k in ((1, 10), (700, 10), (4096, 8), (8192, 10), (MAX_PAIRS // 10, 10)):
+    for num_tokens, top_k in ((1, 10), (409, 10), (410, 10), (4096, 8), (8192, 10), (16384, 8)):
         ids = random_ids(num_tokens, num_experts, top_k, dtype)
         assert_like_torch(ids, num_experts)
         again = [launch_routing(ids.cuda(), num_experts) for _ in range(2)]
         assert torch.equal(again[0].sorted_pair_ids, again[1].sorted_pair_ids)
-    beyond = random_ids(MAX_PAIRS // 10 + 1, num_experts, 10, dtype)
-    assert beyond.numel() > MAX_PAIRS
-    routing = ExpertRouting.from_topk_ids(beyond.cuda(), num_experts)
-    expected = ExpertRouting.from_topk_ids(beyond, num_experts)
-    assert torch.equal(routing.sorted_pair_ids.cpu(), expected.sorted_pair_ids)
-    assert torch.equal(routing.expert_offsets.cpu(), expected.expert_offsets)
+        assert torch.equal(again[0].expert_offsets, again[1].expert_offsets)
+    one_expert = torch.full((16384, 8), num_experts // 2, dtype=dtype)
+    assert_like_torch(one_expert, num_experts)
 
 
 @pytest.mark.gpu
-def test_one_launch_and_no_compilation_for_another_number_of_tokens(
+def test_millions_of_pairs() -> None:
+    ids = torch.full((1 << 19, 10), 2)  # counts beyond 16 bits
+    assert_like_torch(ids, 256)
+    assert_like_torch(random_ids(1 << 19, 256, 10, torch.int64), 256)
+
+
+@pytest.mark.gpu
+def test_launches_and_no_compilation_for_another_number_of_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from qmoe_kernels.routing import routing_kernel
-
     # Poison is a launch too.
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    for num_tokens in (1, 4096):  # both blocks
+    names = ["routing_kernel", "count_pairs_kernel", "sort_pairs_kernel"]
+    for num_tokens in (1, 4096):  # one launch, two
         launch_routing(random_ids(num_tokens, 128, 8, torch.int64).cuda(), 128)
-    cache = routing_kernel.device_caches[torch.cuda.current_device()][0]
-    num_compiled = len(cache)
-    for num_tokens in (2, 16, 37, 3000, 8192):
+    device = torch.cuda.current_device()
+    caches = [getattr(routing_module, name).device_caches[device][0] for name in names]
+    num_compiled = [len(cache) for cache in caches]
+    for num_tokens in (2, 16, 37, 3000, 8192, 16384, 30000):
         ids = random_ids(num_tokens, 128, 8, torch.int64).cuda()
         launch_routing(ids, 128)
-        launch_routing(ids[1:], 130)
-    assert len(cache) == num_compiled
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        ExpertRouting.from_topk_ids(ids, 128)
-        torch.cuda.synchronize()
-    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    assert [e.name for e in kernels] == ["routing_kernel"]
+        launch_routing(ids[1:], 120)
+    assert [len(cache) for cache in caches] == num_compiled
+    for num_tokens, launched in ((FEW_PAIRS // 8, names[:1]), (FEW_PAIRS // 8 + 1, names[1:])):
+        ids = random_ids(num_tokens, 128, 8, torch.int64).cuda()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            ExpertRouting.from_topk_ids(ids, 128)
+            torch.cuda.synchronize()
+        kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        assert sorted(e.name for e in kernels) == sorted(launched)
 
 
 @pytest.mark.gpu
-def test_cuda_graph_and_no_synchronization() -> None:
+@pytest.mark.parametrize("num_tokens", [33, 4096])  # one launch, two
+def test_cuda_graph_and_no_synchronization(num_tokens: int) -> None:
     torch.manual_seed(0)
-    draws = [torch.randint(-1, 65, (33, 6)) for _ in range(3)]
+    draws = [torch.randint(-1, 65, (num_tokens, 6)) for _ in range(5)]
     ids = draws[0].cuda()
     ExpertRouting.from_topk_ids(ids, 64)
     torch.cuda.synchronize()
@@ -193,48 +225,59 @@ def test_cuda_graph_and_no_synchronization() -> None:
 
 COMPILE = """
 import json, re
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from qmoe_kernels import routing
+import torch
+from compiling import compiling_for, spilled_bytes
+from qmoe_kernels.routing import FEW_PAIRS, launch_routing
 
-names = routing.routing_kernel.arg_names
-for capability in ARCHITECTURES:
-    for block, warps, ids in ((routing.SMALL_BLOCK, routing.SMALL_WARPS, "*i64"),
-                              (routing.LARGE_BLOCK, routing.LARGE_WARPS, "*i64"),
-                              (routing.LARGE_BLOCK, routing.LARGE_WARPS, "*i32")):
-        constants = dict(BLOCK=block, PDL=capability >= 90)
-        types = dict(topk_ids_ptr=ids, **dict.fromkeys(constants, "constexpr"))
-        source = ASTSource(
-            routing.routing_kernel,
-            {n: types.get(n, "*i32" if n.endswith("_ptr") else "i32") for n in names},
-            constexprs={(names.index(n),): value for n, value in constants.items()},
-            attrs={(names.index(n),): [["tt.divisibility", 16]]
-                   for n in ("sorted_pair_ids_ptr", "expert_offsets_ptr")},
-        )
-        kernel = triton.compile(
-            source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}
-        )
-        ptx = kernel.asm["ptx"]
-        print(json.dumps({
-            "capability": capability,
-            "shared": kernel.metadata.shared,
-            "local_memory": len(re.findall(r"(ld|st)\\.local", ptx)),
-            "loads": len(re.findall(r"ld\\.global", ptx)),
-            "launches_dependents": "griddepcontrol.launch_dependents" in ptx,
-            "loads_per_thread": block // (32 * warps),
-        }))
+with compiling_for(CAPABILITY) as compiled:
+    for num_pairs, num_experts, dtype in (
+        (FEW_PAIRS, 128, torch.int64),
+        (FEW_PAIRS + 1, 1, torch.int64),
+        (FEW_PAIRS + 1, 128, torch.int64),
+        (FEW_PAIRS + 1, 256, torch.int32),
+        (FEW_PAIRS + 1, 512, torch.int64),
+        (1 << 20, 2048, torch.int64),
+    ):
+        launch_routing(torch.zeros(num_pairs, 1, dtype=dtype), num_experts)
+        for kernel in compiled:
+            ptx = kernel.asm["ptx"]
+            print(json.dumps({
+                "kernel": kernel.metadata.name,
+                "num_experts": num_experts,
+                "shared": kernel.metadata.shared,
+                "spilled": spilled_bytes(kernel.asm["cubin"]),
+                "order": re.findall(
+                    r"ld\\.global|st\\.global|griddepcontrol\\.\\w+|st\\.local", ptx
+                ),
+            }))
+        compiled.clear()
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
-def test_compiles_for_every_architecture() -> None:
-    kernels = run_compiler(f"ARCHITECTURES = {ARCHITECTURES}\n{COMPILE}")
-    assert len(kernels) == 3 * len(ARCHITECTURES)
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_compiles_for_every_architecture(capability: int) -> None:
+    kernels = run_compiler(f"CAPABILITY = {capability}\n{COMPILE}")
+    assert [k["kernel"] for k in kernels] == [
+        "routing_kernel",
+        *["count_pairs_kernel", "sort_pairs_kernel"] * 5,
+    ]
     for kernel in kernels:
-        assert kernel["local_memory"] == 0, kernel
-        assert kernel["loads"] == kernel["loads_per_thread"], kernel  # every id is read once
-        # No layout is changed through shared memory, which would take tens of KiB.
-        assert kernel["shared"] <= 1024, kernel
-        assert kernel["launches_dependents"] == (kernel["capability"] >= 90), kernel
+        assert kernel["spilled"] == 0, kernel
+        # No tile changes its layout through shared memory: only sums and tables of experts do.
+        limit = {"routing_kernel": 1, "count_pairs_kernel": 8, "sort_pairs_kernel": 16}
+        assert kernel["shared"] <= limit[kernel["kernel"]] << 10, kernel
+        order = kernel["order"]
+        steps = [step.split(".")[1] for step in order if step.startswith("griddep")]
+        if capability < 90:
+            assert steps == []
+        elif kernel["kernel"] == "sort_pairs_kernel":
+            # It lets the next kernel start once it has waited itself; before, it reads ids only.
+            assert steps == ["wait", "launch_dependents"]
+            assert order[: order.index("griddepcontrol.wait")] == ["ld.global"]
+        else:
+            assert order[0] == "griddepcontrol.launch_dependents"
+            assert steps == ["launch_dependents"]
+        if kernel["kernel"] == "routing_kernel":  # every id is read once
+            assert order.count("ld.global") == PAIRS_AT_ONCE // (32 * FEW_WARPS)
