@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
+import pytest
 import torch
 
 from qmoe_kernels import Activation, fused_moe, quantize
@@ -60,10 +61,23 @@ class Layer:
             topk_weights=None if self.topk_weights is None else self.topk_weights[some],
         )
 
+    def quantized(self, weights: str) -> Layer:
+        """Return the layer with its weights, which are floats, in 8 bits."""
+        gate_up_proj, gate_up_proj_scale = quantize(self.gate_up_proj, weights)
+        down_proj, down_proj_scale = quantize(self.down_proj, weights)
+        return replace(
+            self,
+            gate_up_proj=gate_up_proj,
+            gate_up_proj_scale=gate_up_proj_scale,
+            down_proj=down_proj,
+            down_proj_scale=down_proj_scale,
+        )
+
     def arguments(self) -> dict[str, object]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def fused_moe(self, *, activations: str = "auto") -> torch.Tensor:
+        skip_without_fp8(self.hidden_states.device, activations)
         return fused_moe(**self.arguments(), activations=activations)
 
     def triton(
@@ -72,6 +86,7 @@ class Layer:
         """Launch the Triton kernels, in the interpreter where there is no GPU."""
         from qmoe_kernels.grouped_gemm import fused_moe_triton
 
+        skip_without_fp8(DEVICE, activations)
         return fused_moe_triton(
             **self.to(DEVICE).arguments(),
             num_experts=self.num_experts,
@@ -102,25 +117,27 @@ def random_layer(
     rows = intermediate_size * (2 if gated else 1)
     gate_up_proj = torch.randn(num_experts, rows, hidden_size) * hidden_size**-0.5
     down_proj = torch.randn(num_experts, hidden_size, intermediate_size) * intermediate_size**-0.5
-    scales: list[torch.Tensor | None] = [None, None]
-    if weights is None:
-        gate_up_proj, down_proj = gate_up_proj.to(dtype), down_proj.to(dtype)
-    else:
-        gate_up_proj, scales[0] = quantize(gate_up_proj, weights)
-        down_proj, scales[1] = quantize(down_proj, weights)
     topk_weights, topk_ids = torch.rand(num_tokens, num_experts).topk(top_k)
-    return Layer(
+    layer = Layer(
         torch.randn(num_tokens, hidden_size).to(dtype),
-        gate_up_proj,
-        scales[0],
-        down_proj,
-        scales[1],
+        gate_up_proj if weights else gate_up_proj.to(dtype),
+        None,
+        down_proj if weights else down_proj.to(dtype),
+        None,
         topk_ids,
         topk_weights,
         gate_up_proj_bias=torch.randn(num_experts, rows).to(dtype) if bias else None,
         down_proj_bias=torch.randn(num_experts, hidden_size).to(dtype) if bias else None,
         activation=activation,
     )
+    return layer.quantized(weights) if weights else layer
+
+
+def skip_without_fp8(device: torch.device, activations: str | None) -> None:
+    """Skip a test of FP8 products on a GPU that has none."""
+    on_gpu = activations == "fp8" and device.type == "cuda"
+    if on_gpu and torch.cuda.get_device_capability(device) < (8, 9):
+        pytest.skip("needs compute capability 8.9")
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
@@ -128,6 +145,19 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert actual.shape == expected.shape
     error = relative_error(actual, expected)
     assert error < TOLERANCE[actual.dtype], f"relative error {error:.2e}"
+
+
+def assert_close_quantized(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Compare fp32 results of products whose rows were quantized; on a CPU as `assert_close`.
+
+    A GPU divides with another last bit, and a number half-way between two of the format's may then
+    become the other one. Wrong products are off by more.
+    """
+    if actual.device.type == "cpu":
+        return assert_close(actual, expected)
+    assert actual.shape == expected.shape
+    error = relative_error(actual, expected)
+    assert error < 1e-2, f"relative error {error:.2e}"
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -11,15 +11,32 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from random_layer import Layer, assert_close, random_layer
+from random_layer import (
+    Layer,
+    assert_close,
+    assert_close_quantized,
+    random_layer,
+    relative_error,
+    skip_without_fp8,
+)
+from trained_layer import trained_layer
 
 import qmoe_kernels
 from qmoe_kernels import Activation, fused_moe, grouped_linear, weighted_sum
+from qmoe_kernels.fused_moe import ARITHMETIC_BOUND_ROWS, check_activations
 from qmoe_kernels.reference import grouped_linear_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 WEIGHTS = ["int8", "fp8", None]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+MODES = [
+    ("int8", "bf16"),
+    ("int8", "int8"),
+    ("fp8", "bf16"),
+    ("fp8", "fp8"),
+    (None, "bf16"),
+]
 
 
 def swiglu(rows: torch.Tensor) -> torch.Tensor:
@@ -101,6 +118,65 @@ def test_unreduced_rows(dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("activation", [Activation(), swiglu], ids=["known", "callable"])
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_quantized_rows(weights: str, activation: Activation, device: str) -> None:
+    # In fp32: no other rounding decides which of two numbers a value between them becomes.
+    layer = random_layer(weights=weights, activation=activation, bias=True, num_tokens=20)
+    layer.topk_ids[3, 1] = -1
+    out = layer.to(device).fused_moe(activations=weights)
+    assert_close_quantized(out, layer.reference(activations=weights))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("trained", [False, True], ids=["random", "trained"])
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_error_is_that_of_the_format(
+    dtype: torch.dtype, weights: str, trained: bool, device: str
+) -> None:
+    """At most 1.2 times what quantizing costs, whatever the arithmetic."""
+    layer = random_layer(num_tokens=64, weights=None, hidden_size=256, intermediate_size=192)
+    if trained:
+        layer = trained_layer(64)
+    layer = replace(layer, hidden_states=layer.hidden_states.to(dtype).float())
+    exact, quantized = layer.reference(), layer.quantized(weights)
+    for rows in (None, weights):
+        error = relative_error(quantized.reference(activations=rows), exact)
+        assert 1e-3 < error < 0.1
+        ours = replace(quantized, hidden_states=layer.hidden_states.to(dtype)).to(device)
+        out = ours.fused_moe(activations=rows or "bf16")
+        assert relative_error(out, exact) <= 1.2 * error
+
+
+def test_auto_leaves_rows_as_they_are_on_a_cpu() -> None:
+    layer = random_layer(num_tokens=200, num_experts=2)
+    out = layer.fused_moe(activations="auto")
+    assert torch.equal(out, layer.fused_moe(activations="bf16"))
+    assert not torch.equal(out, layer.fused_moe(activations="int8"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_auto_quantizes_rows_where_arithmetic_bounds(weights: str | None) -> None:
+    # Both experts for every token.
+    layer = random_layer(
+        num_tokens=ARITHMETIC_BOUND_ROWS,
+        num_experts=2,
+        hidden_size=64,
+        weights=weights,
+        dtype=torch.bfloat16,
+    ).to("cuda")
+    quantizes = weights is not None and (weights == "int8" or CAPABILITY >= (8, 9))
+    many = layer.fused_moe()
+    few = layer.tokens(slice(1, None))
+    assert torch.equal(few.fused_moe(), few.fused_moe(activations="bf16"))
+    assert torch.equal(many, layer.fused_moe(activations="bf16")) != quantizes
+    if quantizes:
+        assert torch.equal(many, layer.fused_moe(activations=weights))
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("weights_dtype", DTYPES)
 def test_routing_dtypes(ids_dtype: torch.dtype, weights_dtype: torch.dtype, device: str) -> None:
@@ -157,8 +233,9 @@ def test_grouped_linear(weights: str | None, per_pair: bool, device: str) -> Non
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_every_time(dtype: torch.dtype, device: str) -> None:
     layer = random_layer(num_tokens=300, hidden_size=256, top_k=6, dtype=dtype).to(device)
-    out = layer.fused_moe()
-    assert all(torch.equal(layer.fused_moe(), out) for _ in range(3))
+    for activations in ("bf16", "int8"):
+        out = layer.fused_moe(activations=activations)
+        assert all(torch.equal(layer.fused_moe(activations=activations), out) for _ in range(3))
 
 
 def test_fp16_sums_do_not_overflow() -> None:
@@ -178,16 +255,17 @@ def test_opcheck(weights: str | None, device: str) -> None:
     layer = random_layer(weights=weights, bias=True).to(device)
     up = (layer.gate_up_proj, layer.gate_up_proj_scale, layer.gate_up_proj_bias)
     down = (layer.down_proj, layer.down_proj_scale, layer.down_proj_bias)
-    activation = ("silu", True, 1.0, 0.0, None, False, None, None, "auto")
-    for topk_weights in (layer.topk_weights, None):
+    activation = ("silu", True, 1.0, 0.0, None, False, None, None)
+    x, ids = layer.hidden_states, layer.topk_ids
+    for activations in ("auto", weights) if weights else ("auto",):
+        for topk_weights in (layer.topk_weights, None):
+            torch.library.opcheck(
+                torch.ops.qmoe.fused_moe.default,
+                (x, *up, *down, ids, topk_weights, None, *activation, activations),
+            )
         torch.library.opcheck(
-            torch.ops.qmoe.fused_moe.default,
-            (layer.hidden_states, *up, *down, layer.topk_ids, topk_weights, None, *activation),
+            torch.ops.qmoe.grouped_linear.default, (x, *up, ids, None, activations)
         )
-    torch.library.opcheck(
-        torch.ops.qmoe.grouped_linear.default,
-        (layer.hidden_states, *up, layer.topk_ids, None, "auto"),
-    )
     torch.library.opcheck(
         torch.ops.qmoe.weighted_sum.default,
         (layer.hidden_states.unsqueeze(1).expand(-1, 2, -1).contiguous(), layer.topk_weights),
@@ -196,14 +274,17 @@ def test_opcheck(weights: str | None, device: str) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("activation", [Activation(limit=7.0), swiglu], ids=["known", "callable"])
-@pytest.mark.parametrize("weights", ["int8", "fp8"])
-def test_compiles_into_one_graph(weights: str, activation: Activation, device: str) -> None:
+@pytest.mark.parametrize("weights, activations", [("int8", "auto"), ("fp8", "fp8")])
+def test_compiles_into_one_graph(
+    weights: str, activations: str, activation: Activation, device: str
+) -> None:
+    skip_without_fp8(torch.device(device), activations)
     torch.compiler.reset()
     layer = random_layer(weights=weights, activation=activation).to(device)
 
     def forward(hidden_states: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         arguments = layer.arguments() | {"hidden_states": hidden_states, "topk_ids": topk_ids}
-        return fused_moe(**arguments) * 2
+        return fused_moe(**arguments, activations=activations) * 2
 
     compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
     for num_tokens in (7, 5):
@@ -214,45 +295,67 @@ def test_compiles_into_one_graph(weights: str, activation: Activation, device: s
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("topk_weights", [True, False])
-@pytest.mark.parametrize("weights", ["int8", "fp8"])
-def test_cuda_graph_and_no_synchronization(weights: str, topk_weights: bool) -> None:
-    draws = [random_layer(dtype=torch.bfloat16, weights=weights, seed=s) for s in range(3)]
+@pytest.mark.parametrize("num_tokens", [1, 7, 100])
+@pytest.mark.parametrize("weights, activations", MODES)
+def test_cuda_graph_and_no_synchronization(
+    weights: str | None,
+    activations: str,
+    num_tokens: int,
+    topk_weights: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Nothing between the kernels: each may start before the one ahead of it has ended.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    sizes = {"hidden_size": 256, "intermediate_size": 192, "num_tokens": num_tokens}
+    draws = [
+        random_layer(dtype=torch.bfloat16, weights=weights, seed=seed, **sizes) for seed in range(3)
+    ]
     layer = draws[0].to("cuda")
     if not topk_weights:
         layer.topk_weights = None
-    layer.fused_moe()
+    layer.fused_moe(activations=activations)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        layer.fused_moe()
+        layer.fused_moe(activations=activations)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = layer.fused_moe()
+        captured = layer.fused_moe(activations=activations)
     for draw in draws:
         layer.hidden_states.copy_(draw.hidden_states)
         layer.topk_ids.copy_(draw.topk_ids)
-        graph.replay()
-        assert torch.equal(captured, layer.fused_moe())
-        assert_close(captured, layer.reference())
+        outs = []
+        for _ in range(20):
+            graph.replay()
+            outs.append(captured.clone())
+        expected = layer.fused_moe(activations=activations)
+        assert all(torch.equal(out, expected) for out in outs)
+        rows = activations if activations in ("int8", "fp8") else None
+        # FP8 numbers lie far apart: one that bf16 rounds to the next one costs more.
+        error = relative_error(expected, layer.reference(activations=rows))
+        assert error < (0.03 if rows == "fp8" else 0.015)
 
 
 @pytest.mark.gpu
-def test_any_number_of_tokens() -> None:
-    """Meet every tile of `choose_tile`."""
+@pytest.mark.parametrize("weights, activations", MODES)
+def test_any_number_of_tokens(weights: str | None, activations: str) -> None:
+    """Meet every tile of `heuristic_tiles`."""
     layer = random_layer(
-        num_tokens=2048, num_experts=4, hidden_size=128, intermediate_size=96, dtype=torch.bfloat16
+        num_tokens=2048,
+        num_experts=4,
+        hidden_size=128,
+        intermediate_size=96,
+        weights=weights,
+        dtype=torch.bfloat16,
     ).to("cuda")
-    expected = layer.reference()
+    rows = activations if activations in ("int8", "fp8") else None
+    expected = layer.reference(activations=rows)
     for num_tokens in (1, 3, 9, 33, 65, 130, 257, 1024, 2048):
-        part = replace(
-            layer,
-            hidden_states=layer.hidden_states[:num_tokens],
-            topk_ids=layer.topk_ids[:num_tokens],
-            topk_weights=layer.topk_weights[:num_tokens],
-        )
-        assert_close(part.fused_moe(), expected[:num_tokens])
+        part = layer.tokens(slice(0, num_tokens))
+        out = part.fused_moe(activations=activations)
+        assert relative_error(out, expected[:num_tokens]) < (0.03 if rows == "fp8" else 0.015)
 
 
 @pytest.mark.gpu
@@ -326,10 +429,33 @@ def test_arguments_that_do_not_fit() -> None:
         assert message in refused(layer, **changes), changes.keys()
 
 
+@pytest.mark.parametrize("weights, activations", [("int8", "fp8"), ("fp8", "int8")])
+def test_rows_of_another_format_than_the_weights(weights: str, activations: str) -> None:
+    layer = random_layer(weights=weights)
+    expected = f"activations='{activations}' with {weights} weights; 8-bit activations need weights"
+    assert expected in refused(layer, activations=activations)
+    with pytest.raises(ValueError, match=expected):
+        check_activations(activations, weights)
+
+
 def test_activations_that_do_not_work() -> None:
-    layer = random_layer()
-    assert "unknown activations 'fp4'" in refused(layer, activations="fp4")
-    assert "activations='fp8' with int8 weights" in refused(layer, activations="fp8")
+    layer = random_layer(weights=None)
+    assert "activations='int8' with torch.float32 weights" in refused(layer, activations="int8")
+    assert "unknown activations 'fp4'; 'auto', 'bf16', 'int8'" in refused(layer, activations="fp4")
+    with pytest.raises(ValueError, match="unknown activations 'fp4'"):
+        grouped_linear(
+            layer.hidden_states, layer.gate_up_proj, None, layer.topk_ids, activations="fp4"
+        )
+    for weights in (None, "int8", "fp8"):
+        check_activations("auto", weights)
+        check_activations("bf16", weights)
+
+
+@pytest.mark.gpu
+def test_gpus_without_fp8_refuse_fp8_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
+    message = refused(random_layer(weights="fp8").to("cuda"), activations="fp8")
+    assert f"{torch.cuda.get_device_name()} multiplies no FP8; 'auto' and 'bf16' work" in message
 
 
 def test_weighted_sum_refuses() -> None:

@@ -10,7 +10,16 @@ import torch
 import triton
 import triton.language as tl
 from compiling import ARCHITECTURES, SHARED_MEMORY, run_compiler
-from random_layer import DEVICE, TRITON_DTYPES, Layer, assert_close, random_layer, relative_error
+from random_layer import (
+    DEVICE,
+    TRITON_DTYPES,
+    Layer,
+    assert_close,
+    assert_close_quantized,
+    random_layer,
+    relative_error,
+    skip_without_fp8,
+)
 from trained_layer import trained_layer
 
 from qmoe_kernels import Activation, ExpertRouting, quantize, weighted_sum
@@ -22,10 +31,13 @@ from qmoe_kernels.grouped_gemm import (
     launch_quantize_rows,
     launch_weighted_sum,
 )
-from qmoe_kernels.heuristic import heuristic_tile
+from qmoe_kernels.heuristic import heuristic_tiles
 from qmoe_kernels.quantization import SMALLEST_SCALE, STORAGE_DTYPE, quantize_rows
 from qmoe_kernels.reference import grouped_linear_reference
-from qmoe_kernels.tiles import LayerTiles, TileConfig
+from qmoe_kernels.tiles import LayerShape, LayerTiles, TileConfig
+
+# What numpy says of poisoned rows in the interpreter.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 WEIGHTS = ["int8", "fp8", None]
 TILE = TileConfig(16, 64, 64, num_warps=4, num_stages=2)
@@ -205,7 +217,8 @@ def test_grouped_linear(weights: str | None, per_pair: bool) -> None:
     if per_pair:
         x = torch.randn(num_tokens, top_k, x.shape[-1], device=DEVICE)
     weight, scale, bias = layer.gate_up_proj, layer.gate_up_proj_scale, layer.gate_up_proj_bias
-    for activations in (None, weights)[: 2 if weights else 1]:
+    for activations in (None, weights) if weights else (None,):
+        skip_without_fp8(DEVICE, activations)
         out = grouped_linear_triton(
             x,
             weight,
@@ -220,7 +233,7 @@ def test_grouped_linear(weights: str | None, per_pair: bool) -> None:
             x, weight, scale, layer.topk_ids, bias=bias, activations=activations
         )
         assert expected[0, 1].eq(0).all()
-        assert_close(out, expected)
+        (assert_close if activations is None else assert_close_quantized)(out, expected)
 
 
 def test_weighted_sum() -> None:
@@ -245,11 +258,12 @@ def test_skipped_ids_and_unreduced_rows(tiles: LayerTiles, activations: str | No
     layer.topk_ids[3, 0] = 6
     if tiles.gate_up.block_m == 1 and activations is not None:
         pytest.skip("rows stay as they are")
+    close = assert_close if activations is None else assert_close_quantized
     out = layer.triton(tiles=tiles, activations=activations)
-    assert_close(out, layer.reference(activations=activations))
+    close(out, layer.reference(activations=activations))
     unreduced = replace(layer, topk_weights=None)
     rows = unreduced.triton(tiles=tiles, activations=activations)
-    assert_close(rows, unreduced.reference(activations=activations))
+    close(rows, unreduced.reference(activations=activations))
     assert rows[0].eq(0).all() and rows[3, 0].eq(0).all()
     summed = launch_weighted_sum(rows, layer.topk_weights.to(DEVICE))
     if DEVICE.type == "cuda" and tiles.gate_up.block_m == 1:
@@ -331,7 +345,7 @@ def test_quantized_rows(weights: str, tiles: LayerTiles) -> None:
         num_tokens=5, weights=weights, bias=True, hidden_size=72, intermediate_size=29
     )
     out = layer.triton(tiles=tiles, activations=weights)
-    assert_close(out, layer.reference(activations=weights))
+    assert_close_quantized(out, layer.reference(activations=weights))
 
 
 def test_rows_of_any_magnitude() -> None:
@@ -357,21 +371,6 @@ def test_rows_of_any_magnitude() -> None:
     torch.testing.assert_close(outs[1], outs[0] * factors[:, None, None], rtol=1e-6, atol=0)
 
 
-def error_of_format(layer: Layer, weights: str, activations: str | None) -> tuple[Layer, float]:
-    """Quantize a layer's weights; return it with what exact arithmetic then loses."""
-    gate_up_proj, gate_up_proj_scale = quantize(layer.gate_up_proj, weights)
-    down_proj, down_proj_scale = quantize(layer.down_proj, weights)
-    quantized = replace(
-        layer,
-        gate_up_proj=gate_up_proj,
-        gate_up_proj_scale=gate_up_proj_scale,
-        down_proj=down_proj,
-        down_proj_scale=down_proj_scale,
-    )
-    error = relative_error(quantized.reference(activations=activations), layer.reference())
-    return quantized, error
-
-
 @pytest.mark.parametrize("trained", [False, True], ids=["random", "trained"])
 @pytest.mark.parametrize("weights", ["int8", "fp8"])
 @pytest.mark.parametrize("eight_bit_rows", [False, True])
@@ -384,16 +383,17 @@ def test_error_is_that_of_the_format(weights: str, eight_bit_rows: bool, trained
     activations = weights if eight_bit_rows else None
     dtype = TRITON_DTYPES[-1]
     layer = replace(layer, hidden_states=layer.hidden_states.to(dtype).float())
-    quantized, error = error_of_format(layer, weights, activations)
-    quantized.hidden_states = layer.hidden_states.to(dtype)
+    exact, quantized = layer.reference(), layer.quantized(weights)
+    error = relative_error(quantized.reference(activations=activations), exact)
     assert 1e-3 < error < 0.1
-    ours = relative_error(quantized.triton(activations=activations), layer.reference())
+    quantized.hidden_states = layer.hidden_states.to(dtype)
+    ours = relative_error(quantized.triton(activations=activations), exact)
     assert ours <= 1.2 * error, f"{ours:.2e}, the format's is {error:.2e}"
 
 
 @pytest.mark.parametrize("to", ["int8", "fp8"])
 @pytest.mark.parametrize("dtype", TRITON_DTYPES)
-@pytest.mark.parametrize("shape", [(3, 1), (5, 40), (2, 9000), (0, 8)])
+@pytest.mark.parametrize("shape", [(3, 1), (130, 40), (2, 17000), (0, 8)])
 def test_quantize_rows(shape: tuple[int, int], dtype: torch.dtype, to: str) -> None:
     torch.manual_seed(0)
     x = (torch.randn(shape) * torch.rand(shape[0], 1)).to(dtype)
@@ -403,11 +403,12 @@ def test_quantize_rows(shape: tuple[int, int], dtype: torch.dtype, to: str) -> N
     expected_q, expected_scale = quantize_rows(x, to)
     assert q.dtype == expected_q.dtype and scale.dtype == torch.float32
     torch.testing.assert_close(scale.cpu(), expected_scale, rtol=1e-6, atol=0)
-    # A GPU divides with another last bit: half-way between two numbers it may take the other one.
-    wrong = q.cpu().view(torch.int8) != expected_q.view(torch.int8)
-    assert wrong.sum() <= 1e-4 * x.numel() + (2 if DEVICE.type == "cuda" else 0)
-    off = (q.cpu().float() - expected_q.float()).abs()
-    assert (off <= expected_q.float().abs().clamp(min=1) * (0.13 if to == "fp8" else 1)).all()
+    # A number half-way between two may become either.
+    ours, theirs = q.cpu().double(), expected_q.double()
+    exact = x.double() / expected_scale.double()[:, None]
+    half_way = ((ours + theirs) / 2 - exact).abs() <= 1e-5 * exact.abs()
+    step = 1.0 if to == "int8" else theirs.abs().clamp(min=2.0**-6) / 8
+    assert ((ours == theirs) | (half_way & ((ours - theirs).abs() <= step))).all()
     if len(x):
         assert q[1].float().eq(0).all() and scale[1] == pytest.approx(SMALLEST_SCALE)
 
@@ -420,8 +421,8 @@ def test_rows_that_are_not_finite_show(bad: float, to: str) -> None:
     out = layer.triton(activations=to, tiles=PATHS["unsorted"]).cpu()
     assert not out[1].isfinite().any()
     assert out[0].isfinite().all() and out[2].isfinite().all()
-    x = torch.ones(2, 9000, device=DEVICE)
-    x[0, 8999] = bad  # in the second block
+    x = torch.ones(2, 17000, device=DEVICE)
+    x[0, 16999] = bad  # in the second block
     scale = launch_quantize_rows(x, STORAGE_DTYPE[to], dependent=False)[1]
     assert scale.isfinite().tolist() == [False, True]
 
@@ -532,7 +533,6 @@ LAYERS = [
     (32, "fp8", torch.float16, None),
     (64, "int8", torch.float16, None),
     (200, "fp8", torch.bfloat16, None),
-    (200, None, torch.bfloat16, None),
     (200, "int8", torch.bfloat16, "int8"),
     (4, "fp8", torch.bfloat16, "fp8"),
 ]
@@ -548,6 +548,7 @@ with compiling_for(CAPABILITY) as compiled:
             print(json.dumps({
                 "kernel": kernel.metadata.name,
                 "layer": f"{num_tokens} tokens, {weights}, {dtype}, {activations}",
+                "num_tokens": num_tokens,
                 "activations": activations,
                 "shared": kernel.metadata.shared,
                 "spilled": spilled_bytes(kernel.asm["cubin"]),
@@ -579,7 +580,7 @@ def test_compiles(capability: int) -> None:
         if name == "grouped_gemm":
             products = " ".join(kernel["products"])
             assert products, f"no tensor cores: {kernel}"
-            if capability == 90:
+            if capability == 90 and kernel["num_tokens"] >= 64:
                 assert "wgmma" in products, kernel
             if eight_bit == "int8":
                 assert "s8.s8" in products, kernel
@@ -588,16 +589,17 @@ def test_compiles(capability: int) -> None:
     fp8 = capability >= 89
     assert counts == {
         "gemv": 4,
-        "grouped_gemm": 12 + 2 * fp8,
+        "grouped_gemm": 10 + 2 * fp8,
         "quantize_rows": 2 + 2 * fp8,
-        "weighted_sum": 6 + fp8,
+        "weighted_sum": 5 + fp8,
     }
 
 
 @pytest.mark.parametrize("weights", [torch.int8, torch.bfloat16])
 def test_tile_grows_with_rows(weights: torch.dtype) -> None:
+    shape = LayerShape(128, 8, 2048, 768)
     blocks = [
-        heuristic_tile(tokens * 8 / 128, weights, torch.bfloat16, gated=True).block_m
-        for tokens in (0, 1, 64, 512, 1024, 4096)
+        heuristic_tiles(shape, num_tokens, weights, torch.bfloat16).gate_up.block_m
+        for num_tokens in (1, 4, 64, 512, 1024, 4096)
     ]
-    assert blocks == sorted(blocks) and blocks[0] == 16 and blocks[-1] == 128
+    assert blocks == sorted(blocks) and blocks[0] == 1 and blocks[-1] == 128

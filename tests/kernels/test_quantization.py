@@ -14,6 +14,7 @@ from qmoe_kernels.quantization import (
     decode,
     dequantize,
     quantize,
+    quantize_rows,
     quantize_with_squares,
     relative_error,
 )
@@ -178,6 +179,33 @@ def test_decode_is_exact_for_every_fp8_value(dtype: torch.dtype) -> None:
     assert numbers.sum() == 254
     decoded = decode(codes, out=torch.empty(256, dtype=dtype))
     assert torch.equal(decoded[numbers], values[numbers])
+
+
+@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(5, 24), (2, 3, 33), (0, 8), (3, 0)])
+def test_rows_are_quantized_as_weights_are(
+    shape: tuple[int, ...], dtype: torch.dtype, to: str
+) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(shape) * torch.rand(*shape[:-1], 1)).to(dtype)
+    if x.numel():
+        x[1] = 0
+    q, scale = quantize_rows(x, to)
+    expected_q, expected_scale = quantize(x, to)
+    assert torch.equal(bits(q), bits(expected_q)) and torch.equal(scale, expected_scale)
+    assert q.dtype == STORAGE_DTYPE[to] and scale.shape == shape[:-1]
+
+
+@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_row_that_is_not_finite_shows(bad: float, to: str) -> None:
+    x = torch.randn(3, 8)
+    x[1, 5] = bad
+    q, scale = quantize_rows(x, to)
+    assert scale.isfinite().tolist() == [True, False, True]
+    rows = dequantize(q, scale)
+    assert not rows[1].isfinite().any() and rows[0].isfinite().all() and rows[2].isfinite().all()
 
 
 @pytest.mark.parametrize("weights", FORMATS)
