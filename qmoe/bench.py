@@ -60,6 +60,7 @@ def tune_cells(
     precompiler: Precompiler | None = None,
     effort: Effort = "quick",
     seconds: float = SECONDS_PER_CELL["quick"],
+    hopper: bool = False,
 ) -> Iterator[Tuned]:
     """Search for each cell's tiles, one cell after another, while those to come are compiled.
 
@@ -69,13 +70,14 @@ def tune_cells(
         precompiler: compiles candidates ahead; without it, the first measurement does.
         effort: how many candidates.
         seconds: of timing, for each cell.
+        hopper: whether the GPU is one.
     """
     import torch
 
     from qmoe_kernels.precompile import failures
     from qmoe_kernels.tile_search import candidates, search
 
-    options = [candidates(cell, effort) for cell in cells]
+    options = [candidates(cell, effort, hopper=hopper) for cell in cells]
     compiling = [
         {}
         if precompiler is None
@@ -161,6 +163,7 @@ def tune(
     from qmoe_kernels.tile_search import Cell
     from qmoe_kernels.tile_tables import LayerKind, Measurement, TileTable, table_path
     from qmoe_kernels.tiles import LayerShape
+    from qmoe_kernels.tuning import is_hopper
 
     if model is None:
         shapes = [LayerShape(*cast(tuple[int, int, int, int], sizes), gate)]
@@ -191,6 +194,7 @@ def tune(
             precompiler=precompiler,
             effort=effort,
             seconds=seconds_per_cell or SECONDS_PER_CELL[effort],
+            hopper=is_hopper(device),
         )
         try:
             for tuned in tuning:

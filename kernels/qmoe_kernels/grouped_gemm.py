@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from qmoe_kernels.activations import Activation, apply_triton
-from qmoe_kernels.heuristic import heuristic_tile
+from qmoe_kernels.heuristic import heuristic_tile, heuristic_tiles
 from qmoe_kernels.quantization import LARGEST, SMALLEST_SCALE, STORAGE_DTYPE
 from qmoe_kernels.routing import ExpertRouting
 from qmoe_kernels.tiles import LayerShape, LayerTiles, TileConfig
@@ -914,10 +914,36 @@ def fused_moe_triton(
     num_pairs = num_tokens * top_k
     hidden_size = down_proj.shape[1]
     intermediate_size = gate_up_proj.shape[1] // (2 if activation.gated else 1)
+    shape = LayerShape(num_experts, top_k, hidden_size, intermediate_size, activation.gated)
+    x_dtype = activations or hidden_states.dtype
     if tiles is None:
-        shape = LayerShape(num_experts, top_k, hidden_size, intermediate_size, activation.gated)
-        x_dtype = activations or hidden_states.dtype
         tiles = choose_tiles(shape, num_tokens, gate_up_proj.dtype, x_dtype, hidden_states.device)
+    if tiles.tma:
+        # It has parts of this module.
+        from qmoe_kernels import hopper_gemm
+
+        weights = (gate_up_proj, gate_up_proj_scale, down_proj, down_proj_scale)
+        if hopper_gemm.hopper_supports(
+            hidden_states, *weights, topk_ids, activation, num_experts, activations=activations
+        ):
+            return hopper_gemm.hopper_fused_moe(
+                hidden_states,
+                gate_up_proj,
+                gate_up_proj_scale,
+                gate_up_proj_bias,
+                down_proj,
+                down_proj_scale,
+                down_proj_bias,
+                topk_ids,
+                topk_weights,
+                expert_to_slot,
+                activation,
+                num_experts,
+                activations=activations,
+                block_m=tiles.gate_up.block_m,
+                num_stages=tiles.gate_up.num_stages,
+            )
+        tiles = heuristic_tiles(shape, num_tokens, gate_up_proj.dtype, x_dtype)
     hidden = hidden_states.new_empty(num_pairs, intermediate_size)
     if tiles.gate_up.block_m == 1:
         launch_gemv(

@@ -11,14 +11,20 @@ UNSORTED_PAIRS = 128
 
 
 def heuristic_tiles(
-    shape: LayerShape, num_tokens: int, weights: torch.dtype, activations: torch.dtype
+    shape: LayerShape,
+    num_tokens: int,
+    weights: torch.dtype,
+    activations: torch.dtype,
+    *,
+    hopper: bool = False,
 ) -> LayerTiles:
-    """Choose by the mean number of rows per expert; fits 99 KiB of shared memory.
+    """Choose by the mean number of rows per expert; fits 99 KiB of shared memory but on Hopper.
 
     Args:
         shape: of the layer.
         num_tokens: in this call.
         weights, activations: dtypes of the products' operands.
+        hopper: whether the kernels of `qmoe_kernels.hopper_gemm` may be chosen.
     """
     num_pairs = num_tokens * shape.top_k
     if num_tokens == 1 and activations.itemsize > 1:
@@ -27,11 +33,26 @@ def heuristic_tiles(
         down = TileConfig(1, max(1, 32 // experts), 256, num_warps=4, num_stages=3)
         return LayerTiles(gate_up, down, sort=False)
     rows = num_pairs / shape.num_experts
+    if hopper and rows >= (48 if activations.itemsize == 1 else 24):
+        return hopper_tiles(64 if rows < 48 else 128 if rows < 400 else 256, activations)
     return LayerTiles(
         heuristic_tile(rows, weights, activations),
         heuristic_tile(rows, weights, activations),
         sort=num_pairs > UNSORTED_PAIRS,
     )
+
+
+def hopper_tiles(
+    block_m: int, activations: torch.dtype, num_stages: int | None = None
+) -> LayerTiles:
+    """Tiles for `qmoe_kernels.hopper_gemm`; stages, if not given, let two programs run at a time.
+
+    Up to 128 rows, that is; 256 take all the registers of a multiprocessor.
+    """
+    if num_stages is None:
+        num_stages = 3 if activations.itemsize == 1 and block_m <= 128 else 4
+    tile = TileConfig(block_m, 128, 128 // activations.itemsize, 8, num_stages)
+    return LayerTiles(tile, tile, sort=True, tma=True)
 
 
 def heuristic_tile(rows: float, weights: torch.dtype, activations: torch.dtype) -> TileConfig:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, product
 from typing import Literal
 
-from qmoe_kernels.heuristic import heuristic_tiles
+from qmoe_kernels.heuristic import heuristic_tiles, hopper_tiles
 from qmoe_kernels.tile_tables import OPERANDS, LayerKind
 from qmoe_kernels.tiles import LayerTiles, TileConfig
 
@@ -29,7 +29,7 @@ FINALISTS = 2
 NOISE = 1.03
 
 # When each step of a search is to end.
-SHARES = {"gate_up": 0.5, "down": 0.95, "sort": 1.0}
+SHARES = {"layers": 1.0, "gate_up": 0.5, "down": 0.95, "sort": 1.0}
 
 BYTES = {"int8": 1, "fp8": 1, "bf16": 2}
 
@@ -124,12 +124,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Tiles to try for one kernel: each product's for itself, from ``start`` on."""
+    """Tiles to try for one kernel: ``layers`` as they are, then each product's for itself."""
 
     start: LayerTiles
     gate_up: Sequence[TileConfig]
     down: Sequence[TileConfig]
     sort: Sequence[bool]
+    layers: Sequence[LayerTiles] = ()
 
     def pairs(self) -> list[LayerTiles]:
         """Return layers' tiles that hold every candidate, ``start`` first: what to compile."""
@@ -143,7 +144,7 @@ class Candidates:
             )
             for i in range(number)
         ]
-        return list(dict.fromkeys([*starts, *both]))
+        return list(dict.fromkeys([*starts, *self.layers, *(both if self.gate_up else ())]))
 
     def without(self, broken: Collection[LayerTiles]) -> Candidates:
         """Return what is left if such layers don't compile: each tile that one of `pairs` has."""
@@ -155,11 +156,12 @@ class Candidates:
             self,
             gate_up=[tile for tile in self.gate_up if tile in gate_up],
             down=[tile for tile in self.down if tile in down],
+            layers=[tiles for tiles in self.layers if tiles in working],
         )
 
 
-def candidates(cell: Cell, effort: Effort = "quick") -> list[Candidates]:
-    """Return what to try: with tensor cores, and without them for one token or by the heuristic.
+def candidates(cell: Cell, effort: Effort = "quick", *, hopper: bool = False) -> list[Candidates]:
+    """Return what to try: with tensor cores, without them for few tokens, and by TMA.
 
     All of them fit in 227 KiB of shared memory and in registers, by this estimate: every stage
     holds a tile of weights and one of rows, a sum is one register, and so are two decoded 16-bit
@@ -168,6 +170,7 @@ def candidates(cell: Cell, effort: Effort = "quick") -> list[Candidates]:
     Args:
         cell: what is tuned.
         effort: ``"quick"``, a dozen or two for each product, or ``"full"``, some hundred.
+        hopper: whether the kernels of `qmoe_kernels.hopper_gemm` are among them.
     """
     shape = cell.kind.shape
     up_rows = shape.intermediate_size * (2 if shape.gated else 1)
@@ -175,7 +178,9 @@ def candidates(cell: Cell, effort: Effort = "quick") -> list[Candidates]:
     heuristic = cell.heuristic()
     found = []
     for gemv in (False, True):
-        likely = cell.num_tokens == 1 or heuristic.gate_up.block_m == 1
+        # Without tensor cores every pair reads its expert's weights: no expert may have many.
+        likely = cell.num_tokens <= 4 and cell.num_pairs < 0.3 * shape.num_experts
+        likely |= cell.num_tokens == 1 or heuristic.gate_up.block_m == 1
         if gemv and (BYTES[cell.kind.activations] == 1 or not likely):
             continue
         gate_up, down = (
@@ -190,6 +195,11 @@ def candidates(cell: Cell, effort: Effort = "quick") -> list[Candidates]:
         if not unsorted and cell.num_pairs <= MOST_UNSORTED:
             sort = [False, True]
         found.append(Candidates(start, gate_up, down, sort))
+    if hopper and cell.num_tokens > 1 and BYTES[cell.kind.weights] == 1:
+        dtypes = {name: dtype for dtype, name in reversed(OPERANDS.items())}
+        sizes_and_stages = product((64, 128, 256), (3, 4))
+        layers = [hopper_tiles(m, dtypes[cell.kind.activations], s) for m, s in sizes_and_stages]
+        found.append(Candidates(layers[3], (), (), (), layers))
     return found
 
 
@@ -347,7 +357,7 @@ def search(
             until = began + seconds * (index + share) / len(options)
             screened: list[tuple[float, LayerTiles]] = []
             for option in getattr(kernel, step):
-                tiles = replace(here, **{step: option})
+                tiles = option if step == "layers" else replace(here, **{step: option})
                 if tiles in times:
                     continue
                 if clock() > until:

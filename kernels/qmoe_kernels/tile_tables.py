@@ -158,22 +158,26 @@ def table_path(folder: Path, gpu: str) -> Path:
     return folder / (re.sub(r"[^\w.-]", "_", gpu) + ".json")
 
 
+_TILES = {"gate_up", "down", "sort", "tma"}
+
+
 def tiles_from_dict(stored: Any) -> LayerTiles:
     """Undo ``dataclasses.asdict``.
 
     Raises:
         ValueError: something is missing, unknown, or no size that works.
     """
-    _check_keys(stored, {"gate_up", "down", "sort"})
-    if not isinstance(stored["sort"], bool):
-        raise ValueError(f"sort is {stored['sort']!r}; true and false work")
+    _check_keys(stored, _TILES, {"tma"})
+    for name in ("sort", "tma"):
+        if not isinstance(stored.get(name, False), bool):
+            raise ValueError(f"{name} is {stored[name]!r}; true and false work")
     tiles = {}
     for product in ("gate_up", "down"):
         try:
             tiles[product] = sizes_from_dict(TileConfig, stored[product])
         except ValueError as error:
             raise ValueError(f"{product}: {error}") from None
-    return LayerTiles(tiles["gate_up"], tiles["down"], stored["sort"])
+    return LayerTiles(**{**stored, **tiles})
 
 
 def sizes_from_dict(cls: type[_Sizes], stored: Any) -> _Sizes:
@@ -201,13 +205,12 @@ def sizes_from_dict(cls: type[_Sizes], stored: Any) -> _Sizes:
 
 def _measurement(stored: Any) -> Measurement:
     names = {"microseconds", "heuristic_microseconds", "measured_with"}
-    tiles = {"gate_up", "down", "sort"}
-    _check_keys(stored, names | tiles)
+    _check_keys(stored, names | _TILES, {"tma"})
     for name in ("microseconds", "heuristic_microseconds"):
         value = stored[name]
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
             raise ValueError(f"{name} is {value!r}; a positive number works")
-    found = tiles_from_dict({name: stored[name] for name in tiles})
+    found = tiles_from_dict({name: stored[name] for name in stored.keys() - names})
     return Measurement(found, **{name: stored[name] for name in names})
 
 

@@ -35,12 +35,17 @@ class TileConfig:
 
 @dataclass(frozen=True)
 class LayerTiles:
-    """Tiles of a layer's two products; ``sort``: pairs are sorted by a launch of its own first.
+    """Tiles of a layer's two products.
 
-    Without sorting each program looks for the rows of its expert in ``topk_ids`` itself, which
-    pays while these are few.
+    Attributes:
+        gate_up, down: of one product.
+        sort: pairs are sorted by a launch of its own first. Otherwise each program looks for the
+            rows of its expert in ``topk_ids`` itself, which pays while these are few.
+        tma: products are those of `qmoe_kernels.hopper_gemm`, for sorted pairs. Of ``gate_up``,
+            which is also ``down``, block_m and num_stages count; the rest is given by the kernel.
     """
 
     gate_up: TileConfig
     down: TileConfig
     sort: bool
+    tma: bool = False

@@ -48,7 +48,15 @@ def choose_tiles(
     """
     gpu = gpu_name(device)
     folder = os.environ.get(CONFIGS_VARIABLE)
-    return _choose(shape, num_tokens, weights, activations, gpu, folder)
+    return _choose(shape, num_tokens, weights, activations, gpu, folder, is_hopper(device))
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Return whether a device has the instructions that `qmoe_kernels.hopper_gemm` consists of."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def gpu_name(device: torch.device) -> str | None:
@@ -71,6 +79,7 @@ def _choose(
     activations: torch.dtype,
     gpu: str | None,
     folder: str | None,
+    hopper: bool,
 ) -> LayerTiles:
     if gpu is not None and num_tokens > 0 and {weights, activations} <= OPERANDS.keys():
         kind = LayerKind(shape, OPERANDS[weights], OPERANDS[activations])
@@ -79,7 +88,8 @@ def _choose(
             if tiles is not None:
                 many = num_tokens * shape.top_k > MAX_UNSORTED_PAIRS
                 return replace(tiles, sort=tiles.sort or many)
-    return heuristic_tiles(shape, num_tokens, weights, activations)
+    hopper = hopper and weights.itemsize == 1 and activations.itemsize <= 2
+    return heuristic_tiles(shape, num_tokens, weights, activations, hopper=hopper)
 
 
 @functools.cache

@@ -28,6 +28,7 @@ from qmoe_kernels.tile_tables import (
     Measurement,
     TileTable,
     table_path,
+    tiles_from_dict,
 )
 from qmoe_kernels.tiles import LayerShape, LayerTiles, TileConfig
 from qmoe_kernels.tuning import CONFIGS, choose_tiles
@@ -246,13 +247,22 @@ KINDS = [
 ]
 
 
+def test_a_kernel_of_hoppers_is_kept_in_tables() -> None:
+    tiles = candidates(Cell(KIND, 4096), hopper=True)[-1].start
+    assert tiles.tma and tiles_from_dict(asdict(tiles)) == tiles
+    stored = {**asdict(tiles), "tma": 1}
+    with pytest.raises(ValueError, match="tma is 1; true and false work"):
+        tiles_from_dict(stored)
+
+
 class TestCandidates:
     @pytest.mark.parametrize("kind", KINDS, ids=str)
     @pytest.mark.parametrize("effort", ["quick", "full"])
     def test_they_fit_and_are_enough(self, kind: LayerKind, effort: str) -> None:
         for num_tokens in (1, 4, 16, 64, 256, 1024, 4096, 32768):
             found = candidates(Cell(kind, num_tokens), effort)
-            gemv = num_tokens == 1 and kind.activations == "bf16"
+            few = num_tokens <= 4 and num_tokens * kind.shape.top_k < 0.3 * kind.shape.num_experts
+            gemv = (num_tokens == 1 or few) and kind.activations == "bf16"
             assert len(found) == 1 + gemv
             for kernel in found:
                 for options in (kernel.gate_up, kernel.down):
@@ -268,6 +278,16 @@ class TestCandidates:
                 one_row = {t.block_m == 1 for t in (*kernel.gate_up, *kernel.down)}
                 start = {kernel.start.gate_up.block_m == 1, kernel.start.down.block_m == 1}
                 assert one_row == start and len(start) == 1
+
+    @pytest.mark.parametrize("kind", KINDS, ids=str)
+    def test_hopper_has_a_kernel_of_its_own(self, kind: LayerKind) -> None:
+        for num_tokens in (1, 4, 4096):
+            plain = candidates(Cell(kind, num_tokens))
+            found = candidates(Cell(kind, num_tokens), hopper=True)
+            assert found[: len(plain)] == plain
+            more = [tiles for kernel in found[len(plain) :] for tiles in kernel.pairs()]
+            assert bool(more) == (num_tokens > 1 and kind.weights != "bf16")
+            assert all(tiles.tma and tiles.sort and tiles.gate_up == tiles.down for tiles in more)
 
     def test_quick_is_part_of_full(self) -> None:
         for kind in KINDS:
