@@ -42,6 +42,7 @@ def fused_moe(
     *,
     activation: Activation | Callable[[Tensor], Tensor] = SWIGLU,
     activations: str = "auto",
+    two_level_sums: bool = False,
     gate_up_proj_bias: Tensor | None = None,  # (num_experts, 2 * intermediate_size) float
     down_proj_bias: Tensor | None = None,  # (num_experts, hidden_size) float
     expert_to_slot: Tensor | None = None,  # (num_experts,) int32
@@ -70,6 +71,9 @@ def fused_moe(
             scale each, by `quantize_rows`, before either product. ``"auto"``: 8 bit where a GPU is
             bound by arithmetic, which is from `ARITHMETIC_BOUND_ROWS` pairs per expert on; as they
             are everywhere else.
+        two_level_sums: where FP8 meets FP8. Hopper's tensor cores keep some 14 bits of such sums;
+            true adds up to fp32 every 64 products, which takes longer. Other products and devices
+            are exact enough as they are.
         gate_up_proj_bias, down_proj_bias: added after the scale.
         expert_to_slot: where in ``gate_up_proj`` and ``down_proj`` an expert's weights are;
             scales and biases stay indexed by expert. Every routed expert must have a slot: the
@@ -134,6 +138,7 @@ def fused_moe(
             activation.gate_softcap,
             activation.up_softcap,
             activations,
+            two_level_sums,
         )
     gate_up = _grouped_linear(
         hidden_states,
@@ -277,6 +282,7 @@ def _fused_moe(
     gate_softcap: float | None,
     up_softcap: float | None,
     activations: str,
+    two_level_sums: bool,
 ) -> Tensor:
     activation = Activation(
         cast(ActivationName, name),
@@ -385,7 +391,7 @@ def _(
     # Here, so that a CPU needs no Triton.
     from qmoe_kernels.grouped_gemm import fused_moe_triton
 
-    *activation, activations = rest
+    *activation, activations, two_level_sums = rest
     num_experts = _num_experts(gate_up_proj, gate_up_proj_scale, expert_to_slot)
     to = _row_format(activations, gate_up_proj, topk_ids.numel(), num_experts)
     with torch.cuda.device(hidden_states.device):
@@ -403,6 +409,7 @@ def _(
             Activation(*activation),
             num_experts,
             activations=None if to is None else STORAGE_DTYPE[to],
+            two_level_sums=two_level_sums,
         )
 
 

@@ -76,6 +76,7 @@ def grouped_gemm_kernel(
     TAIL_M: tl.constexpr,  # an expert's last tile with no more rows is this high
     GROUP_M: tl.constexpr,
     PREFETCH_LINES: tl.constexpr,
+    TWO_LEVEL: tl.constexpr,  # FP8 with FP8: sum up in fp32 what few products give
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -160,7 +161,7 @@ def grouped_gemm_kernel(
                 x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, ids_ptr, pairs,
                 rows < num_rows, tile_n, absent, pairs_per_row, N, K, stride_x, stride_weight_n,
                 SORTED, GATHER, SCATTER, FP8, NAME, GATED, ALPHA, UP_SHIFT, LIMIT, LIMIT_AFTER,
-                GATE_SOFTCAP, UP_SOFTCAP, EVEN_K, TAIL_M, BLOCK_N, BLOCK_K, ASM,
+                GATE_SOFTCAP, UP_SOFTCAP, EVEN_K, TAIL_M, BLOCK_N, BLOCK_K, TWO_LEVEL, ASM,
             )  # fmt: skip
             return
     rows = tl.arange(0, BLOCK_M)
@@ -172,7 +173,7 @@ def grouped_gemm_kernel(
         x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, ids_ptr, pairs,
         rows < num_rows, tile_n, absent, pairs_per_row, N, K, stride_x, stride_weight_n,
         SORTED, GATHER, SCATTER, FP8, NAME, GATED, ALPHA, UP_SHIFT, LIMIT, LIMIT_AFTER,
-        GATE_SOFTCAP, UP_SOFTCAP, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, ASM,
+        GATE_SOFTCAP, UP_SOFTCAP, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, TWO_LEVEL, ASM,
     )  # fmt: skip
 
 
@@ -227,6 +228,7 @@ def _tile(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TWO_LEVEL: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """One tile, transposed: (channels, rows).
@@ -269,7 +271,10 @@ def _tile(
             x = tl.load(x_ptrs, mask=mask_k[:, None], other=0.0)
             weight = tl.load(weight_ptrs, mask=mask_k[None, :], other=0.0)
         weight = _decode(weight, x.dtype, FP8, ASM)
-        acc = tl.dot(weight, x, acc, input_precision="ieee", out_dtype=acc.dtype)
+        if TWO_LEVEL:
+            acc = tl.dot(weight, x, acc, max_num_imprecise_acc=32 if BLOCK_K == 32 else 64)
+        else:
+            acc = tl.dot(weight, x, acc, input_precision="ieee", out_dtype=acc.dtype)
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
 
@@ -650,6 +655,7 @@ def launch_grouped_gemm(
     *,
     x_scale: torch.Tensor | None = None,  # (num_rows,)
     activation: Activation | None = None,
+    two_level_sums: bool = False,
     pairs_per_row: int | None = None,
     scatter: bool = False,
     dependent: bool = True,
@@ -662,6 +668,7 @@ def launch_grouped_gemm(
             ``x`` and ``out`` are in the order of pairs.
         x_scale: where ``x`` has the weights' 8-bit dtype.
         activation: fused into the epilogue.
+        two_level_sums: see `qmoe_kernels.fused_moe`.
         pairs_per_row: row ``pair // pairs_per_row`` of ``x`` belongs to a pair; None says that
             rows of ``x`` are in the order of sorted pairs.
         scatter: write in the order of pairs instead of the sorted order.
@@ -717,6 +724,7 @@ def launch_grouped_gemm(
         TAIL_M=tile.tail_m,
         GROUP_M=8,
         PREFETCH_LINES=triton.next_power_of_2(lines) if prefetch and pdl else 0,
+        TWO_LEVEL=two_level_sums and x.dtype == torch.float8_e4m3fn,
         ASM=COMPILED,
         PDL=pdl,
         num_warps=tile.num_warps,
@@ -901,6 +909,7 @@ def fused_moe_triton(
     num_experts: int,
     *,
     activations: torch.dtype | None = None,
+    two_level_sums: bool = False,
     tiles: LayerTiles | None = None,
 ) -> torch.Tensor:
     """Run the kernels of `qmoe_kernels.fused_moe`; arguments and result as there, but for these.
@@ -918,6 +927,8 @@ def fused_moe_triton(
     x_dtype = activations or hidden_states.dtype
     if tiles is None:
         tiles = choose_tiles(shape, num_tokens, gate_up_proj.dtype, x_dtype, hidden_states.device)
+    if tiles.tma and two_level_sums:
+        tiles = heuristic_tiles(shape, num_tokens, gate_up_proj.dtype, x_dtype)
     if tiles.tma:
         # It has parts of this module.
         from qmoe_kernels import hopper_gemm
@@ -1001,6 +1012,7 @@ def fused_moe_triton(
         tiles.gate_up,
         x_scale=x_scale,
         activation=activation,
+        two_level_sums=two_level_sums,
         pairs_per_row=top_k,
         dependent=tiles.sort or activations is not None,
     )
@@ -1019,6 +1031,7 @@ def fused_moe_triton(
         out,
         tiles.down,
         x_scale=x_scale,
+        two_level_sums=two_level_sums,
         scatter=tiles.sort,
         prefetch=tiles.down.block_m <= 32,
     ).view(num_tokens, top_k, hidden_size)
