@@ -35,7 +35,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
 
 def test_every_section_runs(results: tuple[Path, dict[str, Any]]) -> None:
     found = results[1]["sections"]
-    assert list(found) == ["ceilings", "errors", "latency.tiny", "skew.tiny", "routing", "layer"]
+    names = "ceilings, errors, latency.tiny, accumulation.tiny, skew.tiny, routing, layer"
+    assert ", ".join(found) == names
+    assert all(0 < cell["levels_2_error"] < 0.1 for cell in found["accumulation.tiny"]["sums"])
     for section in found.values():
         assert "error" not in section
         assert section["commit"] == "test" and section["machine"]["torch"]
@@ -82,7 +84,7 @@ def test_sections_that_are_not_run_stay(tmp_path: Path) -> None:
 def test_a_wrong_cell_has_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     right = layers.run_layer
 
-    def wrong(layer: Any, one: Any, activations: str) -> torch.Tensor:
+    def wrong(layer: Any, one: Any, activations: str, **options: bool) -> torch.Tensor:
         out = right(layer, one, activations)
         return out.fill_(float("nan")) if len(out) == 2 else out * 1.1
 

@@ -8,6 +8,7 @@ names some of them):
 - *latency*: microseconds of the whole layer, by tokens, of our modes, torch's grouped products
   (GEMMs alone), transformers' experts implementations and, where it is installed, vLLM's kernels:
   CUDA-graph replay, two layers' weights and many routings in turn, so that nothing is in L2.
+- *accumulation*: FP8 sums in one level and in two: time and error.
 - *skew*: Zipf-distributed routing over uniform routing with as many active experts.
 - *routing*: sorting pairs by expert, by itself, and routers, fused and transformers' own.
 - *layer*: one layer computed on the CPU, eagerly, grouped and fused.
@@ -34,6 +35,7 @@ from benchmarks.kernels.layers import MODES
 from benchmarks.kernels.routing import run_routing
 from benchmarks.kernels.sections import (
     Bench,
+    run_accumulation,
     run_ceilings,
     run_errors,
     run_latency,
@@ -56,6 +58,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "ceilings": run_ceilings,
     "errors": run_errors,
     "latency": run_latency,
+    "accumulation": run_accumulation,
     "skew": run_skew,
     "routing": run_routing,
     "layer": run_layer,

@@ -99,7 +99,9 @@ def two_layers(shape: LayerShape, weights: str, device: torch.device) -> list[La
     return [layer, layer.clone()]
 
 
-def run_layer(layer: LayerWeights, one: Input, activations: str) -> Tensor:
+def run_layer(
+    layer: LayerWeights, one: Input, activations: str, *, two_level_sums: bool = False
+) -> Tensor:
     """Call `fused_moe`."""
     return fused_moe(
         one.hidden_states,
@@ -110,15 +112,22 @@ def run_layer(layer: LayerWeights, one: Input, activations: str) -> Tensor:
         one.topk_ids,
         one.topk_weights,
         activations=activations,
+        two_level_sums=two_level_sums,
     )
 
 
 def our_calls(
-    layers: Sequence[LayerWeights], inputs: Sequence[Input], activations: str
+    layers: Sequence[LayerWeights],
+    inputs: Sequence[Input],
+    activations: str,
+    *,
+    two_level_sums: bool = False,
 ) -> list[Callable[[], Tensor]]:
     """One call for each input, with the layers in turn."""
     return [
-        lambda layer=layer, one=one: run_layer(layer, one, activations)
+        lambda layer=layer, one=one: run_layer(
+            layer, one, activations, two_level_sums=two_level_sums
+        )
         for layer, one in zip(cycle(layers), inputs, strict=False)
     ]
 

@@ -265,6 +265,28 @@ def time_peer(bench: Bench, peer: Peer, expected: Expected) -> Cell:
     return cell
 
 
+# ---- sums of FP8 -------------------------------------------------------------------------------
+
+
+def run_accumulation(bench: Bench) -> None:
+    """What sums in two levels cost where FP8 meets FP8, and how much nearer they are."""
+    for name, shape in bench.shapes.items():
+        bench.results.begin(f"accumulation.{name}")
+        layers = two_layers(shape, "fp8", bench.device)
+        for num_tokens in bench.tokens[-2:]:
+            drawn = draw_inputs(shape, num_tokens, bench.device)
+            expected = Expected(shape, layers, drawn, bench.device)
+            cell: Cell = {"shape": name, "tokens": num_tokens}
+            for levels in (1, 2):
+                calls = our_calls(layers, drawn, "fp8", two_level_sums=levels == 2)
+                error = relative_error(calls[0]()[expected.rows], expected.of("fp8"))
+                cell[f"levels_{levels}_error"] = round(error, 5)
+                cell[f"levels_{levels}_us"] = bench.replayed(calls)
+            bench.results.add("sums", cell)
+        del layers
+        free_memory()
+
+
 # ---- skewed routing ----------------------------------------------------------------------------
 
 

@@ -28,6 +28,13 @@ def tables(sections: dict[str, Any]) -> Iterator[str]:
                 f"skewed: {cell['shape']:8} {cell['tokens']:5} {cell['mode']:10} "
                 f"{cell['skewed_us']:9.1f} {cell['uniform_us']:9.1f} us, ratio {cell['ratio']:.3f}"
             )
+    for section in sections.values():
+        for cell in section.get("sums", []):
+            levels = (
+                f"{n} levels {cell[f'levels_{n}_us']:.1f} us, error {cell[f'levels_{n}_error']:.5f}"
+                for n in (1, 2)
+            )
+            yield f"sums: {cell['shape']:8} {cell['tokens']:5} {'; '.join(levels)}"
     for cell in sections.get("errors", {}).get("errors", []):
         yield (
             f"error: {cell['shape']:8} {cell['tokens']:5} {cell['mode']:10} {cell['error']:.5f}, "
