@@ -50,6 +50,8 @@ _DECODE = (
     (64, 128, 2, 5),
     (64, 128, 2, 4),
     (64, 256, 8, 4),
+    (64, 512, 8, 3),
+    (32, 512, 4, 3),
 )
 # With 16-bit rows and weights to decode: two warps multiply by instructions that take rows of
 # weights as threads hold them, four take wgmma, for which bytes are shuffled.
@@ -83,6 +85,10 @@ _GEMV = (
     (16, 512, 4, 3),
     (16, 256, 4, 3),
     (4, 1024, 2, 3),
+    (8, 1024, 4, 3),
+    (4, 2048, 4, 3),
+    (2, 1024, 1, 4),
+    (2, 2048, 2, 3),
 )
 # The same where a program has all experts of a token: block_n times that number, rounded up.
 _GEMV_SUM = (
@@ -97,6 +103,8 @@ _GEMV_SUM = (
     (16, 128, 2, 4),
     (64, 128, 4, 4),
     (32, 256, 8, 3),
+    (8, 1024, 4, 3),
+    (16, 1024, 8, 3),
 )
 
 
