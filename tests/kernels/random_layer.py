@@ -81,7 +81,11 @@ class Layer:
         return fused_moe(**self.arguments(), activations=activations)
 
     def triton(
-        self, *, activations: str | None = None, tiles: LayerTiles | None = None
+        self,
+        *,
+        activations: str | None = None,
+        two_level_sums: bool = False,
+        tiles: LayerTiles | None = None,
     ) -> torch.Tensor:
         """Launch the Triton kernels, in the interpreter where there is no GPU."""
         from qmoe_kernels.grouped_gemm import fused_moe_triton
@@ -91,6 +95,7 @@ class Layer:
             **self.to(DEVICE).arguments(),
             num_experts=self.num_experts,
             activations=None if activations is None else STORAGE_DTYPE[activations],
+            two_level_sums=two_level_sums,
             tiles=tiles,
         )
 

@@ -156,6 +156,12 @@ def test_auto_leaves_rows_as_they_are_on_a_cpu() -> None:
     assert not torch.equal(out, layer.fused_moe(activations="int8"))
 
 
+def test_sums_are_exact_enough_on_a_cpu() -> None:
+    layer = random_layer(weights="fp8")
+    out = fused_moe(**layer.arguments(), activations="fp8", two_level_sums=True)
+    assert torch.equal(out, layer.fused_moe(activations="fp8"))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_auto_quantizes_rows_where_arithmetic_bounds(weights: str | None) -> None:
@@ -261,7 +267,7 @@ def test_opcheck(weights: str | None, device: str) -> None:
         for topk_weights in (layer.topk_weights, None):
             torch.library.opcheck(
                 torch.ops.qmoe.fused_moe.default,
-                (x, *up, *down, ids, topk_weights, None, *activation, activations),
+                (x, *up, *down, ids, topk_weights, None, *activation, activations, False),
             )
         torch.library.opcheck(
             torch.ops.qmoe.grouped_linear.default, (x, *up, ids, None, activations)
