@@ -4,8 +4,9 @@ The contract is that of the sorted products of `qmoe_kernels.grouped_gemm`, weig
 of 16 bits (converted weights go from registers into the tensor cores) or of the weights' dtype.
 What differs is how data moves: Triton's own pipelines compute addresses and convert weights
 between two products; here TMA brings tiles, and weights of the next tile are converted while the
-tensor cores multiply this one. Rows lie sorted in memory before each product, since TMA gathers
-none.
+tensor cores multiply this one. A program has one tile after another, and reads the next one's
+first steps while it stores this one. Rows lie sorted in memory before each product, since TMA
+gathers none.
 
 Order of K for 16-bit rows: a thread of a quad feeds ``wgmma`` with columns 2t, 2t+1, 2t+8, 2t+9 of
 every 16. It had better read neighbouring bytes of weights. So within every `BLOCK_K_16` columns,
@@ -25,9 +26,13 @@ from qmoe_kernels.activations import Activation, apply_triton
 from qmoe_kernels.grouped_gemm import (
     _activation_constants,
     _decode,
+    _has_dependent_launch,
+    _launch_options,
+    _round_to,
     launch_quantize_rows,
     launch_weighted_sum,
 )
+from qmoe_kernels.quantization import LARGEST, SMALLEST_SCALE
 from qmoe_kernels.routing import ExpertRouting
 
 try:
@@ -44,23 +49,45 @@ try:
 except ImportError:  # Triton without Gluon
     gluon = None
 
-BLOCK_N = 128  # weight rows of a tile: two warpgroups' 64
 BLOCK_K_16, BLOCK_K_8 = 64, 128  # columns of a tile, by the bits of rows: 128 bytes of rows
 GATE_ROWS = tl.constexpr(8)  # as in grouped_gemm
+ROWS_AT_ONCE = tl.constexpr(32)  # that are stored; of gated products twice as many
+SHARED_MEMORY = 228 << 10  # bytes, of all programs of a multiprocessor and 1 KiB for each
 
 
-@triton.jit(do_not_specialize=["num_experts", "max_tiles"])
+@triton.jit(do_not_specialize=["num_pairs", "num_experts", "max_tiles"])
 def tile_table_kernel(
     expert_offsets_ptr,  # (num_experts + 1,) int32
-    table_ptr,  # (max_tiles, 3) int32: expert or -1, first sorted position, rows from there on
+    sorted_pair_ids_ptr,  # (num_pairs,) int32
+    expert_to_slot_ptr,  # (num_experts,) int32, or None
+    table_ptr,  # (max_tiles + 1, 4) int32: expert, slot, first sorted position, rows from there on
+    positions_ptr,  # (num_pairs,) int32: where sorted_pair_ids has a pair
+    num_pairs,
     num_experts,
     max_tiles,
     BLOCK_M: tl.constexpr,
     BLOCK_EXPERTS: tl.constexpr,  # power of two, at least num_experts
     BLOCK_TILES: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Grid: (cdiv(max_tiles, BLOCK_TILES),). Cut every expert's rows into tiles of BLOCK_M."""
-    tiles = tl.program_id(0) * BLOCK_TILES + tl.arange(0, BLOCK_TILES)
+    """Cut every expert's rows into tiles of BLOCK_M; the table's last row says how many they are.
+
+    Grid: (cdiv(max_tiles + 1, BLOCK_TILES) + cdiv(num_pairs, BLOCK_PAIRS),), the second kind of
+    which inverts sorted_pair_ids.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    pid = tl.program_id(0)
+    table_programs = tl.cdiv(max_tiles + 1, BLOCK_TILES)
+    if pid >= table_programs:
+        positions = (pid - table_programs) * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)
+        mask = positions < num_pairs
+        pairs = tl.load(sorted_pair_ids_ptr + positions, mask=mask, other=0)
+        tl.store(positions_ptr + pairs, positions, mask=mask)
+        return
+    tiles = pid * BLOCK_TILES + tl.arange(0, BLOCK_TILES)
     experts = tl.arange(0, BLOCK_EXPERTS)
     exists = experts < num_experts
     starts = tl.load(expert_offsets_ptr + experts, mask=exists, other=0)
@@ -72,61 +99,104 @@ def tile_table_kernel(
     inside = expert < num_experts
     start = tl.load(expert_offsets_ptr + expert, mask=inside, other=0)
     end = tl.load(expert_offsets_ptr + expert + 1, mask=inside, other=0)
+    slot = expert
+    if expert_to_slot_ptr is not None:
+        slot = tl.load(expert_to_slot_ptr + expert, mask=inside, other=0)
     first = start + (tiles - first_tile) * BLOCK_M
-    mask = tiles < max_tiles
-    tl.store(table_ptr + 3 * tiles, tl.where(inside, expert, -1), mask=mask)
-    tl.store(table_ptr + 3 * tiles + 1, first, mask=mask)
-    tl.store(table_ptr + 3 * tiles + 2, end - first, mask=mask)
+    last = tiles == max_tiles
+    mask = tiles <= max_tiles
+    tl.store(table_ptr + 4 * tiles, tl.where(last, tl.sum(counts, 0), expert), mask=mask)
+    tl.store(table_ptr + 4 * tiles + 1, slot, mask=mask)
+    tl.store(table_ptr + 4 * tiles + 2, first, mask=mask)
+    tl.store(table_ptr + 4 * tiles + 3, end - first, mask=mask)
 
 
 @triton.jit
-def gather_rows_kernel(
+def sort_rows_kernel(
     x_ptr,  # (num_tokens, words) int32
-    sorted_pair_ids_ptr,  # (num_pairs,) int32
-    out_ptr,  # (num_pairs, out_words) int32
-    scale_ptr,  # (num_tokens,) fp32, or None
-    out_scale_ptr,  # (num_pairs,) fp32
+    positions_ptr,  # (num_tokens, TOP_K) int32
+    out_ptr,  # (num_tokens * TOP_K, out_words) int32, sorted
     words,
     out_words,
     TOP_K: tl.constexpr,
-    GROUP: tl.constexpr,  # words whose order changes among themselves; 0: none does
+    GROUP: tl.constexpr,  # words whose order changes among themselves
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Grid: (num_pairs, cdiv(out_words, BLOCK)). Rows of tokens in sorted order, tails zero.
+    """Grid: (num_tokens, cdiv(out_words, BLOCK)). Rows of tokens to where pairs are, tails zero.
 
     A word is two numbers of 16 bits, in the order ``(t, j, h)``: that of the module's docstring.
     """
-    position = tl.program_id(0)
-    token = (tl.load(sorted_pair_ids_ptr + position) // TOP_K).to(tl.int64)
+    token = tl.program_id(0).to(tl.int64)
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + token * words + offsets, mask=offsets < words, other=0)
-    if GROUP > 0:
-        x = tl.reshape(x, (BLOCK // GROUP, 4, GROUP // 4))
-        x = tl.reshape(tl.permute(x, (0, 2, 1)), (BLOCK,))
-    tl.store(out_ptr + position.to(tl.int64) * out_words + offsets, x, mask=offsets < out_words)
-    if scale_ptr is not None:
-        tl.store(out_scale_ptr + position, tl.load(scale_ptr + token))
+    x = tl.reshape(x, (BLOCK // GROUP, 4, GROUP // 4))
+    x = tl.reshape(tl.permute(x, (0, 2, 1)), (BLOCK,))
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    for k in tl.static_range(TOP_K):
+        position = tl.load(positions_ptr + token * TOP_K + k).to(tl.int64)
+        tl.store(out_ptr + position * out_words + offsets, x, mask=offsets < out_words)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def quantize_sorted_rows_kernel(
+    x_ptr,  # (num_tokens, K)
+    positions_ptr,  # (num_tokens, TOP_K) int32
+    out_ptr,  # (num_tokens * TOP_K, K) int8 | e4m3fn, sorted
+    scale_ptr,  # (num_tokens * TOP_K,) fp32, sorted
+    num_tokens,
+    K,
+    LARGEST_VALUE: tl.constexpr,  # 127 or 448
+    SMALLEST: tl.constexpr,  # a scale is not below
+    TOP_K: tl.constexpr,
+    ROWS: tl.constexpr,  # tokens per program
+    BLOCK: tl.constexpr,  # power of two, at least K
+    PDL: tl.constexpr,
+):
+    """Grid: (cdiv(num_tokens, ROWS),). `quantize_rows_kernel`, each row to where its pairs are."""
+    tokens = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    exists = tokens < num_tokens
+    mask = exists[:, None] & (columns < K)[None, :]
+    x = tl.load(x_ptr + tokens[:, None] * K + columns[None, :], mask=mask, other=0.0)
+    x = x.to(tl.float32)
+    # A maximum passes over NaN, a sum does not.
+    scale = tl.maximum(tl.max(tl.abs(x), 1) / LARGEST_VALUE, SMALLEST) + tl.sum(x * 0.0, 1)
+    x = _round_to(x * (1.0 / scale)[:, None], out_ptr.dtype.element_ty, LARGEST_VALUE)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    for k in tl.static_range(TOP_K):
+        positions = tl.load(positions_ptr + tokens * TOP_K + k, mask=exists, other=0)
+        tl.store(scale_ptr + positions, scale, mask=exists)
+        out_ptrs = out_ptr + positions.to(tl.int64)[:, None] * K + columns[None, :]
+        tl.store(out_ptrs, x, mask=mask)
 
 
 if gluon is not None:
 
     @gluon.constexpr_function
-    def _register_bases(block_k):
-        """A thread's bytes of a weight tile: a quarter of a row's columns, of rows i and i + 8."""
+    def _register_bases(block_n, block_k):
+        """A thread's bytes of a weight tile: a quarter of a row's columns, of rows i and i + 8.
+
+        And of every 128th row from there on.
+        """
         bases = [[0, 1 << bit] for bit in range((block_k // 4).bit_length() - 1)]
-        return [*bases, [8, 0]]
+        return [*bases, [8, 0], *([[128, 0]] if block_n == 256 else [])]
 
     @gluon.jit(do_not_specialize=["max_tiles"])
     def hopper_gemm_kernel(
         weight_desc,  # (slots, N, K), or (slots, N / 8, 2, 8, K) if GATED
         x_desc,  # (num_pairs, K), sorted
+        x_tail_desc,  # the same in boxes of TAIL_M rows
         x_scale_ptr,  # (num_pairs,) fp32, sorted, or None
         scale_ptr,  # (num_experts, N or 2 * N) fp32
         bias_ptr,  # (num_experts, N or 2 * N), or None
         out_ptr,  # (num_pairs, stride_out)
-        table_ptr,  # (max_tiles, 3) int32, see tile_table_kernel
+        table_ptr,  # (max_tiles + 1, 4) int32, see tile_table_kernel
         sorted_pair_ids_ptr,  # (num_pairs,) int32
-        expert_to_slot_ptr,  # (num_experts,) int32, or None
         max_tiles,
         N,
         K,
@@ -145,29 +215,23 @@ if gluon is not None:
         BLOCK_M: gl.constexpr,
         BLOCK_N: gl.constexpr,
         BLOCK_K: gl.constexpr,
-        TAIL_M: gl.constexpr,  # an expert's last tile with no more rows is this high; or 0
-        NUM_STAGES: gl.constexpr,
+        TAIL_M: gl.constexpr,  # an expert's last tile with no more rows is this high
+        NUM_STAGES: gl.constexpr,  # at most one more than a tile has steps
         GROUP_M: gl.constexpr,
     ):
-        """Grid: (max_tiles * cdiv(channels, BLOCK_N),); programs without rows leave at once."""
-        BLOCK_OUT: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
-        tiles_n = gl.cdiv(N, BLOCK_OUT)
-        pid = gl.program_id(0)
-        group = pid // (GROUP_M * tiles_n)
-        group_m = gl.minimum(max_tiles - group * GROUP_M, GROUP_M)
-        tile_m = group * GROUP_M + (pid % (GROUP_M * tiles_n)) % group_m
-        row_n = (pid % (GROUP_M * tiles_n)) // group_m * BLOCK_OUT
+        """Grid: as many programs as run at a time; each has every so-many-th tile.
 
-        expert = gl.load(table_ptr + 3 * tile_m)
-        if expert < 0:
-            return
-        first = gl.load(table_ptr + 3 * tile_m + 1)
-        num_rows = gl.load(table_ptr + 3 * tile_m + 2)
-        slot = expert
-        if expert_to_slot_ptr is not None:
-            slot = gl.load(expert_to_slot_ptr + expert)
-        absent = slot < 0
-        slot = gl.maximum(slot, 0)
+        While a tile is stored, the first steps of the next one are read.
+
+        The kernel before this one must not have written the table or weights.
+        """
+        BLOCK_OUT: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+        tiles_m = gl.load(table_ptr + 4 * max_tiles)
+        tiles_n = gl.cdiv(N, BLOCK_OUT)
+        num_tiles = tiles_m * tiles_n
+        num_steps = gl.cdiv(K, BLOCK_K)
+        pid = gl.program_id(0)
+        current = _locate(table_ptr, pid, num_tiles, tiles_m, tiles_n, BLOCK_OUT, GROUP_M)
 
         weights = gl.allocate_shared_memory(
             weight_desc.dtype,
@@ -181,34 +245,69 @@ if gluon is not None:
         for i in gl.static_range(NUM_STAGES):
             mbarrier.init(full.index(i), count=1)
 
-        num_steps = gl.cdiv(K, BLOCK_K)
+        exists = pid < num_tiles
+        low = current[3] <= TAIL_M
         for i in gl.static_range(NUM_STAGES - 1):
-            _fetch(
-                weight_desc, x_desc, weights, rows, full, slot, row_n, first, i, num_steps,
-                GATED, BLOCK_K, NUM_STAGES,
+            _expect(weight_desc, x_tail_desc, full, i, exists & low)
+            _expect(weight_desc, x_desc, full, i, exists & (not low))
+            _fetch_weights(weight_desc, weights, full, current, i, i, exists, GATED, BLOCK_K)
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+        for i in gl.static_range(NUM_STAGES - 1):
+            _fetch_rows(x_tail_desc, rows, full, current, i, i, exists & low)
+            _fetch_rows(x_desc, rows, full, current, i, i, exists & (not low))
+
+        done = 0  # steps of earlier tiles
+        for tile in range(pid, num_tiles, gl.num_programs(0)):
+            following = tile + gl.num_programs(0)
+            upcoming = _locate(
+                table_ptr, following, num_tiles, tiles_m, tiles_n, BLOCK_OUT, GROUP_M
             )  # fmt: skip
-        if TAIL_M > 0:  # noqa: SIM102 (one is known when compiling)
-            if num_rows <= TAIL_M:
+            if current[3] <= TAIL_M:
                 _tile(
-                    weight_desc, x_desc, x_scale_ptr, scale_ptr, bias_ptr, out_ptr,
-                    sorted_pair_ids_ptr, weights, rows, full, expert, slot, absent, first,
-                    num_rows, row_n, num_steps, N, stride_out,
-                    SCATTER, FP8, NAME, GATED, ALPHA, UP_SHIFT, LIMIT, LIMIT_AFTER, GATE_SOFTCAP,
-                    UP_SOFTCAP, PERMUTE, TAIL_M, BLOCK_N, BLOCK_K, NUM_STAGES,
+                    weight_desc, x_desc, x_tail_desc, x_scale_ptr, scale_ptr, bias_ptr, out_ptr,
+                    sorted_pair_ids_ptr, weights, rows, full, current, upcoming,
+                    following < num_tiles, done, num_steps, N, stride_out, SCATTER, FP8, NAME,
+                    GATED, ALPHA, UP_SHIFT, LIMIT, LIMIT_AFTER, GATE_SOFTCAP, UP_SOFTCAP,
+                    PERMUTE, TAIL_M, BLOCK_N, BLOCK_K, TAIL_M, NUM_STAGES,
                 )  # fmt: skip
-                return
-        _tile(
-            weight_desc, x_desc, x_scale_ptr, scale_ptr, bias_ptr, out_ptr,
-            sorted_pair_ids_ptr, weights, rows, full, expert, slot, absent, first,
-            num_rows, row_n, num_steps, N, stride_out,
-            SCATTER, FP8, NAME, GATED, ALPHA, UP_SHIFT, LIMIT, LIMIT_AFTER, GATE_SOFTCAP,
-            UP_SOFTCAP, PERMUTE, BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES,
-        )  # fmt: skip
+            else:
+                _tile(
+                    weight_desc, x_desc, x_tail_desc, x_scale_ptr, scale_ptr, bias_ptr, out_ptr,
+                    sorted_pair_ids_ptr, weights, rows, full, current, upcoming,
+                    following < num_tiles, done, num_steps, N, stride_out, SCATTER, FP8, NAME,
+                    GATED, ALPHA, UP_SHIFT, LIMIT, LIMIT_AFTER, GATE_SOFTCAP, UP_SOFTCAP,
+                    PERMUTE, BLOCK_M, BLOCK_N, BLOCK_K, TAIL_M, NUM_STAGES,
+                )  # fmt: skip
+            current = upcoming
+            done += num_steps
+
+    @gluon.jit
+    def _locate(
+        table_ptr, tile, num_tiles, tiles_m, tiles_n, BLOCK_OUT: gl.constexpr, GROUP_M: gl.constexpr
+    ):
+        """Return a tile's expert, slot, first sorted position, rows and first channel.
+
+        Neighbouring tiles share weights (same expert, same channels) and then rows: L2 serves
+        both.
+        """
+        tile = gl.minimum(tile, num_tiles - 1)
+        group = tile // (GROUP_M * tiles_n)
+        inside = tile - group * (GROUP_M * tiles_n)
+        group_m = gl.maximum(gl.minimum(tiles_m - group * GROUP_M, GROUP_M), 1)
+        tile_n = inside // group_m
+        tile_m = gl.maximum(group * GROUP_M + inside - tile_n * group_m, 0)
+        expert = gl.load(table_ptr + 4 * tile_m)
+        slot = gl.load(table_ptr + 4 * tile_m + 1)
+        first = gl.load(table_ptr + 4 * tile_m + 2)
+        num_rows = gl.load(table_ptr + 4 * tile_m + 3)
+        return expert, slot, first, num_rows, tile_n * BLOCK_OUT
 
     @gluon.jit
     def _tile(
         weight_desc,
         x_desc,
+        x_tail_desc,
         x_scale_ptr,
         scale_ptr,
         bias_ptr,
@@ -217,12 +316,10 @@ if gluon is not None:
         weights,  # (NUM_STAGES, as weight_desc's box), shared
         rows,  # (NUM_STAGES, as x_desc's box), shared
         full,  # (NUM_STAGES, 1) barriers
-        expert,
-        slot,
-        absent,
-        first,
-        num_rows,
-        row_n,
+        current,  # _locate's
+        upcoming,
+        upcoming_exists,
+        done,
         num_steps,
         N,
         stride_out,
@@ -240,63 +337,19 @@ if gluon is not None:
         BLOCK_M: gl.constexpr,  # at most x_desc's
         BLOCK_N: gl.constexpr,
         BLOCK_K: gl.constexpr,
+        TAIL_M: gl.constexpr,
         NUM_STAGES: gl.constexpr,
     ):
         """One tile, transposed: (channels, rows). The first NUM_STAGES - 1 steps are on the way."""
-        BLOCK_OUT: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
         # wgmma: 16 rows of weights per warp, and 32 bytes of rows at a time.
         X_BITS: gl.constexpr = x_desc.dtype.primitive_bitwidth
         INTEGER: gl.constexpr = x_desc.dtype == gl.int8
         # Triton knows no product of integers with 256 rows.
         MMA_M: gl.constexpr = 128 if INTEGER and BLOCK_M > 128 else BLOCK_M
         MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, MMA_M, 256 // X_BITS])
-        if X_BITS == 8:
-            acc = gl.zeros([BLOCK_N, BLOCK_M], gl.int32 if INTEGER else gl.float32, MMA)
-            for step in range(num_steps):
-                _wait_for(full, step, num_steps, NUM_STAGES)
-                weight = _weight_tile(weights, step, BLOCK_N, BLOCK_K, NUM_STAGES)
-                x = _row_tile(rows, step, BLOCK_M, BLOCK_K, NUM_STAGES)
-                acc = warpgroup_mma(weight, x, acc, is_async=True)
-                # This product may run on; the one before it is over, and so its stage is free.
-                acc = warpgroup_mma_wait(1, deps=[acc])
-                tl.debug_barrier()
-                _fetch(
-                    weight_desc, x_desc, weights, rows, full, slot, row_n, first,
-                    step + NUM_STAGES - 1, num_steps, GATED, BLOCK_K, NUM_STAGES,
-                )  # fmt: skip
-        else:
-            acc = warpgroup_mma_init(gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA))
-            mbarrier.wait(full.index(0), 0)
-            # Two steps at a time, because the tensor cores read one step's weights from their
-            # registers while those of the next are being written.
-            for pair in range(num_steps // 2):
-                for odd in gl.static_range(2):
-                    step = 2 * pair + odd
-                    weight = _decoded_weights(
-                        weights, step, x_desc.dtype, FP8, MMA, BLOCK_N, BLOCK_K, NUM_STAGES
-                    )  # fmt: skip
-                    # Early: a branch keeps the assembler from decoding after the wait for wgmma.
-                    _wait_for(full, step + 1, num_steps, NUM_STAGES)
-                    acc, weight = warpgroup_mma_wait(0, deps=[acc, weight])
-                    x = _row_tile(rows, step, BLOCK_M, BLOCK_K, NUM_STAGES)
-                    acc = warpgroup_mma(weight, x, acc, is_async=True)
-                    tl.debug_barrier()
-                    _fetch(
-                        weight_desc, x_desc, weights, rows, full, slot, row_n, first,
-                        step + NUM_STAGES - 1, num_steps, GATED, BLOCK_K, NUM_STAGES,
-                    )  # fmt: skip
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            if num_steps % 2 == 1:
-                step = num_steps - 1
-                weight = _decoded_weights(
-                    weights, step, x_desc.dtype, FP8, MMA, BLOCK_N, BLOCK_K, NUM_STAGES
-                )  # fmt: skip
-                x = _row_tile(rows, step, BLOCK_M, BLOCK_K, NUM_STAGES)
-                acc = warpgroup_mma(weight, x, acc, is_async=True)
-                acc = warpgroup_mma_wait(0, deps=[acc])
-        acc = warpgroup_mma_wait(0, deps=[acc])
+        expert, slot, first, num_rows, row_n = current
 
-        acc = acc.to(gl.float32)
+        # What storing needs is read long before.
         tile_rows = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, MMA))
         all_channels = N
         if GATED:
@@ -309,40 +362,192 @@ if gluon is not None:
         scale = gl.load(scale_ptr + expert * all_channels + channels)
         if FP8:
             scale = scale * 256.0  # what _decode left out
-        acc = acc * gl.expand_dims(scale, 1)
-        if x_scale_ptr is not None:
-            tile_columns = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))
-            inside = tile_columns < num_rows
-            x_scale = gl.load(x_scale_ptr + first + tile_columns, mask=inside, other=0.0)
-            acc = acc * gl.expand_dims(x_scale, 0)
+        bias = scale
         if bias_ptr is not None:
             bias = gl.load(bias_ptr + expert * all_channels + channels).to(gl.float32)
-            acc = acc + gl.expand_dims(bias, 1)
+        LINE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
+        FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+        positions = gl.arange(0, BLOCK_M, layout=LINE)
+        inside = positions < num_rows
+        positions += first
+        out_rows = positions
+        if SCATTER:
+            out_rows = gl.load(sorted_pair_ids_ptr + positions, mask=inside, other=0)
+        if x_scale_ptr is not None:
+            x_scale = gl.load(x_scale_ptr + positions, mask=inside, other=0.0)
+
+        if X_BITS == 8:
+            acc = gl.zeros([BLOCK_N, BLOCK_M], gl.int32 if INTEGER else gl.float32, MMA)
+            for step in range(num_steps):
+                _wait_for(full, done + step, True, NUM_STAGES)
+                weight = _weight_tile(weights, done + step, BLOCK_N, BLOCK_K, NUM_STAGES)
+                x = _row_tile(rows, done + step, BLOCK_M, BLOCK_K, NUM_STAGES)
+                acc = warpgroup_mma(weight, x, acc, is_async=True)
+                # This product may run on; the one before it is over, and so its stage is free.
+                acc = warpgroup_mma_wait(1, deps=[acc])
+                tl.debug_barrier()
+                _fetch_ahead(
+                    weight_desc, x_desc, x_tail_desc, weights, rows, full, current, upcoming,
+                    upcoming_exists, step, done, num_steps, GATED, BLOCK_K, TAIL_M, NUM_STAGES,
+                )  # fmt: skip
+        else:
+            acc = warpgroup_mma_init(gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA))
+            _wait_for(full, done, True, NUM_STAGES)
+            # Two steps at a time, because the tensor cores read one step's weights from their
+            # registers while those of the next are being written.
+            for pair in range(num_steps // 2):
+                for odd in gl.static_range(2):
+                    step = 2 * pair + odd
+                    weight = _decoded_weights(
+                        weights, done + step, x_desc.dtype, FP8, MMA, BLOCK_N, BLOCK_K, NUM_STAGES
+                    )  # fmt: skip
+                    # Early: a branch keeps the assembler from decoding after the wait for wgmma.
+                    _wait_for(full, done + step + 1, step + 1 < num_steps, NUM_STAGES)
+                    acc, weight = warpgroup_mma_wait(0, deps=[acc, weight])
+                    x = _row_tile(rows, done + step, BLOCK_M, BLOCK_K, NUM_STAGES)
+                    acc = warpgroup_mma(weight, x, acc, is_async=True)
+                    tl.debug_barrier()
+                    _fetch_ahead(
+                        weight_desc, x_desc, x_tail_desc, weights, rows, full, current, upcoming,
+                        upcoming_exists, step, done, num_steps, GATED, BLOCK_K, TAIL_M, NUM_STAGES,
+                    )  # fmt: skip
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            if num_steps % 2 == 1:
+                step = num_steps - 1
+                tl.debug_barrier()
+                _fetch_ahead(
+                    weight_desc, x_desc, x_tail_desc, weights, rows, full, current, upcoming,
+                    upcoming_exists, step, done, num_steps, GATED, BLOCK_K, TAIL_M, NUM_STAGES,
+                )  # fmt: skip
+                weight = _decoded_weights(
+                    weights, done + step, x_desc.dtype, FP8, MMA, BLOCK_N, BLOCK_K, NUM_STAGES
+                )  # fmt: skip
+                x = _row_tile(rows, done + step, BLOCK_M, BLOCK_K, NUM_STAGES)
+                acc = warpgroup_mma(weight, x, acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        out_rows = gl.allocate_shared_memory(gl.int32, [BLOCK_M], FLAT, value=out_rows)
+        x_scales = out_rows
+        if x_scale_ptr is not None:
+            x_scales = gl.allocate_shared_memory(gl.float32, [BLOCK_M], FLAT, value=x_scale)
+        _finish(
+            acc, 0, out_ptr, out_rows, scale, x_scale_ptr, x_scales, bias_ptr, bias, slot < 0,
+            num_rows, row_n, N, stride_out, NAME, GATED, ALPHA, UP_SHIFT, LIMIT, LIMIT_AFTER,
+            GATE_SOFTCAP, UP_SOFTCAP, PERMUTE, 256 // X_BITS,
+        )  # fmt: skip
+
+    @gluon.jit
+    def _finish(
+        acc,  # (BLOCK_N, rows)
+        FIRST: gl.constexpr,  # row of the tile
+        out_ptr,
+        out_rows,  # of the tile, shared
+        scale,
+        x_scale_ptr,
+        x_scales,  # of the tile, shared
+        bias_ptr,
+        bias,
+        absent,
+        num_rows,
+        row_n,
+        N,
+        stride_out,
+        NAME: gl.constexpr,
+        GATED: gl.constexpr,
+        ALPHA: gl.constexpr,
+        UP_SHIFT: gl.constexpr,
+        LIMIT: gl.constexpr,
+        LIMIT_AFTER: gl.constexpr,
+        GATE_SOFTCAP: gl.constexpr,
+        UP_SOFTCAP: gl.constexpr,
+        PERMUTE: gl.constexpr,
+        MMA_K: gl.constexpr,
+    ):
+        """Sums to outputs, part by part: what is stored at once goes through shared memory."""
+        HEIGHT: gl.constexpr = acc.shape[1]
+        AT_ONCE: gl.constexpr = 2 * ROWS_AT_ONCE if GATED else ROWS_AT_ONCE
+        if HEIGHT > AT_ONCE:
+            halves = gl.permute(gl.reshape(acc, [acc.shape[0], 2, HEIGHT // 2]), [0, 2, 1])
+            acc, other = gl.split(halves)
+            _finish(
+                acc, FIRST, out_ptr, out_rows, scale, x_scale_ptr, x_scales, bias_ptr, bias,
+                absent, num_rows, row_n, N, stride_out, NAME, GATED, ALPHA, UP_SHIFT, LIMIT,
+                LIMIT_AFTER, GATE_SOFTCAP, UP_SOFTCAP, PERMUTE, MMA_K,
+            )  # fmt: skip
+            _finish(
+                other, FIRST + HEIGHT // 2, out_ptr, out_rows, scale, x_scale_ptr, x_scales,
+                bias_ptr, bias, absent, num_rows, row_n, N, stride_out, NAME, GATED, ALPHA,
+                UP_SHIFT, LIMIT, LIMIT_AFTER, GATE_SOFTCAP, UP_SOFTCAP, PERMUTE, MMA_K,
+            )  # fmt: skip
+        elif num_rows > FIRST:
+            _finish_part(
+                acc, FIRST, out_ptr, out_rows, scale, x_scale_ptr, x_scales, bias_ptr, bias,
+                absent, num_rows, row_n, N, stride_out, NAME, GATED, ALPHA, UP_SHIFT, LIMIT,
+                LIMIT_AFTER, GATE_SOFTCAP, UP_SOFTCAP, PERMUTE, MMA_K,
+            )  # fmt: skip
+
+    @gluon.jit
+    def _finish_part(
+        acc,
+        FIRST: gl.constexpr,
+        out_ptr,
+        out_rows,
+        scale,
+        x_scale_ptr,
+        x_scales,
+        bias_ptr,
+        bias,
+        absent,
+        num_rows,
+        row_n,
+        N,
+        stride_out,
+        NAME: gl.constexpr,
+        GATED: gl.constexpr,
+        ALPHA: gl.constexpr,
+        UP_SHIFT: gl.constexpr,
+        LIMIT: gl.constexpr,
+        LIMIT_AFTER: gl.constexpr,
+        GATE_SOFTCAP: gl.constexpr,
+        UP_SOFTCAP: gl.constexpr,
+        PERMUTE: gl.constexpr,
+        MMA_K: gl.constexpr,
+    ):
+        BLOCK_N: gl.constexpr = acc.shape[0]
+        HEIGHT: gl.constexpr = acc.shape[1]
+        BLOCK_OUT: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+        MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, HEIGHT, MMA_K])
+        acc = gl.convert_layout(acc, MMA, assert_trivial=True).to(gl.float32)
+        ROWS: gl.constexpr = gl.SliceLayout(1, MMA)
+        acc = acc * gl.expand_dims(gl.convert_layout(scale, ROWS, assert_trivial=True), 1)
+        if x_scale_ptr is not None:
+            x_scale = x_scales.slice(FIRST, HEIGHT).load(gl.SliceLayout(0, MMA))
+            acc = acc * gl.expand_dims(x_scale, 0)
+        if bias_ptr is not None:
+            acc = acc + gl.expand_dims(gl.convert_layout(bias, ROWS, assert_trivial=True), 1)
         if NAME is not None:
             up = acc
             if GATED:
-                acc = gl.reshape(acc, [BLOCK_N // (2 * GATE_ROWS), 2, GATE_ROWS, BLOCK_M])
+                acc = gl.reshape(acc, [BLOCK_N // (2 * GATE_ROWS), 2, GATE_ROWS, HEIGHT])
                 acc, up = gl.split(gl.permute(acc, [0, 2, 3, 1]))
-                acc = gl.reshape(acc, [BLOCK_OUT, BLOCK_M])
-                up = gl.reshape(up, [BLOCK_OUT, BLOCK_M])
+                acc = gl.reshape(acc, [BLOCK_OUT, HEIGHT])
+                up = gl.reshape(up, [BLOCK_OUT, HEIGHT])
             acc = apply_triton(
                 acc, up, NAME, GATED, ALPHA, UP_SHIFT, LIMIT, LIMIT_AFTER, GATE_SOFTCAP, UP_SOFTCAP
             )  # fmt: skip
         # Weights that are not there must not pass for some.
         out = gl.where(absent, float("nan"), acc).to(out_ptr.dtype.element_ty)
         if PERMUTE > 0:
-            out = gl.reshape(out, [BLOCK_OUT // PERMUTE, 4, PERMUTE // 16, 2, 2, BLOCK_M])
-            out = gl.reshape(gl.permute(out, [0, 2, 3, 1, 4, 5]), [BLOCK_OUT, BLOCK_M])
+            out = gl.reshape(out, [BLOCK_OUT // PERMUTE, 4, PERMUTE // 16, 2, 2, HEIGHT])
+            out = gl.reshape(gl.permute(out, [0, 2, 3, 1, 4, 5]), [BLOCK_OUT, HEIGHT])
         # Through shared memory, for 16 bytes of each row.
+        STAGED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2, transposed=True)
         STORE: gl.constexpr = gl.BlockedLayout(
             [8, 1], [BLOCK_OUT // 8, 256 // BLOCK_OUT], [1, 8], [0, 1]
         )  # fmt: skip
-        out = gl.convert_layout(out, STORE)
-        tile_columns = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, STORE))
-        inside = tile_columns < num_rows
-        out_rows = first + tile_columns
-        if SCATTER:
-            out_rows = gl.load(sorted_pair_ids_ptr + out_rows, mask=inside, other=0)
+        staged = gl.allocate_shared_memory(out.dtype, [BLOCK_OUT, HEIGHT], STAGED, value=out)
+        out = staged.load(STORE)
         columns = row_n + gl.arange(0, BLOCK_OUT, layout=gl.SliceLayout(1, STORE))
         if PERMUTE > 0:
             # What lies beyond N meets weights that are zeros, and must not be NaN.
@@ -350,51 +555,99 @@ if gluon is not None:
             phase = phase // 2 % 4 * (PERMUTE // 4) + phase // 16 * 4 + phase // 8 % 2 * 2
             past = columns // PERMUTE * PERMUTE + phase + columns % 2 >= N
             out = gl.where(gl.expand_dims(past, 1), gl.zeros_like(out), out)
+        inside = FIRST + gl.arange(0, HEIGHT, layout=gl.SliceLayout(0, STORE)) < num_rows
+        out_rows = out_rows.slice(FIRST, HEIGHT).load(gl.SliceLayout(0, STORE))
         # int64: rows times their length pass 2**31.
         offsets = gl.expand_dims(out_rows.to(gl.int64) * stride_out, 0)
         mask = gl.expand_dims(inside, 0) & gl.expand_dims(columns < stride_out, 1)
         gl.store(out_ptr + (offsets + gl.expand_dims(columns, 1)), out, mask=mask)
 
     @gluon.jit
-    def _fetch(
+    def _fetch_ahead(
         weight_desc,
         x_desc,
+        x_tail_desc,
         weights,
         rows,
         full,
-        slot,
-        row_n,
-        first,
+        current,
+        upcoming,
+        upcoming_exists,
         step,
+        done,
         num_steps,
         GATED: gl.constexpr,
         BLOCK_K: gl.constexpr,
+        TAIL_M: gl.constexpr,
         NUM_STAGES: gl.constexpr,
     ):
-        """Start to read the tiles of ``step``, if there is one; zeros beyond the tensors."""
-        exists = step < num_steps
-        stage = step % NUM_STAGES
-        barrier = full.index(stage)
+        """Start to read what is NUM_STAGES - 1 steps on, in this tile or the upcoming one."""
+        ahead = step + (NUM_STAGES - 1)
+        stage = (done + ahead) % NUM_STAGES
+        if ahead < num_steps:
+            exists = True
+            _, slot, first, num_rows, row_n = current
+        else:
+            exists = upcoming_exists
+            _, slot, first, num_rows, row_n = upcoming
+            ahead -= num_steps
+        tile = (0, slot, first, num_rows, row_n)
+        # Branches rather than predicates, each of which Triton surrounds with barriers.
+        if num_rows <= TAIL_M:
+            _expect(weight_desc, x_tail_desc, full, stage, exists)
+            _fetch_weights(weight_desc, weights, full, tile, ahead, stage, exists, GATED, BLOCK_K)
+            _fetch_rows(x_tail_desc, rows, full, tile, ahead, stage, exists)
+        else:
+            _expect(weight_desc, x_desc, full, stage, exists)
+            _fetch_weights(weight_desc, weights, full, tile, ahead, stage, exists, GATED, BLOCK_K)
+            _fetch_rows(x_desc, rows, full, tile, ahead, stage, exists)
+
+    @gluon.jit
+    def _expect(weight_desc, x_desc, full, stage, exists):
         num_bytes: gl.constexpr = weight_desc.block_type.nbytes + x_desc.block_type.nbytes
-        mbarrier.expect(barrier, num_bytes, pred=exists)
+        mbarrier.expect(full.index(stage), num_bytes, pred=exists)
+
+    @gluon.jit
+    def _fetch_weights(
+        weight_desc,
+        weights,
+        full,
+        tile,
+        step,
+        stage,
+        exists,
+        GATED: gl.constexpr,
+        BLOCK_K: gl.constexpr,
+    ):
+        """Start to read a step's weights, zeros beyond them."""
+        barrier = full.index(stage)
+        slot = gl.maximum(tile[1], 0)
+        row_n = tile[4]
         k = step * BLOCK_K
-        tile = weights.index(stage)
         if GATED:
             # 8 rows of gates, 8 of the same ups, and so on.
             tma.async_copy_global_to_shared(
-                weight_desc, [slot, row_n // GATE_ROWS, 0, 0, k], barrier, tile, pred=exists
+                weight_desc, [slot, row_n // GATE_ROWS, 0, 0, k], barrier, weights.index(stage),
+                pred=exists,
             )  # fmt: skip
         else:
             tma.async_copy_global_to_shared(
-                weight_desc, [slot, row_n, k], barrier, tile, pred=exists
+                weight_desc, [slot, row_n, k], barrier, weights.index(stage), pred=exists
             )  # fmt: skip
-        tma.async_copy_global_to_shared(x_desc, [first, k], barrier, rows.index(stage), pred=exists)
 
     @gluon.jit
-    def _wait_for(full, step, num_steps, NUM_STAGES: gl.constexpr):
+    def _fetch_rows(x_desc, rows, full, tile, step, stage, exists):
+        """Start to read a step's rows, zeros beyond them."""
+        box: gl.constexpr = x_desc.block_type.shape
+        target = rows.index(stage)._reinterpret(rows.dtype, box, rows.layout)
+        tma.async_copy_global_to_shared(
+            x_desc, [tile[2], step * box[1]], full.index(stage), target, pred=exists
+        )  # fmt: skip
+
+    @gluon.jit
+    def _wait_for(full, step, exists, NUM_STAGES: gl.constexpr):
         """Wait until the tiles of ``step``, if there is one, have come."""
-        stage = step % NUM_STAGES
-        mbarrier.wait(full.index(stage), (step // NUM_STAGES) & 1, pred=step < num_steps)
+        mbarrier.wait(full.index(step % NUM_STAGES), (step // NUM_STAGES) & 1, pred=exists)
 
     @gluon.jit
     def _weight_tile(
@@ -430,7 +683,7 @@ if gluon is not None:
     ):
         """A step's weights in registers, as wgmma's first operand."""
         LOADED: gl.constexpr = gl.DistributedLinearLayout(
-            reg_bases=_register_bases(BLOCK_K),
+            reg_bases=_register_bases(BLOCK_N, BLOCK_K),
             lane_bases=[[0, BLOCK_K // 4], [0, BLOCK_K // 2], [1, 0], [2, 0], [4, 0]],
             warp_bases=[[16, 0], [32, 0], [64, 0]],
             block_bases=[],
@@ -446,6 +699,11 @@ if gluon is not None:
 @functools.cache
 def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
+
+
+@functools.cache
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def hopper_supports(
@@ -484,71 +742,109 @@ def hopper_supports(
 
 
 def launch_tile_table(
-    expert_offsets: torch.Tensor, num_pairs: int, num_experts: int, block_m: int
-) -> torch.Tensor:
-    """Return (max_tiles, 3) int32, see `tile_table_kernel`."""
+    routing: ExpertRouting, expert_to_slot: torch.Tensor | None, block_m: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (max_tiles + 1, 4) int32 and (num_pairs,) int32, see `tile_table_kernel`."""
+    num_pairs = routing.sorted_pair_ids.shape[0]
+    num_experts = routing.expert_offsets.shape[0] - 1
     # Every expert but one may leave its last tile nearly empty.
     max_tiles = min(num_pairs, num_experts + max(0, num_pairs - num_experts) // block_m)
-    table = expert_offsets.new_empty(max_tiles, 3)
+    table = routing.expert_offsets.new_empty(max_tiles + 1, 4)
+    positions = torch.empty_like(routing.sorted_pair_ids)
     block_experts = max(32, triton.next_power_of_2(num_experts))
     block_tiles = max(1, min(32, 4096 // block_experts))
-    tile_table_kernel[(triton.cdiv(max_tiles, block_tiles),)](
-        expert_offsets,
+    block_pairs = 1024
+    grid = triton.cdiv(max_tiles + 1, block_tiles) + triton.cdiv(num_pairs, block_pairs)
+    tile_table_kernel[(grid,)](
+        routing.expert_offsets,
+        routing.sorted_pair_ids,
+        expert_to_slot,
         table,
+        positions,
+        num_pairs,
         num_experts,
         max_tiles,
         BLOCK_M=block_m,
         BLOCK_EXPERTS=block_experts,
         BLOCK_TILES=block_tiles,
+        BLOCK_PAIRS=block_pairs,
+        PDL=_has_dependent_launch(table.device),
+        **_launch_options(True, table.device),
     )
-    return table
+    return table, positions
 
 
-def launch_gather_rows(
-    x: torch.Tensor, routing: ExpertRouting, block_k: int = 0, *, scale: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return rows of ``x`` (num_tokens, K), and of ``scale``, for each sorted pair.
+def launch_sort_rows(x: torch.Tensor, positions: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Return rows of ``x`` (num_tokens, K), 16 bits wide, K even, at their pairs' positions.
 
-    Args:
-        x: 8 or 16 bits wide, K bytes a multiple of 4.
-        routing: of ``x``'s tokens.
-        block_k: K in the order that the module's docstring says, padded with zeros to a multiple
-            of this; 0: as it is.
-        scale: (num_tokens,) fp32.
+    K is in the order that the module's docstring says, padded with zeros. Like
+    `launch_quantize_sorted_rows`, for a place after the kernel that wrote ``positions`` and did
+    not write ``x``.
     """
     x = x.contiguous()
-    num_pairs, in_features = routing.sorted_pair_ids.shape[0], x.shape[1]
-    width = triton.cdiv(in_features, block_k) * block_k if block_k else in_features
-    out = x.new_empty(num_pairs, width)
-    out_scale = None if scale is None else scale.new_empty(num_pairs)
-    words, out_words = (columns * x.element_size() // 4 for columns in (in_features, width))
-    block = max(block_k, min(1024, triton.next_power_of_2(out_words)))
-    gather_rows_kernel[(num_pairs, triton.cdiv(out_words, block))](
+    num_tokens, in_features = x.shape
+    width = triton.cdiv(in_features, BLOCK_K_16) * BLOCK_K_16
+    out = x.new_empty(num_tokens * top_k, width)
+    words, out_words = in_features // 2, width // 2
+    block = max(BLOCK_K_16, min(1024, triton.next_power_of_2(out_words)))
+    sort_rows_kernel[(num_tokens, triton.cdiv(out_words, block))](
         x.view(torch.int32),
-        routing.sorted_pair_ids,
+        positions,
         out.view(torch.int32),
-        scale,
-        out_scale,
         words,
         out_words,
-        TOP_K=routing.top_k,
-        GROUP=block_k // 2,
+        TOP_K=top_k,
+        GROUP=BLOCK_K_16 // 2,
         BLOCK=block,
+        PDL=_has_dependent_launch(x.device),
+        **_launch_options(True, x.device),
     )
-    return out, out_scale
+    return out
+
+
+def launch_quantize_sorted_rows(
+    x: torch.Tensor, positions: torch.Tensor, top_k: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize rows of ``x`` (num_tokens, K) to int8 or e4m3fn, at their pairs' positions.
+
+    Returns that, (num_tokens * top_k, K), and its scales.
+    """
+    x = x.contiguous()
+    num_tokens, in_features = x.shape
+    out = x.new_empty(num_tokens * top_k, in_features, dtype=dtype)
+    scale = x.new_empty(num_tokens * top_k, dtype=torch.float32)
+    block = max(16, triton.next_power_of_2(in_features))
+    rows = max(1, 2048 // block)
+    quantize_sorted_rows_kernel[(triton.cdiv(num_tokens, rows),)](
+        x,
+        positions,
+        out,
+        scale,
+        num_tokens,
+        in_features,
+        LARGEST_VALUE=LARGEST["int8" if dtype == torch.int8 else "fp8"],
+        SMALLEST=SMALLEST_SCALE,
+        TOP_K=top_k,
+        ROWS=rows,
+        BLOCK=block,
+        PDL=_has_dependent_launch(x.device),
+        num_warps=min(32, max(4, block // 1024)),
+        **_launch_options(True, x.device),
+    )
+    return out, scale
 
 
 def launch_hopper_gemm(
-    x: torch.Tensor,  # (num_pairs, K), sorted; 16-bit: launch_gather_rows's order of K, padded
+    x: torch.Tensor,  # (num_pairs, K), sorted; 16-bit: launch_sort_rows's order of K, padded
     weight: torch.Tensor,  # (num_slots, rows, K)
     scale: torch.Tensor,
     bias: torch.Tensor | None,
     routing: ExpertRouting,
     table: torch.Tensor,  # launch_tile_table's
-    expert_to_slot: torch.Tensor | None,
     out: torch.Tensor,  # (num_pairs, at least out_features)
     *,
     block_m: int,
+    block_n: int,
     num_stages: int,
     out_features: int,
     x_scale: torch.Tensor | None = None,
@@ -559,41 +855,57 @@ def launch_hopper_gemm(
     """Fill the routed rows of ``out`` and return it; the others are left as they are.
 
     Args:
-        block_m: rows of a tile: 64, 128 or 256.
-        num_stages: tiles in flight, at least 3.
+        block_m: rows of a tile, as of ``table``.
+        block_n: weight rows of a tile: 128 or 256.
+        num_stages: steps in flight and in use, at least 2.
         x_scale: (num_pairs,) fp32, sorted, for 8-bit rows.
         activation: fused into the epilogue.
         scatter: write in the order of pairs instead of the sorted order.
-        permute: columns of ``out`` in the order of `launch_gather_rows`, zeros beyond
+        permute: columns of ``out`` in the order of `launch_sort_rows`, zeros beyond
             ``out_features``.
     """
     gated = activation is not None and activation.gated
     num_slots, in_features = weight.shape[0], weight.shape[2]
     wide = x.element_size() == 2
     block_k = BLOCK_K_16 if wide else BLOCK_K_8
+    num_stages = min(num_stages, triton.cdiv(in_features, block_k) + 1)
     bits = weight.view(torch.int8) if wide else weight
-    shape, box = [num_slots, out_features, in_features], [1, BLOCK_N, block_k]
+    shape, box = [num_slots, out_features, in_features], [1, block_n, block_k]
     strides = list(weight.stride())
     if gated:
         half = out_features * strides[1]
         shape = [num_slots, out_features // 8, 2, 8, in_features]
         strides = [strides[0], 8 * strides[1], half, strides[1], 1]
-        box = [1, BLOCK_N // 16, 2, 8, block_k]
+        box = [1, block_n // 16, 2, 8, block_k]
     # Weights' inner boxes have block_k bytes, and rows' 128: the spans of their swizzles.
     weight_layout = gl.NVMMASharedLayout(block_k, 8, rank=len(box))
     x_layout = gl.NVMMASharedLayout(128, 8 * x.element_size(), rank=2)
-    tiles_n = triton.cdiv(out_features * (2 if gated else 1), BLOCK_N)
-    hopper_gemm_kernel[(table.shape[0] * tiles_n,)](
+    tail_m = block_m // 2
+    x_desc, x_tail_desc = (
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [height, block_k], x_layout)
+        for height in (block_m, tail_m)
+    )
+    block_out = block_n // (2 if gated else 1)
+    shared_bytes = num_stages * (block_n * block_k + block_m * 128)
+    shared_bytes += 2 * ROWS_AT_ONCE.value * block_n + 8 * block_m + 1280
+    # Two programs share the registers: one stores while the other multiplies.
+    two = block_n * block_m <= 128 * 128 and 2 * shared_bytes <= SHARED_MEMORY
+    max_tiles = table.shape[0] - 1
+    num_programs = min(
+        max_tiles * triton.cdiv(out_features, block_out),
+        _num_multiprocessors(x.device) * (2 if two else 1),
+    )
+    hopper_gemm_kernel[(num_programs,)](
         TensorDescriptor(bits, shape, strides, box, weight_layout),
-        TensorDescriptor(x, list(x.shape), list(x.stride()), [block_m, block_k], x_layout),
+        x_desc,
+        x_tail_desc,
         x_scale,
         scale.contiguous(),
         None if bias is None else bias.contiguous(),
         out,
         table,
         routing.sorted_pair_ids,
-        expert_to_slot,
-        table.shape[0],
+        max_tiles,
         out_features,
         in_features,
         out.stride(0),
@@ -602,14 +914,14 @@ def launch_hopper_gemm(
         **_activation_constants(activation),
         PERMUTE=BLOCK_K_16 if permute else 0,
         BLOCK_M=block_m,
-        BLOCK_N=BLOCK_N,
+        BLOCK_N=block_n,
         BLOCK_K=block_k,
-        TAIL_M=block_m // 2 if block_m > 64 else 0,
+        TAIL_M=tail_m,
         NUM_STAGES=num_stages,
         GROUP_M=8,
         num_warps=8,
-        # Two programs share the registers: one stores while the other multiplies.
-        maxnreg=128 if block_m <= 128 else None,
+        maxnreg=128 if two else None,
+        **_launch_options(True, x.device),
     )
     return out
 
@@ -631,31 +943,42 @@ def hopper_fused_moe(
     activations: torch.dtype | None = None,
     block_m: int = 128,
     num_stages: int = 4,
+    block_n: int | None = None,
 ) -> torch.Tensor:
     """Run a layer for which `hopper_supports` holds.
 
     Arguments and result as of `qmoe_kernels.grouped_gemm.fused_moe_triton`, but for these.
 
     Args:
-        block_m: rows of a tile: 64, 128 or 256.
-        num_stages: tiles in flight, at least 3; a stage takes block_m times 128 bytes and 8 KiB
-            more, 16 KiB with 8-bit rows, of the 227 KiB that there are. Two programs run at a time
-            where each takes half of them: block_m=128 with 4 stages, or 3 with 8-bit rows.
+        block_m: rows of a tile: 16, 32, 64, 128 or 256.
+        num_stages: steps in flight and in use, at least 2. One takes 128 bytes times block_m, and
+            64 times block_n, 128 times with 8-bit rows; besides, 64 times block_n are for storing.
+            All of a program's is within 227 KiB.
+        block_n: weight rows of a tile: 128, or 256 where block_m is at most 128; None: 256 where
+            block_m is 64 or 128. What limits products of many rows is how much multiprocessors
+            read from L2, which is less for large tiles.
     """
     num_tokens, top_k = topk_ids.shape
     num_pairs = num_tokens * top_k
     hidden_size = down_proj.shape[1]
     intermediate_size = gate_up_proj.shape[1] // (2 if activation.gated else 1)
-    routing = ExpertRouting.from_topk_ids(topk_ids, num_experts)
-    table = launch_tile_table(routing.expert_offsets, num_pairs, num_experts, block_m)
+    if block_n is None:
+        block_n = 256 if 64 <= block_m <= 128 else 128
     wide = activations is None
-
+    # Rows of skipped ids are written by nobody: zeros if the caller sees them. Before the kernels,
+    # each of which starts while the one before it ends.
+    new_rows = hidden_states.new_zeros if topk_weights is None else hidden_states.new_empty
+    out = new_rows(num_pairs, hidden_size)
     width = triton.cdiv(intermediate_size, BLOCK_K_16) * BLOCK_K_16 if wide else intermediate_size
     hidden = hidden_states.new_empty(num_pairs, width)
-    x, x_scale = hidden_states, None
-    if activations is not None:
-        x, x_scale = launch_quantize_rows(x, activations, dependent=False)
-    x, x_scale = launch_gather_rows(x, routing, BLOCK_K_16 if wide else 0, scale=x_scale)
+
+    routing = ExpertRouting.from_topk_ids(topk_ids, num_experts)
+    table, positions = launch_tile_table(routing, expert_to_slot, block_m)
+    x_scale = None
+    if activations is None:
+        x = launch_sort_rows(hidden_states, positions, top_k)
+    else:
+        x, x_scale = launch_quantize_sorted_rows(hidden_states, positions, top_k, activations)
     launch_hopper_gemm(
         x,
         gate_up_proj,
@@ -663,20 +986,17 @@ def hopper_fused_moe(
         gate_up_proj_bias,
         routing,
         table,
-        expert_to_slot,
         hidden,
         block_m=block_m,
+        block_n=block_n,
         num_stages=num_stages,
         out_features=intermediate_size,
         x_scale=x_scale,
         activation=activation,
         permute=wide,
     )
-    x_scale = None
     if activations is not None:
-        hidden, x_scale = launch_quantize_rows(hidden, activations, dependent=False)
-    # Rows of skipped ids are written by nobody: zeros if the caller sees them.
-    new_rows = hidden_states.new_zeros if topk_weights is None else hidden_states.new_empty
+        hidden, x_scale = launch_quantize_rows(hidden, activations, dependent=True)
     rows = launch_hopper_gemm(
         hidden,
         down_proj,
@@ -684,9 +1004,9 @@ def hopper_fused_moe(
         down_proj_bias,
         routing,
         table,
-        expert_to_slot,
-        new_rows(num_pairs, hidden_size),
+        out,
         block_m=block_m,
+        block_n=block_n,
         num_stages=num_stages,
         out_features=hidden_size,
         x_scale=x_scale,
@@ -694,4 +1014,4 @@ def hopper_fused_moe(
     ).view(num_tokens, top_k, hidden_size)
     if topk_weights is None:
         return rows
-    return launch_weighted_sum(rows, topk_weights, topk_ids, num_experts)
+    return launch_weighted_sum(rows, topk_weights, topk_ids, num_experts, dependent=True)

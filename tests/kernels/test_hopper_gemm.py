@@ -12,6 +12,7 @@ from random_layer import DEVICE, Layer, assert_close, random_layer
 
 from qmoe_kernels import Activation, ExpertRouting
 from qmoe_kernels import hopper_gemm as hopper
+from qmoe_kernels.grouped_gemm import launch_quantize_rows
 from qmoe_kernels.quantization import STORAGE_DTYPE
 
 needs_gluon = pytest.mark.skipif(hopper.gluon is None, reason="Triton has no Gluon")
@@ -22,12 +23,19 @@ ON_HOPPER = DEVICE.type == "cuda" and torch.cuda.get_device_capability()[0] == 9
 @pytest.mark.parametrize("skipped", [0, 3])
 def test_tile_table(counts: list[int], skipped: int) -> None:
     ids = torch.repeat_interleave(torch.arange(5), torch.tensor([*counts, skipped]))
-    num_pairs = len(ids) or 1
-    offsets = torch.tensor([0, *counts]).cumsum(0).to(torch.int32).to(DEVICE)
-    table = hopper.launch_tile_table(offsets, num_pairs, 4, block_m=16).tolist()
-    rows = [(e, p) for e, first, n in table if e >= 0 for p in range(first, first + min(n, 16))]
-    expected = [(int(e), p) for p, e in enumerate(ids) if e < 4]
-    assert rows == expected
+    ids = ids if len(ids) else torch.tensor([4])
+    ids = ids[torch.randperm(len(ids))]
+    routing = ExpertRouting.from_topk_ids(ids[:, None].to(DEVICE), 4)
+    slots = torch.tensor([2, -1, 0, 1], dtype=torch.int32, device=DEVICE)
+    table, positions = hopper.launch_tile_table(routing, slots, block_m=16)
+    num_tiles = int(table[-1, 0])
+    assert num_tiles == sum(-(-count // 16) for count in counts) <= len(table) - 1
+    tiles = table[:num_tiles].tolist()
+    rows = [(e, p) for e, _, first, n in tiles for p in range(first, first + min(n, 16))]
+    ordered = ids[routing.sorted_pair_ids.cpu()].tolist()
+    assert rows == [(e, p) for p, e in enumerate(ordered) if e < 4]
+    assert [slot for _, slot, _, _ in tiles] == [int(slots[e]) for e, *_ in tiles]
+    assert torch.equal(positions[routing.sorted_pair_ids], torch.arange(len(ids)).to(positions))
 
 
 def reordered(x: torch.Tensor, block_k: int) -> torch.Tensor:
@@ -36,32 +44,49 @@ def reordered(x: torch.Tensor, block_k: int) -> torch.Tensor:
     return x.permute(0, 1, 3, 4, 2, 5).flatten(1)
 
 
+def tokens_and_routing(in_features: int, dtype: torch.dtype) -> tuple[torch.Tensor, ExpertRouting]:
+    x = torch.randn(7, in_features, device=DEVICE).to(dtype)
+    # Experts 4 and 5 are another rank's: their pairs come last.
+    topk_ids = torch.rand(7, 6, device=DEVICE).topk(2).indices
+    return x, ExpertRouting.from_topk_ids(topk_ids, 4)
+
+
 @pytest.mark.parametrize("in_features", [16, 64, 176, 4096])
-@pytest.mark.parametrize("block_k", [0, 64])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
-def test_gather_rows(in_features: int, block_k: int, dtype: torch.dtype) -> None:
-    if block_k and dtype == torch.int8:
-        pytest.skip("8-bit rows keep their order")
-    x = torch.randint(-128, 128, (7, in_features), device=DEVICE).to(dtype)
-    routing = ExpertRouting.from_topk_ids(torch.rand(7, 6, device=DEVICE).topk(2).indices, 6)
-    scale = torch.rand(7, device=DEVICE)
-    out, out_scale = hopper.launch_gather_rows(x, routing, block_k, scale=scale)
-    assert torch.equal(out_scale, scale[routing.sorted_token_ids])
-    expected = x[routing.sorted_token_ids]
-    if block_k:
-        padding = -in_features % block_k
-        expected = reordered(torch.nn.functional.pad(expected, (0, padding)), block_k)
-    assert torch.equal(out, expected)
+def test_sort_rows(in_features: int) -> None:
+    x, routing = tokens_and_routing(in_features, torch.float16)
+    _, positions = hopper.launch_tile_table(routing, None, block_m=16)
+    out = hopper.launch_sort_rows(x, positions, 2)
+    padding = -in_features % hopper.BLOCK_K_16
+    expected = torch.nn.functional.pad(x[routing.sorted_token_ids], (0, padding))
+    assert torch.equal(out, reordered(expected, hopper.BLOCK_K_16))
+
+
+@pytest.mark.parametrize("in_features", [16, 176, 4096])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_quantize_sorted_rows(in_features: int, dtype: torch.dtype) -> None:
+    x, routing = tokens_and_routing(in_features, torch.float16)
+    x[3] = 0.0
+    x[5, 3] = float("nan")
+    _, positions = hopper.launch_tile_table(routing, None, block_m=16)
+    out, scale = hopper.launch_quantize_sorted_rows(x, positions, 2, dtype)
+    expected, expected_scale = launch_quantize_rows(x, dtype, dependent=False)
+    tokens = routing.sorted_token_ids
+    assert torch.equal(scale.isnan(), tokens == 5)
+    finite = tokens != 5
+    assert torch.equal(scale[finite], expected_scale[tokens][finite])
+    rows, expected = out.view(torch.uint8), expected.view(torch.uint8)[tokens]
+    assert torch.equal(rows[finite], expected[finite])
 
 
 @needs_gluon
-def test_operands_meet_where_weights_lie() -> None:
+@pytest.mark.parametrize("block_n", [128, 256])
+def test_operands_meet_where_weights_lie(block_n: int) -> None:
     """A thread's bytes of weights are wgmma's first operand, for K in `reordered`'s order."""
     block_k = hopper.BLOCK_K_16
     # Where K went: column c of rows lies at position[c].
     position = torch.empty(block_k, dtype=torch.int64)
     position[reordered(torch.arange(block_k)[None], block_k)[0]] = torch.arange(block_k)
-    bases = hopper._register_bases.fn(block_k)
+    bases = hopper._register_bases.fn(block_n, block_k)
     held = {}
     for lane in range(32):
         for register in range(1 << len(bases)):
@@ -74,7 +99,8 @@ def test_operands_meet_where_weights_lie() -> None:
     # PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16", matrix A, of each 16 columns.
     for lane in range(32):
         fragments = {
-            (lane // 4 + 8 * i, 16 * step + 8 * h + lane % 4 * 2 + e)
+            (first + lane // 4 + 8 * i, 16 * step + 8 * h + lane % 4 * 2 + e)
+            for first in range(0, block_n, 128)
             for step in range(block_k // 16)
             for i in range(2)
             for h in range(2)
@@ -86,59 +112,50 @@ def test_operands_meet_where_weights_lie() -> None:
 # ---- compilation without a GPU -----------------------------------------------------------------
 
 COMPILE = """
-import json, re, subprocess
-import triton
-from pathlib import Path
-from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon._runtime import GluonASTSource
+import json, re
+import torch
+from compiling import compiling_for, spilled_bytes
+from qmoe_kernels import Activation, ExpertRouting
 from qmoe_kernels import hopper_gemm as hopper
 
-kernel = hopper.hopper_gemm_kernel
-names = kernel.arg_names
-for x, weights, gated, block_m, num_stages in [
-    ("bf16", "int8", True, 128, 4), ("bf16", "int8", False, 256, 4), ("bf16", "fp8", True, 256, 4),
-    ("fp16", "fp8", False, 64, 4), ("fp16", "int8", True, 64, 3), ("i8", "int8", True, 256, 4),
-    ("i8", "int8", False, 128, 4), ("fp8e4nv", "fp8", True, 128, 4),
-    ("fp8e4nv", "fp8", False, 256, 4),
-]:
-    wide = x.endswith("16")
-    block_k = hopper.BLOCK_K_16 if wide else hopper.BLOCK_K_8
-    weight_layout = gl.NVMMASharedLayout(block_k, 8, rank=5 if gated else 3)
-    x_layout = gl.NVMMASharedLayout(128, 16 if wide else 8, rank=2)
-    box = f"1,8,2,8,{block_k}" if gated else f"1,128,{block_k}"
-    constants = dict(
-        SCATTER=not gated, FP8=wide and weights == "fp8", NAME="silu" if gated else None,
-        GATED=gated, ALPHA=1.702, UP_SHIFT=1.0, LIMIT=7.0, LIMIT_AFTER=False, GATE_SOFTCAP=None,
-        UP_SOFTCAP=None, PERMUTE=block_k if wide and gated else 0, BLOCK_M=block_m,
-        BLOCK_N=hopper.BLOCK_N, BLOCK_K=block_k, NUM_STAGES=num_stages, GROUP_M=8,
-        TAIL_M=block_m // 2 if block_m > 64 else 0,
-    )
-    if wide:
-        constants["x_scale_ptr"] = None
-    types = dict(
-        weight_desc=f"tensordesc<{'i8' if wide else x}[{box}],{weight_layout!r}>",
-        x_desc=f"tensordesc<{x}[{block_m},{block_k}],{x_layout!r}>",
-        scale_ptr="*fp32", x_scale_ptr="*fp32", bias_ptr="*bf16", out_ptr="*bf16",
-        table_ptr="*i32", sorted_pair_ids_ptr="*i32", expert_to_slot_ptr="*i32",
-    )
-    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
-    even = [n for n in names if n.endswith("_ptr") or n in ("N", "K", "stride_out")]
-    source = GluonASTSource(
-        kernel, signature,
-        constexprs={(names.index(n),): value for n, value in constants.items()},
-        attrs={(names.index(n),): [["tt.divisibility", 16]] for n in even if n not in constants},
-    )
-    options = {"num_warps": 8, "maxnreg": 128 if block_m <= 128 else None}
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    loop = compiled.asm["ptx"]
-    print(json.dumps({
-        "case": f"{x} {weights} gated={gated} block_m={block_m}",
-        "shared": compiled.metadata.shared,
-        "products": sorted({m[0] for m in re.finditer(r"wgmma.mma_async\\S+", loop)}),
-        "byte_loads": len(re.findall(r"ld\\.shared\\.[bsu]8", loop)),
-        "wide_loads": len(re.findall(r"ld\\.shared\\.v4\\.b32", loop)),
-    }))
+hopper._num_multiprocessors = lambda device: 132
+STORAGE = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+routing = ExpertRouting(torch.zeros(512, dtype=torch.int32), torch.zeros(9, dtype=torch.int32), 2)
+table = torch.zeros(20, 4, dtype=torch.int32)
+limited = Activation(alpha=1.702, up_shift=1.0, limit=7.0)
+with compiling_for(90) as compiled:
+    for rows, weights, gated, block_m, block_n, num_stages in [
+        ("bf16", "int8", True, 128, 256, 4), ("bf16", "int8", False, 256, 128, 4),
+        ("bf16", "fp8", True, 256, 128, 4), ("fp16", "fp8", False, 64, 256, 4),
+        ("fp16", "int8", True, 16, 128, 3), ("int8", "int8", True, 128, 256, 4),
+        ("int8", "int8", False, 256, 128, 4), ("fp8", "fp8", True, 128, 128, 3),
+        ("fp8", "fp8", False, 128, 256, 4), ("fp8", "fp8", True, 32, 128, 4),
+    ]:
+        wide = rows.endswith("16")
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, **STORAGE}[rows]
+        out_dtype = torch.float16 if rows == "fp16" else torch.bfloat16
+        features = 512
+        hopper.launch_hopper_gemm(
+            torch.zeros(512, 1024, dtype=dtype),
+            torch.zeros(8, features * 2 if gated else features, 1024, dtype=STORAGE[weights]),
+            torch.zeros(8, features * 2 if gated else features),
+            torch.zeros(8, features * 2 if gated else features, dtype=torch.bfloat16),
+            routing, table, torch.zeros(512, features, dtype=out_dtype),
+            block_m=block_m, block_n=block_n, num_stages=num_stages, out_features=features,
+            x_scale=None if wide else torch.zeros(512), activation=limited if gated else None,
+            scatter=not gated, permute=wide and gated,
+        )
+        kernel = compiled[-1]
+        ptx = kernel.asm["ptx"]
+        print(json.dumps({
+            "case": f"{rows} {weights} gated={gated} {block_m}x{block_n}",
+            "wide": wide,
+            "shared": kernel.metadata.shared,
+            "spilled": spilled_bytes(kernel.asm["cubin"]),
+            "products": len(set(re.findall(r"wgmma.mma_async\\S+", ptx))),
+            "byte_loads": len(re.findall(r"ld\\.shared\\.[bsu]8", ptx)),
+            "wide_loads": len(re.findall(r"ld\\.shared\\.v4\\.b32", ptx)),
+        }))
 """
 
 
@@ -147,11 +164,12 @@ for x, weights, gated, block_m, num_stages in [
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
 def test_compiles() -> None:
     kernels = run_compiler(COMPILE)
-    assert len(kernels) == 9
+    assert len(kernels) == 10
     for kernel in kernels:
         assert kernel["products"], f"no tensor cores: {kernel}"
         assert kernel["shared"] <= SHARED_MEMORY[90] * 1024, kernel
-        if "16" in kernel["case"].split()[0]:
+        assert kernel["spilled"] <= 32, kernel
+        if kernel["wide"]:
             # Weights come sixteen bytes at a time: two loads in each of three places.
             assert kernel["wide_loads"] >= 6 and not kernel["byte_loads"], kernel
 
@@ -159,7 +177,13 @@ def test_compiles() -> None:
 # ---- on a GPU ----------------------------------------------------------------------------------
 
 
-def run(layer: Layer, activations: str | None = None, block_m: int = 128) -> torch.Tensor:
+def run(
+    layer: Layer,
+    activations: str | None = None,
+    block_m: int = 128,
+    block_n: int | None = None,
+    num_stages: int = 4,
+) -> torch.Tensor:
     layer = layer.to("cuda")
     storage = None if activations is None else STORAGE_DTYPE[activations]
     assert hopper.hopper_supports(
@@ -178,7 +202,8 @@ def run(layer: Layer, activations: str | None = None, block_m: int = 128) -> tor
         num_experts=layer.num_experts,
         activations=storage,
         block_m=block_m,
-        num_stages=4,
+        block_n=block_n,
+        num_stages=num_stages,
     )
 
 
@@ -196,13 +221,18 @@ def moe(**sizes: object) -> Layer:
 @needs_gluon
 @pytest.mark.skipif(not ON_HOPPER, reason="needs compute capability 9")
 class TestOnHopper:
-    @pytest.mark.parametrize("block_m", [64, 128, 256])
+    @pytest.mark.parametrize(
+        ("block_m", "block_n", "num_stages"),
+        [(16, 128, 2), (32, 128, 5), (64, 256, 4), (128, 128, 3), (128, 256, 4), (256, 128, 4)],
+    )
     @pytest.mark.parametrize("weights", ["int8", "fp8"])
     @pytest.mark.parametrize("quantized", [False, True])
-    def test_formats(self, weights: str, quantized: bool, block_m: int) -> None:
+    def test_formats(
+        self, weights: str, quantized: bool, block_m: int, block_n: int, num_stages: int
+    ) -> None:
         activations = weights if quantized else None
         layer = moe(weights=weights, bias=True)
-        out = run(layer, activations, block_m)
+        out = run(layer, activations, block_m, block_n, num_stages)
         assert_close(out, layer.reference(activations=activations))
 
     @pytest.mark.parametrize(
