@@ -200,9 +200,12 @@ def _widest_matrix(model: nn.Module, layers: Sequence[LayerPages]) -> int:
 
 
 def _pair_bytes(experts: nn.Module, layer: LayerPages, itemsize: int) -> int:
-    """What a token takes at an expert: ids, what is between its products, rows of two waves."""
+    """What a token takes at an expert.
+
+    Ids; its row, gathered; what is between its products, also in 8 bits; rows of two waves.
+    """
     hidden_size, intermediate_size = layer.down
-    row = intermediate_size + 3 * hidden_size
+    row = 2 * intermediate_size + 3 * hidden_size
     if isinstance(experts, QuantizedExperts):
         activation = experts.activation
     else:

@@ -73,7 +73,7 @@ def fused_moe(
             are everywhere else.
         two_level_sums: where FP8 meets FP8. Hopper's tensor cores keep some 14 bits of such sums;
             true adds up to fp32 every 64 products, which takes longer. Other products and devices
-            are exact enough as they are.
+            are exact enough as they are; an ``activation`` that is a callable goes without.
         gate_up_proj_bias, down_proj_bias: added after the scale.
         expert_to_slot: where in ``gate_up_proj`` and ``down_proj`` an expert's weights are;
             scales and biases stay indexed by expert. Every routed expert must have a slot: the

@@ -764,11 +764,12 @@ def launch_gemv(
     gated = activation is not None and activation.gated
     pdl = _has_dependent_launch(x.device)
     tiles_n = triton.cdiv(out_features * (2 if gated else 1), tile.block_n)
-    pairs = 1 if topk_weights is None else topk_ids.shape[1]
+    # Also where rows are not summed up: equal layouts of threads give equal bits.
+    pairs = topk_ids.shape[1] if per_pair else 1
     next_bytes = 0
     if next_weight is not None and pdl:
         next_bytes = min(next_weight[0].nbytes, PREFETCHED_BYTES // topk_ids.numel())
-    gemv_kernel[(out.shape[0], tiles_n)](
+    gemv_kernel[(topk_ids.numel() // pairs, tiles_n)](
         x,
         _bits(weight, x),
         None if scale is None else scale.contiguous(),
@@ -957,6 +958,8 @@ def fused_moe_triton(
         tiles = heuristic_tiles(shape, num_tokens, gate_up_proj.dtype, x_dtype)
     hidden = hidden_states.new_empty(num_pairs, intermediate_size)
     if tiles.gate_up.block_m == 1:
+        if activations is not None:
+            raise ValueError(f"{tiles}: without tensor cores rows stay as they are, not 8 bits")
         launch_gemv(
             hidden_states,
             gate_up_proj,
