@@ -857,7 +857,7 @@ def launch_hopper_gemm(
     Args:
         block_m: rows of a tile, as of ``table``.
         block_n: weight rows of a tile: 128 or 256.
-        num_stages: steps in flight and in use, at least 2.
+        num_stages: steps in flight and in use, at least 2, at most what fits.
         x_scale: (num_pairs,) fp32, sorted, for 8-bit rows.
         activation: fused into the epilogue.
         scatter: write in the order of pairs instead of the sorted order.
@@ -868,7 +868,10 @@ def launch_hopper_gemm(
     num_slots, in_features = weight.shape[0], weight.shape[2]
     wide = x.element_size() == 2
     block_k = BLOCK_K_16 if wide else BLOCK_K_8
-    num_stages = min(num_stages, triton.cdiv(in_features, block_k) + 1)
+    stage_bytes = block_n * block_k + block_m * 128
+    other_bytes = 2 * ROWS_AT_ONCE.value * block_n + 8 * block_m + 1280
+    fitting = (SHARED_MEMORY - other_bytes) // stage_bytes
+    num_stages = min(num_stages, fitting, triton.cdiv(in_features, block_k) + 1)
     bits = weight.view(torch.int8) if wide else weight
     shape, box = [num_slots, out_features, in_features], [1, block_n, block_k]
     strides = list(weight.stride())
@@ -886,9 +889,8 @@ def launch_hopper_gemm(
         for height in (block_m, tail_m)
     )
     block_out = block_n // (2 if gated else 1)
-    shared_bytes = num_stages * (block_n * block_k + block_m * 128)
-    shared_bytes += 2 * ROWS_AT_ONCE.value * block_n + 8 * block_m + 1280
     # Two programs share the registers: one stores while the other multiplies.
+    shared_bytes = num_stages * stage_bytes + other_bytes
     two = block_n * block_m <= 128 * 128 and 2 * shared_bytes <= SHARED_MEMORY
     max_tiles = table.shape[0] - 1
     num_programs = min(
@@ -951,9 +953,9 @@ def hopper_fused_moe(
 
     Args:
         block_m: rows of a tile: 16, 32, 64, 128 or 256.
-        num_stages: steps in flight and in use, at least 2. One takes 128 bytes times block_m, and
-            64 times block_n, 128 times with 8-bit rows; besides, 64 times block_n are for storing.
-            All of a program's is within 227 KiB.
+        num_stages: steps in flight and in use, at least 2, at most what fits. One takes 128 bytes
+            times block_m, and 64 times block_n, 128 times with 8-bit rows, of shared memory;
+            besides, 64 times block_n are for storing.
         block_n: weight rows of a tile: 128, or 256 where block_m is at most 128; None: 256 where
             block_m is 64 or 128. What limits products of many rows is how much multiprocessors
             read from L2, which is less for large tiles.
