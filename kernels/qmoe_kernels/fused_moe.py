@@ -389,7 +389,7 @@ def _(
     *rest: Any,
 ) -> Tensor:
     # Here, so that a CPU needs no Triton.
-    from qmoe_kernels.grouped_gemm import fused_moe_triton
+    from qmoe_kernels.layer import fused_moe_triton
 
     *activation, activations, two_level_sums = rest
     num_experts = _num_experts(gate_up_proj, gate_up_proj_scale, expert_to_slot)
@@ -423,7 +423,7 @@ def _(
     expert_to_slot: Tensor | None,
     activations: str,
 ) -> Tensor:
-    from qmoe_kernels.grouped_gemm import grouped_linear_triton
+    from qmoe_kernels.layer import grouped_linear_triton
 
     num_experts = _num_experts(weight, scale, expert_to_slot)
     to = _row_format(activations, weight, topk_ids.numel(), num_experts)
@@ -442,7 +442,7 @@ def _(
 
 @_weighted_sum.register_kernel("cuda")
 def _(rows: Tensor, topk_weights: Tensor) -> Tensor:
-    from qmoe_kernels.grouped_gemm import launch_weighted_sum
+    from qmoe_kernels.rows import launch_weighted_sum
 
     with torch.cuda.device(rows.device):
         return launch_weighted_sum(rows, topk_weights)

@@ -23,17 +23,11 @@ import triton
 import triton.language as tl
 
 from qmoe_kernels.activations import Activation, apply_triton
-from qmoe_kernels.grouped_gemm import (
-    _activation_constants,
-    _decode,
-    _has_dependent_launch,
-    _launch_options,
-    _round_to,
-    launch_quantize_rows,
-    launch_weighted_sum,
-)
+from qmoe_kernels.decoding import decode_weights
+from qmoe_kernels.launching import activation_constants, has_dependent_launch, launch_options
 from qmoe_kernels.quantization import LARGEST, SMALLEST_SCALE
 from qmoe_kernels.routing import ExpertRouting
+from qmoe_kernels.rows import launch_quantize_rows, launch_weighted_sum, round_to
 
 try:
     from triton.experimental import gluon
@@ -164,7 +158,7 @@ def quantize_sorted_rows_kernel(
     x = x.to(tl.float32)
     # A maximum passes over NaN, a sum does not.
     scale = tl.maximum(tl.max(tl.abs(x), 1) / LARGEST_VALUE, SMALLEST) + tl.sum(x * 0.0, 1)
-    x = _round_to(x * (1.0 / scale)[:, None], out_ptr.dtype.element_ty, LARGEST_VALUE)
+    x = round_to(x * (1.0 / scale)[:, None], out_ptr.dtype.element_ty, LARGEST_VALUE)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -361,7 +355,7 @@ if gluon is not None:
             channels = gl.minimum(row_n + tile_rows, N - 1)
         scale = gl.load(scale_ptr + expert * all_channels + channels)
         if FP8:
-            scale = scale * 256.0  # what _decode left out
+            scale = scale * 256.0  # what decode_weights left out
         bias = scale
         if bias_ptr is not None:
             bias = gl.load(bias_ptr + expert * all_channels + channels).to(gl.float32)
@@ -690,7 +684,7 @@ if gluon is not None:
             shape=[BLOCK_N, BLOCK_K],
         )
         weight = _weight_tile(weights, step, BLOCK_N, BLOCK_K, NUM_STAGES).load(LOADED)
-        weight = _decode(weight, dtype, FP8, True)
+        weight = decode_weights(weight, dtype, FP8, True)
         weight = gl.reshape(weight, [BLOCK_N, 4, BLOCK_K // 16, 2, 2])
         weight = gl.reshape(gl.permute(weight, [0, 2, 3, 1, 4]), [BLOCK_N, BLOCK_K])
         return gl.convert_layout(weight, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
@@ -768,8 +762,8 @@ def launch_tile_table(
         BLOCK_EXPERTS=block_experts,
         BLOCK_TILES=block_tiles,
         BLOCK_PAIRS=block_pairs,
-        PDL=_has_dependent_launch(table.device),
-        **_launch_options(True, table.device),
+        PDL=has_dependent_launch(table.device),
+        **launch_options(True, table.device),
     )
     return table, positions
 
@@ -796,8 +790,8 @@ def launch_sort_rows(x: torch.Tensor, positions: torch.Tensor, top_k: int) -> to
         TOP_K=top_k,
         GROUP=BLOCK_K_16 // 2,
         BLOCK=block,
-        PDL=_has_dependent_launch(x.device),
-        **_launch_options(True, x.device),
+        PDL=has_dependent_launch(x.device),
+        **launch_options(True, x.device),
     )
     return out
 
@@ -827,9 +821,9 @@ def launch_quantize_sorted_rows(
         TOP_K=top_k,
         ROWS=rows,
         BLOCK=block,
-        PDL=_has_dependent_launch(x.device),
+        PDL=has_dependent_launch(x.device),
         num_warps=min(32, max(4, block // 1024)),
-        **_launch_options(True, x.device),
+        **launch_options(True, x.device),
     )
     return out, scale
 
@@ -913,7 +907,7 @@ def launch_hopper_gemm(
         out.stride(0),
         SCATTER=scatter,
         FP8=wide and weight.dtype == torch.float8_e4m3fn,
-        **_activation_constants(activation),
+        **activation_constants(activation),
         PERMUTE=BLOCK_K_16 if permute else 0,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
@@ -923,7 +917,7 @@ def launch_hopper_gemm(
         GROUP_M=8,
         num_warps=8,
         maxnreg=128 if two else None,
-        **_launch_options(True, x.device),
+        **launch_options(True, x.device),
     )
     return out
 
@@ -949,7 +943,7 @@ def hopper_fused_moe(
 ) -> torch.Tensor:
     """Run a layer for which `hopper_supports` holds.
 
-    Arguments and result as of `qmoe_kernels.grouped_gemm.fused_moe_triton`, but for these.
+    Arguments and result as of `qmoe_kernels.layer.fused_moe_triton`, but for these.
 
     Args:
         block_m: rows of a tile: 16, 32, 64, 128 or 256.

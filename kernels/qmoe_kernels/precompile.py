@@ -135,7 +135,7 @@ def compile_layer(cell: Cell, tiles: LayerTiles, device: str) -> None:
     """
     import triton
 
-    from qmoe_kernels.grouped_gemm import fused_moe_triton
+    from qmoe_kernels.layer import fused_moe_triton
 
     shape = cell.kind.shape
     hidden, intermediate = shape.hidden_size, shape.intermediate_size

@@ -108,6 +108,19 @@ _GEMV_SUM = (
 )
 
 
+# block_m, block_n, stages. Two programs run at a time with 128 by 128.
+_HOPPER = (
+    (128, 256, 4),
+    (128, 128, 4),
+    (128, 128, 3),
+    (256, 128, 4),
+    (64, 256, 4),
+    (64, 128, 3),
+    (128, 256, 6),
+    (32, 256, 4),
+)
+
+
 @dataclass(frozen=True)
 class Cell:
     """What tiles are sought for: a kind of layer at a number of tokens."""
@@ -205,9 +218,8 @@ def candidates(cell: Cell, effort: Effort = "quick", *, hopper: bool = False) ->
         found.append(Candidates(start, gate_up, down, sort))
     if hopper and cell.num_tokens > 1 and BYTES[cell.kind.weights] == 1:
         dtypes = {name: dtype for dtype, name in reversed(OPERANDS.items())}
-        sizes_and_stages = product((64, 128, 256), (3, 4))
-        layers = [hopper_tiles(m, dtypes[cell.kind.activations], s) for m, s in sizes_and_stages]
-        found.append(Candidates(layers[3], (), (), (), layers))
+        layers = [hopper_tiles(m, n, dtypes[cell.kind.activations], s) for m, n, s in _HOPPER]
+        found.append(Candidates(layers[0], (), (), (), layers))
     return found
 
 

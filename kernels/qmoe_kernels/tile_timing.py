@@ -52,7 +52,7 @@ class LayerTimer:
 
     def cell(self, cell: Cell) -> tuple[Measure, list[str]]:
         """Draw one cell's input; what times it, and a list that gets each failure's reason."""
-        from qmoe_kernels.grouped_gemm import fused_moe_triton
+        from qmoe_kernels.layer import fused_moe_triton
 
         shape = cell.kind.shape
         draw = partial(torch.randn, device=self.device, generator=self.generator)

@@ -88,7 +88,7 @@ class Layer:
         tiles: LayerTiles | None = None,
     ) -> torch.Tensor:
         """Launch the Triton kernels, in the interpreter where there is no GPU."""
-        from qmoe_kernels.grouped_gemm import fused_moe_triton
+        from qmoe_kernels.layer import fused_moe_triton
 
         skip_without_fp8(DEVICE, activations)
         return fused_moe_triton(

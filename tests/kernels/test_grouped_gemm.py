@@ -23,17 +23,14 @@ from random_layer import (
 from trained_layer import trained_layer
 
 from qmoe_kernels import Activation, ExpertRouting, quantize, weighted_sum
-from qmoe_kernels.grouped_gemm import (
-    COMPILED,
-    _decode,
-    grouped_linear_triton,
-    launch_grouped_gemm,
-    launch_quantize_rows,
-    launch_weighted_sum,
-)
+from qmoe_kernels.decoding import decode_weights
+from qmoe_kernels.grouped_gemm import launch_grouped_gemm
 from qmoe_kernels.heuristic import heuristic_tiles
+from qmoe_kernels.launching import COMPILED
+from qmoe_kernels.layer import grouped_linear_triton
 from qmoe_kernels.quantization import SMALLEST_SCALE, STORAGE_DTYPE, dequantize, quantize_rows
 from qmoe_kernels.reference import grouped_linear_reference
+from qmoe_kernels.rows import launch_quantize_rows, launch_weighted_sum
 from qmoe_kernels.tiles import LayerShape, LayerTiles, TileConfig
 
 # What numpy says of poisoned rows in the interpreter.
@@ -478,7 +475,7 @@ def decode_kernel(codes_ptr, out_ptr, FP8: tl.constexpr, ASM: tl.constexpr):
     """Grid: (1,)."""
     codes = tl.arange(0, 256)
     weight = tl.load(codes_ptr + codes)
-    tl.store(out_ptr + codes, _decode(weight, out_ptr.dtype.element_ty, FP8, ASM))
+    tl.store(out_ptr + codes, decode_weights(weight, out_ptr.dtype.element_ty, FP8, ASM))
 
 
 @pytest.mark.parametrize("dtype", TRITON_DTYPES)

@@ -12,8 +12,8 @@ from random_layer import DEVICE, Layer, assert_close, random_layer
 
 from qmoe_kernels import Activation, ExpertRouting
 from qmoe_kernels import hopper_gemm as hopper
-from qmoe_kernels.grouped_gemm import launch_quantize_rows
 from qmoe_kernels.quantization import STORAGE_DTYPE
+from qmoe_kernels.rows import launch_quantize_rows
 
 needs_gluon = pytest.mark.skipif(hopper.gluon is None, reason="Triton has no Gluon")
 ON_HOPPER = DEVICE.type == "cuda" and torch.cuda.get_device_capability()[0] == 9

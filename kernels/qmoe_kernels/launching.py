@@ -1,0 +1,57 @@
+"""What the launchers of kernels have in common."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from qmoe_kernels.activations import Activation
+
+
+@triton.jit
+def prefetch(ptr, offsets, length, LINES: tl.constexpr):
+    """Bring LINES cache lines from each ``ptr + offsets`` on to L2, up to ``length`` elements."""
+    LINE: tl.constexpr = 128 * 8 // ptr.dtype.element_ty.primitive_bitwidth
+    lines = tl.minimum(tl.arange(0, LINES) * LINE, length - 1)
+    ptrs = (ptr + offsets[:, None] + lines[None, :]).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptrs], tl.int32, is_pure=False, pack=1
+    )
+
+
+# Inline assembly and programmatic launches are for devices, not for the interpreter.
+COMPILED = isinstance(prefetch, triton.JITFunction)
+
+
+@functools.cache
+def has_dependent_launch(device: torch.device) -> bool:
+    return COMPILED and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launch_options(dependent: bool, device: torch.device) -> dict[str, bool]:
+    return {"launch_pdl": True} if dependent and has_dependent_launch(device) else {}
+
+
+def weight_bits(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return weight.view(torch.int8) if is_decoded_fp8(weight, x) else weight
+
+
+def is_decoded_fp8(weight: torch.Tensor, x: torch.Tensor) -> bool:
+    return weight.dtype == torch.float8_e4m3fn and x.dtype != weight.dtype
+
+
+def activation_constants(activation: Activation | None) -> dict[str, object]:
+    a = activation or Activation(gated=False)
+    return {
+        "NAME": None if activation is None else a.name,
+        "GATED": a.gated,
+        "ALPHA": a.alpha,
+        "UP_SHIFT": a.up_shift,
+        "LIMIT": a.limit,
+        "LIMIT_AFTER": a.limit_after,
+        "GATE_SOFTCAP": a.gate_softcap,
+        "UP_SOFTCAP": a.up_softcap,
+    }

@@ -1,0 +1,161 @@
+"""What happens to rows around the products: quantizing them, and summing up those of a token."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from qmoe_kernels.launching import has_dependent_launch, launch_options
+from qmoe_kernels.quantization import LARGEST, SMALLEST_SCALE, STORAGE_DTYPE
+
+
+# Not specialized: it must not compile anything.
+@triton.jit(do_not_specialize=["num_experts"])
+def weighted_sum_kernel(
+    rows_ptr,  # (num_tokens, TOP_K, hidden_size)
+    topk_weights_ptr,  # (num_tokens, TOP_K)
+    topk_ids_ptr,  # (num_tokens, TOP_K), or None: every row counts
+    out_ptr,  # (num_tokens, hidden_size)
+    num_experts,
+    hidden_size,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid: (num_tokens, cdiv(hidden_size, BLOCK)). Rows of skipped ids are never read."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    token = tl.program_id(0).to(tl.int64)
+    offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < hidden_size
+    acc = tl.zeros((BLOCK,), dtype=tl.float32)
+    for k in tl.static_range(TOP_K):
+        pair = token * TOP_K + k
+        mask_row = mask
+        if topk_ids_ptr is not None:
+            expert = tl.load(topk_ids_ptr + pair)
+            mask_row = mask & (expert >= 0) & (expert < num_experts)
+        row = tl.load(rows_ptr + pair * hidden_size + offsets, mask=mask_row, other=0.0)
+        weight = tl.load(topk_weights_ptr + pair).to(tl.float32)
+        acc = tl.fma(row.to(tl.float32), tl.zeros_like(acc) + weight, acc)
+    tl.store(out_ptr + token * hidden_size + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def quantize_rows_kernel(
+    x_ptr,  # (num_rows, K)
+    out_ptr,  # (num_rows, K) int8 | e4m3fn
+    scale_ptr,  # (num_rows,) fp32
+    num_rows,
+    K,
+    LARGEST_VALUE: tl.constexpr,  # 127 or 448
+    SMALLEST: tl.constexpr,  # a scale is not below
+    ROWS: tl.constexpr,  # per program
+    BLOCK: tl.constexpr,  # power of two; rows that are longer are read twice
+    EARLY: tl.constexpr,  # the kernel before this one did not write x
+    PDL: tl.constexpr,
+):
+    """Grid: (cdiv(num_rows, ROWS),)."""
+    if PDL and not EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    x_ptrs = x_ptr + rows[:, None] * K + columns[None, :]
+    out_ptrs = out_ptr + rows[:, None] * K + columns[None, :]
+    mask = (rows < num_rows)[:, None]
+    x = tl.load(x_ptrs, mask=mask & (columns < K)[None, :], other=0.0).to(tl.float32)
+    absmax = tl.max(tl.abs(x), 1)
+    not_finite = tl.sum(x * 0.0, 1)
+    for k in range(BLOCK, K, BLOCK):
+        other = tl.load(x_ptrs + k, mask=mask & (columns < K - k)[None, :], other=0.0)
+        absmax = tl.maximum(absmax, tl.max(tl.abs(other.to(tl.float32)), 1))
+        not_finite += tl.sum(other.to(tl.float32) * 0.0, 1)
+    # A maximum passes over NaN, a sum does not.
+    scale = tl.maximum(absmax / LARGEST_VALUE, SMALLEST) + not_finite
+    if PDL and EARLY:
+        # What is written now may have been that kernel's memory.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    tl.store(scale_ptr + rows, scale, mask=rows < num_rows)
+    # Times the inverse: where that rounds another way than a division, it is by one unit of a
+    # number half-way between two.
+    inverse = (1.0 / scale)[:, None]
+    x = round_to(x * inverse, out_ptr.dtype.element_ty, LARGEST_VALUE)
+    tl.store(out_ptrs, x, mask=mask & (columns < K)[None, :])
+    for k in range(BLOCK, K, BLOCK):
+        mask_k = mask & (columns < K - k)[None, :]
+        other = tl.load(x_ptrs + k, mask=mask_k, other=0.0).to(tl.float32)
+        other = round_to(other * inverse, out_ptr.dtype.element_ty, LARGEST_VALUE)
+        tl.store(out_ptrs + k, other, mask=mask_k)
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr, LARGEST_VALUE: tl.constexpr):
+    x = tl.minimum(tl.maximum(x, -LARGEST_VALUE), LARGEST_VALUE)
+    if dtype == tl.int8:
+        # The sum is past 2**23, where fp32 has no fraction: rounded, half to even.
+        x = (x + 12582912.0) - 12582912.0
+    return x.to(dtype)
+
+
+def launch_quantize_rows(
+    x: torch.Tensor, dtype: torch.dtype, *, dependent: bool, early: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize each row of ``x`` (num_rows, K) to int8 or e4m3fn; returns that and its scales.
+
+    ``early``: the kernel before this one does not write ``x``, which is read without waiting.
+    """
+    x = x.contiguous()
+    num_rows, in_features = x.shape
+    out = torch.empty_like(x, dtype=dtype)
+    scale = x.new_empty(num_rows, dtype=torch.float32)
+    if out.numel():
+        block = min(16384, max(16, triton.next_power_of_2(in_features)))
+        rows = max(1, 4096 // block)
+        largest = next(LARGEST[name] for name, stored in STORAGE_DTYPE.items() if stored == dtype)
+        quantize_rows_kernel[(triton.cdiv(num_rows, rows),)](
+            x,
+            out,
+            scale,
+            num_rows,
+            in_features,
+            LARGEST_VALUE=largest,
+            SMALLEST=SMALLEST_SCALE,
+            ROWS=rows,
+            BLOCK=block,
+            EARLY=early,
+            PDL=has_dependent_launch(x.device),
+            num_warps=max(4, block // 1024),
+            **launch_options(dependent, x.device),
+        )
+    return out, scale
+
+
+def launch_weighted_sum(
+    rows: torch.Tensor,  # (num_tokens, top_k, hidden_size)
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor | None = None,
+    num_experts: int = 0,
+    *,
+    dependent: bool = False,
+) -> torch.Tensor:
+    """Sum rows by their weights, in fp32 and in order; with ``topk_ids``, those of experts only."""
+    num_tokens, top_k, hidden_size = rows.shape
+    out = rows.new_empty(num_tokens, hidden_size)
+    if out.numel():
+        block = min(1024, triton.next_power_of_2(hidden_size))
+        weighted_sum_kernel[(num_tokens, triton.cdiv(hidden_size, block))](
+            rows.contiguous(),
+            topk_weights.contiguous(),
+            None if topk_ids is None else topk_ids.contiguous(),
+            out,
+            num_experts,
+            hidden_size,
+            TOP_K=top_k,
+            BLOCK=block,
+            PDL=has_dependent_launch(rows.device),
+            **launch_options(dependent, rows.device),
+        )
+    return out
