@@ -34,9 +34,8 @@ def heuristic_tiles(
         return LayerTiles(gate_up, down, sort=False)
     rows = num_pairs / shape.num_experts
     if hopper and rows >= (48 if activations.itemsize == 1 else 24):
-        if rows < 48:
-            return hopper_tiles(64, 128, activations)
-        return hopper_tiles(128, 256, activations)
+        block_m = 64 if rows < 48 else 128 if rows < 400 else 256
+        return hopper_tiles(block_m, activations, 3 if activations.itemsize == 1 else 4)
     return LayerTiles(
         heuristic_tile(rows, weights, activations),
         heuristic_tile(rows, weights, activations),
@@ -44,11 +43,9 @@ def heuristic_tiles(
     )
 
 
-def hopper_tiles(
-    block_m: int, block_n: int, activations: torch.dtype, num_stages: int = 4
-) -> LayerTiles:
+def hopper_tiles(block_m: int, activations: torch.dtype, num_stages: int = 4) -> LayerTiles:
     """Tiles for `qmoe_kernels.hopper_gemm`, of which some numbers are given."""
-    tile = TileConfig(block_m, block_n, 128 // activations.itemsize, 8, num_stages)
+    tile = TileConfig(block_m, 128, 128 // activations.itemsize, 8, num_stages)
     return LayerTiles(tile, tile, sort=True, tma=True)
 
 

@@ -43,10 +43,10 @@ try:
 except ImportError:  # Triton without Gluon
     gluon = None
 
+BLOCK_N = 128  # weight rows of a tile: two warpgroups' 64
 BLOCK_K_16, BLOCK_K_8 = 64, 128  # columns of a tile, by the bits of rows: 128 bytes of rows
 GATE_ROWS = tl.constexpr(8)  # as in grouped_gemm
-ROWS_AT_ONCE = tl.constexpr(32)  # that are stored; of gated products twice as many
-SHARED_MEMORY = 228 << 10  # bytes, of all programs of a multiprocessor and 1 KiB for each
+SHARED_MEMORY = 227 << 10  # bytes that a program may take
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_experts", "max_tiles"])
@@ -172,19 +172,15 @@ def quantize_sorted_rows_kernel(
 if gluon is not None:
 
     @gluon.constexpr_function
-    def _register_bases(block_n, block_k):
-        """A thread's bytes of a weight tile: a quarter of a row's columns, of rows i and i + 8.
-
-        And of every 128th row from there on.
-        """
+    def _register_bases(block_k):
+        """A thread's bytes of a weight tile: a quarter of a row's columns, of rows i and i + 8."""
         bases = [[0, 1 << bit] for bit in range((block_k // 4).bit_length() - 1)]
-        return [*bases, [8, 0], *([[128, 0]] if block_n == 256 else [])]
+        return [*bases, [8, 0]]
 
     @gluon.jit(do_not_specialize=["max_tiles"])
     def hopper_gemm_kernel(
         weight_desc,  # (slots, N, K), or (slots, N / 8, 2, 8, K) if GATED
         x_desc,  # (num_pairs, K), sorted
-        x_tail_desc,  # the same in boxes of TAIL_M rows
         x_scale_ptr,  # (num_pairs,) fp32, sorted, or None
         scale_ptr,  # (num_experts, N or 2 * N) fp32
         bias_ptr,  # (num_experts, N or 2 * N), or None
@@ -209,23 +205,30 @@ if gluon is not None:
         BLOCK_M: gl.constexpr,
         BLOCK_N: gl.constexpr,
         BLOCK_K: gl.constexpr,
-        TAIL_M: gl.constexpr,  # an expert's last tile with no more rows is this high
-        NUM_STAGES: gl.constexpr,  # at most one more than a tile has steps
+        TAIL_M: gl.constexpr,  # an expert's last tile with no more rows is this high; or 0
+        NUM_STAGES: gl.constexpr,
         GROUP_M: gl.constexpr,
     ):
-        """Grid: as many programs as run at a time; each has every so-many-th tile.
-
-        While a tile is stored, the first steps of the next one are read.
+        """Grid: (max_tiles * cdiv(channels, BLOCK_N),); programs without rows leave at once.
 
         The kernel before this one must not have written the table or weights.
         """
         BLOCK_OUT: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
-        tiles_m = gl.load(table_ptr + 4 * max_tiles)
         tiles_n = gl.cdiv(N, BLOCK_OUT)
-        num_tiles = tiles_m * tiles_n
-        num_steps = gl.cdiv(K, BLOCK_K)
         pid = gl.program_id(0)
-        current = _locate(table_ptr, pid, num_tiles, tiles_m, tiles_n, BLOCK_OUT, GROUP_M)
+        group = pid // (GROUP_M * tiles_n)
+        group_m = gl.minimum(max_tiles - group * GROUP_M, GROUP_M)
+        tile_m = group * GROUP_M + (pid % (GROUP_M * tiles_n)) % group_m
+        row_n = (pid % (GROUP_M * tiles_n)) // group_m * BLOCK_OUT
+
+        if tile_m >= gl.load(table_ptr + 4 * max_tiles):
+            return
+        expert = gl.load(table_ptr + 4 * tile_m)
+        slot = gl.load(table_ptr + 4 * tile_m + 1)
+        first = gl.load(table_ptr + 4 * tile_m + 2)
+        num_rows = gl.load(table_ptr + 4 * tile_m + 3)
+        absent = slot < 0
+        slot = gl.maximum(slot, 0)
 
         weights = gl.allocate_shared_memory(
             weight_desc.dtype,
@@ -239,69 +242,38 @@ if gluon is not None:
         for i in gl.static_range(NUM_STAGES):
             mbarrier.init(full.index(i), count=1)
 
-        exists = pid < num_tiles
-        low = current[3] <= TAIL_M
+        num_steps = gl.cdiv(K, BLOCK_K)
         for i in gl.static_range(NUM_STAGES - 1):
-            _expect(weight_desc, x_tail_desc, full, i, exists & low)
-            _expect(weight_desc, x_desc, full, i, exists & (not low))
-            _fetch_weights(weight_desc, weights, full, current, i, i, exists, GATED, BLOCK_K)
+            _fetch_weights(
+                weight_desc, x_desc, weights, full, slot, row_n, i, num_steps,
+                GATED, BLOCK_K, NUM_STAGES,
+            )  # fmt: skip
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
         for i in gl.static_range(NUM_STAGES - 1):
-            _fetch_rows(x_tail_desc, rows, full, current, i, i, exists & low)
-            _fetch_rows(x_desc, rows, full, current, i, i, exists & (not low))
-
-        done = 0  # steps of earlier tiles
-        for tile in range(pid, num_tiles, gl.num_programs(0)):
-            following = tile + gl.num_programs(0)
-            upcoming = _locate(
-                table_ptr, following, num_tiles, tiles_m, tiles_n, BLOCK_OUT, GROUP_M
-            )  # fmt: skip
-            if current[3] <= TAIL_M:
+            _fetch_rows(x_desc, rows, full, first, i, num_steps, BLOCK_K, NUM_STAGES)
+        if TAIL_M > 0:  # noqa: SIM102 (one is known when compiling)
+            if num_rows <= TAIL_M:
                 _tile(
-                    weight_desc, x_desc, x_tail_desc, x_scale_ptr, scale_ptr, bias_ptr, out_ptr,
-                    sorted_pair_ids_ptr, weights, rows, full, current, upcoming,
-                    following < num_tiles, done, num_steps, N, stride_out, SCATTER, FP8, NAME,
-                    GATED, ALPHA, UP_SHIFT, LIMIT, LIMIT_AFTER, GATE_SOFTCAP, UP_SOFTCAP,
-                    PERMUTE, TAIL_M, BLOCK_N, BLOCK_K, TAIL_M, NUM_STAGES,
+                    weight_desc, x_desc, x_scale_ptr, scale_ptr, bias_ptr, out_ptr,
+                    sorted_pair_ids_ptr, weights, rows, full, expert, slot, absent, first,
+                    num_rows, row_n, num_steps, N, stride_out,
+                    SCATTER, FP8, NAME, GATED, ALPHA, UP_SHIFT, LIMIT, LIMIT_AFTER, GATE_SOFTCAP,
+                    UP_SOFTCAP, PERMUTE, TAIL_M, BLOCK_N, BLOCK_K, NUM_STAGES,
                 )  # fmt: skip
-            else:
-                _tile(
-                    weight_desc, x_desc, x_tail_desc, x_scale_ptr, scale_ptr, bias_ptr, out_ptr,
-                    sorted_pair_ids_ptr, weights, rows, full, current, upcoming,
-                    following < num_tiles, done, num_steps, N, stride_out, SCATTER, FP8, NAME,
-                    GATED, ALPHA, UP_SHIFT, LIMIT, LIMIT_AFTER, GATE_SOFTCAP, UP_SOFTCAP,
-                    PERMUTE, BLOCK_M, BLOCK_N, BLOCK_K, TAIL_M, NUM_STAGES,
-                )  # fmt: skip
-            current = upcoming
-            done += num_steps
-
-    @gluon.jit
-    def _locate(
-        table_ptr, tile, num_tiles, tiles_m, tiles_n, BLOCK_OUT: gl.constexpr, GROUP_M: gl.constexpr
-    ):
-        """Return a tile's expert, slot, first sorted position, rows and first channel.
-
-        Neighbouring tiles share weights (same expert, same channels) and then rows: L2 serves
-        both.
-        """
-        tile = gl.minimum(tile, num_tiles - 1)
-        group = tile // (GROUP_M * tiles_n)
-        inside = tile - group * (GROUP_M * tiles_n)
-        group_m = gl.maximum(gl.minimum(tiles_m - group * GROUP_M, GROUP_M), 1)
-        tile_n = inside // group_m
-        tile_m = gl.maximum(group * GROUP_M + inside - tile_n * group_m, 0)
-        expert = gl.load(table_ptr + 4 * tile_m)
-        slot = gl.load(table_ptr + 4 * tile_m + 1)
-        first = gl.load(table_ptr + 4 * tile_m + 2)
-        num_rows = gl.load(table_ptr + 4 * tile_m + 3)
-        return expert, slot, first, num_rows, tile_n * BLOCK_OUT
+                return
+        _tile(
+            weight_desc, x_desc, x_scale_ptr, scale_ptr, bias_ptr, out_ptr,
+            sorted_pair_ids_ptr, weights, rows, full, expert, slot, absent, first,
+            num_rows, row_n, num_steps, N, stride_out,
+            SCATTER, FP8, NAME, GATED, ALPHA, UP_SHIFT, LIMIT, LIMIT_AFTER, GATE_SOFTCAP,
+            UP_SOFTCAP, PERMUTE, BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES,
+        )  # fmt: skip
 
     @gluon.jit
     def _tile(
         weight_desc,
         x_desc,
-        x_tail_desc,
         x_scale_ptr,
         scale_ptr,
         bias_ptr,
@@ -310,10 +282,12 @@ if gluon is not None:
         weights,  # (NUM_STAGES, as weight_desc's box), shared
         rows,  # (NUM_STAGES, as x_desc's box), shared
         full,  # (NUM_STAGES, 1) barriers
-        current,  # _locate's
-        upcoming,
-        upcoming_exists,
-        done,
+        expert,
+        slot,
+        absent,
+        first,
+        num_rows,
+        row_n,
         num_steps,
         N,
         stride_out,
@@ -331,19 +305,63 @@ if gluon is not None:
         BLOCK_M: gl.constexpr,  # at most x_desc's
         BLOCK_N: gl.constexpr,
         BLOCK_K: gl.constexpr,
-        TAIL_M: gl.constexpr,
         NUM_STAGES: gl.constexpr,
     ):
         """One tile, transposed: (channels, rows). The first NUM_STAGES - 1 steps are on the way."""
+        BLOCK_OUT: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
         # wgmma: 16 rows of weights per warp, and 32 bytes of rows at a time.
         X_BITS: gl.constexpr = x_desc.dtype.primitive_bitwidth
         INTEGER: gl.constexpr = x_desc.dtype == gl.int8
         # Triton knows no product of integers with 256 rows.
         MMA_M: gl.constexpr = 128 if INTEGER and BLOCK_M > 128 else BLOCK_M
         MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, MMA_M, 256 // X_BITS])
-        expert, slot, first, num_rows, row_n = current
+        if X_BITS == 8:
+            acc = gl.zeros([BLOCK_N, BLOCK_M], gl.int32 if INTEGER else gl.float32, MMA)
+            for step in range(num_steps):
+                _wait_for(full, step, num_steps, NUM_STAGES)
+                weight = _weight_tile(weights, step, BLOCK_N, BLOCK_K, NUM_STAGES)
+                x = _row_tile(rows, step, BLOCK_M, BLOCK_K, NUM_STAGES)
+                acc = warpgroup_mma(weight, x, acc, is_async=True)
+                # This product may run on; the one before it is over, and so its stage is free.
+                acc = warpgroup_mma_wait(1, deps=[acc])
+                tl.debug_barrier()
+                _fetch(
+                    weight_desc, x_desc, weights, rows, full, slot, row_n, first,
+                    step + NUM_STAGES - 1, num_steps, GATED, BLOCK_K, NUM_STAGES,
+                )  # fmt: skip
+        else:
+            acc = warpgroup_mma_init(gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA))
+            mbarrier.wait(full.index(0), 0)
+            # Two steps at a time, because the tensor cores read one step's weights from their
+            # registers while those of the next are being written.
+            for pair in range(num_steps // 2):
+                for odd in gl.static_range(2):
+                    step = 2 * pair + odd
+                    weight = _decoded_weights(
+                        weights, step, x_desc.dtype, FP8, MMA, BLOCK_N, BLOCK_K, NUM_STAGES
+                    )  # fmt: skip
+                    # Early: a branch keeps the assembler from decoding after the wait for wgmma.
+                    _wait_for(full, step + 1, num_steps, NUM_STAGES)
+                    acc, weight = warpgroup_mma_wait(0, deps=[acc, weight])
+                    x = _row_tile(rows, step, BLOCK_M, BLOCK_K, NUM_STAGES)
+                    acc = warpgroup_mma(weight, x, acc, is_async=True)
+                    tl.debug_barrier()
+                    _fetch(
+                        weight_desc, x_desc, weights, rows, full, slot, row_n, first,
+                        step + NUM_STAGES - 1, num_steps, GATED, BLOCK_K, NUM_STAGES,
+                    )  # fmt: skip
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            if num_steps % 2 == 1:
+                step = num_steps - 1
+                weight = _decoded_weights(
+                    weights, step, x_desc.dtype, FP8, MMA, BLOCK_N, BLOCK_K, NUM_STAGES
+                )  # fmt: skip
+                x = _row_tile(rows, step, BLOCK_M, BLOCK_K, NUM_STAGES)
+                acc = warpgroup_mma(weight, x, acc, is_async=True)
+                acc = warpgroup_mma_wait(0, deps=[acc])
+        acc = warpgroup_mma_wait(0, deps=[acc])
 
-        # What storing needs is read long before.
+        acc = acc.to(gl.float32)
         tile_rows = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, MMA))
         all_channels = N
         if GATED:
@@ -356,192 +374,40 @@ if gluon is not None:
         scale = gl.load(scale_ptr + expert * all_channels + channels)
         if FP8:
             scale = scale * 256.0  # what decode_weights left out
-        bias = scale
-        if bias_ptr is not None:
-            bias = gl.load(bias_ptr + expert * all_channels + channels).to(gl.float32)
-        LINE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
-        FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-        positions = gl.arange(0, BLOCK_M, layout=LINE)
-        inside = positions < num_rows
-        positions += first
-        out_rows = positions
-        if SCATTER:
-            out_rows = gl.load(sorted_pair_ids_ptr + positions, mask=inside, other=0)
+        acc = acc * gl.expand_dims(scale, 1)
         if x_scale_ptr is not None:
-            x_scale = gl.load(x_scale_ptr + positions, mask=inside, other=0.0)
-
-        if X_BITS == 8:
-            acc = gl.zeros([BLOCK_N, BLOCK_M], gl.int32 if INTEGER else gl.float32, MMA)
-            for step in range(num_steps):
-                _wait_for(full, done + step, True, NUM_STAGES)
-                weight = _weight_tile(weights, done + step, BLOCK_N, BLOCK_K, NUM_STAGES)
-                x = _row_tile(rows, done + step, BLOCK_M, BLOCK_K, NUM_STAGES)
-                acc = warpgroup_mma(weight, x, acc, is_async=True)
-                # This product may run on; the one before it is over, and so its stage is free.
-                acc = warpgroup_mma_wait(1, deps=[acc])
-                tl.debug_barrier()
-                _fetch_ahead(
-                    weight_desc, x_desc, x_tail_desc, weights, rows, full, current, upcoming,
-                    upcoming_exists, step, done, num_steps, GATED, BLOCK_K, TAIL_M, NUM_STAGES,
-                )  # fmt: skip
-        else:
-            acc = warpgroup_mma_init(gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA))
-            _wait_for(full, done, True, NUM_STAGES)
-            # Two steps at a time, because the tensor cores read one step's weights from their
-            # registers while those of the next are being written.
-            for pair in range(num_steps // 2):
-                for odd in gl.static_range(2):
-                    step = 2 * pair + odd
-                    weight = _decoded_weights(
-                        weights, done + step, x_desc.dtype, FP8, MMA, BLOCK_N, BLOCK_K, NUM_STAGES
-                    )  # fmt: skip
-                    # Early: a branch keeps the assembler from decoding after the wait for wgmma.
-                    _wait_for(full, done + step + 1, step + 1 < num_steps, NUM_STAGES)
-                    acc, weight = warpgroup_mma_wait(0, deps=[acc, weight])
-                    x = _row_tile(rows, done + step, BLOCK_M, BLOCK_K, NUM_STAGES)
-                    acc = warpgroup_mma(weight, x, acc, is_async=True)
-                    tl.debug_barrier()
-                    _fetch_ahead(
-                        weight_desc, x_desc, x_tail_desc, weights, rows, full, current, upcoming,
-                        upcoming_exists, step, done, num_steps, GATED, BLOCK_K, TAIL_M, NUM_STAGES,
-                    )  # fmt: skip
-            acc = warpgroup_mma_wait(0, deps=[acc])
-            if num_steps % 2 == 1:
-                step = num_steps - 1
-                tl.debug_barrier()
-                _fetch_ahead(
-                    weight_desc, x_desc, x_tail_desc, weights, rows, full, current, upcoming,
-                    upcoming_exists, step, done, num_steps, GATED, BLOCK_K, TAIL_M, NUM_STAGES,
-                )  # fmt: skip
-                weight = _decoded_weights(
-                    weights, done + step, x_desc.dtype, FP8, MMA, BLOCK_N, BLOCK_K, NUM_STAGES
-                )  # fmt: skip
-                x = _row_tile(rows, done + step, BLOCK_M, BLOCK_K, NUM_STAGES)
-                acc = warpgroup_mma(weight, x, acc, is_async=True)
-                acc = warpgroup_mma_wait(0, deps=[acc])
-
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        out_rows = gl.allocate_shared_memory(gl.int32, [BLOCK_M], FLAT, value=out_rows)
-        x_scales = out_rows
-        if x_scale_ptr is not None:
-            x_scales = gl.allocate_shared_memory(gl.float32, [BLOCK_M], FLAT, value=x_scale)
-        _finish(
-            acc, 0, out_ptr, out_rows, scale, x_scale_ptr, x_scales, bias_ptr, bias, slot < 0,
-            num_rows, row_n, N, stride_out, NAME, GATED, ALPHA, UP_SHIFT, LIMIT, LIMIT_AFTER,
-            GATE_SOFTCAP, UP_SOFTCAP, PERMUTE, 256 // X_BITS,
-        )  # fmt: skip
-
-    @gluon.jit
-    def _finish(
-        acc,  # (BLOCK_N, rows)
-        FIRST: gl.constexpr,  # row of the tile
-        out_ptr,
-        out_rows,  # of the tile, shared
-        scale,
-        x_scale_ptr,
-        x_scales,  # of the tile, shared
-        bias_ptr,
-        bias,
-        absent,
-        num_rows,
-        row_n,
-        N,
-        stride_out,
-        NAME: gl.constexpr,
-        GATED: gl.constexpr,
-        ALPHA: gl.constexpr,
-        UP_SHIFT: gl.constexpr,
-        LIMIT: gl.constexpr,
-        LIMIT_AFTER: gl.constexpr,
-        GATE_SOFTCAP: gl.constexpr,
-        UP_SOFTCAP: gl.constexpr,
-        PERMUTE: gl.constexpr,
-        MMA_K: gl.constexpr,
-    ):
-        """Sums to outputs, part by part: what is stored at once goes through shared memory."""
-        HEIGHT: gl.constexpr = acc.shape[1]
-        AT_ONCE: gl.constexpr = 2 * ROWS_AT_ONCE if GATED else ROWS_AT_ONCE
-        if HEIGHT > AT_ONCE:
-            halves = gl.permute(gl.reshape(acc, [acc.shape[0], 2, HEIGHT // 2]), [0, 2, 1])
-            acc, other = gl.split(halves)
-            _finish(
-                acc, FIRST, out_ptr, out_rows, scale, x_scale_ptr, x_scales, bias_ptr, bias,
-                absent, num_rows, row_n, N, stride_out, NAME, GATED, ALPHA, UP_SHIFT, LIMIT,
-                LIMIT_AFTER, GATE_SOFTCAP, UP_SOFTCAP, PERMUTE, MMA_K,
-            )  # fmt: skip
-            _finish(
-                other, FIRST + HEIGHT // 2, out_ptr, out_rows, scale, x_scale_ptr, x_scales,
-                bias_ptr, bias, absent, num_rows, row_n, N, stride_out, NAME, GATED, ALPHA,
-                UP_SHIFT, LIMIT, LIMIT_AFTER, GATE_SOFTCAP, UP_SOFTCAP, PERMUTE, MMA_K,
-            )  # fmt: skip
-        elif num_rows > FIRST:
-            _finish_part(
-                acc, FIRST, out_ptr, out_rows, scale, x_scale_ptr, x_scales, bias_ptr, bias,
-                absent, num_rows, row_n, N, stride_out, NAME, GATED, ALPHA, UP_SHIFT, LIMIT,
-                LIMIT_AFTER, GATE_SOFTCAP, UP_SOFTCAP, PERMUTE, MMA_K,
-            )  # fmt: skip
-
-    @gluon.jit
-    def _finish_part(
-        acc,
-        FIRST: gl.constexpr,
-        out_ptr,
-        out_rows,
-        scale,
-        x_scale_ptr,
-        x_scales,
-        bias_ptr,
-        bias,
-        absent,
-        num_rows,
-        row_n,
-        N,
-        stride_out,
-        NAME: gl.constexpr,
-        GATED: gl.constexpr,
-        ALPHA: gl.constexpr,
-        UP_SHIFT: gl.constexpr,
-        LIMIT: gl.constexpr,
-        LIMIT_AFTER: gl.constexpr,
-        GATE_SOFTCAP: gl.constexpr,
-        UP_SOFTCAP: gl.constexpr,
-        PERMUTE: gl.constexpr,
-        MMA_K: gl.constexpr,
-    ):
-        BLOCK_N: gl.constexpr = acc.shape[0]
-        HEIGHT: gl.constexpr = acc.shape[1]
-        BLOCK_OUT: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
-        MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, HEIGHT, MMA_K])
-        acc = gl.convert_layout(acc, MMA, assert_trivial=True).to(gl.float32)
-        ROWS: gl.constexpr = gl.SliceLayout(1, MMA)
-        acc = acc * gl.expand_dims(gl.convert_layout(scale, ROWS, assert_trivial=True), 1)
-        if x_scale_ptr is not None:
-            x_scale = x_scales.slice(FIRST, HEIGHT).load(gl.SliceLayout(0, MMA))
+            tile_columns = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))
+            inside = tile_columns < num_rows
+            x_scale = gl.load(x_scale_ptr + first + tile_columns, mask=inside, other=0.0)
             acc = acc * gl.expand_dims(x_scale, 0)
         if bias_ptr is not None:
-            acc = acc + gl.expand_dims(gl.convert_layout(bias, ROWS, assert_trivial=True), 1)
+            bias = gl.load(bias_ptr + expert * all_channels + channels).to(gl.float32)
+            acc = acc + gl.expand_dims(bias, 1)
         if NAME is not None:
             up = acc
             if GATED:
-                acc = gl.reshape(acc, [BLOCK_N // (2 * GATE_ROWS), 2, GATE_ROWS, HEIGHT])
+                acc = gl.reshape(acc, [BLOCK_N // (2 * GATE_ROWS), 2, GATE_ROWS, BLOCK_M])
                 acc, up = gl.split(gl.permute(acc, [0, 2, 3, 1]))
-                acc = gl.reshape(acc, [BLOCK_OUT, HEIGHT])
-                up = gl.reshape(up, [BLOCK_OUT, HEIGHT])
+                acc = gl.reshape(acc, [BLOCK_OUT, BLOCK_M])
+                up = gl.reshape(up, [BLOCK_OUT, BLOCK_M])
             acc = apply_triton(
                 acc, up, NAME, GATED, ALPHA, UP_SHIFT, LIMIT, LIMIT_AFTER, GATE_SOFTCAP, UP_SOFTCAP
             )  # fmt: skip
         # Weights that are not there must not pass for some.
         out = gl.where(absent, float("nan"), acc).to(out_ptr.dtype.element_ty)
         if PERMUTE > 0:
-            out = gl.reshape(out, [BLOCK_OUT // PERMUTE, 4, PERMUTE // 16, 2, 2, HEIGHT])
-            out = gl.reshape(gl.permute(out, [0, 2, 3, 1, 4, 5]), [BLOCK_OUT, HEIGHT])
+            out = gl.reshape(out, [BLOCK_OUT // PERMUTE, 4, PERMUTE // 16, 2, 2, BLOCK_M])
+            out = gl.reshape(gl.permute(out, [0, 2, 3, 1, 4, 5]), [BLOCK_OUT, BLOCK_M])
         # Through shared memory, for 16 bytes of each row.
-        STAGED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2, transposed=True)
         STORE: gl.constexpr = gl.BlockedLayout(
             [8, 1], [BLOCK_OUT // 8, 256 // BLOCK_OUT], [1, 8], [0, 1]
         )  # fmt: skip
-        staged = gl.allocate_shared_memory(out.dtype, [BLOCK_OUT, HEIGHT], STAGED, value=out)
-        out = staged.load(STORE)
+        out = gl.convert_layout(out, STORE)
+        tile_columns = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, STORE))
+        inside = tile_columns < num_rows
+        out_rows = first + tile_columns
+        if SCATTER:
+            out_rows = gl.load(sorted_pair_ids_ptr + out_rows, mask=inside, other=0)
         columns = row_n + gl.arange(0, BLOCK_OUT, layout=gl.SliceLayout(1, STORE))
         if PERMUTE > 0:
             # What lies beyond N meets weights that are zeros, and must not be NaN.
@@ -549,99 +415,88 @@ if gluon is not None:
             phase = phase // 2 % 4 * (PERMUTE // 4) + phase // 16 * 4 + phase // 8 % 2 * 2
             past = columns // PERMUTE * PERMUTE + phase + columns % 2 >= N
             out = gl.where(gl.expand_dims(past, 1), gl.zeros_like(out), out)
-        inside = FIRST + gl.arange(0, HEIGHT, layout=gl.SliceLayout(0, STORE)) < num_rows
-        out_rows = out_rows.slice(FIRST, HEIGHT).load(gl.SliceLayout(0, STORE))
         # int64: rows times their length pass 2**31.
         offsets = gl.expand_dims(out_rows.to(gl.int64) * stride_out, 0)
         mask = gl.expand_dims(inside, 0) & gl.expand_dims(columns < stride_out, 1)
         gl.store(out_ptr + (offsets + gl.expand_dims(columns, 1)), out, mask=mask)
 
     @gluon.jit
-    def _fetch_ahead(
+    def _fetch(
         weight_desc,
         x_desc,
-        x_tail_desc,
         weights,
         rows,
         full,
-        current,
-        upcoming,
-        upcoming_exists,
+        slot,
+        row_n,
+        first,
         step,
-        done,
         num_steps,
         GATED: gl.constexpr,
         BLOCK_K: gl.constexpr,
-        TAIL_M: gl.constexpr,
         NUM_STAGES: gl.constexpr,
     ):
-        """Start to read what is NUM_STAGES - 1 steps on, in this tile or the upcoming one."""
-        ahead = step + (NUM_STAGES - 1)
-        stage = (done + ahead) % NUM_STAGES
-        if ahead < num_steps:
-            exists = True
-            _, slot, first, num_rows, row_n = current
-        else:
-            exists = upcoming_exists
-            _, slot, first, num_rows, row_n = upcoming
-            ahead -= num_steps
-        tile = (0, slot, first, num_rows, row_n)
-        # Branches rather than predicates, each of which Triton surrounds with barriers.
-        if num_rows <= TAIL_M:
-            _expect(weight_desc, x_tail_desc, full, stage, exists)
-            _fetch_weights(weight_desc, weights, full, tile, ahead, stage, exists, GATED, BLOCK_K)
-            _fetch_rows(x_tail_desc, rows, full, tile, ahead, stage, exists)
-        else:
-            _expect(weight_desc, x_desc, full, stage, exists)
-            _fetch_weights(weight_desc, weights, full, tile, ahead, stage, exists, GATED, BLOCK_K)
-            _fetch_rows(x_desc, rows, full, tile, ahead, stage, exists)
-
-    @gluon.jit
-    def _expect(weight_desc, x_desc, full, stage, exists):
-        num_bytes: gl.constexpr = weight_desc.block_type.nbytes + x_desc.block_type.nbytes
-        mbarrier.expect(full.index(stage), num_bytes, pred=exists)
+        """Start to read the tiles of ``step``, if there is one; zeros beyond the tensors."""
+        _fetch_weights(
+            weight_desc, x_desc, weights, full, slot, row_n, step, num_steps,
+            GATED, BLOCK_K, NUM_STAGES,
+        )  # fmt: skip
+        _fetch_rows(x_desc, rows, full, first, step, num_steps, BLOCK_K, NUM_STAGES)
 
     @gluon.jit
     def _fetch_weights(
         weight_desc,
+        x_desc,
         weights,
         full,
-        tile,
+        slot,
+        row_n,
         step,
-        stage,
-        exists,
+        num_steps,
         GATED: gl.constexpr,
         BLOCK_K: gl.constexpr,
+        NUM_STAGES: gl.constexpr,
     ):
-        """Start to read a step's weights, zeros beyond them."""
+        """Start to read weights, and expect rows with them."""
+        exists = step < num_steps
+        stage = step % NUM_STAGES
         barrier = full.index(stage)
-        slot = gl.maximum(tile[1], 0)
-        row_n = tile[4]
+        num_bytes: gl.constexpr = weight_desc.block_type.nbytes + x_desc.block_type.nbytes
+        mbarrier.expect(barrier, num_bytes, pred=exists)
         k = step * BLOCK_K
+        tile = weights.index(stage)
         if GATED:
             # 8 rows of gates, 8 of the same ups, and so on.
             tma.async_copy_global_to_shared(
-                weight_desc, [slot, row_n // GATE_ROWS, 0, 0, k], barrier, weights.index(stage),
-                pred=exists,
+                weight_desc, [slot, row_n // GATE_ROWS, 0, 0, k], barrier, tile, pred=exists
             )  # fmt: skip
         else:
             tma.async_copy_global_to_shared(
-                weight_desc, [slot, row_n, k], barrier, weights.index(stage), pred=exists
+                weight_desc, [slot, row_n, k], barrier, tile, pred=exists
             )  # fmt: skip
 
     @gluon.jit
-    def _fetch_rows(x_desc, rows, full, tile, step, stage, exists):
-        """Start to read a step's rows, zeros beyond them."""
-        box: gl.constexpr = x_desc.block_type.shape
-        target = rows.index(stage)._reinterpret(rows.dtype, box, rows.layout)
+    def _fetch_rows(
+        x_desc,
+        rows,
+        full,
+        first,
+        step,
+        num_steps,
+        BLOCK_K: gl.constexpr,
+        NUM_STAGES: gl.constexpr,
+    ):
+        stage = step % NUM_STAGES
         tma.async_copy_global_to_shared(
-            x_desc, [tile[2], step * box[1]], full.index(stage), target, pred=exists
+            x_desc, [first, step * BLOCK_K], full.index(stage), rows.index(stage),
+            pred=step < num_steps,
         )  # fmt: skip
 
     @gluon.jit
-    def _wait_for(full, step, exists, NUM_STAGES: gl.constexpr):
+    def _wait_for(full, step, num_steps, NUM_STAGES: gl.constexpr):
         """Wait until the tiles of ``step``, if there is one, have come."""
-        mbarrier.wait(full.index(step % NUM_STAGES), (step // NUM_STAGES) & 1, pred=exists)
+        stage = step % NUM_STAGES
+        mbarrier.wait(full.index(stage), (step // NUM_STAGES) & 1, pred=step < num_steps)
 
     @gluon.jit
     def _weight_tile(
@@ -677,7 +532,7 @@ if gluon is not None:
     ):
         """A step's weights in registers, as wgmma's first operand."""
         LOADED: gl.constexpr = gl.DistributedLinearLayout(
-            reg_bases=_register_bases(BLOCK_N, BLOCK_K),
+            reg_bases=_register_bases(BLOCK_K),
             lane_bases=[[0, BLOCK_K // 4], [0, BLOCK_K // 2], [1, 0], [2, 0], [4, 0]],
             warp_bases=[[16, 0], [32, 0], [64, 0]],
             block_bases=[],
@@ -693,11 +548,6 @@ if gluon is not None:
 @functools.cache
 def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device)[0] == 9
-
-
-@functools.cache
-def _num_multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def hopper_supports(
@@ -838,7 +688,6 @@ def launch_hopper_gemm(
     out: torch.Tensor,  # (num_pairs, at least out_features)
     *,
     block_m: int,
-    block_n: int,
     num_stages: int,
     out_features: int,
     x_scale: torch.Tensor | None = None,
@@ -850,8 +699,7 @@ def launch_hopper_gemm(
 
     Args:
         block_m: rows of a tile, as of ``table``.
-        block_n: weight rows of a tile: 128 or 256.
-        num_stages: steps in flight and in use, at least 2, at most what fits.
+        num_stages: steps in flight and in use, at least 3, at most what fits.
         x_scale: (num_pairs,) fp32, sorted, for 8-bit rows.
         activation: fused into the epilogue.
         scatter: write in the order of pairs instead of the sorted order.
@@ -862,39 +710,25 @@ def launch_hopper_gemm(
     num_slots, in_features = weight.shape[0], weight.shape[2]
     wide = x.element_size() == 2
     block_k = BLOCK_K_16 if wide else BLOCK_K_8
-    stage_bytes = block_n * block_k + block_m * 128
-    other_bytes = 2 * ROWS_AT_ONCE.value * block_n + 8 * block_m + 1280
-    fitting = (SHARED_MEMORY - other_bytes) // stage_bytes
-    num_stages = min(num_stages, fitting, triton.cdiv(in_features, block_k) + 1)
+    # The epilogue's tile goes through shared memory as well, not more than two stages of it.
+    stage_bytes = BLOCK_N * block_k + block_m * 128
+    num_stages = max(3, min(num_stages, SHARED_MEMORY // stage_bytes))
     bits = weight.view(torch.int8) if wide else weight
-    shape, box = [num_slots, out_features, in_features], [1, block_n, block_k]
+    shape, box = [num_slots, out_features, in_features], [1, BLOCK_N, block_k]
     strides = list(weight.stride())
     if gated:
         half = out_features * strides[1]
         shape = [num_slots, out_features // 8, 2, 8, in_features]
         strides = [strides[0], 8 * strides[1], half, strides[1], 1]
-        box = [1, block_n // 16, 2, 8, block_k]
+        box = [1, BLOCK_N // 16, 2, 8, block_k]
     # Weights' inner boxes have block_k bytes, and rows' 128: the spans of their swizzles.
     weight_layout = gl.NVMMASharedLayout(block_k, 8, rank=len(box))
     x_layout = gl.NVMMASharedLayout(128, 8 * x.element_size(), rank=2)
-    tail_m = block_m // 2
-    x_desc, x_tail_desc = (
-        TensorDescriptor(x, list(x.shape), list(x.stride()), [height, block_k], x_layout)
-        for height in (block_m, tail_m)
-    )
-    block_out = block_n // (2 if gated else 1)
-    # Two programs share the registers: one stores while the other multiplies.
-    shared_bytes = num_stages * stage_bytes + other_bytes
-    two = block_n * block_m <= 128 * 128 and 2 * shared_bytes <= SHARED_MEMORY
     max_tiles = table.shape[0] - 1
-    num_programs = min(
-        max_tiles * triton.cdiv(out_features, block_out),
-        _num_multiprocessors(x.device) * (2 if two else 1),
-    )
-    hopper_gemm_kernel[(num_programs,)](
+    tiles_n = triton.cdiv(out_features * (2 if gated else 1), BLOCK_N)
+    hopper_gemm_kernel[(max_tiles * tiles_n,)](
         TensorDescriptor(bits, shape, strides, box, weight_layout),
-        x_desc,
-        x_tail_desc,
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [block_m, block_k], x_layout),
         x_scale,
         scale.contiguous(),
         None if bias is None else bias.contiguous(),
@@ -910,13 +744,14 @@ def launch_hopper_gemm(
         **activation_constants(activation),
         PERMUTE=BLOCK_K_16 if permute else 0,
         BLOCK_M=block_m,
-        BLOCK_N=block_n,
+        BLOCK_N=BLOCK_N,
         BLOCK_K=block_k,
-        TAIL_M=tail_m,
+        TAIL_M=block_m // 2 if block_m > 64 else 0,
         NUM_STAGES=num_stages,
         GROUP_M=8,
         num_warps=8,
-        maxnreg=128 if two else None,
+        # Two programs share the registers: one stores while the other multiplies.
+        maxnreg=128 if block_m <= 128 else None,
         **launch_options(True, x.device),
     )
     return out
@@ -939,27 +774,22 @@ def hopper_fused_moe(
     activations: torch.dtype | None = None,
     block_m: int = 128,
     num_stages: int = 4,
-    block_n: int | None = None,
 ) -> torch.Tensor:
     """Run a layer for which `hopper_supports` holds.
 
     Arguments and result as of `qmoe_kernels.layer.fused_moe_triton`, but for these.
 
     Args:
-        block_m: rows of a tile: 16, 32, 64, 128 or 256.
-        num_stages: steps in flight and in use, at least 2, at most what fits. One takes 128 bytes
-            times block_m, and 64 times block_n, 128 times with 8-bit rows, of shared memory;
-            besides, 64 times block_n are for storing.
-        block_n: weight rows of a tile: 128, or 256 where block_m is at most 128; None: 256 where
-            block_m is 64 or 128. What limits products of many rows is how much multiprocessors
-            read from L2, which is less for large tiles.
+        block_m: rows of a tile: 64, 128 or 256.
+        num_stages: steps in flight and in use, at least 3, at most what fits. One takes 128 bytes
+            times block_m and 8 KiB more, 16 KiB with 8-bit rows, of shared memory. Two programs
+            run at a time where each takes half of it: block_m=128 with 4 stages, or 3 with 8-bit
+            rows.
     """
     num_tokens, top_k = topk_ids.shape
     num_pairs = num_tokens * top_k
     hidden_size = down_proj.shape[1]
     intermediate_size = gate_up_proj.shape[1] // (2 if activation.gated else 1)
-    if block_n is None:
-        block_n = 256 if 64 <= block_m <= 128 else 128
     wide = activations is None
     # Rows of skipped ids are written by nobody: zeros if the caller sees them. Before the kernels,
     # each of which starts while the one before it ends.
@@ -984,7 +814,6 @@ def hopper_fused_moe(
         table,
         hidden,
         block_m=block_m,
-        block_n=block_n,
         num_stages=num_stages,
         out_features=intermediate_size,
         x_scale=x_scale,
@@ -1002,7 +831,6 @@ def hopper_fused_moe(
         table,
         out,
         block_m=block_m,
-        block_n=block_n,
         num_stages=num_stages,
         out_features=hidden_size,
         x_scale=x_scale,

@@ -71,7 +71,6 @@ def fused_moe_triton(
                 activations=activations,
                 block_m=tiles.gate_up.block_m,
                 num_stages=tiles.gate_up.num_stages,
-                block_n=tiles.gate_up.block_n,
             )
         tiles = heuristic_tiles(shape, num_tokens, gate_up_proj.dtype, x_dtype)
     hidden = hidden_states.new_empty(num_pairs, intermediate_size)

@@ -108,17 +108,8 @@ _GEMV_SUM = (
 )
 
 
-# block_m, block_n, stages. Two programs run at a time with 128 by 128.
-_HOPPER = (
-    (128, 256, 4),
-    (128, 128, 4),
-    (128, 128, 3),
-    (256, 128, 4),
-    (64, 256, 4),
-    (64, 128, 3),
-    (128, 256, 6),
-    (32, 256, 4),
-)
+# block_m, stages. Two programs run at a time with 128 rows.
+_HOPPER = ((128, 3), (128, 4), (256, 4), (64, 3), (64, 4), (256, 3))
 
 
 @dataclass(frozen=True)
@@ -218,7 +209,7 @@ def candidates(cell: Cell, effort: Effort = "quick", *, hopper: bool = False) ->
         found.append(Candidates(start, gate_up, down, sort))
     if hopper and cell.num_tokens > 1 and BYTES[cell.kind.weights] == 1:
         dtypes = {name: dtype for dtype, name in reversed(OPERANDS.items())}
-        layers = [hopper_tiles(m, n, dtypes[cell.kind.activations], s) for m, n, s in _HOPPER]
+        layers = [hopper_tiles(m, dtypes[cell.kind.activations], s) for m, s in _HOPPER]
         found.append(Candidates(layers[0], (), (), (), layers))
     return found
 

@@ -22,7 +22,7 @@ from qmoe_kernels.timing import (
 
 # Relative Frobenius distance between outputs of two tiles: sums in another order, rounded to bf16
 # twice. With 8-bit rows the second rounding moves whole steps of 1/127 or 1/16.
-TOLERANCE = 2e-2
+TOLERANCE = 4e-2
 # A candidate slower than the best by this factor is not replayed; launching it takes so long, too.
 TOO_SLOW, LAUNCH_MICROSECONDS = 1.5, 500.0
 # A graph with more takes longer to capture than to replay.
