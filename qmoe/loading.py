@@ -10,9 +10,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from qmoe.checkpoint import is_hub_id
+from qmoe.experts import quantized_modules
 from qmoe.format import COMPRESSED_TENSORS, QMOE
 from qmoe.page_loading import PagingOptions, choose_device
 from qmoe.patching import patch
+from qmoe_kernels.fused_moe import check_activations
+from qmoe_kernels.quantization import STORAGE_DTYPE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,6 +29,7 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     weights: WeightFormat | None = None,
+    activations: str = "auto",
     revision: str | None = None,
     hbm_budget: str | int | float | None = None,
     context: int | None = None,
@@ -41,6 +45,7 @@ def load(
             or its name.
         weights: None keeps the checkpoint as it is, 8 bit or 16 bit; ``"int8"`` or ``"fp8"``
             quantizes the experts of a 16-bit checkpoint on load.
+        activations: what the products of 8-bit experts take, see :func:`qmoe_kernels.fused_moe`.
         revision: branch, tag or commit on the Hub.
         hbm_budget: everything that the model may take of the device: ``"16GiB"``, bytes, a fraction
             of its memory (0.5 or ``"50%"``) or ``"auto"``. Experts that do not fit are paged from
@@ -55,14 +60,16 @@ def load(
 
     Raises:
         ValueError: no such folder or repository, an unknown device or dtype, a checkpoint that is
-            quantized already while ``weights`` asks for it, a budget that cannot work (with the
-            smallest that does), or too little host memory.
+            quantized already while ``weights`` asks for it, activations that its weights do not go
+            with, a budget that cannot work (with the smallest that does), or too little host
+            memory.
 
     Example:
         >>> import qmoe
         >>> model = qmoe.load("examples/tiny-moe", weights="int8")
     """
     path_or_repo = str(path_or_repo)
+    check_activations(activations, weights)
     device = choose_device(device)
     if isinstance(dtype, str) and dtype != "auto":
         named = getattr(torch, dtype, None)
@@ -102,4 +109,15 @@ def load(
     model = auto.from_pretrained(
         path_or_repo, config=config, dtype=dtype, device_map=load_on, revision=revision
     )
-    return model if weights is None else patch(model, weights, device=device, **paging)
+    if weights is not None:
+        return patch(model, weights, activations=activations, device=device, **paging)
+    modules = quantized_modules(model).values()
+    if not modules and activations in STORAGE_DTYPE:
+        raise ValueError(
+            f"{path_or_repo}: activations={activations!r} needs 8-bit experts, and these are not: "
+            f"add weights={activations!r}"
+        )
+    for experts in modules:
+        check_activations(activations, experts.weights)
+        experts.activations = activations
+    return model

@@ -395,4 +395,5 @@ def launch_grouped_gemm(
 
 def _block_ids(number: int) -> int:
     """A power of two, and few different ones: each compiles a kernel."""
-    return next(size for size in (32, 128, 512, 2048) if number <= size)
+    few = (size for size in (32, 128, 512, 2048) if number <= size)
+    return next(few, triton.next_power_of_2(number))

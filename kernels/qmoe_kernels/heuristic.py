@@ -35,7 +35,7 @@ def heuristic_tiles(
     rows = num_pairs / shape.num_experts
     if hopper and rows >= (48 if activations.itemsize == 1 else 24):
         block_m = 64 if rows < 48 else 128 if rows < 400 else 256
-        # With 3 stages of 8-bit rows two programs run at a time, unless 256 rows take all registers.
+        # 3 stages of 8-bit rows leave room for two programs; 256 rows take all registers anyway.
         num_stages = 3 if activations.itemsize == 1 and block_m < 256 else 4
         return hopper_tiles(block_m, activations, num_stages)
     return LayerTiles(

@@ -16,8 +16,6 @@ as they are: thread t's quarter of the columns are then its operands, of one ste
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -28,6 +26,7 @@ from qmoe_kernels.launching import activation_constants, has_dependent_launch, l
 from qmoe_kernels.quantization import LARGEST, SMALLEST_SCALE
 from qmoe_kernels.routing import ExpertRouting
 from qmoe_kernels.rows import launch_quantize_rows, launch_weighted_sum, round_to
+from qmoe_kernels.tuning import is_hopper
 
 try:
     from triton.experimental import gluon
@@ -545,11 +544,6 @@ if gluon is not None:
         return gl.convert_layout(weight, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
 
 
-@functools.cache
-def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device)[0] == 9
-
-
 def hopper_supports(
     hidden_states: torch.Tensor,
     gate_up_proj: torch.Tensor,
@@ -567,8 +561,7 @@ def hopper_supports(
     dtype = gate_up_proj.dtype
     return (
         gluon is not None
-        and hidden_states.is_cuda
-        and _is_hopper(hidden_states.device)
+        and is_hopper(hidden_states.device)
         and hidden_states.dtype in (torch.bfloat16, torch.float16)
         and dtype in (torch.int8, torch.float8_e4m3fn)
         and activations in (None, dtype)

@@ -174,10 +174,23 @@ class TestLoad:
         with pytest.raises(ValueError, match="patched already"):
             qmoe.load(tmp_path / "fp8", device="cpu", weights="int8")
 
+    def test_chooses_activations(self, tmp_path) -> None:
+        build("qwen3_moe").save_pretrained(tmp_path)
+        expected = logits(qmoe.load(tmp_path, device="cpu", weights="int8", activations="int8"))
+        qmoe.load(tmp_path, device="cpu", weights="int8").save_pretrained(tmp_path / "int8")
+        stored = qmoe.load(tmp_path / "int8", device="cpu", activations="int8")
+        assert torch.equal(logits(stored), expected)
+        assert not torch.equal(logits(qmoe.load(tmp_path / "int8", device="cpu")), expected)
+        with pytest.raises(ValueError, match="'fp8' with int8 weights"):
+            qmoe.load(tmp_path / "int8", device="cpu", activations="fp8")
+        with pytest.raises(ValueError, match=r"needs 8-bit experts.*weights='int8'"):
+            qmoe.load(tmp_path, device="cpu", activations="int8")
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
             (dict(device="gpu"), "device='gpu'"),
+            (dict(activations="fp4"), "unknown activations 'fp4'"),
             (dict(dtype="bf17"), "dtype='bf17'"),
             (dict(device="cuda"), "no CUDA GPU"),
         ],
