@@ -1,6 +1,4 @@
-"""The Triton kernels of an MoE layer and their launchers.
-
-Grouped GEMM: for every expert ``e`` with rows ``X_e`` (tokens routed to it),
+"""Grouped GEMM in Triton: for every expert ``e`` with rows ``X_e`` (tokens routed to it),
 
     Y_e = epilogue(X_e @ W_e^T),    epilogue(acc) = activation(acc * row_scale * scale_e + bias_e)
 

@@ -4,9 +4,8 @@ The contract is that of the sorted products of `qmoe_kernels.grouped_gemm`, weig
 of 16 bits (converted weights go from registers into the tensor cores) or of the weights' dtype.
 What differs is how data moves: Triton's own pipelines compute addresses and convert weights
 between two products; here TMA brings tiles, and weights of the next tile are converted while the
-tensor cores multiply this one. A program has one tile after another, and reads the next one's
-first steps while it stores this one. Rows lie sorted in memory before each product, since TMA
-gathers none.
+tensor cores multiply this one. Rows lie sorted in memory before each product, since TMA gathers
+none.
 
 Order of K for 16-bit rows: a thread of a quad feeds ``wgmma`` with columns 2t, 2t+1, 2t+8, 2t+9 of
 every 16. It had better read neighbouring bytes of weights. So within every `BLOCK_K_16` columns,

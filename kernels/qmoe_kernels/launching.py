@@ -28,22 +28,27 @@ COMPILED = isinstance(prefetch, triton.JITFunction)
 
 @functools.cache
 def has_dependent_launch(device: torch.device) -> bool:
+    """Return whether a kernel may start while the one before it ends."""
     return COMPILED and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def launch_options(dependent: bool, device: torch.device) -> dict[str, bool]:
+    """Return what lets a kernel start while the one before it ends, where it is to and can."""
     return {"launch_pdl": True} if dependent and has_dependent_launch(device) else {}
 
 
 def weight_bits(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Return weights as kernels take them: FP8 that is to be decoded as int8."""
     return weight.view(torch.int8) if is_decoded_fp8(weight, x) else weight
 
 
 def is_decoded_fp8(weight: torch.Tensor, x: torch.Tensor) -> bool:
+    """Return whether FP8 weights meet rows of another dtype."""
     return weight.dtype == torch.float8_e4m3fn and x.dtype != weight.dtype
 
 
 def activation_constants(activation: Activation | None) -> dict[str, object]:
+    """Return `apply_triton`'s constants by name; without an activation NAME is None."""
     a = activation or Activation(gated=False)
     return {
         "NAME": None if activation is None else a.name,
