@@ -62,7 +62,7 @@ def tune_cells(
     seconds: float = SECONDS_PER_CELL["quick"],
     hopper: bool = False,
 ) -> Iterator[Tuned]:
-    """Search for each cell's tiles, one cell after another, while those to come are compiled.
+    """Compile every cell's candidates, then search for its tiles, one cell after another.
 
     Args:
         cells: what to tune.
@@ -84,12 +84,13 @@ def tune_cells(
         else precompiler.submit(cell, [tiles for kernel in kernels for tiles in kernel.pairs()])
         for cell, kernels in zip(cells, options, strict=True)
     ]
-    for cell, kernels, layers in zip(cells, options, compiling, strict=True):
+    # All of them first: a host that compiles launches late, and good tiles would look slow.
+    compiled = [failures(layers, COMPILING_SECONDS) for layers in compiling]
+    for cell, kernels, layers, broken in zip(cells, options, compiling, compiled, strict=True):
         errors: list[str] = []
         found = None
         try:
             measure, errors = open_cell(cell)
-            broken = failures(layers, COMPILING_SECONDS)
             errors += [f"{tiles}: {error}" for tiles, error in broken.items()]
             if len(broken) < len(layers):  # else it is hardly the candidates' fault
                 kernels = [kernel.without(broken) for kernel in kernels]
@@ -199,6 +200,7 @@ def tune(
         try:
             for tuned in tuning:
                 done.append(tuned)
+                progress.set_description("timing")
                 progress.update()
                 if tuned.found is not None:
                     measured = Measurement(
@@ -342,7 +344,7 @@ def _precompiler(workers: int | None) -> Precompiler | None:
 def _progress(total: int) -> Any:
     from tqdm import tqdm
 
-    return tqdm(total=total, unit="cell", file=sys.stderr, disable=None)
+    return tqdm(total=total, desc="compiling", unit="cell", file=sys.stderr, disable=None)
 
 
 def _versions(commit: str | None) -> dict[str, str]:
