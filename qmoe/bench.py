@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     OpenCell = Callable[[Cell], tuple[Measure, list[str]]]
 
 SECONDS_PER_CELL = {"quick": 10.0, "full": 120.0}
-# Cores for the process that times, and for the system.
+# Cores that compiling leaves to others.
 FREE_CORES = 2
 # The slowest of a cell's candidates is not waited for longer.
 COMPILING_SECONDS = 60.0

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qmoe_kernels import activations as _activations
 from qmoe_kernels.activations import SWIGLU, Activation, ActivationName
-from qmoe_kernels.quantization import STORAGE_DTYPE, WeightFormat, decode, quantize_rows
+from qmoe_kernels.quantization import FORMAT_OF, STORAGE_DTYPE, WeightFormat, decode, quantize_rows
 from qmoe_kernels.routing import ExpertRouting
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -229,8 +229,7 @@ def check_activations(activations: str, weights: str | None = None) -> None:
 
 
 def _check_activations(activations: str, weight: Tensor) -> None:
-    names = {dtype: name for name, dtype in STORAGE_DTYPE.items()}
-    check_activations(activations, names.get(weight.dtype, str(weight.dtype)))
+    check_activations(activations, FORMAT_OF.get(weight.dtype, str(weight.dtype)))
     if activations == "fp8" and weight.device.type == "cuda" and not _multiplies_fp8(weight.device):
         name = torch.cuda.get_device_name(weight.device)
         raise ValueError(
@@ -251,10 +250,8 @@ def _row_format(
     if activations == "auto":
         if weight.device.type != "cuda" or num_pairs < ARITHMETIC_BOUND_ROWS * num_experts:
             return None
-        if weight.dtype == torch.int8:
-            return "int8"
-        fp8 = weight.dtype == torch.float8_e4m3fn and _multiplies_fp8(weight.device)
-        return "fp8" if fp8 else None
+        found = FORMAT_OF.get(weight.dtype)
+        return None if found == "fp8" and not _multiplies_fp8(weight.device) else found
     return cast(WeightFormat, activations)
 
 

@@ -38,11 +38,8 @@ def heuristic_tiles(
         # 3 stages of 8-bit rows leave room for two programs; 256 rows take all registers anyway.
         num_stages = 3 if activations.itemsize == 1 and block_m < 256 else 4
         return hopper_tiles(block_m, activations, num_stages)
-    return LayerTiles(
-        heuristic_tile(rows, weights, activations),
-        heuristic_tile(rows, weights, activations),
-        sort=num_pairs > UNSORTED_PAIRS,
-    )
+    tile = heuristic_tile(rows, weights, activations)
+    return LayerTiles(tile, tile, sort=num_pairs > UNSORTED_PAIRS)
 
 
 def hopper_tiles(block_m: int, activations: torch.dtype, num_stages: int = 4) -> LayerTiles:

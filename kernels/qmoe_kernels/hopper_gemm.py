@@ -22,7 +22,7 @@ import triton.language as tl
 from qmoe_kernels.activations import Activation, apply_triton
 from qmoe_kernels.decoding import decode_weights
 from qmoe_kernels.launching import activation_constants, has_dependent_launch, launch_options
-from qmoe_kernels.quantization import LARGEST, SMALLEST_SCALE
+from qmoe_kernels.quantization import FORMAT_OF, LARGEST, SMALLEST_SCALE
 from qmoe_kernels.routing import ExpertRouting
 from qmoe_kernels.rows import launch_quantize_rows, launch_weighted_sum, round_to
 from qmoe_kernels.tuning import is_hopper
@@ -658,7 +658,7 @@ def launch_quantize_sorted_rows(
         scale,
         num_tokens,
         in_features,
-        LARGEST_VALUE=LARGEST["int8" if dtype == torch.int8 else "fp8"],
+        LARGEST_VALUE=LARGEST[FORMAT_OF[dtype]],
         SMALLEST=SMALLEST_SCALE,
         TOP_K=top_k,
         ROWS=rows,

@@ -48,11 +48,11 @@ def fused_moe_triton(
     x_dtype = activations or hidden_states.dtype
     if tiles is None:
         tiles = choose_tiles(shape, num_tokens, gate_up_proj.dtype, x_dtype, hidden_states.device)
-    if tiles.tma and two_level_sums:
-        tiles = heuristic_tiles(shape, num_tokens, gate_up_proj.dtype, x_dtype)
+    # Copies come before the kernels: one that starts early waits for no copy of what it reads then.
+    hidden_states, topk_ids = hidden_states.contiguous(), topk_ids.contiguous()
     if tiles.tma:
         weights = (gate_up_proj, gate_up_proj_scale, down_proj, down_proj_scale)
-        if hopper_supports(
+        if not two_level_sums and hopper_supports(
             hidden_states, *weights, topk_ids, activation, num_experts, activations=activations
         ):
             return hopper_fused_moe(
@@ -176,8 +176,9 @@ def grouped_linear_triton(
     num_pairs = num_tokens * top_k
     out = x.new_zeros(num_pairs, weight.shape[1])
     pairs_per_row = top_k if x.ndim == 2 else 1
+    # Before the kernels, as in fused_moe_triton.
+    x, x_scale = x.flatten(0, -2).contiguous(), None
     routing = ExpertRouting.from_topk_ids(topk_ids, num_experts)
-    x, x_scale = x.flatten(0, -2), None
     if activations is not None:
         x, x_scale = launch_quantize_rows(x, activations, dependent=True, early=True)
     rows = launch_grouped_gemm(

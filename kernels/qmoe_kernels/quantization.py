@@ -19,13 +19,14 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 
 WeightFormat = Literal["int8", "fp8"]
 
 STORAGE_DTYPE: dict[str, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+FORMAT_OF = {dtype: cast(WeightFormat, name) for name, dtype in STORAGE_DTYPE.items()}
 LARGEST: dict[str, float] = {"int8": 127.0, "fp8": 448.0}
 
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny

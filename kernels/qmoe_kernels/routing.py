@@ -86,13 +86,13 @@ def launch_routing(topk_ids: torch.Tensor, num_experts: int) -> ExpertRouting:
 
     See `ExpertRouting.from_topk_ids`.
     """
+    from qmoe_kernels.launching import has_dependent_launch, launch_options  # a CPU needs no Triton
+
     num_pairs = topk_ids.numel()
     ids = topk_ids.contiguous()
     sorted_pair_ids = ids.new_empty(num_pairs, dtype=torch.int32)
     expert_offsets = ids.new_empty(num_experts + 1, dtype=torch.int32)
-    # Programmatic launches are for devices, not for the interpreter.
-    compiled = isinstance(routing_kernel, triton.JITFunction)
-    pdl = compiled and torch.cuda.get_device_capability(ids.device) >= (9, 0)
+    pdl = has_dependent_launch(ids.device)
     if num_pairs <= FEW_PAIRS:
         routing_kernel[(triton.cdiv(num_experts + 1, 2),)](
             ids,
@@ -137,7 +137,7 @@ def launch_routing(topk_ids: torch.Tensor, num_experts: int) -> ExpertRouting:
         MAX_CHUNKS=max_chunks,
         **constants,
         num_warps=BLOCK_WARPS,
-        **({"launch_pdl": True} if pdl else {}),
+        **launch_options(True, ids.device),
     )
     return ExpertRouting(sorted_pair_ids, expert_offsets, topk_ids.shape[1])
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from qmoe_kernels.launching import has_dependent_launch, launch_options
-from qmoe_kernels.quantization import LARGEST, SMALLEST_SCALE, STORAGE_DTYPE
+from qmoe_kernels.quantization import FORMAT_OF, LARGEST, SMALLEST_SCALE
 
 
 # Not specialized: it must not compile anything.
@@ -114,14 +114,13 @@ def launch_quantize_rows(
     if out.numel():
         block = min(16384, max(16, triton.next_power_of_2(in_features)))
         rows = max(1, 4096 // block)
-        largest = next(LARGEST[name] for name, stored in STORAGE_DTYPE.items() if stored == dtype)
         quantize_rows_kernel[(triton.cdiv(num_rows, rows),)](
             x,
             out,
             scale,
             num_rows,
             in_features,
-            LARGEST_VALUE=largest,
+            LARGEST_VALUE=LARGEST[FORMAT_OF[dtype]],
             SMALLEST=SMALLEST_SCALE,
             ROWS=rows,
             BLOCK=block,

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import chain, product
 from typing import Literal
 
+import torch
+
 from qmoe_kernels.heuristic import heuristic_tiles, hopper_tiles
 from qmoe_kernels.tile_tables import OPERANDS, LayerKind
 from qmoe_kernels.tiles import LayerTiles, TileConfig
@@ -123,11 +125,15 @@ class Cell:
     def num_pairs(self) -> int:
         return self.num_tokens * self.kind.shape.top_k
 
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Of weights and activations."""
+        dtypes = {name: dtype for dtype, name in reversed(OPERANDS.items())}
+        return dtypes[self.kind.weights], dtypes[self.kind.activations]
+
     def heuristic(self) -> LayerTiles:
         """Return what runs without a table."""
-        dtypes = {name: dtype for dtype, name in reversed(OPERANDS.items())}
-        weights, activations = dtypes[self.kind.weights], dtypes[self.kind.activations]
-        return heuristic_tiles(self.kind.shape, self.num_tokens, weights, activations)
+        return heuristic_tiles(self.kind.shape, self.num_tokens, *self.dtypes)
 
     def __str__(self) -> str:
         kind = self.kind
@@ -208,8 +214,7 @@ def candidates(cell: Cell, effort: Effort = "quick", *, hopper: bool = False) ->
             sort = [False, True]
         found.append(Candidates(start, gate_up, down, sort))
     if hopper and cell.num_tokens > 1 and BYTES[cell.kind.weights] == 1:
-        dtypes = {name: dtype for dtype, name in reversed(OPERANDS.items())}
-        layers = [hopper_tiles(m, dtypes[cell.kind.activations], s) for m, s in _HOPPER]
+        layers = [hopper_tiles(m, cell.dtypes[1], s) for m, s in _HOPPER]
         found.append(Candidates(layers[0], (), (), (), layers))
     return found
 

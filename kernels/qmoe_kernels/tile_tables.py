@@ -37,7 +37,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from qmoe_kernels.quantization import STORAGE_DTYPE
+from qmoe_kernels.quantization import FORMAT_OF
 from qmoe_kernels.tiles import LayerShape, LayerTiles, TileConfig
 
 _Sizes = TypeVar("_Sizes", LayerShape, TileConfig)
@@ -45,7 +45,7 @@ _Sizes = TypeVar("_Sizes", LayerShape, TileConfig)
 # What products take, by the name that rows have. fp16 shares bf16's rows: as many bytes, and the
 # same rate of the tensor cores.
 OPERANDS: dict[torch.dtype, str] = {
-    **{dtype: name for name, dtype in STORAGE_DTYPE.items()},
+    **FORMAT_OF,
     torch.bfloat16: "bf16",
     torch.float16: "bf16",
 }

@@ -317,6 +317,21 @@ def test_weights_of_a_page(tiles: LayerTiles) -> None:
     assert torch.equal(paged.triton(tiles=tiles), layer.triton(tiles=tiles))
 
 
+@pytest.mark.parametrize("num_tokens", [1, 9])
+@pytest.mark.parametrize("activations", [None, "int8"])
+def test_strided_inputs(num_tokens: int, activations: str | None) -> None:
+    layer = random_layer(num_tokens=num_tokens, dtype=torch.float16)
+    strided = replace(
+        layer,
+        hidden_states=layer.hidden_states.repeat_interleave(2, 1)[:, ::2],
+        topk_ids=layer.topk_ids.repeat_interleave(2, 1)[:, ::2],
+        topk_weights=layer.topk_weights.repeat_interleave(2, 1)[:, ::2],
+    )
+    assert not strided.topk_ids.is_contiguous()
+    expected = layer.triton(activations=activations)
+    assert torch.equal(strided.triton(activations=activations), expected)
+
+
 @ALL_PATHS
 @pytest.mark.parametrize("activations", [None, "int8"])
 def test_same_bits_every_time_and_in_any_batch(tiles: LayerTiles, activations: str | None) -> None:
