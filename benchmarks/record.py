@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -75,6 +76,33 @@ class Results:
     def log(self, line: str) -> None:
         """Print a line with the seconds since the start."""
         print(f"[{time.monotonic() - self.started:6.1f}] {line}", flush=True)
+
+
+def run_sections(results: Results, sections: dict[str, Callable[[], None]]) -> int:
+    """Run sections in turn until time is up, and say which targets were met.
+
+    Returns:
+        how many failed; the others still tell something.
+    """
+    failed = 0
+    for name, run in sections.items():
+        results.begin(name)
+        started = time.monotonic()
+        try:
+            run()
+        except OutOfTime:
+            results.set(incomplete=f"stopped after {results.deadline:.0f} s")
+            break
+        except Exception as error:
+            traceback.print_exc()
+            results.set(error=f"{type(error).__name__}: {error}")
+            failed += 1
+        finally:
+            results.set(seconds=round(time.monotonic() - started, 1))
+    for target in results.data["targets"]:
+        word = "met   " if target["met"] else "missed"
+        print(f"{word} {target['what']}: {target['measured']} (target {target['target']})")
+    return failed
 
 
 def facts(given_commit: str | None) -> dict[str, Any]:

@@ -24,9 +24,8 @@ in seconds, to test this file; its times mean nothing.
 from __future__ import annotations
 
 import argparse
-import time
-import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,12 +34,12 @@ from benchmarks.cache.baselines import run_baselines, run_offload
 from benchmarks.cache.decode import run_decode
 from benchmarks.cache.harness import Benchmark
 from benchmarks.cache.kernels import run_admission, run_gather
-from benchmarks.cache.model import QWEN3_30B_A3B, TINY
 from benchmarks.cache.overlap import run_overlap
 from benchmarks.cache.prefill import run_prefill
 from benchmarks.cache.targets import targets
 from benchmarks.cache.tuning import run_tuning
-from benchmarks.record import OutOfTime, Results, facts
+from benchmarks.model import QWEN3_30B_A3B, TINY
+from benchmarks.record import Results, facts, run_sections
 
 RESULTS = Path(__file__).parents[1] / "results" / "cache.json"
 
@@ -95,27 +94,8 @@ def main(arguments: list[str] | None = None) -> int:
     shape = TINY if options.tiny else QWEN3_30B_A3B
     results = Results("cache", options.out, facts(options.commit), targets, options.seconds)
     bench = Benchmark(shape, device, results, options)
-    failed = 0
-    for name in SECTIONS:
-        if name not in only:
-            continue
-        results.begin(name)
-        started = time.monotonic()
-        try:
-            SECTIONS[name](bench)
-        except OutOfTime:
-            results.set(incomplete=f"stopped after {options.seconds:.0f} s")
-            break
-        except Exception as error:  # the other sections still tell something
-            traceback.print_exc()
-            results.set(error=f"{type(error).__name__}: {error}")
-            failed += 1
-        finally:
-            results.set(seconds=round(time.monotonic() - started, 1))
-    for target in results.data["targets"]:
-        word = "met   " if target["met"] else "missed"
-        print(f"{word} {target['what']}: {target['measured']} (target {target['target']})")
-    return failed
+    chosen = {name: partial(run, bench) for name, run in SECTIONS.items() if name in only}
+    return run_sections(results, chosen)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from transformers import Qwen3MoeForCausalLM
 
 from benchmarks.cache.decode import time_cell
 from benchmarks.cache.harness import Benchmark
-from benchmarks.cache.model import Shape, experts_of, synchronize, time_each
+from benchmarks.model import Shape, experts_of, synchronize, time_each
 from qmoe.cache.host_store import HostStore
 from qmoe.cache.trace import RoutingTrace
 from qmoe.experts import QuantizedExperts

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks.cache.harness import Benchmark
-from benchmarks.cache.model import percentiles, time_each
+from benchmarks.model import percentiles, time_each
 from qmoe.cache.replay import replay_curve
 from qmoe.cache.stats import CacheStats
 from qmoe.cache.trace import RoutingTrace

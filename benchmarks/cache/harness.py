@@ -13,14 +13,12 @@ from benchmarks.cache.model import (
     Decoder,
     Replay,
     Residents,
-    Shape,
-    build_model,
     fill_host_store,
     measure_link,
     replay_routing,
     sweep,
-    synchronize,
 )
+from benchmarks.model import Shape, build_model, synchronize
 from benchmarks.record import Results
 from qmoe.cache.expert_cache import ExpertCache
 from qmoe.cache.host_store import HostStore

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from benchmarks.cache.harness import Benchmark
-from benchmarks.cache.model import as_graph, percentiles, synchronize, time_each
+from benchmarks.model import as_graph, percentiles, synchronize, time_each
 from qmoe.cache.host_store import HostStore
 from qmoe.cache.pages import LayerPages
 from qmoe_kernels.paging import HITS, MISSES, CopyList, Residency, admit, gather

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from benchmarks.cache.harness import Benchmark
-from benchmarks.cache.model import as_graph, percentiles, time_each
+from benchmarks.model import as_graph, percentiles, time_each
 from qmoe.cache.expert_cache import ExpertCache
 from qmoe.cache.host_store import HostStore
 from qmoe.cache.pages import LayerPages

@@ -6,7 +6,7 @@ import torch
 from transformers import DynamicCache
 
 from benchmarks.cache.harness import Benchmark
-from benchmarks.cache.model import time_each
+from benchmarks.model import time_each
 
 
 def run_prefill(bench: Benchmark, repeats: int = 2) -> None:
