@@ -13,6 +13,7 @@ from qmoe.patching import patch, unpatch
 from qmoe.quantizer import QmoeConfig
 
 if TYPE_CHECKING:
+    from qmoe.decoding import decode
     from qmoe.evaluation import perplexity
     from qmoe.generation import (
         GenerationInterrupted,
@@ -32,6 +33,7 @@ __all__ = [
     "GenerationStatistics",
     "QmoeConfig",
     "__version__",
+    "decode",
     "generate",
     "load",
     "patch",
@@ -48,6 +50,7 @@ _LAZY = {
     "GenerationInterrupted": "qmoe.generation",
     "GenerationResult": "qmoe.generation",
     "GenerationStatistics": "qmoe.generation",
+    "decode": "qmoe.decoding",
     "generate": "qmoe.generation",
     "load": "qmoe.loading",
     "perplexity": "qmoe.evaluation",

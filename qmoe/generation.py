@@ -1,8 +1,9 @@
 """generate(): text from one or many prompts, streamed, with what it cost.
 
-The loop is transformers' own ``model.generate``, so every decoding strategy works as it does there.
-What is added: batches that need no pad token and change nothing in the tokenizer, options that are
-never dropped silently, pieces of text as they come, and statistics.
+It goes through transformers' own ``model.generate``, so every decoding strategy works as it does
+there; greedy decoding and sampling take the loop of `qmoe.decoding`. What is added: batches that
+need no pad token and change nothing in the tokenizer, options that are never dropped silently,
+pieces of text as they come, and statistics.
 """
 
 from __future__ import annotations
@@ -12,14 +13,23 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
+from qmoe.decoding import decode
 from qmoe.experts import QuantizedExperts
 from qmoe.layout import describe
 
@@ -64,7 +74,7 @@ class GenerationStatistics:
     Attributes:
         prompt_tokens: tokens of all prompts, without padding.
         new_tokens: tokens generated for all texts, end-of-text tokens included.
-        prefill_seconds: from the start until the logits of the first new token are there.
+        prefill_seconds: from the start until the first new token is there.
         decode_seconds: from then to the end.
         prompt_tokens_per_second: prompt_tokens / prefill_seconds.
         decode_tokens_per_second: new tokens after each text's first, / decode_seconds; None where
@@ -171,12 +181,15 @@ def generate(
             f"stream with num_beams={num_beams}: beams are chosen at the end; drop one of the two"
         )
 
-    stop_strings = config.stop_strings or []
+    stop_strings = (
+        [config.stop_strings] if isinstance(config.stop_strings, str) else config.stop_strings or []
+    )
+    config.stop_strings = None
     texts = [
         _Text(
             tokenizer,
             set(_as_list(config.eos_token_id)),
-            [stop_strings] if isinstance(stop_strings, str) else list(stop_strings),
+            stop_strings,
             None if stream is None else _bind(stream, index),
         )
         for index in range(len(prompts) * (config.num_return_sequences or 1))
@@ -188,6 +201,11 @@ def generate(
     # Offloaded weights are on the meta device; accelerate then moves the input where it is wanted.
     device = model.device if model.device.type != "meta" else torch.device("cpu")
     clock = _Clock(devices)
+    criteria = StoppingCriteriaList([clock])
+    if stop_strings:
+        criteria.append(StopStringCriteria(tokenizer, stop_strings))
+    streamer = _Streamer(texts) if num_beams == 1 else None
+    ours = config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
     def result() -> GenerationResult:
         return _result(model, [len(ids) for ids in token_ids], texts, clock, devices)
@@ -200,10 +218,10 @@ def generate(
                 input_ids.to(device),
                 attention_mask=attention_mask.to(device),
                 generation_config=config,
-                logits_processor=LogitsProcessorList([clock]),
-                streamer=_Streamer(texts) if num_beams == 1 else None,
-                # Only asked for by stop strings.
-                **({"tokenizer": tokenizer} if stop_strings else {}),
+                stopping_criteria=criteria,
+                streamer=streamer,
+                # transformers hands its streamer to no loop but its own.
+                custom_generate=partial(decode, streamer=streamer) if ours else None,
             )
         clock.stop()
         if num_beams > 1:
@@ -266,8 +284,8 @@ def peak_resident_bytes() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-class _Clock(LogitsProcessor):
-    """Notes when the first logits are there. Every decoding strategy calls logits processors."""
+class _Clock(StoppingCriteria):
+    """Notes when the first new tokens are there. Every decoding strategy asks whether to stop."""
 
     def __init__(self, devices: list[int]) -> None:
         self.devices = devices
@@ -275,10 +293,11 @@ class _Clock(LogitsProcessor):
         self.prefilled: float | None = None
         self.stopped: float | None = None
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         if self.prefilled is None:
-            self.prefilled = self._now()
-        return scores
+            # Tokens on the host are there; tokens on a device may only be going to be.
+            self.prefilled = time.perf_counter() if input_ids.device.type == "cpu" else self._now()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     def stop(self) -> None:
         self.stopped = self._now()

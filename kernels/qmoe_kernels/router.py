@@ -82,6 +82,7 @@ def select_experts(
     router_logits: Tensor,  # (num_tokens, num_experts) bf16 | fp16 | fp32
     spec: RouterSpec,
     correction_bias: Tensor | None = None,  # (num_experts,) float
+    weights_dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Choose each token's experts and weigh them; the module's docstring has the formula.
 
@@ -91,9 +92,10 @@ def select_experts(
 
     Args:
         correction_bias: added for the choice only; weights are without it.
+        weights_dtype: that weights, computed in fp32, are rounded to.
 
     Returns:
-        topk_ids (num_tokens, top_k) int64 and topk_weights (num_tokens, top_k) fp32.
+        topk_ids (num_tokens, top_k) int64 and topk_weights (num_tokens, top_k).
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
@@ -137,6 +139,7 @@ def select_experts(
         spec.num_groups,
         spec.topk_groups,
         spec.group_score,
+        weights_dtype,
     )
 
 
@@ -155,6 +158,7 @@ def _select_experts(
     num_groups: int,
     topk_groups: int,
     group_score: str,
+    weights_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     logits = router_logits.float()
     scores = logits.softmax(-1) if scoring == "softmax" else logits.sigmoid()
@@ -171,7 +175,7 @@ def _select_experts(
     topk_weights = scores.gather(1, topk_ids)
     if normalize:
         topk_weights = topk_weights / (topk_weights.sum(-1, keepdim=True) + epsilon)
-    return topk_ids, topk_weights * scaling_factor
+    return topk_ids, (topk_weights * scaling_factor).to(weights_dtype)
 
 
 def _first(values: Tensor, count: int) -> Tensor:
@@ -186,12 +190,14 @@ def _by_logits(correction_bias: Tensor | None, num_groups: int, group_score: str
 
 @_select_experts.register_fake
 def _(
-    router_logits: Tensor, correction_bias: Tensor | None, top_k: int, *_: object
+    router_logits: Tensor, correction_bias: Tensor | None, top_k: int, *others: object
 ) -> tuple[Tensor, Tensor]:
     shape = (router_logits.shape[0], top_k)
+    weights_dtype = others[-1]
+    assert isinstance(weights_dtype, torch.dtype)
     return (
         router_logits.new_empty(shape, dtype=torch.int64),
-        router_logits.new_empty(shape, dtype=torch.float32),
+        router_logits.new_empty(shape, dtype=weights_dtype),
     )
 
 
@@ -214,12 +220,13 @@ def launch_select_experts(
     num_groups: int,
     topk_groups: int,
     group_score: str,
+    weights_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Run `select_experts_kernel`; arguments and result as those of `select_experts`."""
     num_tokens, num_experts = router_logits.shape
     group_size = num_experts // num_groups
     topk_ids = router_logits.new_empty(num_tokens, top_k, dtype=torch.int64)
-    topk_weights = router_logits.new_empty(num_tokens, top_k, dtype=torch.float32)
+    topk_weights = router_logits.new_empty(num_tokens, top_k, dtype=weights_dtype)
     groups_block = triton.next_power_of_2(num_groups)
     group_block = triton.next_power_of_2(group_size)
     if num_tokens:
@@ -257,7 +264,7 @@ if triton is not None:
         logits_ptr,  # (num_tokens, num_experts)
         bias_ptr,  # (num_experts,) or None
         topk_ids_ptr,  # (num_tokens, TOP_K) int64
-        topk_weights_ptr,  # (num_tokens, TOP_K) fp32
+        topk_weights_ptr,  # (num_tokens, TOP_K) float
         scaling_factor,
         epsilon,
         TOP_K: tl.constexpr,
@@ -325,7 +332,8 @@ if triton is not None:
         if NORMALIZE:
             weights /= tl.sum(weights, 0) + epsilon
         tl.store(topk_ids_ptr + token * TOP_K + ranks, ids, mask=exists)
-        tl.store(topk_weights_ptr + token * TOP_K + ranks, weights * scaling_factor, mask=exists)
+        weights = (weights * scaling_factor).to(topk_weights_ptr.dtype.element_ty)
+        tl.store(topk_weights_ptr + token * TOP_K + ranks, weights, mask=exists)
 
     @triton.jit
     def _score(logits, largest, total, SIGMOID: tl.constexpr):

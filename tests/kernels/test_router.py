@@ -49,7 +49,15 @@ def select_by_kernel(
     bias = None if bias is None else bias.to(DEVICE)
     top_k, scoring, normalize, scaling_factor, epsilon, *groups = astuple(spec)
     ids, weights = launch_select_experts(
-        logits.to(DEVICE), bias, top_k, scoring, normalize, scaling_factor, epsilon, *groups
+        logits.to(DEVICE),
+        bias,
+        top_k,
+        scoring,
+        normalize,
+        scaling_factor,
+        epsilon,
+        *groups,
+        weights_dtype=torch.float32,
     )
     assert ids.dtype == torch.int64 and weights.dtype == torch.float32
     return ids.cpu(), weights.cpu()
@@ -96,6 +104,19 @@ def test_kernel(num_experts: int, with_bias: bool, spec: RouterSpec, dtype: torc
     ids, weights = select_by_kernel(logits, spec, bias)
     assert torch.equal(ids, expected_ids)
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounded_weights(dtype: torch.dtype) -> None:
+    logits, spec = random_logits(17, 16, torch.float32), RouterSpec(4)
+    ids, weights = select_experts(logits, spec)
+    for device in ("cpu", DEVICE):
+        found_ids, rounded = select_experts(logits.to(device), spec, None, dtype)
+        assert torch.equal(found_ids.cpu(), ids) and rounded.dtype == dtype
+        # The kernel's fp32 weights differ in their last bits, so some round to the neighbour.
+        torch.testing.assert_close(
+            rounded.float().cpu(), weights, rtol=torch.finfo(dtype).eps, atol=0
+        )
 
 
 @pytest.mark.parametrize("select", [select_experts, select_by_kernel])
@@ -162,7 +183,7 @@ def test_no_tokens_and_strides() -> None:
 
 def test_operator() -> None:
     logits = random_logits(4, 8, torch.float32).to(DEVICE)
-    arguments = (logits, None, *astuple(RouterSpec(2)))
+    arguments = (logits, None, *astuple(RouterSpec(2)), torch.bfloat16)
     torch.library.opcheck(torch.ops.qmoe.select_experts.default, arguments)
 
 

@@ -1,0 +1,467 @@
+"""Kernels in place of a model's small pieces, while qmoe runs the model.
+
+transformers writes a norm as eight launches and a router as five. In a decode step, where each
+works on a few thousand numbers, launches are most of the time. Here are the pieces that have one
+kernel each, found in a model by what they are and checked by a probe: a piece that does not give
+what the model's own gives stays as it is. Nothing is left behind: outside of `Substitutions.active`
+the model is its own.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import product
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+from qmoe.experts import quantized_modules
+from qmoe.static_cache import DecodeCache
+from qmoe_kernels.attention import decode_attention
+from qmoe_kernels.norm import rms_norm
+from qmoe_kernels.rope import rotate
+from qmoe_kernels.router import GroupScore, RouterSpec, Scoring, select_experts
+
+# In the order in which docs/generate.md adds one to the other.
+SUBSTITUTIONS = ("attention", "norms", "rotary", "router", "qkv")
+
+_ATTENTION = "qmoe"
+_ROTARY_NAMES = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave")
+# An attribute, and what takes its place.
+Place = tuple[Any, str, Any]
+
+
+class UnknownAttention(NotImplementedError):
+    """A model's attention is more than qmoe's computes."""
+
+
+class Substitutions:
+    """What can be substituted in a model.
+
+    Attributes:
+        attention: whether decode steps use qmoe's attention, and need no mask.
+    """
+
+    def __init__(self, model: Any, names: Iterable[str] = SUBSTITUTIONS) -> None:
+        """Find the pieces of ``model`` that have a kernel.
+
+        Args:
+            model: a causal language model of transformers, on one device.
+            names: of `SUBSTITUTIONS`, those that are wanted.
+
+        Raises:
+            ValueError: a name that is none of them.
+        """
+        names = set(names)
+        if unknown := names - set(SUBSTITUTIONS):
+            raise ValueError(
+                f"no substitution {', '.join(sorted(unknown))}; "
+                f"there are {', '.join(SUBSTITUTIONS)}"
+            )
+        configs = (model.config, model.config.get_text_config())
+        self.configs = {id(config): config for config in configs}.values()
+        self.attention = "attention" in names and has_attention_interface(model)
+        self.places: list[Place] = []
+        with torch.no_grad(), torch.random.fork_rng(_devices(model)):
+            torch.manual_seed(0)
+            for name, find in (
+                ("norms", _norms),
+                ("rotary", _rotary),
+                ("router", _routers),
+                ("qkv", _merged_products),
+            ):
+                if name in names:
+                    self.places += find(model)
+
+    @contextmanager
+    def active(self, cache: DecodeCache) -> Iterator[None]:
+        """Run the model with its substitutes; with qmoe's attention where ``cache`` decodes."""
+        places = list(self.places)
+        if self.attention and cache.decoding:
+            places += [(c, "_attn_implementation_internal", _ATTENTION) for c in self.configs]
+        before = [vars(owner).get(name, _ABSENT) for owner, name, _ in places]
+        _running.cache = cache
+        try:
+            for owner, name, substitute in places:
+                setattr(owner, name, substitute)
+            yield
+        finally:
+            _running.cache = None
+            for (owner, name, _), value in zip(places, before, strict=True):
+                if value is _ABSENT:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, value)
+
+
+_ABSENT = object()
+_running = threading.local()
+
+
+def _devices(model: nn.Module) -> list[int]:
+    return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+
+
+def _draw(*shape: int, like: Tensor) -> Tensor:
+    return torch.randn(shape, dtype=like.dtype, device=like.device)
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    """Equal up to two units in the last place of the largest value of a row."""
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    bound = 2 * torch.finfo(found.dtype).eps * expected.abs().amax(-1, keepdim=True)
+    return bool(((found - expected).abs() <= bound).all())
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Return whether ``module`` runs as its class says: no hook of accelerate, no patch."""
+    return "forward" not in vars(module)
+
+
+# ---- attention ---------------------------------------------------------------------------------
+
+
+def has_attention_interface(model: Any) -> bool:
+    """Return whether the model's attention can be any function of transformers' interface."""
+    config = model.config.get_text_config()
+    return (
+        bool(getattr(model, "_supports_attention_backend", False))
+        # Chunks are known to masks only.
+        and getattr(config, "attention_chunk_size", None) is None
+    )
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,  # (rows, num_heads, 1, head_dim)
+    key: Tensor,  # (rows, num_kv_heads, length, head_dim)
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """One new token's attention over the columns that the running cache has filled."""
+    # Switches and sizes are for masks and outputs; a tensor or a factor would change the result.
+    others = {k: v for k, v in others.items() if k not in ("position_ids", "dropout")}
+    meant = [k for k, v in others.items() if isinstance(v, Tensor | float)]
+    if meant or attention_mask is not None:
+        raise UnknownAttention(
+            f"{type(module).__name__} calls attention with {', '.join(meant) or 'a mask'}"
+        )
+    cache: DecodeCache = _running.cache
+    output = decode_attention(
+        query[:, :, 0],
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        cache.start,
+        cache.end,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window=sliding_window,
+        sinks=s_aux,
+        softcap=softcap,
+    )
+    return output[:, None], None  # (rows, 1, num_heads, value_dim)
+
+
+# transformers makes no masks for an implementation that has no function for them.
+AttentionInterface.register(_ATTENTION, _attention)
+
+
+# ---- norms -------------------------------------------------------------------------------------
+
+
+def _norms(model: nn.Module) -> list[Place]:
+    # Modules of a class may differ in their epsilon.
+    found: dict[tuple[type, Any], Norm | None] = {}
+    places: list[Place] = []
+    for module in model.modules():
+        if not type(module).__name__.endswith("RMSNorm") or not _has_own_forward(module):
+            continue
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.ndim != 1 or weight.dtype != getattr(model, "dtype", None):
+            continue
+        kind = type(module), module.extra_repr()
+        if kind not in found:
+            found[kind] = _norm_formula(module)
+        if (formula := found[kind]) is not None:
+            places.append((module, "forward", _norm_substitute(module, formula)))
+    return places
+
+
+Norm = Callable[[Tensor, Tensor], Tensor]  # of hidden states and a weight
+
+
+def _norm_formula(norm: Any) -> Norm | None:
+    epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if epsilon is None:
+        return None
+    x, weight = _draw(4, len(norm.weight), like=norm.weight), torch.rand_like(norm.weight) + 0.5
+    try:
+        expected = torch.func.functional_call(norm, {"weight": weight}, (x,))
+    except TypeError:  # it takes more than hidden states
+        return None
+    candidates: list[Norm] = [
+        partial(rms_norm, epsilon=epsilon),
+        partial(rms_norm, epsilon=epsilon, round_before_weight=False),
+        partial(rms_norm, epsilon=epsilon, round_before_weight=False, weight_offset=1.0),
+    ]
+    found = [candidate(x, weight) for candidate in candidates]
+    errors = [float((ours - expected).abs().sum()) for ours in found]
+    best = errors.index(min(errors))
+    return candidates[best] if _close(found[best], expected) else None
+
+
+def _norm_substitute(norm: Any, formula: Norm) -> Callable[[Tensor], Tensor]:
+    return lambda hidden_states: formula(hidden_states, norm.weight)
+
+
+# ---- rotary embeddings -------------------------------------------------------------------------
+
+
+def _rotary(model: Any) -> list[Place]:
+    named = dict(model.named_modules())
+    embeddings = [m for name, m in named.items() if name.endswith("rotary_emb")]
+    if not embeddings:
+        return []
+    families = {
+        type(m).__module__ for m in named.values() if type(m).__name__.endswith("Attention")
+    }
+    places: list[Place] = []
+    for family in sorted(families):
+        module = sys.modules[family]
+        for name in _ROTARY_NAMES:
+            original = getattr(module, name, None)
+            if original is None:
+                continue
+            substitute = _rotary_substitute(original, name.endswith("interleave"))
+            if _rotates_alike(original, substitute, embeddings[0], model):
+                places.append((module, name, substitute))
+    return places
+
+
+def _rotary_substitute(original: Callable[..., Any], interleaved: bool) -> Callable[..., Any]:
+    def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:  # another axis to broadcast over
+            return original(q, k, cos, sin, *args, **kwargs)
+        return rotate(q, k, cos, sin, interleaved=interleaved)
+
+    return rotary
+
+
+def _rotates_alike(
+    original: Callable[..., Any], substitute: Callable[..., Any], embedding: Any, model: Any
+) -> bool:
+    weight = next(p for p in model.parameters() if p.dtype == model.dtype)
+    positions = torch.tensor([[1, 5, 70], [0, 2, 3]], device=weight.device)
+    try:
+        cos, sin = embedding(_draw(2, 3, 8, like=weight), positions)
+    except (TypeError, ValueError):  # tables by kind of layer, or of several axes
+        return False
+    config = model.config.get_text_config()
+    sizes = {cos.shape[-1], 2 * cos.shape[-1], getattr(config, "head_dim", None) or cos.shape[-1]}
+    known = False
+    for size in sorted(sizes):
+        q = _draw(2, 3, 4, size, like=weight).transpose(1, 2)
+        k = _draw(2, 3, 2, size, like=weight).transpose(1, 2)
+        try:
+            expected = original(q, k, cos, sin)
+        except RuntimeError:  # not a size that the model has
+            continue
+        try:
+            found = substitute(q, k, cos, sin)
+        except ValueError:
+            return False
+        if not all(map(_close, found, expected)):
+            return False
+        known = True
+    return known
+
+
+# ---- routers -----------------------------------------------------------------------------------
+
+
+def _routers(model: nn.Module) -> list[Place]:
+    places: list[Place] = []
+    for name, experts in quantized_modules(model).items():
+        block = model.get_submodule(name.rpartition(".")[0])
+        for router in block.children():
+            weight = getattr(router, "weight", None)
+            if (
+                "Router" in type(router).__name__
+                and _has_own_forward(router)
+                and weight is not None
+                and weight.shape == (experts.num_experts, experts.layout.hidden_size)
+                and (forward := _router_substitute(router)) is not None
+            ):
+                places.append((router, "forward", forward))
+    return places
+
+
+def _router_substitute(router: Any) -> Callable[[Tensor], tuple[Tensor, ...]] | None:
+    weight, bias = router.weight, getattr(router, "bias", None)
+    correction = getattr(router, "e_score_correction_bias", None)
+    if correction is not None:
+        correction = correction.detach().flatten()
+    top_k = getattr(router, "top_k", None)
+    x = _draw(64, weight.shape[1], like=weight)
+    try:
+        outputs = router(x)
+    except (TypeError, RuntimeError):
+        return None
+    if not isinstance(top_k, int) or not isinstance(outputs, tuple) or len(outputs) != 3:
+        return None
+    kinds = [_kind_of_output(t, top_k, weight.shape[0]) for t in outputs]
+    if sorted(kinds) != ["ids", "logits", "weights"]:
+        return None
+    expected = dict(zip(kinds, outputs, strict=True))
+    dtype = expected["weights"].dtype
+
+    def product_in(precision: torch.dtype, hidden_states: Tensor) -> Tensor:
+        hidden_states = hidden_states.reshape(-1, weight.shape[1])
+        return F.linear(
+            hidden_states.to(precision),
+            router.weight.to(precision),
+            None if bias is None else router.bias.to(precision),
+        )
+
+    logits = expected["logits"]
+    precision = next(
+        (
+            p
+            for p in (weight.dtype, torch.float32)
+            if torch.equal(product_in(p, x).float(), logits.float())
+        ),
+        None,
+    )
+    if precision is None:
+        return None
+
+    for spec in _router_specs(router, top_k):
+        ids, weights = select_experts(logits, spec, correction, dtype)
+        if _same_choice(ids, weights, expected["ids"], expected["weights"]):
+            break
+    else:
+        return None
+
+    def forward(hidden_states: Tensor) -> tuple[Tensor, ...]:
+        logits = product_in(precision, hidden_states)
+        ids, weights = select_experts(logits, spec, correction, dtype)
+        made = {"logits": logits, "weights": weights, "ids": ids}
+        return tuple(made[kind] for kind in kinds)
+
+    return forward
+
+
+def _kind_of_output(output: Tensor, top_k: int, num_experts: int) -> str:
+    if output.ndim != 2:
+        return "unknown"
+    if not output.is_floating_point():
+        return "ids"
+    # Where a token takes all experts the two look the same, and nothing is substituted.
+    return {num_experts: "logits", top_k: "weights"}.get(output.shape[1], "unknown")
+
+
+def _router_specs(router: Any, top_k: int) -> Iterator[RouterSpec]:
+    plain = RouterSpec(top_k, scaling_factor=float(getattr(router, "routed_scaling_factor", 1.0)))
+    groups = getattr(router, "num_group", getattr(router, "n_group", None)) or 1
+    in_groups = replace(
+        plain, num_groups=groups, topk_groups=getattr(router, "topk_group", None) or groups
+    )
+    scores: tuple[GroupScore, ...] = ("top2", "max") if groups > 1 else ("max",)
+    for scoring in get_args(Scoring):
+        for normalize, group_score in product((True, False), scores):
+            yield replace(in_groups, scoring=scoring, normalize=normalize, group_score=group_score)
+
+
+def _same_choice(ids: Tensor, weights: Tensor, own_ids: Tensor, own_weights: Tensor) -> bool:
+    order, own_order = ids.argsort(-1), own_ids.argsort(-1)
+    same = (ids.gather(1, order) == own_ids.gather(1, own_order)).all(-1)
+    # Of two experts whose logits are equal after rounding either may be chosen.
+    if same.float().mean() < 0.9:
+        return False
+    return _close(weights.gather(1, order)[same], own_weights.gather(1, own_order)[same])
+
+
+# ---- products of the same rows -----------------------------------------------------------------
+
+
+def _merged_products(model: nn.Module) -> list[Place]:
+    places: list[Place] = []
+    for module in model.modules():
+        linears = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
+        if all(map(_is_plain_linear, linears)) and _fit_together(linears):
+            places += _merge(linears)
+    return places
+
+
+def _is_plain_linear(module: Any) -> bool:
+    return type(module) is nn.Linear and _has_own_forward(module)
+
+
+def _fit_together(linears: Sequence[Any]) -> bool:
+    def described(linear: Any) -> tuple[object, ...]:
+        weight = linear.weight
+        return linear.in_features, linear.bias is None, weight.dtype, weight.device
+
+    return len(set(map(described, linears))) == 1
+
+
+def _merge(linears: Sequence[Any]) -> list[Place]:
+    """Let the first of ``linears`` compute for all of them, and the others hand out their part.
+
+    Their weights become parts of one tensor, and take no more memory than before.
+    """
+    weight = _as_one([linear.weight for linear in linears])
+    bias = None if linears[0].bias is None else _as_one([linear.bias for linear in linears])
+    sizes = [linear.out_features for linear in linears]
+    computed: dict[int, tuple[Tensor, Tensor]] = {}  # by number of linear: input, part of output
+
+    def first(x: Tensor) -> Tensor:
+        parts = F.linear(x, weight, bias).split(sizes, dim=-1)
+        computed.update((i, (x, part)) for i, part in enumerate(parts[1:], 1))
+        return parts[0]
+
+    def other(i: int) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            of, part = computed.pop(i, (None, None))
+            if of is not x or part is None:  # asked for other rows than the first was
+                return F.linear(x, linears[i].weight, linears[i].bias)
+            return part
+
+        return forward
+
+    return [(linear, "forward", first if i == 0 else other(i)) for i, linear in enumerate(linears)]
+
+
+def _as_one(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """One tensor of all rows, of which the parameters become views, if they are not already."""
+    first = parameters[0].detach()
+    storage, offset = first.untyped_storage().data_ptr(), first.storage_offset()
+    together = True
+    for parameter in parameters:
+        together &= (
+            parameter.is_contiguous()
+            and parameter.untyped_storage().data_ptr() == storage
+            and parameter.storage_offset() == offset
+        )
+        offset += parameter.numel()
+    if together:
+        shape = (sum(map(len, parameters)), *first.shape[1:])
+        return first.as_strided(shape, first.stride())
+    merged = torch.cat([p.detach() for p in parameters])
+    parts = merged.split([len(p) for p in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.data = part
+    return merged
