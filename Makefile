@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test quality style docs bench-convert bench-cache bench-kernels clean
+.PHONY: demo test quality style docs bench-convert bench-cache bench-kernels bench-generate clean
 
 demo: $(READY)
 	$(BIN)/qmoe demo
@@ -39,6 +39,11 @@ bench-cache: $(READY)
 bench-kernels: $(READY)
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.kernels --draw
+
+# needs a GPU with 140 GB; three minutes
+bench-generate: $(READY)
+	$(BIN)/python -m benchmarks.generate
+	$(BIN)/python -m benchmarks.generate --draw
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "qmoe needs Python 3.10 or newer; set PYTHON=...")'
