@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -245,24 +245,30 @@ def _rotary(model: Any) -> list[Place]:
             original = getattr(module, name, None)
             if original is None:
                 continue
-            substitute = _rotary_substitute(original, name.endswith("interleave"))
-            if _rotates_alike(original, substitute, embeddings[0], model):
-                places.append((module, name, substitute))
+            for half_angles in (False, True):
+                form = partial(
+                    rotate, interleaved=name.endswith("interleave"), half_angles=half_angles
+                )
+                if _rotates_alike(original, form, embeddings[0], model):
+                    places.append((module, name, _rotary_substitute(original, form)))
+                    break
     return places
 
 
-def _rotary_substitute(original: Callable[..., Any], interleaved: bool) -> Callable[..., Any]:
+Rotation = Callable[..., tuple[Tensor, Tensor]]
+
+
+def _rotary_substitute(original: Rotation, form: Rotation) -> Rotation:
     def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs:  # another axis to broadcast over
-            return original(q, k, cos, sin, *args, **kwargs)
-        return rotate(q, k, cos, sin, interleaved=interleaved)
+        if not args and not kwargs:  # else another axis to broadcast over
+            with suppress(ValueError):  # sizes that no head of the probe had
+                return form(q, k, cos, sin)
+        return original(q, k, cos, sin, *args, **kwargs)
 
     return rotary
 
 
-def _rotates_alike(
-    original: Callable[..., Any], substitute: Callable[..., Any], embedding: Any, model: Any
-) -> bool:
+def _rotates_alike(original: Rotation, form: Rotation, embedding: Any, model: Any) -> bool:
     weight = next(p for p in model.parameters() if p.dtype == model.dtype)
     positions = torch.tensor([[1, 5, 70], [0, 2, 3]], device=weight.device)
     try:
@@ -276,13 +282,9 @@ def _rotates_alike(
         q = _draw(2, 3, 4, size, like=weight).transpose(1, 2)
         k = _draw(2, 3, 2, size, like=weight).transpose(1, 2)
         try:
-            expected = original(q, k, cos, sin)
-        except RuntimeError:  # not a size that the model has
+            expected, found = original(q, k, cos, sin), form(q, k, cos, sin)
+        except (RuntimeError, ValueError):  # not a size that the model has
             continue
-        try:
-            found = substitute(q, k, cos, sin)
-        except ValueError:
-            return False
         if not all(map(_close, found, expected)):
             return False
         known = True
