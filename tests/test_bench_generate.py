@@ -84,8 +84,18 @@ def test_a_breakdown_is_the_whole_step(results: tuple[Path, dict[str, Any]]) -> 
         kinds = cell["kinds_ms"]
         assert list(kinds) == list(KINDS)
         assert sum(kinds.values()) == pytest.approx(cell["ms"], abs=1e-3)
-        assert kinds["experts"] > 0 and kinds["routing"] > 0
-        assert kinds["head"] > 0 and kinds["sampling"] > 0 and kinds["linear layers"] > 0
+        assert cell["kernels"] > 100 and cell["profiled_busy_ms"] > 0
+        assert len(cell["largest"]) == breakdown.NUM_LARGEST
+
+
+def test_kinds_of_a_step_that_ran(bench: Benchmark) -> None:
+    run = bench.ours(1, 8)
+    steps = breakdown.split(breakdown.profile(lambda: run(3), CPU))
+    assert len(steps) == 2  # the prompt's token is the first
+    kinds = breakdown.kinds_of([kernel.name for kernel in steps[-1]])
+    assert kinds.count("experts") == 2 and kinds.count("head") == 1
+    assert kinds.count("linear layers") == 2 * 2  # query, key and value are one product
+    assert {"routing", "sampling"} <= set(kinds)
 
 
 def test_static_cache_on_request(tmp_path: Path) -> None:
@@ -300,7 +310,7 @@ def test_kinds_where_transformers_routes_and_attends() -> None:
         "void (anonymous namespace)::softmax_warp_forward<float>",
     )
     assert breakdown.kinds_of(names) == [
-        "linear layers", "attention", "linear layers", "routing", "routing", "routing", "head",
+        "linear layers", "attention", "linear layers", "routing", "other", "routing", "head",
         "sampling",
     ]  # fmt: skip
 

@@ -174,7 +174,9 @@ class Benchmark:
             run(num_new)
         less = statistics.median(self.seconds(run, short) for _ in range(repeats))
         calls = [self.seconds(run, short + steps) for _ in range(repeats)]
-        return Timing(steps, [(call - less) / steps for call in calls], statistics.median(calls))
+        # On a busy machine a short call may take longer than a long one.
+        each = [max(call - less, 1e-6) / steps for call in calls]
+        return Timing(steps, each, statistics.median(calls))
 
     def affordable_steps(self, run: Run) -> int:
         """Steps that fit into the time of a cell: some ways to decode take a second for each."""

@@ -50,7 +50,7 @@ PRODUCT = re.compile(r"nvjet|gemm|gemv|cublas|cutlass|xmma|^aten::linear$", re.I
 TORCH_KINDS = (
     ("experts", re.compile(r"^qmoe::fused_moe")),  # on a CPU
     ("attention", re.compile(r"flash|fmha|attention|sdpa", re.IGNORECASE)),
-    ("routing", re.compile(r"topk|soft_?max|sort|^qmoe::select_experts", re.IGNORECASE)),
+    ("routing", re.compile(r"topk|sort|^qmoe::select_experts", re.IGNORECASE)),
 )
 END_OF_STEP = re.compile(r"Memcpy DtoH|^aten::argmax$")
 NUM_LARGEST = 16
