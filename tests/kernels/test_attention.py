@@ -108,6 +108,10 @@ class Case:
                 assert (error <= wrong * (p @ v.abs()) + 1e-30).all(), (i, h, error.max())
 
 
+def on_cpu(arguments: dict[str, object]) -> dict[str, object]:
+    return {n: v.cpu() if isinstance(v, Tensor) else v for n, v in arguments.items()}
+
+
 CASES = {
     "one_column": Case(start=(0,), end=(1,)),
     "blocks": Case(start=(0, 16), end=(64, 48)),
@@ -159,8 +163,8 @@ KERNEL_CASES = [
 @pytest.mark.parametrize("dtype", attention.DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_reference(case: Case, dtype: torch.dtype) -> None:
-    arguments = case.arguments(dtype)
-    case.check(attention.decode_attention_reference(**arguments), arguments, rounds=False)
+    arguments = on_cpu(case.arguments(dtype))
+    case.check(decode_attention(**arguments), arguments, rounds=False)
 
 
 @pytest.mark.parametrize("case, tile, dtype", KERNEL_CASES)
@@ -283,8 +287,7 @@ def test_store_many_heads_in_another_dtype(store) -> None:
     ],
 )
 def test_arguments_that_do_not_fit(change: dict[str, object], message: str) -> None:
-    arguments = Case().arguments(torch.float32)
-    arguments = {n: v.cpu() if isinstance(v, Tensor) else v for n, v in arguments.items()}
+    arguments = on_cpu(Case().arguments(torch.float32))
     with pytest.raises(ValueError, match=message):
         decode_attention(**(arguments | change))
 
@@ -339,9 +342,9 @@ def test_past_two_to_the_31() -> None:
     store_kv(key, key[..., :64], keys, values, end - 1)
     assert torch.equal(keys[:, -1], key[:, :, 0])
     out = decode_attention(query, keys, values, start, end, scale=0.1)
-    compact = keys[:, 4000:].contiguous(), values[:, 4000:].contiguous()
-    expected = attention.decode_attention_reference(query, *compact, start - 4000, end - 4000, 0.1)
-    torch.testing.assert_close(out, expected, rtol=0.02, atol=0.02)
+    compact = (query, keys[:, 4000:], values[:, 4000:], start - 4000, end - 4000)
+    expected = decode_attention(*(t.cpu() for t in compact), scale=0.1)
+    torch.testing.assert_close(out.cpu(), expected, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.gpu
@@ -386,10 +389,10 @@ def test_cuda_graph_and_no_synchronization(num_rows: int, early: bool) -> None:
             assert torch.equal(keys[:, i], new[0, :, :, 0])
             assert torch.equal(values[:, i], new[1, :, :, 0])
         if i % 37 == 0 or i >= length - 1:
-            now = torch.full_like(end, i + 1)
             assert torch.equal(outs[0], outs[1])
-            expected = attention.decode_attention_reference(query, keys, values, start, now, 0.1)
-            torch.testing.assert_close(outs[0], expected, rtol=2e-3, atol=2e-3)
+            now = (query, keys, values, start, torch.full_like(end, i + 1))
+            expected = decode_attention(*(t.cpu() for t in now), scale=0.1)
+            torch.testing.assert_close(outs[0].cpu(), expected, rtol=2e-3, atol=2e-3)
 
 
 # ---- compilation without a GPU -----------------------------------------------------------------
