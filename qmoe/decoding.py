@@ -41,7 +41,8 @@ from transformers.generation import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from qmoe.decode_step import DecodeStep, capture
+from qmoe.decode_step import DecodeStep
+from qmoe.graphed import capture
 
 # Steps that are kept for a model at a time; the one that was used longest ago goes first.
 _KEPT_STEPS = 4

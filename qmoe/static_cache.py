@@ -59,6 +59,11 @@ class DecodeCache(Cache):
                 raise ValueError(f"its cache has layers of the kind {type(layer).__name__}")
         super().__init__(layers=layers)
 
+    @property
+    def has_columns_only(self) -> bool:
+        """Whether everything that is remembered belongs to one column."""
+        return all(isinstance(layer, KeysAndValues) for layer in self.layers)
+
     def begin(self, attention_mask: Tensor) -> None:
         """Forget everything; a batch of prompts is going to be read.
 
@@ -76,10 +81,10 @@ class DecodeCache(Cache):
         """Count columns of a prompt that have been read."""
         self.filled += columns
 
-    def begin_decoding(self) -> None:
-        """The prompts are read; new tokens follow, a column each."""
-        self.column.fill_(self.filled)
-        self.end.fill_(self.filled + 1)
+    def begin_decoding(self, columns: int) -> None:
+        """Prompts of so many columns are read; new tokens follow, a column each."""
+        self.column.fill_(columns)
+        self.end.fill_(columns + 1)
         self.decoding = True
 
     def advance(self) -> None:

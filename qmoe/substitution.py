@@ -171,6 +171,7 @@ def _attention(
         sliding_window=sliding_window,
         sinks=s_aux,
         softcap=softcap,
+        early=True,  # start and end are written between steps only
     )
     return output[:, None], None  # (rows, 1, num_heads, value_dim)
 

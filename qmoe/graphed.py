@@ -1,0 +1,120 @@
+"""Functions that become CUDA graphs once they have run a few times."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+
+# Runs before the capture: the first compiles kernels, the last is watched for what a graph cannot
+# do.
+WARM_UP = 2
+# How PyTorch's debug mode begins what it says of each wait.
+_WAITED = "called a synchronizing"
+
+
+class Graphed:
+    """A function without arguments that does the same in the same places each time.
+
+    On a GPU it runs by itself at first, and by a CUDA graph from then on; on a CPU by itself.
+
+    Attributes:
+        trouble: why there is no graph, once it was tried; None otherwise.
+    """
+
+    def __init__(
+        self, function: Callable[[], None], device: torch.device, pool: object | None = None
+    ) -> None:
+        """Nothing is run yet.
+
+        Args:
+            function: what it leaves is in tensors that it was given, none that it makes.
+            device: where it runs.
+            pool: of memory, shared with functions that never run at the same time; None for one
+                of its own.
+        """
+        self.function, self.device, self.pool = function, device, pool
+        self.trouble: str | None = None
+        self._runs = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self) -> None:
+        """Run the function, or its graph."""
+        if self._graph is None and self._runs == WARM_UP and self.trouble is None:
+            self._try_capture()
+        if self._graph is not None:
+            self._graph.replay()
+        elif self._runs == WARM_UP - 1 and self.device.type == "cuda":
+            self.trouble = _watch(self.function)
+            self._runs += 1
+        else:
+            self.function()
+            self._runs += self._runs < WARM_UP
+
+    def capture(self) -> None:
+        """Capture the function without running it; its kernels must have been compiled.
+
+        Raises:
+            RuntimeError: it does what a graph cannot; nothing has changed.
+        """
+        self._graph = capture(self.function, self.device, self.pool)
+
+    def replay(self) -> None:
+        """Run the graph.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self._graph is None:
+            raise ValueError("there is no graph; call capture() first")
+        self._graph.replay()
+
+    def release(self) -> None:
+        """Drop the graph; another is captured after as many runs."""
+        self._graph, self._runs, self.trouble = None, 0, None
+
+    def _try_capture(self) -> None:
+        if self.device.type != "cuda":
+            return
+        try:
+            self.capture()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model's forward may do
+            self.trouble = next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def capture(
+    function: Callable[[], object], device: torch.device, pool: object | None = None
+) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of ``function``, which is not run; its kernels must have been compiled."""
+    stream = torch.cuda.Stream(device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            # torch.cuda.graph would collect garbage first, which takes longer than the capture;
+            # and another thread may go on using the device.
+            graph.capture_begin(pool, capture_error_mode="thread_local")
+            try:
+                function()
+            finally:
+                graph.capture_end()
+    return graph
+
+
+def _watch(function: Callable[[], None]) -> str | None:
+    """Run a function; what in it makes the host wait for the device, which a graph cannot do."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            function()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    for warning in caught:
+        if _WAITED in str(warning.message):
+            return f"{warning.filename.rpartition('/')[2]}:{warning.lineno} waits for the device"
+    return None
