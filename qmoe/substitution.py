@@ -299,7 +299,7 @@ def _routers(model: nn.Module) -> list[Place]:
     places: list[Place] = []
     for name, experts in quantized_modules(model).items():
         block = model.get_submodule(name.rpartition(".")[0])
-        for router in block.children():
+        for router in block.modules():
             weight = getattr(router, "weight", None)
             if (
                 "Router" in type(router).__name__

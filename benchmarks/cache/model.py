@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3MoeForCausalLM, StaticCache
+from transformers import Qwen3MoeForCausalLM
 
 from benchmarks.model import Shape, experts_of, time_each
 from qmoe.cache.expert_cache import ExpertCache
 from qmoe.cache.host_store import HostStore, PageRead
 from qmoe.cache.trace import RoutingTrace
+from qmoe.decode_step import DecodeStep
+from qmoe.graphed import capture
 from qmoe.paging import predictors
 
 RANDOM_BYTES = 1 << 28  # of the file that host stores are filled from
@@ -195,9 +197,9 @@ class Residents:
 
 
 class Decoder:
-    """Greedy decoding of one text on a static cache: one step, the same kernels every time.
+    """Greedy decoding of one text by `qmoe.decode_step`, with a trace for its routing.
 
-    On a GPU the step can be captured into a CUDA graph; `run` then replays it.
+    On a GPU the step can be captured into a CUDA graph; `advance` then replays it.
 
     Attributes:
         logits: (1, vocab_size), of the last step.
@@ -206,65 +208,50 @@ class Decoder:
     def __init__(
         self, model: Qwen3MoeForCausalLM, replay: Replay, context: int, num_tokens: int
     ) -> None:
-        config, device = model.config, replay.token.device
-        self.model, self.replay, self.context = model, replay, context
-        length = context + num_tokens
-        self.past = StaticCache(config=config, max_cache_len=length)
-        heads, width = config.num_key_value_heads, config.head_dim
-        self.past.early_initialization(1, heads, width, torch.bfloat16, device)
-        for layer in self.past.layers:  # as if `context` tokens had been read
-            layer.keys.normal_()
-            layer.values.normal_()
-        self.columns = torch.arange(length, device=device)
-        self.position = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        self.input_ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
-        self.logits = torch.zeros(1, config.vocab_size, dtype=torch.bfloat16, device=device)
+        self.replay, self.context = replay, context
+        self.decode = DecodeStep(model, 1, context + num_tokens)
+        self.decode.rounds_prompts = False  # a trace has as many rows as there are tokens
+        self.device = replay.token.device
         self.graph: Any = None
-        self.reset()
+        self.has_read = False
+
+    @property
+    def logits(self) -> Tensor:
+        return self.decode.logits
+
+    def read(self) -> None:
+        """Fill the context, once."""
+        ids = torch.arange(self.context, device=self.device)[None] % self.decode.model.vocab_size
+        mask = torch.ones_like(ids)
+        self.replay.token.zero_()
+        self.replay.begin(self.context)
+        self.decode.read(ids, mask, mask.cumsum(-1) - 1, None)
+        self.has_read = True
 
     def reset(self, token: int = 0) -> None:
         """Go back to the end of the context, and to a token of the trace."""
-        self.position.fill_(self.context)
-        self.input_ids.fill_(1)
+        if not self.has_read:
+            self.read()
+        self.decode.cache.begin_decoding(self.context)
+        self.decode.position_ids.fill_(self.context)
+        self.decode.input_ids.fill_(1)
         self.replay.token.fill_(token)
-        for layer in self.past.layers:
-            layer.cumulative_length.fill_(self.context)
 
-    @torch.no_grad()
     def step(self) -> None:
         """One token, eagerly."""
         self.replay.begin(1)
-        mask = (self.columns <= self.position)[None, None]  # (1, 1, 1, length)
-        output = self.model(
-            self.input_ids,
-            attention_mask=mask,
-            position_ids=self.position,
-            past_key_values=self.past,
-            use_cache=True,
-        )
-        self.logits.copy_(output.logits[:, -1])
-        self.input_ids.copy_(self.logits.argmax(-1, keepdim=True))
-        self.position.add_(1)
+        self.decode.run()
+        self.decode.input_ids.copy_(self.logits.argmax(-1, keepdim=True))
         self.replay.end(1)
 
     def capture(self) -> None:
         """Capture the step into a graph, after running it twice; on a CPU only that."""
         self.graph = None
         self.reset()
-        device = self.position.device
-        if device.type == "cpu":
+        for _ in range(2):
             self.step()
-            return
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self.step()
-        torch.cuda.current_stream(device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step()
-        self.graph = graph
+        if self.device.type == "cuda":
+            self.graph = capture(self.step, self.device)
 
     def release(self) -> None:
         """Drop the graph; steps are eager again."""
@@ -294,7 +281,7 @@ class Decoder:
         self.reset()
         for _ in range(first):
             self.advance()
-        return time_each(self.advance, num_tokens, self.position.device)
+        return time_each(self.advance, num_tokens, self.device)
 
 
 def sweep(trace: RoutingTrace) -> RoutingTrace:
