@@ -149,7 +149,8 @@ def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program can have."""
     if device.type != "cuda":  # interpreted
         return 99 << 10
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    driver = triton.runtime.driver.active
+    return driver.utils.get_device_properties(device.index)["max_shared_mem"]
 
 
 def launch_linear(
