@@ -26,17 +26,19 @@ from transformers import AttentionInterface
 from qmoe.experts import quantized_modules
 from qmoe.static_cache import DecodeCache
 from qmoe_kernels.attention import decode_attention
+from qmoe_kernels.linear import linear
 from qmoe_kernels.norm import rms_norm
 from qmoe_kernels.rope import rotate
 from qmoe_kernels.router import GroupScore, RouterSpec, Scoring, select_experts
 
 # In the order in which docs/generate.md adds one to the other.
-SUBSTITUTIONS = ("attention", "norms", "rotary", "router", "qkv")
+SUBSTITUTIONS = ("attention", "norms", "rotary", "router", "qkv", "linears")
 
 _ATTENTION = "qmoe"
 _ROTARY_NAMES = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave")
 # An attribute, and what takes its place.
 Place = tuple[Any, str, Any]
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # as torch.nn.functional.linear
 
 
 class UnknownAttention(NotImplementedError):
@@ -72,14 +74,19 @@ class Substitutions:
         self.places: list[Place] = []
         with torch.no_grad(), torch.random.fork_rng(_devices(model)):
             torch.manual_seed(0)
-            for name, find in (
-                ("norms", _norms),
-                ("rotary", _rotary),
-                ("router", _routers),
-                ("qkv", _merged_products),
-            ):
-                if name in names:
-                    self.places += find(model)
+            product: Product = linear if "linears" in names else F.linear
+            if "norms" in names:
+                self.places += _norms(model)
+            if "rotary" in names:
+                self.places += _rotary(model)
+            if "router" in names:
+                self.places += _routers(model, product)
+            if "linears" in names:
+                self.places += _linears(model)
+            if "qkv" in names:
+                self.places += _merged_products(model, product)
+        # Merged products are linears too: the later of two substitutes counts.
+        self.places = list({(id(o), name): (o, name, s) for o, name, s in self.places}.values())
 
     @contextmanager
     def active(self, cache: DecodeCache) -> Iterator[None]:
@@ -295,7 +302,7 @@ def _rotates_alike(original: Rotation, form: Rotation, embedding: Any, model: An
 # ---- routers -----------------------------------------------------------------------------------
 
 
-def _routers(model: nn.Module) -> list[Place]:
+def _routers(model: nn.Module, product: Product) -> list[Place]:
     places: list[Place] = []
     for name, experts in quantized_modules(model).items():
         block = model.get_submodule(name.rpartition(".")[0])
@@ -306,13 +313,15 @@ def _routers(model: nn.Module) -> list[Place]:
                 and _has_own_forward(router)
                 and weight is not None
                 and weight.shape == (experts.num_experts, experts.layout.hidden_size)
-                and (forward := _router_substitute(router)) is not None
+                and (forward := _router_substitute(router, product)) is not None
             ):
                 places.append((router, "forward", forward))
     return places
 
 
-def _router_substitute(router: Any) -> Callable[[Tensor], tuple[Tensor, ...]] | None:
+def _router_substitute(
+    router: Any, product: Product
+) -> Callable[[Tensor], tuple[Tensor, ...]] | None:
     weight, bias = router.weight, getattr(router, "bias", None)
     correction = getattr(router, "e_score_correction_bias", None)
     if correction is not None:
@@ -333,7 +342,7 @@ def _router_substitute(router: Any) -> Callable[[Tensor], tuple[Tensor, ...]] | 
 
     def product_in(precision: torch.dtype, hidden_states: Tensor) -> Tensor:
         hidden_states = hidden_states.reshape(-1, weight.shape[1])
-        return F.linear(
+        return product(
             hidden_states.to(precision),
             router.weight.to(precision),
             None if bias is None else router.bias.to(precision),
@@ -397,15 +406,22 @@ def _same_choice(ids: Tensor, weights: Tensor, own_ids: Tensor, own_weights: Ten
     return _close(weights.gather(1, order)[same], own_weights.gather(1, own_order)[same])
 
 
-# ---- products of the same rows -----------------------------------------------------------------
+# ---- products ----------------------------------------------------------------------------------
 
 
-def _merged_products(model: nn.Module) -> list[Place]:
+def _linears(model: nn.Module) -> list[Place]:
+    def substitute(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+        return lambda x: linear(x, module.weight, module.bias)
+
+    return [(m, "forward", substitute(m)) for m in model.modules() if _is_plain_linear(m)]
+
+
+def _merged_products(model: nn.Module, product: Product) -> list[Place]:
     places: list[Place] = []
     for module in model.modules():
         linears = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
         if all(map(_is_plain_linear, linears)) and _fit_together(linears):
-            places += _merge(linears)
+            places += _merge(linears, product)
     return places
 
 
@@ -421,7 +437,7 @@ def _fit_together(linears: Sequence[Any]) -> bool:
     return len(set(map(described, linears))) == 1
 
 
-def _merge(linears: Sequence[Any]) -> list[Place]:
+def _merge(linears: Sequence[Any], product: Product) -> list[Place]:
     """Let the first of ``linears`` compute for all of them, and the others hand out their part.
 
     Their weights become parts of one tensor, and take no more memory than before.
@@ -432,7 +448,7 @@ def _merge(linears: Sequence[Any]) -> list[Place]:
     computed: dict[int, tuple[Tensor, Tensor]] = {}  # by number of linear: input, part of output
 
     def first(x: Tensor) -> Tensor:
-        parts = F.linear(x, weight, bias).split(sizes, dim=-1)
+        parts = product(x, weight, bias).split(sizes, dim=-1)
         computed.update((i, (x, part)) for i, part in enumerate(parts[1:], 1))
         return parts[0]
 
@@ -440,7 +456,7 @@ def _merge(linears: Sequence[Any]) -> list[Place]:
         def forward(x: Tensor) -> Tensor:
             of, part = computed.pop(i, (None, None))
             if of is not x or part is None:  # asked for other rows than the first was
-                return F.linear(x, linears[i].weight, linears[i].bias)
+                return product(x, linears[i].weight, linears[i].bias)
             return part
 
         return forward

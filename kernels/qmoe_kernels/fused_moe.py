@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qmoe_kernels import activations as _activations
 from qmoe_kernels.activations import SWIGLU, Activation, ActivationName
+from qmoe_kernels.operators import operator
 from qmoe_kernels.quantization import FORMAT_OF, STORAGE_DTYPE, WeightFormat, decode, quantize_rows
 from qmoe_kernels.routing import ExpertRouting
 
@@ -258,7 +259,7 @@ def _row_format(
 # ---- operators ---------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("qmoe::fused_moe", mutates_args=(), device_types="cpu")
+@operator("fused_moe", "cpu")
 def _fused_moe(
     hidden_states: Tensor,
     gate_up_proj: Tensor,
@@ -323,7 +324,7 @@ def _(
     return hidden_states.new_empty(*shape, down_proj.shape[1])
 
 
-@torch.library.custom_op("qmoe::grouped_linear", mutates_args=(), device_types="cpu")
+@operator("grouped_linear", "cpu")
 def _grouped_linear(
     x: Tensor,
     weight: Tensor,
@@ -358,7 +359,7 @@ def _(
     return x.new_empty(*topk_ids.shape, weight.shape[1])
 
 
-@torch.library.custom_op("qmoe::weighted_sum", mutates_args=(), device_types="cpu")
+@operator("weighted_sum", "cpu")
 def _weighted_sum(rows: Tensor, topk_weights: Tensor) -> Tensor:
     return _weighted_sum_cpu(rows, topk_weights)
 

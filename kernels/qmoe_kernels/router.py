@@ -25,6 +25,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from qmoe_kernels.operators import operator
+
 try:
     import triton
     import triton.language as tl
@@ -146,7 +148,7 @@ def select_experts(
 # ---- operator ----------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("qmoe::select_experts", mutates_args=())
+@operator("select_experts")
 def _select_experts(
     router_logits: Tensor,
     correction_bias: Tensor | None,

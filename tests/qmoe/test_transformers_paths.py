@@ -377,7 +377,7 @@ class TestAdapters:
         ids = torch.tensor([prompts[1]], device=resident.device)
         loss = adapted(input_ids=ids, labels=ids).loss
         assert loss.isfinite()
-        with pytest.raises(RuntimeError, match=r"qmoe\W+fused_moe.*no autograd") as refusal:
+        with pytest.raises(RuntimeError, match=r"no gradient.*qmoe\.unpatch") as refusal:
             loss.backward()
         assert len(str(refusal.value).splitlines()) == 1
         arguments = TrainingArguments(tmp_path, report_to="none", use_cpu=True)

@@ -1,0 +1,61 @@
+"""Operators of torch, known to torch.compile, whose calls cost the host little.
+
+``torch.library.custom_op`` does the same and checks with each call that no output shares memory
+with an input, which took longer than all of an operator's launches; tests check it here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.library import Library, infer_schema, register_autograd, register_fake
+
+NAMESPACE = "qmoe"
+_LIBRARY = Library(NAMESPACE, "FRAGMENT")
+
+
+class Operator:
+    """A function of tensors and constants that is also ``torch.ops.qmoe.<name>``."""
+
+    def __init__(self, name: str, function: Callable[..., Any], device_type: str | None) -> None:
+        self.name = f"{NAMESPACE}::{name}"
+        _LIBRARY.define(name + infer_schema(function, mutates_args=()))
+        key = "CompositeExplicitAutograd" if device_type is None else device_type.upper()
+        _LIBRARY.impl(name, function, key)
+        register_autograd(self.name, _no_gradient, lib=_LIBRARY)
+        self._overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the operator on the device of its arguments."""
+        return self._overload(*args)
+
+    def register_kernel(self, device_type: str) -> Callable[[Callable[..., Any]], None]:
+        """Take the decorated function for tensors on another type of device."""
+
+        def register(function: Callable[..., Any]) -> None:
+            _LIBRARY.impl(self.name.partition("::")[2], function, device_type.upper())
+
+        return register
+
+    def register_fake(self, function: Callable[..., Any]) -> None:
+        """Take the decorated function for tensors without memory: shapes and dtypes."""
+        register_fake(self.name, function, lib=_LIBRARY)
+
+
+def operator(name: str, device_type: str | None = None) -> Callable[[Callable[..., Any]], Operator]:
+    """Make the decorated function an operator that changes none of its arguments.
+
+    Args:
+        name: within `NAMESPACE`.
+        device_type: that the function is for; None for any.
+    """
+    return lambda function: Operator(name, function, device_type)
+
+
+def _no_gradient(ctx: Any, *gradients: Any) -> Any:
+    raise RuntimeError(
+        "experts in 8 bit have no gradient: qmoe is for inference; qmoe.unpatch(model) gives "
+        "back a model that can be trained"
+    )
