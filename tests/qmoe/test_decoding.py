@@ -1,0 +1,790 @@
+"""qmoe.decode beside transformers' own loop, on the same patched model.
+
+In fp32 the two give the same tokens. In 16 bit, on a GPU, kernels that sum in another order make
+near ties of experts and of tokens fall the other way now and then; there each token is compared
+with what transformers would have chosen after the same text.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import pickle
+import re
+import traceback
+import warnings
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import families
+import pytest
+import torch
+from accelerate import cpu_offload
+from families import FAMILIES, prompts
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxTimeCriteria,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
+from transformers.generation.streamers import BaseStreamer
+
+import qmoe
+from qmoe import decoding
+from qmoe.decode_step import DecodeStep
+from qmoe.graphed import Graphed
+from qmoe.substitution import SUBSTITUTIONS, Substitutions
+
+NEW_TOKENS = 12  # beyond a window of 8, together with a prompt or without
+LENGTHS = (13, 3, 20)
+GPU = pytest.mark.gpu
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+DEVICES = ["cpu", pytest.param("cuda", marks=GPU)]
+# fp16 goes where bf16 goes; once for each way of attention is enough.
+IN_FP16 = ("qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_next")
+CASES = [
+    pytest.param((family, device, dtype), id=f"{family}-{device}-{name}", marks=marks)
+    for device, dtype, name, marks in (
+        ("cpu", FP32, "fp32", ()),
+        ("cuda", FP32, "fp32", GPU),
+        ("cuda", BF16, "bf16", GPU),
+        ("cuda", FP16, "fp16", GPU),
+    )
+    for family in FAMILIES
+    if dtype != FP16 or family in IN_FP16
+]
+
+
+@pytest.fixture(autouse=True)
+def no_fallback() -> Iterator[None]:
+    """Where a fallback is expected, a test says so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=r".* decodes (by|without)")
+        yield
+
+
+@pytest.fixture(scope="module", params=CASES)
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """Each family in turn."""
+    return families.build(*request.param)
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def qwen3(device: str) -> PreTrainedModel:
+    """In fp32; a test that changes it takes a copy."""
+    return families.build("qwen3_moe", device)
+
+
+@pytest.fixture
+def own(qwen3: PreTrainedModel) -> PreTrainedModel:
+    """A copy to change."""
+    return copy.deepcopy(qwen3)
+
+
+def batch(model: PreTrainedModel, *lengths: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    ids, mask = prompts(*lengths, seed=seed)
+    return ids.to(model.device), mask.to(model.device)
+
+
+def generate(model: Any, ids: Tensor, mask: Tensor, **options: Any) -> Any:
+    """transformers' own loop, unless options say otherwise; greedy, and without an end."""
+    options = dict(max_new_tokens=NEW_TOKENS, do_sample=False) | options
+    return model.generate(ids, attention_mask=mask, **options)
+
+
+def decode(model: Any, ids: Tensor, mask: Tensor, **options: Any) -> Any:
+    return generate(model, ids, mask, custom_generate=qmoe.decode, **options)
+
+
+def steps(model: Any) -> dict[tuple[int, int], DecodeStep]:
+    """The kept steps, by rows and columns."""
+    return decoding._steps_of(model).steps
+
+
+def last_step(model: Any) -> DecodeStep:
+    return list(steps(model).values())[-1]
+
+
+@torch.no_grad()
+def assert_greedy(found: Tensor, model: Any, ids: Tensor, mask: Tensor, **options: Any) -> None:
+    columns = ids.shape[1]
+    if model.dtype == FP32:
+        assert found.tolist() == generate(model, ids, mask, **options).tolist()
+        return
+    assert torch.equal(found[:, :columns], ids)
+    mask = F.pad(mask, (0, found.shape[1] - columns), value=1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    logits = model(input_ids=found, attention_mask=mask, position_ids=positions, use_cache=False)
+    choice = logits.logits[:, columns - 1 : -1].argmax(-1)
+    # What an expert that another one has replaced leaves in the cache, later tokens see too.
+    assert (choice == found[:, columns:]).float().mean() > 0.6
+
+
+def count(model: Any, tokens: int) -> dict[str, int]:
+    """An option: so many tokens, or enough for the share that `assert_greedy` looks at."""
+    return dict(max_new_tokens=tokens if model.dtype == FP32 else 24)
+
+
+def has_graph(graphed: Graphed) -> bool:
+    assert graphed.trouble is None
+    return graphed._graph is not None
+
+
+def assert_captured(model: Any) -> None:
+    assert has_graph(last_step(model)._step) == (model.device.type == "cuda")
+
+
+class TestFamilies:
+    def test_what_is_substituted(self, model, request):
+        family = request.node.callspec.params["model"][0]
+        found = {kind: len(Substitutions(model, [kind]).places) for kind in SUBSTITUTIONS}
+        assert found.pop("linears") == sum(type(m) is nn.Linear for m in model.modules())
+        assert {kind: n for kind, n in found.items() if n} == FAMILIES[family].found
+        # Qwen3-Next does not say that its attention may be any function.
+        assert Substitutions(model, ["attention"]).attention == (family != "qwen3_next")
+
+    def test_one_prompt(self, model):
+        ids, mask = batch(model, 11)
+        found = decode(model, ids, mask, **count(model, NEW_TOKENS))
+        assert len(set(found[0, 11:].tolist())) > 3
+        assert_greedy(found, model, ids, mask)
+        assert_captured(model)
+
+    def test_left_padded_batches_on_one_step(self, model):
+        """Nothing of the first batch, nor its padding, is there in the second."""
+        for seed, lengths in enumerate((LENGTHS, (2, 1, 7))):
+            ids, mask = batch(model, *lengths, seed=seed)
+            found = decode(model, ids, mask, **count(model, NEW_TOKENS))
+            assert_greedy(found, model, ids, mask)
+            assert_captured(model)
+        assert sum(rows == 3 for rows, _ in steps(model)) == 1
+
+    @pytest.mark.parametrize("chunk", [7, 19])
+    def test_prompts_in_chunks(self, model, chunk):
+        """As transformers' own chunks; one is padding only, one a single column."""
+        ids, mask = batch(model, *LENGTHS, seed=3)
+        options = dict(prefill_chunk_size=chunk) | count(model, 5)
+        assert_greedy(decode(model, ids, mask, **options), model, ids, mask, **options)
+
+    def test_prompts_are_rounded_up(self, model):
+        """What they are rounded up with leaves no trace; a CPU does it when it is told to."""
+        ids, mask = batch(model, 9, 9)
+        decode(model, ids, mask, max_new_tokens=1)
+        step = last_step(model)
+        assert step.rounds_prompts == (step.cache.has_columns_only and model.device.type == "cuda")
+        step.rounds_prompts = step.cache.has_columns_only
+        for seed, columns in enumerate((32, 7, 20, 33)):
+            ids, mask = batch(model, columns, columns, seed=seed)
+            options = count(model, 5)
+            found = decode(model, ids, mask, **options)
+            assert_greedy(found, model, ids, mask, **options)
+            assert last_step(model) is step
+        assert sorted(step._prompts) == ([32, 40] if step.cache.has_columns_only else [])
+        if step.rounds_prompts and model.device.type == "cuda":
+            assert has_graph(step._prompts[32].run)
+        step.rounds_prompts &= model.device.type == "cuda"
+
+    def test_without_substitutes(self, model):
+        """Masks over all columns of the cache, as a model without an interface makes them."""
+        ids, mask = batch(model, *LENGTHS)
+        step = DecodeStep(model, 3, 64, substitutions=())
+        step.read(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), None)
+        tokens = [step.logits.argmax(-1, keepdim=True)]
+        for _ in range(NEW_TOKENS - 1):
+            step.input_ids.copy_(tokens[-1])
+            step.advance()
+            tokens.append(step.logits.argmax(-1, keepdim=True))
+        assert_greedy(torch.cat((ids, *tokens), 1), model, ids, mask)
+
+    def test_nothing_in_a_step_asks_the_device(self, model):
+        """What a graph cannot hold; on a CPU, as far as PyTorch's operations show it."""
+        ids, mask = batch(model, *LENGTHS)
+        step = DecodeStep(model, 3, 64)
+        step.read(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), None)
+        step.run()
+        with _NoQuestions():
+            step.run()
+
+    @GPU
+    def test_a_replay_equals_a_run(self, model):
+        if model.device.type == "cpu":
+            pytest.skip("no graphs")
+        ids, mask = batch(model, *LENGTHS)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        step = DecodeStep(model, 3, 64)
+        logits = {}
+        for way in ("run", "replay"):
+            step.read(ids, mask, positions, None)
+            for token in range(4):
+                step.input_ids.fill_(token + 1)
+                if way == "run":
+                    step.run()
+                else:
+                    if not has_graph(step._step):
+                        step.capture()
+                    step.replay()
+            assert int(step.cache.column) == 24
+            logits[way] = step.logits.clone()
+        torch.testing.assert_close(logits["replay"], logits["run"])
+
+
+class _NoQuestions(TorchDispatchMode):
+    """Fails where an operation's result, or its size, must be known to the host."""
+
+    QUESTIONS = (
+        torch.ops.aten._local_scalar_dense.default,
+        torch.ops.aten.nonzero.default,
+        torch.ops.aten.masked_select.default,
+        torch.ops.aten.lift_fresh.default,  # torch.tensor(...): a copy from the host
+    )
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in self.QUESTIONS:
+            frames = traceback.extract_stack()
+            # The fallback of a kernel may ask: it is not what runs on a GPU.
+            if not any("qmoe_kernels" in frame.filename for frame in frames):
+                where = [f"{f.filename}:{f.lineno}" for f in frames if "models" in f.filename]
+                raise AssertionError(f"{function} in {where[-1:]}")
+        return function(*args, **(kwargs or {}))
+
+
+class Favour(LogitsProcessor):
+    """Prefers tokens near a row's last one: of another class than any that is captured."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        distance = torch.arange(scores.shape[1], device=scores.device) - input_ids[:, -1:]
+        return scores - distance.abs() / 20
+
+
+PROCESSORS = LogitsProcessorList([Favour()])
+OPTIONS = {
+    "plain": dict(do_sample=True),
+    "temperature": dict(do_sample=True, temperature=0.6),
+    "top_k": dict(do_sample=True, top_k=4),
+    "top_p": dict(do_sample=True, top_p=0.5),
+    "min_p": dict(do_sample=True, min_p=0.2),
+    "typical_p": dict(do_sample=True, typical_p=0.5),
+    "cutoffs": dict(do_sample=True, epsilon_cutoff=0.03, eta_cutoff=0.03),
+    "penalty": dict(do_sample=True, repetition_penalty=3.0),
+    "all of them": dict(
+        do_sample=True, temperature=1.5, top_k=30, top_p=0.9, repetition_penalty=1.3
+    ),
+    "greedy penalty": dict(repetition_penalty=3.0),
+    "suppressed": dict(do_sample=True, suppress_tokens=list(range(1, 60))),
+    "no bigram twice": dict(no_repeat_ngram_size=1),
+    "bad words": dict(do_sample=True, bad_words_ids=[[t] for t in range(1, 50)] + [[60, 61]]),
+    "own processor": dict(do_sample=True, logits_processor=PROCESSORS),
+    "own and others": dict(
+        do_sample=True, logits_processor=PROCESSORS, temperature=0.5, repetition_penalty=2.0
+    ),
+    "several of each": dict(do_sample=True, num_return_sequences=2),
+}
+
+
+@pytest.fixture(scope="module")
+def text(qwen3: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    return batch(qwen3, *LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def greedy(qwen3: PreTrainedModel, text: tuple[Tensor, Tensor]) -> Tensor:
+    return generate(qwen3, *text)
+
+
+@pytest.fixture(scope="module")
+def plain(qwen3: PreTrainedModel, text: tuple[Tensor, Tensor]) -> Tensor:
+    torch.manual_seed(1)
+    return generate(qwen3, *text, **OPTIONS["plain"])
+
+
+class TestOptions:
+    @pytest.mark.parametrize("name", OPTIONS)
+    def test_the_same_seed_gives_the_same_tokens(self, qwen3, text, greedy, plain, name):
+        options = OPTIONS[name]
+        torch.manual_seed(1)
+        expected = generate(qwen3, *text, **options)
+        torch.manual_seed(1)
+        assert decode(qwen3, *text, **options).tolist() == expected.tolist()
+        if name != "plain":  # the option matters
+            assert not torch.equal(expected, plain if options.get("do_sample") else greedy)
+        assert_captured(qwen3)
+
+    def test_another_seed_gives_others(self, qwen3, text, plain):
+        torch.manual_seed(2)
+        assert not torch.equal(decode(qwen3, *text, **OPTIONS["plain"]), plain)
+
+    @pytest.mark.parametrize("ends", [1, 2, 3])
+    def test_texts_end(self, qwen3, text, greedy, ends):
+        """The ends of as many texts; a text that has ended is padded while others go on."""
+        eos = [int(greedy[row, 20 + at]) for row, at in ((0, 3), (1, 5), (2, 4))][:ends]
+        options = dict(eos_token_id=eos, pad_token_id=95)
+        expected = generate(qwen3, *text, **options)
+        assert (expected == 95).any()
+        assert expected.shape[1] < 20 + NEW_TOKENS or ends < 3
+        assert decode(qwen3, *text, **options).tolist() == expected.tolist()
+        options |= dict(min_new_tokens=7)
+        later = generate(qwen3, *text, **options)
+        assert later.shape[1] >= 27
+        assert decode(qwen3, *text, **options).tolist() == later.tolist()
+
+    def test_sampling_ends(self, qwen3, text, plain):
+        options = dict(do_sample=True, eos_token_id=int(plain[1, 22]), pad_token_id=95)
+        torch.manual_seed(1)
+        expected = generate(qwen3, *text, **options)
+        assert (expected == 95).any()
+        torch.manual_seed(1)
+        assert decode(qwen3, *text, **options).tolist() == expected.tolist()
+
+    def test_stopping_criteria(self, qwen3, text):
+        class Long(StoppingCriteria):
+            """Row 0 ends at once, the others at 26 tokens."""
+
+            def __call__(self, input_ids, scores, **kwargs):
+                done = torch.full((len(input_ids),), input_ids.shape[1] >= 26)
+                done[0] = True
+                return done.to(input_ids.device)
+
+        for criterion in (Long(), MaxTimeCriteria(0.0)):
+            options = dict(stopping_criteria=StoppingCriteriaList([criterion]))
+            expected = generate(qwen3, *text, **options)
+            assert expected.shape[1] == (26 if isinstance(criterion, Long) else 21)
+            assert decode(qwen3, *text, **options).tolist() == expected.tolist()
+
+    @pytest.mark.parametrize("new_tokens", [1, 2, 3, 4])
+    def test_few_tokens(self, qwen3, text, greedy, new_tokens):
+        found = decode(qwen3, *text, max_new_tokens=new_tokens)
+        assert found.tolist() == greedy[:, : 20 + new_tokens].tolist()
+
+    def test_without_a_mask(self, qwen3):
+        ids, mask = batch(qwen3, 9)
+        found = qwen3.generate(ids, custom_generate=qmoe.decode, max_new_tokens=NEW_TOKENS)
+        assert found.tolist() == generate(qwen3, ids, mask).tolist()
+
+    def test_stop_strings(self, tokenizer, device):
+        model = families.build("mixtral", device)
+        options: dict[str, Any] = dict(max_new_tokens=40, do_sample=True, seed=3, top_k=10)
+        free = qmoe.generate(model, tokenizer, ["Hello", "a longer prompt"], **options)
+        stop = free.texts[0][5:8]
+        stopped = qmoe.generate(
+            model, tokenizer, ["Hello", "a longer prompt"], stop_strings=[stop], **options
+        )
+        assert stopped.texts[0] == free.texts[0][: free.texts[0].index(stop) + len(stop)]
+        assert stopped.new_tokens[0] < free.new_tokens[0]
+
+
+class Collector(BaseStreamer):
+    def __init__(self) -> None:
+        self.puts: list[list[int]] = []
+        self.ended = False
+
+    def put(self, value: Tensor) -> None:
+        assert value.device.type == "cpu" and not self.ended
+        self.puts.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.ended = True
+
+
+class Interrupt(StoppingCriteria):
+    """Ctrl-C when there are so many columns."""
+
+    def __init__(self, columns: int) -> None:
+        self.columns = columns
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if input_ids.shape[1] == self.columns:
+            raise KeyboardInterrupt
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+class TestTheLoop:
+    def test_streams_tokens(self, qwen3):
+        ids, mask = batch(qwen3, *LENGTHS)
+        streamer = Collector()
+        loop = functools.partial(qmoe.decode, streamer=streamer)
+        sequences = generate(qwen3, ids, mask, custom_generate=loop)
+        assert streamer.puts == sequences[:, 20:].T.tolist()
+        assert streamer.ended
+
+    def test_streams_text(self, qwen3, tokenizer, capsys):
+        """transformers hands the prompt to a streamer of its own; both get the same."""
+        ids, mask = batch(qwen3, 9)
+        printed = []
+        for loop in (None, qmoe.decode):
+            streamer = TextStreamer(tokenizer, skip_prompt=True)
+            custom = None if loop is None else functools.partial(loop, streamer=streamer)
+            generate(qwen3, ids, mask, streamer=streamer, custom_generate=custom)
+            printed.append(capsys.readouterr().out)
+        assert printed[0] == printed[1] != ""
+
+    def test_pieces_are_the_text(self, qwen3, tokenizer):
+        pieces: list[list[str]] = [[], []]
+        result = qmoe.generate(
+            qwen3,
+            tokenizer,
+            ["Hello", "a longer prompt"],
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            stream=lambda index, piece: pieces[index].append(piece),
+        )
+        assert ["".join(p) for p in pieces] == result.texts
+        assert all(len(p) > 3 for p in pieces)
+
+    def test_an_interrupt_leaves_a_usable_model(self, qwen3, tokenizer):
+        ids, mask = batch(qwen3, *LENGTHS)
+        expected = generate(qwen3, ids, mask).tolist()
+        before = decode(qwen3, ids, mask)
+        step = last_step(qwen3)
+        for columns in (21, 22, 25):
+            criteria = StoppingCriteriaList([Interrupt(columns)])
+            with pytest.raises(KeyboardInterrupt):
+                decode(qwen3, ids, mask, stopping_criteria=criteria)
+            assert decode(qwen3, ids, mask).tolist() == expected == before.tolist()
+            assert last_step(qwen3) is step
+
+        pieces: list[str] = []
+
+        def stream(index: int, piece: str) -> None:
+            pieces.append(piece)
+            if len(pieces) == 4:
+                raise KeyboardInterrupt
+
+        with pytest.raises(qmoe.GenerationInterrupted) as caught:
+            qmoe.generate(qwen3, tokenizer, "Hello", do_sample=False, stream=stream)
+        assert caught.value.result.texts == ["".join(pieces)]
+        assert decode(qwen3, ids, mask).tolist() == expected
+        assert_captured(qwen3)
+
+    @pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next", "gpt_oss"])
+    def test_rows_are_rounded_up(self, family, device):
+        model = families.build(family, device)
+        ids, mask = batch(model, *range(1, 10))
+        assert decode(model, ids, mask).tolist() == generate(model, ids, mask).tolist()
+        assert [rows for rows, _ in steps(model)] == [16]
+        torch.manual_seed(1)
+        expected = generate(model, ids, mask, do_sample=True)
+        torch.manual_seed(1)
+        assert decode(model, ids, mask, do_sample=True).tolist() == expected.tolist()
+
+    @pytest.mark.parametrize(
+        "rows, bucket", [(1, 1), (8, 8), (9, 16), (16, 16), (64, 64), (65, 128), (130, 192)]
+    )
+    def test_buckets(self, rows, bucket):
+        assert decoding._bucket(rows) == bucket
+
+
+class TestKeptSteps:
+    @pytest.fixture(autouse=True)
+    def short(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(decoding, "_SHORTEST", 32)
+
+    def expect(self, model: Any, *lengths: int, **options: Any) -> DecodeStep:
+        """Right tokens; the step that made them."""
+        ids, mask = batch(model, *lengths, seed=sum(lengths))
+        expected = generate(model, ids, mask, **options).tolist()
+        assert decode(model, ids, mask, **options).tolist() == expected
+        assert_captured(model)
+        return last_step(model)
+
+    def test_a_step_serves_what_fits(self, own):
+        step = self.expect(own, 9)
+        assert (step.rows, step.length) == (1, 32)
+        assert self.expect(own, 14) is step
+        longer = self.expect(own, 21)
+        assert (longer.rows, longer.length) == (1, 64)
+        assert self.expect(own, 40) is longer
+        assert self.expect(own, 9) is step
+        assert self.expect(own, 9, 5) not in (step, longer)
+
+    def test_a_length_has_a_limit(self, own):
+        own.config.max_position_embeddings = 40
+        assert self.expect(own, 25).length == 40
+        # transformers generates beyond it, and so does the step.
+        assert self.expect(own, 30).length == 42
+
+    def test_few_are_kept(self, own):
+        for rows in range(1, decoding._KEPT_STEPS + 2):
+            self.expect(own, *[5] * rows, max_new_tokens=4)
+        assert [rows for rows, _ in steps(own)] == list(range(2, decoding._KEPT_STEPS + 2))
+        self.expect(own, 5, 5, max_new_tokens=4)  # now the latest
+        self.expect(own, 5, max_new_tokens=4)
+        assert [rows for rows, _ in steps(own)] == [4, 5, 2, 1]
+
+    def test_release(self, own):
+        step = weakref.ref(self.expect(own, 9))
+        decoding.release(own)
+        gc.collect()
+        assert step() is None
+        self.expect(own, 9)
+
+    def test_unpatched(self, own):
+        before = self.expect(own, 9)
+        qmoe.unpatch(own)
+        assert self.expect(own, 9) is not before
+        assert len(steps(own)) == 1
+
+    def test_moved_parameters(self, own):
+        before = self.expect(own, 9)
+        for parameter in own.parameters():
+            parameter.data = parameter.data.clone()
+        assert self.expect(own, 9) is not before
+        assert len(steps(own)) == 1
+
+    def test_changed_parameters(self, own):
+        """In place: what was captured reads them where they are."""
+        before = self.expect(own, 9)
+        with torch.no_grad():
+            for parameter in own.parameters():
+                if parameter.is_floating_point():
+                    parameter.mul_(1.05)
+        assert self.expect(own, 9) is before
+
+    def test_adapters(self, own):
+        peft = pytest.importorskip("peft")
+        ids, mask = batch(own, 9)
+        without = decode(own, ids, mask)
+        before = last_step(own)
+        adapted = peft.get_peft_model(
+            own,
+            peft.LoraConfig(
+                target_modules=["q_proj", "v_proj"], lora_alpha=64, init_lora_weights=False
+            ),
+        )
+        expected = generate(adapted, ids, mask)
+        assert not torch.equal(expected, without)
+        assert decode(adapted, ids, mask).tolist() == expected.tolist()
+        assert last_step(own) is not before
+        assert decode(adapted.unload(), ids, mask).tolist() == without.tolist()
+
+    def test_a_forgotten_model_is_freed(self, qwen3):
+        model = copy.deepcopy(qwen3)
+        self.expect(model, 9)
+        references = [weakref.ref(model), weakref.ref(last_step(model))]
+        del model
+        gc.collect()
+        assert [reference() for reference in references] == [None, None]
+
+    def test_copies(self, own):
+        before = self.expect(own, 9)
+        twin = copy.deepcopy(own)
+        assert not steps(twin)
+        assert self.expect(twin, 9) is not before
+        with torch.no_grad():
+            twin.model.layers[0].self_attn.q_proj.weight.zero_()
+        self.expect(twin, 9)
+        assert self.expect(own, 9) is before
+
+    def test_pickle_and_save(self, own, tmp_path):
+        """Of the merged products each part is saved, with its own name."""
+        self.expect(own, 9)
+        again = pickle.loads(pickle.dumps(own))
+        assert not steps(again)
+        self.expect(again, 9)
+
+        own.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=FP32).to(own.device)
+        saved = own.state_dict()
+        for name, tensor in loaded.state_dict().items():
+            assert torch.equal(tensor, saved[name]), name
+        ids, mask = batch(own, 9)
+        assert decode(loaded, ids, mask).tolist() == decode(own, ids, mask).tolist()
+
+
+def smallest(model: Any, **sizes: Any) -> int:
+    """Bytes of the smallest budget that works."""
+    with pytest.raises(ValueError, match="smallest that works") as refusal:
+        qmoe.resize(model, hbm_budget=1, **sizes)
+    return int(re.search(r"\((\d+) bytes\)", str(refusal.value))[1])  # type: ignore[index]
+
+
+@pytest.fixture(scope="module")
+def paged(device: str) -> PreTrainedModel:
+    model = families.build("qwen3_moe", device)
+    sizes = dict(context=48, batch_size=4)
+    qmoe.resize(model, hbm_budget=smallest(model, **sizes), **sizes)
+    assert not model.qmoe_paging.budget.all_resident
+    return model
+
+
+class TestBudgets:
+    @pytest.mark.parametrize("lengths", [LENGTHS, (9,), (5, 9)])
+    def test_a_paged_model(self, paged, qwen3, lengths):
+        ids, mask = batch(paged, *lengths)
+        assert decode(paged, ids, mask).tolist() == generate(qwen3, ids, mask).tolist()
+        assert_captured(paged)
+
+    def test_bounds_the_tokens_held(self, paged):
+        for rows in (1, 2, 4, 3, 5, 1):
+            ids, mask = batch(paged, *[4] * rows)
+            found = decode(paged, ids, mask, max_new_tokens=3)
+            assert found.tolist() == generate(paged, ids, mask, max_new_tokens=3).tolist()
+            assert sum(r * c for r, c in steps(paged)) <= 4 * 48
+        # Rounded up, nine rows would be sixteen.
+        ids, mask = batch(paged, *[4] * 9)
+        decode(paged, ids, mask, max_new_tokens=10)
+        assert list(steps(paged)) == [(9, 21)]
+
+    def test_resized_between_calls(self, device):
+        model = families.build("qwen3_moe", device)
+        ids, mask = batch(model, *LENGTHS)
+        expected = generate(model, ids, mask).tolist()
+        sizes = dict(context=48, batch_size=4)
+        little = smallest(model, **sizes)
+        seen = []
+        for budget in (little, "1GiB", little):
+            qmoe.resize(model, hbm_budget=budget, **sizes)
+            assert decode(model, ids, mask).tolist() == expected
+            assert_captured(model)
+            seen.append(last_step(model))
+            assert len(steps(model)) == 1
+        assert len(set(map(id, seen))) == 3
+
+    def test_resized_while_tokens_come(self, device, tokenizer):
+        model = families.build("qwen3_moe", device)
+        options: dict[str, Any] = dict(max_new_tokens=20, do_sample=False)
+        expected = qmoe.generate(model, tokenizer, "Hello", **options).texts
+        sizes = dict(context=64, batch_size=1)
+        little = smallest(model, **sizes)
+        qmoe.resize(model, hbm_budget=little, **sizes)
+        budgets = {4: "1GiB", 8: little, 9: "1GiB", 10: little}
+        pieces: list[str] = []
+
+        def stream(index: int, piece: str) -> None:
+            pieces.append(piece)
+            if len(pieces) in budgets:
+                qmoe.resize(model, hbm_budget=budgets[len(pieces)], **sizes)
+
+        assert qmoe.generate(model, tokenizer, "Hello", stream=stream, **options).texts == expected
+        assert len(pieces) > 10
+        assert "".join(pieces) == expected[0]
+        assert qmoe.generate(model, tokenizer, "Hello", **options).texts == expected
+
+
+class TestFallbacks:
+    def expect(self, model: Any, match: str, **options: Any) -> None:
+        """transformers' tokens, and a warning the first time only."""
+        ids, mask = batch(model, *LENGTHS)
+        for times in (1, 0):
+            given = {k: v() if callable(v) else v for k, v in options.items()}
+            expected = generate(model, ids, mask, **given)
+            given = {k: v() if callable(v) else v for k, v in options.items()}
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                found = decode(model, ids, mask, **given)
+            told = [str(w.message) for w in caught if "decodes" in str(w.message)]
+            assert len(told) == times
+            assert all(re.search(match, text) for text in told), told
+            assert type(found) is type(expected)
+            if not isinstance(found, Tensor):
+                found, expected = found.sequences, expected.sequences
+            assert found.tolist() == expected.tolist()
+
+    def test_offloaded(self, own):
+        if own.device.type == "cpu":
+            cpu_offload(own, execution_device=torch.device("cpu"))
+        else:
+            cpu_offload(own, execution_device=own.device)
+        ids, mask = prompts(*LENGTHS)
+        device = own.model.embed_tokens._hf_hook.execution_device
+        ids, mask = ids.to(device), mask.to(device)
+        expected = generate(own, ids, mask)
+        with pytest.warns(UserWarning, match="several devices or offloaded"):
+            assert decode(own, ids, mask).tolist() == expected.tolist()
+
+    @pytest.mark.parametrize(
+        "match, options",
+        [
+            ("past_key_values were given", dict(past_key_values=DynamicCache)),
+            ("use_cache=False", dict(use_cache=False)),
+            (
+                "return_dict_in_generate=True",
+                dict(return_dict_in_generate=True, output_scores=True),
+            ),
+            ("cache_implementation='static'", dict(cache_implementation="static")),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_options(self, own, match, options):
+        self.expect(own, match, **options)
+
+    def test_embeddings(self, own):
+        ids, mask = batch(own, *LENGTHS)
+        embeddings = own.get_input_embeddings()(ids)
+        options: dict[str, Any] = dict(
+            inputs_embeds=embeddings, attention_mask=mask, max_new_tokens=NEW_TOKENS
+        )
+        expected = own.generate(**options)
+        with pytest.warns(UserWarning, match="inputs_embeds were given"):
+            found = own.generate(**options, custom_generate=qmoe.decode)
+        assert found.tolist() == expected.tolist()
+
+    def test_beams_are_refused(self, qwen3):
+        ids, mask = batch(qwen3, 5)
+        with pytest.raises(ValueError, match=r"ask for .*BEAM.*leave custom_generate out"):
+            decode(qwen3, ids, mask, num_beams=2)
+
+    def test_attention_with_more_than_ours(self, own):
+        """A tensor that ours would not see; noticed in the second layer of the first step."""
+        attention = own.model.layers[1].self_attn
+
+        def add(module, args, kwargs):
+            return args, kwargs | {"bias_of_positions": torch.zeros(1)}
+
+        handle = attention.register_forward_pre_hook(add, with_kwargs=True)
+        ids, mask = batch(own, *LENGTHS)
+        expected = generate(own, ids, mask).tolist()
+        assert decode(own, ids, mask).tolist() == expected
+        assert not last_step(own).substitutions.attention
+        assert decode(own, ids, mask).tolist() == expected
+        handle.remove()
+
+    @GPU
+    def test_a_model_that_waits_for_the_device(self, own):
+        if own.device.type == "cpu":
+            pytest.skip("never waits")
+        mlp = own.model.layers[1].mlp
+        forward = mlp.forward
+
+        def waiting(hidden_states):
+            return forward(hidden_states) * (hidden_states.sum().item() * 0 + 1)
+
+        mlp.forward = waiting
+        self.expect(own, r"without a CUDA graph: test_decoding\.py:\d+ waits for the device")
+        step = last_step(own)
+        assert "waits for the device" in str(step.trouble)
+        del mlp.forward
+        decoding.release(own)
+        ids, mask = batch(own, *LENGTHS)
+        assert decode(own, ids, mask).tolist() == generate(own, ids, mask).tolist()
+        assert_captured(own)
+
+    @GPU
+    def test_a_model_that_cannot_be_captured(self, own):
+        """What no watch sees, a capture refuses: the model goes on without, and is not harmed."""
+        if own.device.type == "cpu":
+            pytest.skip("no graphs")
+        mlp = own.model.layers[1].mlp
+        forward = mlp.forward
+
+        def refusing(hidden_states):
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("not in a graph")
+            return forward(hidden_states)
+
+        mlp.forward = refusing
+        self.expect(own, "without a CUDA graph: not in a graph")
