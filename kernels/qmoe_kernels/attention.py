@@ -249,8 +249,7 @@ BLOCK_G = 16  # query heads per program: the rows of a tensor core's product
 # A program's blocks of keys and values in shared memory: what GPUs with little of it allow.
 BLOCK_BYTES, BUFFER_BYTES = 32 << 10, 64 << 10
 # Fewer columns per split than this, of a full cache, are not worth combining; in all, of a split.
-MIN_SPLIT_COLUMNS, MAX_SINGLE_COLUMNS = 64, 128
-PROGRAMS_PER_PROCESSOR = 2  # are resident at the same time
+MIN_SPLIT_COLUMNS, MAX_SINGLE_COLUMNS = 128, 128
 MAX_SPLITS = 64
 COMBINED_ELEMENTS = 1024  # of splits' sums, per program: two loads of a thread
 
@@ -269,7 +268,7 @@ def choose_tile(
     block_n = max(16, min(64, 1 << (BLOCK_BYTES // column_bytes).bit_length() - 1))
     num_splits = 1
     if num_columns > MAX_SINGLE_COLUMNS:
-        fill = PROGRAMS_PER_PROCESSOR * num_processors // num_programs
+        fill = num_processors // num_programs
         num_splits = max(1, min(fill, -(-num_columns // MIN_SPLIT_COLUMNS), MAX_SPLITS))
     num_stages = min(3, 1 + BUFFER_BYTES // (block_n * column_bytes))
     return AttentionTile(num_splits, block_n, num_stages=num_stages)

@@ -134,7 +134,6 @@ def fused_moe_triton(
         activation=activation,
         two_level_sums=two_level_sums,
         pairs_per_row=top_k,
-        dependent=tiles.sort or activations is not None,
     )
     x_scale = None
     if activations is not None:

@@ -77,13 +77,24 @@ def _is_known(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
+# Measured on an H200, with cold weights, after a norm (docs/generate.md): cuBLAS is ahead elsewhere.
+FMA_ROWS = 2  # up to so many, tensor cores gain nothing
+FEW_OUTPUTS, MAX_ROWS = 2048, 16  # where cuBLAS splits the columns, and needs a second launch
+SMALL_OUTPUTS, SMALL_MAX_ROWS = 1024, 64  # a router's: far fewer than fill the GPU
+SMALL_FMA_ROWS = 8
+
+
 def linear_pays(num_rows: int, weight: Tensor) -> bool:
     """Return whether a kernel here is to be preferred to cuBLAS, as far as shapes tell."""
-    # In fp32 tensor cores would keep ten bits of a number, and without them many rows take long.
-    return num_rows <= (SMALL_ROWS if weight.dtype == torch.float32 else MAX_ROWS)
-
-
-MAX_ROWS = 16  # from more on, rows are what is read most
+    if weight.dtype == torch.float32:
+        # Tensor cores would keep ten bits of a number, and without them many rows take long.
+        return num_rows <= SMALL_FMA_ROWS
+    out_features = len(weight)
+    return (
+        num_rows <= FMA_ROWS
+        or (num_rows <= MAX_ROWS and out_features <= FEW_OUTPUTS)
+        or (num_rows <= SMALL_MAX_ROWS and out_features <= SMALL_OUTPUTS)
+    )
 
 
 @dataclass(frozen=True)
@@ -109,10 +120,6 @@ class LinearTile:
     prefetch: bool = True
 
 
-FMA_ROWS = 2  # up to so many, tensor cores gain nothing
-SMALL_OUTPUTS, SMALL_ROWS = 1024, 8  # too few outputs for tensor cores on all processors
-
-
 @functools.cache
 def choose_tile(
     num_rows: int, out_features: int, in_features: int, itemsize: int, shared_memory: int
@@ -126,22 +133,24 @@ def choose_tile(
     """
     block_m = triton.next_power_of_2(num_rows)
     block_k = triton.next_power_of_2(in_features)
-    fma_rows = SMALL_ROWS if out_features <= SMALL_OUTPUTS else FMA_ROWS
-    if itemsize == 4 or num_rows <= fma_rows:
-        block_m, block_k = min(block_m, fma_rows), min(block_k, 4096)
-        # 16 KiB of weights per program, but a program for each of some 128 processors.
-        block_n = min((16 << 10) // (block_k * itemsize), out_features // 128)
-        block_n = 1 << max(1, block_n).bit_length() - 1
-        num_warps = max(1, min(8, block_m * block_n * block_k // 2048))
+    small = out_features <= SMALL_OUTPUTS
+    if itemsize == 4 or num_rows <= (SMALL_FMA_ROWS if small else FMA_ROWS):
+        block_k = min(block_k, 4096)
+        if small:
+            block_m, block_n = max(1, min(4, block_m // 2)), min(2, block_m)
+        else:
+            # 32 KiB of weights per program, but a program for each of some 128 processors.
+            block_n = min((32 << 10) // (block_k * itemsize), out_features // 128)
+            block_m, block_n = min(4, block_m), 1 << max(1, block_n).bit_length() - 1
+        num_warps = max(4, min(8, block_n * block_k // 4096))
         return LinearTile(False, block_m, block_n, block_k, num_warps)
-    block_m = max(8, min(64, block_m))
-    block_n, num_warps = 16 if block_m == 8 else 32, 8
-    block_k = max(16, min(64, block_k // num_warps))
-    # All columns at once, where there is room: one stage is being multiplied.
+    block_m, block_n = max(8, min(16, block_m)), 16
+    num_warps, block_k = (4, min(128, block_k // 4)) if small else (8, min(64, block_k // 8))
+    block_k = max(16, block_k)
     stage_bytes = num_warps * block_k * (block_n + block_m) * itemsize
     num_stages = 1 + triton.cdiv(in_features, num_warps * block_k)
-    num_stages = max(2, min(5, num_stages, 1 + shared_memory // stage_bytes))
-    return LinearTile(True, block_m, block_n, block_k, num_warps, num_stages)
+    num_stages = max(2, min(5 if small else 6, num_stages, 1 + shared_memory // stage_bytes))
+    return LinearTile(True, block_m, block_n, block_k, num_warps, num_stages, prefetch=small)
 
 
 @functools.cache

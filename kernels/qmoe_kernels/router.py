@@ -250,13 +250,16 @@ def launch_select_experts(
             TOP_K_BLOCK=triton.next_power_of_2(top_k),
             GROUPS_BLOCK=groups_block,
             GROUP_BLOCK=group_block,
+            PDL=has_dependent_launch(router_logits.device),
             # Within one warp no step waits for another warp.
             num_warps=1 if groups_block * group_block <= 512 else 4,
+            **launch_options(True, router_logits.device),
         )
     return topk_ids, topk_weights
 
 
 if triton is not None:
+    from qmoe_kernels.launching import has_dependent_launch, launch_options
 
     @triton.jit(
         do_not_specialize=["scaling_factor", "epsilon"],
@@ -280,12 +283,16 @@ if triton is not None:
         TOP_K_BLOCK: tl.constexpr,  # powers of two, at least as large
         GROUPS_BLOCK: tl.constexpr,
         GROUP_BLOCK: tl.constexpr,
+        PDL: tl.constexpr,
     ):
         """Grid: (num_tokens,). Experts lie in a tile (GROUPS_BLOCK, GROUP_BLOCK).
 
         Choices are compared as integers: the float's bits above, the id below in descending order,
         so that all differ, and a maximum names its expert.
         """
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         NEVER: tl.constexpr = -0x8000000000000000
         token = tl.program_id(0).to(tl.int64)
         logits_ptr += token * (NUM_GROUPS * GROUP_SIZE)

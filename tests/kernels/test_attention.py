@@ -224,7 +224,7 @@ def test_no_rows() -> None:
 def test_tiles_follow_shapes() -> None:
     qwen3 = (2048, 512, 132)  # columns, bytes of a key and a value, multiprocessors
     splits = [choose_tile(num_rows * 4, *qwen3).num_splits for num_rows in (1, 8, 16, 64, 1000)]
-    assert splits == [32, 8, 4, 1, 1]
+    assert splits == [16, 4, 2, 1, 1]
     assert choose_tile(8, 128, 256, 132).num_splits == 1  # gpt-oss's window
     for column_bytes in (32, 64, 256, 512, 768, 1024, 2048, 4096):
         tile = choose_tile(4, 2048, column_bytes, 132)

@@ -292,6 +292,7 @@ DEEPSEEK_V3 = dict(TOP_K=8, SIGMOID=True, BY_LOGITS=False, NORMALIZE=True, NUM_G
 WIDE = dict(QWEN3, TOP_K=10, NORMALIZE=False, GROUP_SIZE=1000, TOP_K_BLOCK=16, GROUP_BLOCK=1024)
 for capability in ARCHITECTURES:
     for constants, logits in ((QWEN3, "*bf16"), (DEEPSEEK_V3, "*fp32"), (WIDE, "*fp16")):
+        constants["PDL"] = capability >= 90
         types = dict(logits_ptr=logits, bias_ptr="*fp32", topk_ids_ptr="*i64",
                      topk_weights_ptr="*fp32", scaling_factor="fp32", epsilon="fp32")
         types |= dict.fromkeys(constants, "constexpr")
