@@ -77,7 +77,7 @@ def _is_known(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-# Measured on an H200, with cold weights, after a norm (docs/generate.md): cuBLAS is ahead elsewhere.
+# Measured on an H200 with cold weights, after a norm (docs/generate.md); cuBLAS leads elsewhere.
 FMA_ROWS = 2  # up to so many, tensor cores gain nothing
 FEW_OUTPUTS, MAX_ROWS = 2048, 16  # where cuBLAS splits the columns, and needs a second launch
 SMALL_OUTPUTS, SMALL_MAX_ROWS = 1024, 64  # a router's: far fewer than fill the GPU
