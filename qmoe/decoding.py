@@ -24,7 +24,6 @@ from torch import Tensor
 from transformers import GenerationMixin
 from transformers.generation import (
     EpsilonLogitsWarper,
-    EtaLogitsWarper,
     GenerationConfig,
     GenerationMode,
     InfNanRemoveLogitsProcessor,
@@ -33,7 +32,6 @@ from transformers.generation import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
-    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -49,7 +47,8 @@ _KEPT_STEPS = 4
 # Columns are rounded up, so that a step serves many lengths.
 _SHORTEST = 512
 
-# Processors that compute on scores alone, the same operations in every step.
+# Processors that compute on scores alone, the same operations in every step, and ask the device
+# nothing, as EtaLogitsWarper does (is there any NaN?) and SuppressTokensLogitsProcessor (how many?).
 _CAPTURED_PROCESSORS = (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -57,8 +56,6 @@ _CAPTURED_PROCESSORS = (
     MinPLogitsWarper,
     TypicalLogitsWarper,
     EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    SuppressTokensLogitsProcessor,
     InfNanRemoveLogitsProcessor,
     LogitNormalization,
 )
