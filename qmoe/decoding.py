@@ -47,8 +47,8 @@ _KEPT_STEPS = 4
 # Columns are rounded up, so that a step serves many lengths.
 _SHORTEST = 512
 
-# Processors that compute on scores alone, the same operations in every step, and ask the device
-# nothing, as EtaLogitsWarper does (is there any NaN?) and SuppressTokensLogitsProcessor (how many?).
+# Processors that compute on scores alone, the same operations in every step. EtaLogitsWarper and
+# SuppressTokensLogitsProcessor ask the device something.
 _CAPTURED_PROCESSORS = (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
