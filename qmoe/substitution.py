@@ -340,7 +340,7 @@ def _router_substitute(
     expected = dict(zip(kinds, outputs, strict=True))
     dtype = expected["weights"].dtype
 
-    def product_in(precision: torch.dtype, hidden_states: Tensor) -> Tensor:
+    def logits_by(product: Product, precision: torch.dtype, hidden_states: Tensor) -> Tensor:
         hidden_states = hidden_states.reshape(-1, weight.shape[1])
         return product(
             hidden_states.to(precision),
@@ -353,7 +353,8 @@ def _router_substitute(
         (
             p
             for p in (weight.dtype, torch.float32)
-            if torch.equal(product_in(p, x).float(), logits.float())
+            # By what the router itself calls: another order of sums would hide which it is.
+            if torch.equal(logits_by(F.linear, p, x).float(), logits.float())
         ),
         None,
     )
@@ -368,7 +369,7 @@ def _router_substitute(
         return None
 
     def forward(hidden_states: Tensor) -> tuple[Tensor, ...]:
-        logits = product_in(precision, hidden_states)
+        logits = logits_by(product, precision, hidden_states)
         ids, weights = select_experts(logits, spec, correction, dtype)
         made = {"logits": logits, "weights": weights, "ids": ids}
         return tuple(made[kind] for kind in kinds)
