@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import inspect
 import pickle
 import re
 import traceback
@@ -25,6 +26,7 @@ from accelerate import cpu_offload
 from families import FAMILIES, prompts
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
@@ -153,8 +155,12 @@ class TestFamilies:
     def test_what_is_substituted(self, model, request):
         family = request.node.callspec.params["model"][0]
         found = {kind: len(Substitutions(model, [kind]).places) for kind in SUBSTITUTIONS}
-        assert found.pop("linears") == sum(type(m) is nn.Linear for m in model.modules())
+        linears = found.pop("linears")
+        assert linears == sum(type(m) is nn.Linear for m in model.modules())
         assert {kind: n for kind, n in found.items() if n} == FAMILIES[family].found
+        # All at once: one must not keep another from being recognized. Of the linears are qkv.
+        together = len(Substitutions(model).places)
+        assert together == linears + sum(n for kind, n in found.items() if kind != "qkv")
         # Qwen3-Next does not say that its attention may be any function.
         assert Substitutions(model, ["attention"]).attention == (family != "qwen3_next")
 
@@ -188,7 +194,7 @@ class TestFamilies:
         step = last_step(model)
         assert step.rounds_prompts == (step.cache.has_columns_only and model.device.type == "cuda")
         step.rounds_prompts = step.cache.has_columns_only
-        for seed, columns in enumerate((32, 7, 20, 33)):
+        for seed, columns in enumerate((32, 7, 33)):
             ids, mask = batch(model, columns, columns, seed=seed)
             options = count(model, 5)
             found = decode(model, ids, mask, **options)
@@ -272,6 +278,16 @@ class Favour(LogitsProcessor):
 
 
 PROCESSORS = LogitsProcessorList([Favour()])
+# Of processors, by the name of the parameter.
+ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "temperature": (0.5,),
+    "top_k": (4,),
+    "top_p": (0.5,),
+    "min_p": (0.1,),
+    "mass": (0.5,),
+    "epsilon": (0.03,),
+    "suppress_tokens": (list(range(60)),),
+}
 OPTIONS = {
     "plain": dict(do_sample=True),
     "temperature": dict(do_sample=True, temperature=0.6),
@@ -315,14 +331,29 @@ def plain(qwen3: PreTrainedModel, text: tuple[Tensor, Tensor]) -> Tensor:
 class TestOptions:
     @pytest.mark.parametrize("name", OPTIONS)
     def test_the_same_seed_gives_the_same_tokens(self, qwen3, text, greedy, plain, name):
-        options = OPTIONS[name]
+        options = OPTIONS[name] | dict(max_new_tokens=8)
         torch.manual_seed(1)
         expected = generate(qwen3, *text, **options)
         torch.manual_seed(1)
         assert decode(qwen3, *text, **options).tolist() == expected.tolist()
         if name != "plain":  # the option matters
-            assert not torch.equal(expected, plain if options.get("do_sample") else greedy)
+            without = plain if options.get("do_sample") else greedy
+            assert not torch.equal(expected, without[:, : expected.shape[1]])
         assert_captured(qwen3)
+
+    @pytest.mark.parametrize(
+        "processor", decoding._CAPTURED_PROCESSORS, ids=lambda processor: processor.__name__
+    )
+    def test_what_is_captured_asks_the_device_nothing(self, processor):
+        """On a CPU, the operations below the operations show it; a graph would refuse them."""
+        takes = inspect.signature(processor.__init__).parameters
+        given = next((v for k, v in ARGUMENTS.items() if k in takes), ())
+        scores = torch.randn(3, 264)
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            processor(*given)(prompts(3, 9, 5)[0], scores)
+        ran = {event.key for event in profiled.key_averages()}
+        assert ran
+        assert not ran & {"aten::_local_scalar_dense", "aten::_unique", "aten::nonzero"}
 
     def test_another_seed_gives_others(self, qwen3, text, plain):
         torch.manual_seed(2)
@@ -377,13 +408,14 @@ class TestOptions:
 
     def test_stop_strings(self, tokenizer, device):
         model = families.build("mixtral", device)
-        options: dict[str, Any] = dict(max_new_tokens=40, do_sample=True, seed=3, top_k=10)
+        options: dict[str, Any] = dict(max_new_tokens=30, do_sample=False)
         free = qmoe.generate(model, tokenizer, ["Hello", "a longer prompt"], **options)
-        stop = free.texts[0][5:8]
+        whole = free.texts[0]
+        stop = next(c for i, c in enumerate(whole) if i >= 3 and c.isascii() and c not in whole[:i])
         stopped = qmoe.generate(
             model, tokenizer, ["Hello", "a longer prompt"], stop_strings=[stop], **options
         )
-        assert stopped.texts[0] == free.texts[0][: free.texts[0].index(stop) + len(stop)]
+        assert stopped.texts[0] == whole[: whole.index(stop) + 1]
         assert stopped.new_tokens[0] < free.new_tokens[0]
 
 
@@ -474,12 +506,13 @@ class TestTheLoop:
     def test_rows_are_rounded_up(self, family, device):
         model = families.build(family, device)
         ids, mask = batch(model, *range(1, 10))
-        assert decode(model, ids, mask).tolist() == generate(model, ids, mask).tolist()
+        for do_sample in (False, True):
+            options = dict(max_new_tokens=6, do_sample=do_sample)
+            torch.manual_seed(1)
+            expected = generate(model, ids, mask, **options)
+            torch.manual_seed(1)
+            assert decode(model, ids, mask, **options).tolist() == expected.tolist()
         assert [rows for rows, _ in steps(model)] == [16]
-        torch.manual_seed(1)
-        expected = generate(model, ids, mask, do_sample=True)
-        torch.manual_seed(1)
-        assert decode(model, ids, mask, do_sample=True).tolist() == expected.tolist()
 
     @pytest.mark.parametrize(
         "rows, bucket", [(1, 1), (8, 8), (9, 16), (16, 16), (64, 64), (65, 128), (130, 192)]
@@ -535,7 +568,12 @@ class TestKeptSteps:
     def test_unpatched(self, own):
         before = self.expect(own, 9)
         qmoe.unpatch(own)
-        assert self.expect(own, 9) is not before
+        ids, mask = batch(own, 9)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # transformers' experts need not be captured
+            found = decode(own, ids, mask)
+        assert found.tolist() == generate(own, ids, mask).tolist()
+        assert last_step(own) is not before
         assert len(steps(own)) == 1
 
     def test_moved_parameters(self, own):
@@ -715,7 +753,10 @@ class TestFallbacks:
                 "return_dict_in_generate=True",
                 dict(return_dict_in_generate=True, output_scores=True),
             ),
-            ("cache_implementation='static'", dict(cache_implementation="static")),
+            (
+                "cache_implementation='static'",
+                dict(cache_implementation="static", disable_compile=True),
+            ),
         ],
         ids=lambda value: value if isinstance(value, str) else "",
     )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from qmoe import substitution
 from qmoe.static_cache import DecodeCache
 from qmoe.substitution import SUBSTITUTIONS, Substitutions
 
@@ -299,6 +300,18 @@ class TestRouters:
             expected = [t if t.shape[1] > 2 else t.gather(1, own_order) for t in expected]
         for ours, theirs in zip(actual, expected, strict=True):
             torch.testing.assert_close(ours, theirs, check_dtype=True)
+
+    def test_beside_products_that_sum_in_another_order(self, own, monkeypatch):
+        def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            assert bias is None
+            return F.linear(x.double(), weight.double()).to(x.dtype)
+
+        monkeypatch.setattr(substitution, "linear", product)
+        routers = [layer.mlp.gate for layer in own.model.layers]
+        x = torch.randn(64, 64)
+        assert not torch.equal(product(x, routers[0].weight), F.linear(x, routers[0].weight))
+        owners = [owner for owner, _, _ in Substitutions(own).places]
+        assert all(router in owners for router in routers)
 
     def test_a_correction_is_read_when_it_runs(self):
         model = families.build("deepseek_v3")
