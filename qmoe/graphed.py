@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -99,9 +100,20 @@ def capture(
             graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
                 function()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # what is captured is not valid any more
+                    graph.capture_end()
+                _end_capture_of_generator(device)
+                raise
+            graph.capture_end()
     return graph
+
+
+def _end_capture_of_generator(device: torch.device) -> None:
+    """Let the device's generator draw numbers again; an end that fails leaves it in the capture."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator = torch.cuda.default_generators[index]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 def _watch(function: Callable[[], None]) -> str | None:

@@ -72,8 +72,7 @@ class Substitutions:
         self.configs = {id(config): config for config in configs}.values()
         self.attention = "attention" in names and has_attention_interface(model)
         self.places: list[Place] = []
-        with torch.no_grad(), torch.random.fork_rng(_devices(model)):
-            torch.manual_seed(0)
+        with torch.no_grad():
             product: Product = linear if "linears" in names else F.linear
             if "norms" in names:
                 self.places += _norms(model)
@@ -113,12 +112,12 @@ _ABSENT = object()
 _running = threading.local()
 
 
-def _devices(model: nn.Module) -> list[int]:
-    return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+def _draw(*shape: int, dtype: torch.dtype) -> Tensor:
+    """The same random numbers each time, on the CPU.
 
-
-def _draw(*shape: int, like: Tensor) -> Tensor:
-    return torch.randn(shape, dtype=like.dtype, device=like.device)
+    Probes compare there, where pieces are plain torch: on a GPU each would compile a kernel.
+    """
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:
@@ -215,10 +214,11 @@ def _norm_formula(norm: Any) -> Norm | None:
     epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     if epsilon is None:
         return None
-    x, weight = _draw(4, len(norm.weight), like=norm.weight), torch.rand_like(norm.weight) + 0.5
+    x = _draw(4, len(norm.weight), dtype=norm.weight.dtype)
+    weight = 1 + 0.3 * _draw(len(norm.weight), dtype=norm.weight.dtype)
     try:
         expected = torch.func.functional_call(norm, {"weight": weight}, (x,))
-    except TypeError:  # it takes more than hidden states
+    except (TypeError, RuntimeError):  # it takes or has more than hidden states and a weight
         return None
     candidates: list[Norm] = [
         partial(rms_norm, epsilon=epsilon),
@@ -277,18 +277,19 @@ def _rotary_substitute(original: Rotation, form: Rotation) -> Rotation:
 
 
 def _rotates_alike(original: Rotation, form: Rotation, embedding: Any, model: Any) -> bool:
-    weight = next(p for p in model.parameters() if p.dtype == model.dtype)
-    positions = torch.tensor([[1, 5, 70], [0, 2, 3]], device=weight.device)
+    positions = torch.tensor([[1, 5, 70], [0, 2, 3]], device=model.device)
     try:
-        cos, sin = embedding(_draw(2, 3, 8, like=weight), positions)
-    except (TypeError, ValueError):  # tables by kind of layer, or of several axes
+        # Of the hidden states only dtype and device count here.
+        tables = embedding(_draw(2, 3, 8, dtype=model.dtype).to(model.device), positions)
+        cos, sin = (table.cpu() for table in tables)
+    except (TypeError, ValueError, AttributeError):  # tables by kind of layer, or of several axes
         return False
     config = model.config.get_text_config()
     sizes = {cos.shape[-1], 2 * cos.shape[-1], getattr(config, "head_dim", None) or cos.shape[-1]}
     known = False
     for size in sorted(sizes):
-        q = _draw(2, 3, 4, size, like=weight).transpose(1, 2)
-        k = _draw(2, 3, 2, size, like=weight).transpose(1, 2)
+        q = _draw(2, 3, 4, size, dtype=model.dtype).transpose(1, 2)
+        k = _draw(2, 3, 2, size, dtype=model.dtype).transpose(1, 2)
         try:
             expected, found = original(q, k, cos, sin), form(q, k, cos, sin)
         except (RuntimeError, ValueError):  # not a size that the model has
@@ -327,7 +328,7 @@ def _router_substitute(
     if correction is not None:
         correction = correction.detach().flatten()
     top_k = getattr(router, "top_k", None)
-    x = _draw(64, weight.shape[1], like=weight)
+    x = _draw(64, weight.shape[1], dtype=weight.dtype).to(weight.device)
     try:
         outputs = router(x)
     except (TypeError, RuntimeError):
@@ -337,7 +338,7 @@ def _router_substitute(
     kinds = [_kind_of_output(t, top_k, weight.shape[0]) for t in outputs]
     if sorted(kinds) != ["ids", "logits", "weights"]:
         return None
-    expected = dict(zip(kinds, outputs, strict=True))
+    expected = {kind: output.cpu() for kind, output in zip(kinds, outputs, strict=True)}
     dtype = expected["weights"].dtype
 
     def logits_by(product: Product, precision: torch.dtype, hidden_states: Tensor) -> Tensor:
@@ -354,15 +355,16 @@ def _router_substitute(
             p
             for p in (weight.dtype, torch.float32)
             # By what the router itself calls: another order of sums would hide which it is.
-            if torch.equal(logits_by(F.linear, p, x).float(), logits.float())
+            if torch.equal(logits_by(F.linear, p, x).float().cpu(), logits.float())
         ),
         None,
     )
     if precision is None:
         return None
 
+    added = None if correction is None else correction.cpu()
     for spec in _router_specs(router, top_k):
-        ids, weights = select_experts(logits, spec, correction, dtype)
+        ids, weights = select_experts(logits, spec, added, dtype)
         if _same_choice(ids, weights, expected["ids"], expected["weights"]):
             break
     else:
