@@ -202,7 +202,11 @@ class TestFamilies:
             assert last_step(model) is step
         assert sorted(step._prompts) == ([32, 40] if step.cache.has_columns_only else [])
         if step.rounds_prompts and model.device.type == "cuda":
-            assert has_graph(step._prompts[32].run)
+            run = step._prompts[32].run
+            if model.config._attn_implementation == "eager":  # whose masks come from the host
+                assert run.trouble is not None and "masking_utils" in run.trouble
+            else:
+                assert has_graph(run)
         step.rounds_prompts &= model.device.type == "cuda"
 
     def test_without_substitutes(self, model):
