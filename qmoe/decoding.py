@@ -7,8 +7,8 @@ This loop takes the place of its own for greedy decoding and for sampling, and r
 tokens. The device is always one token ahead of the host: while the host looks at a token (is it the
 end of a text? is there somebody to stream it to?), the next is being computed.
 
-transformers hands a streamer to no loop but its own, only the prompt to the streamer; so it is named
-twice: ``streamer=streamer, custom_generate=functools.partial(qmoe.decode, streamer=streamer)``.
+transformers hands a streamer to no loop but its own, and the streamer no more than the prompt; so
+it is named twice: ``generate(..., streamer=s, custom_generate=partial(qmoe.decode, streamer=s))``.
 """
 
 from __future__ import annotations
