@@ -55,7 +55,8 @@ class Sizes:
 
 TINY_SIZES = Sizes(8, 4, (1, 2), (16,), (16, 32), 8, 4, 0.01, repeats=1, replays=2, profiled=2)
 
-SHORT = 4  # new tokens of a call by qmoe's loop in which everything that it captures is captured
+SHORT = 4  # new tokens of a call by qmoe's loop in which all that it captures of steps is captured
+CALLS = 3  # with prompts of one length, until the reading of these is captured
 
 Run = Callable[[int], object]  # generates so many new tokens
 
@@ -170,7 +171,7 @@ class Benchmark:
             warm: calls like these have run before.
         """
         repeats = repeats or self.sizes.repeats
-        for num_new in () if warm else (short + steps, short):
+        for num_new in () if warm else (short + steps, *[short] * CALLS):
             run(num_new)
         less = statistics.median(self.seconds(run, short) for _ in range(repeats))
         calls = [self.seconds(run, short + steps) for _ in range(repeats)]
