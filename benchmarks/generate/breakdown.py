@@ -1,9 +1,9 @@
 """Section breakdown: what a decode step's time goes to, by kind of kernel.
 
-qmoe's own kernels are known by name: the module that defines one says what it is for. Products, ours
-and those of cuBLAS, all have the same few names and are told apart by their place: the step's last one is the
-head, the one before the experts are chosen is the router, the others are the attention's linear
-layers. What comes after the head is sampling.
+qmoe's own kernels are known by name: the module that defines one says what it is for. Products, by
+our kernels or cuBLAS', all have the same few names and are told apart by their place: the step's
+last one is the head, the one before the experts are chosen is the router, the others are the
+attention's linear layers. What comes after the head is sampling.
 """
 
 from __future__ import annotations
