@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qmoe.experts import quantized_modules
-from qmoe.graphed import Graphed
+from qmoe.graphed import Graphed, GraphPool
 from qmoe.inspection import find_top_k
 from qmoe.static_cache import DecodeCache
 from qmoe.substitution import (
@@ -80,7 +80,7 @@ class DecodeStep:
         self._attention_mask = torch.ones(rows, length, dtype=torch.int64, device=self.device)
         self._takes_last = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._paging = getattr(model, "qmoe_paging", None)
-        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self._pool = GraphPool(self.device)
         self._step = Graphed(self.run, self.device, self._pool)
         # A budget has no room for the memory that graphs of prompts keep; states that are not
         # columns would take in what a prompt is rounded up with.
@@ -207,9 +207,10 @@ class DecodeStep:
         self._step.replay()
 
     def release(self) -> None:
-        """Drop all graphs; others are captured when they are due."""
-        self._step.release()
+        """Drop all graphs and their memory; others are captured when they are due."""
         self._prompts.clear()
+        self._pool = GraphPool(self.device)
+        self._step = Graphed(self.run, self.device, self._pool)
 
     def _keep(self, logits: Tensor) -> None:
         logits = logits[:, -1]

@@ -15,6 +15,26 @@ WARM_UP = 2
 _WAITED = "called a synchronizing"
 
 
+class GraphPool:
+    """Memory that graphs share which never run at the same time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._handle: tuple[int, int] | None = None
+        self._keeper: torch.cuda.CUDAGraph | None = None
+
+    @property
+    def handle(self) -> tuple[int, int]:
+        """What PyTorch calls it; made when it is first asked for."""
+        if self._handle is None:
+            handle = torch.cuda.graph_pool_handle()
+            anything = torch.zeros(1, device=self.device)
+            # PyTorch forgets a pool with the last graph in it: this one stays.
+            self._keeper = capture(anything.zero_, self.device, handle)
+            self._handle = handle
+        return self._handle
+
+
 class Graphed:
     """A function without arguments that does the same in the same places each time.
 
@@ -24,16 +44,13 @@ class Graphed:
         trouble: why there is no graph, once it was tried; None otherwise.
     """
 
-    def __init__(
-        self, function: Callable[[], None], device: torch.device, pool: object | None = None
-    ) -> None:
+    def __init__(self, function: Callable[[], None], device: torch.device, pool: GraphPool) -> None:
         """Nothing is run yet.
 
         Args:
             function: what it leaves is in tensors that it was given, none that it makes.
             device: where it runs.
-            pool: of memory, shared with functions that never run at the same time; None for one
-                of its own.
+            pool: where the graph's memory comes from.
         """
         self.function, self.device, self.pool = function, device, pool
         self.trouble: str | None = None
@@ -59,7 +76,7 @@ class Graphed:
         Raises:
             RuntimeError: it does what a graph cannot; nothing has changed.
         """
-        self._graph = capture(self.function, self.device, self.pool)
+        self._graph = capture(self.function, self.device, self.pool.handle)
 
     def replay(self) -> None:
         """Run the graph.
@@ -70,10 +87,6 @@ class Graphed:
         if self._graph is None:
             raise ValueError("there is no graph; call capture() first")
         self._graph.replay()
-
-    def release(self) -> None:
-        """Drop the graph; another is captured after as many runs."""
-        self._graph, self._runs, self.trouble = None, 0, None
 
     def _try_capture(self) -> None:
         if self.device.type != "cuda":
@@ -87,7 +100,7 @@ class Graphed:
 
 
 def capture(
-    function: Callable[[], object], device: torch.device, pool: object | None = None
+    function: Callable[[], object], device: torch.device, pool: tuple[int, int] | None = None
 ) -> torch.cuda.CUDAGraph:
     """A CUDA graph of ``function``, which is not run; its kernels must have been compiled."""
     stream = torch.cuda.Stream(device)

@@ -101,7 +101,7 @@ def launch_rms_norm(
     strides = _row_strides(x)
     if strides is None:
         x = x.contiguous()
-        strides = (1, size, 0)
+        strides = _evenly(size)
     num_rows = out.numel() // size
     rows, block, num_warps = _tile(size, num_rows >= MANY_ROWS)
     rms_norm_kernel[(-(-num_rows // rows),)](
@@ -130,7 +130,7 @@ def _row_strides(x: Tensor) -> tuple[int, int, int] | None:
     Row r begins at ``r // inner * outer_stride + r % inner * inner_stride``: heads in tokens.
     """
     if x.is_contiguous():
-        return 1, x.shape[-1], 0
+        return _evenly(x.shape[-1])
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         return None
     levels: list[tuple[int, int]] = []  # (length, stride) of what counts rows, the fastest first
@@ -143,7 +143,15 @@ def _row_strides(x: Tensor) -> tuple[int, int, int] | None:
         return None
     if len(levels) == 2:
         return levels[0][0], levels[1][1], levels[0][1]
-    return 1, (levels[0][1] if levels else 0), 0
+    return _evenly(levels[0][1] if levels else 0)
+
+
+def _evenly(stride: int) -> tuple[int, int, int]:
+    """Return strides of rows at one distance, with no 1 and no 0 in them.
+
+    Of each of these Triton would compile a kernel of its own, beside that for two distances.
+    """
+    return 16, 16 * stride, stride
 
 
 # From so many short rows on, programs have as many as fill four warps. Below, one warp each: with
