@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.generation import (
     EpsilonLogitsWarper,
@@ -40,7 +40,7 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 
 from qmoe.decode_step import DecodeStep
-from qmoe.graphed import capture
+from qmoe.graphed import STEPS, capture, drop_steps
 
 # Steps that are kept for a model at a time; the one that was used longest ago goes first.
 _KEPT_STEPS = 4
@@ -101,11 +101,13 @@ def decode(
             f"custom_generate=qmoe.decode is greedy or samples, and the options ask for {mode}; "
             "leave custom_generate out for that"
         )
-    obstacle = _obstacle(model, generation_config, model_kwargs, synced_gpus)
+    tensors = _tensors(model)
+    obstacle = _obstacle(model, tensors, generation_config, model_kwargs, synced_gpus)
     step: DecodeStep | None = None
     if obstacle is None:
         try:
-            step = _steps_of(model).take(model, len(input_ids), stopping_criteria.max_length)
+            length = stopping_criteria.max_length
+            step = _steps_of(model).take(model, tensors, len(input_ids), length)
         except ValueError as error:
             obstacle = str(error)
     if step is None:
@@ -134,21 +136,35 @@ def decode(
 
 def release(model: Any) -> None:
     """Drop the captured steps of a model and their caches; `decode` makes new ones."""
-    vars(model).pop(_ATTRIBUTE, None)
+    drop_steps(model)
 
 
 # ---- what can be decoded like this -------------------------------------------------------------
 
 
+def _tensors(model: Any) -> list[Tensor]:
+    """Parameters and buffers of all modules, in one pass: a model has thousands of modules."""
+    return [
+        tensor
+        for module in model.modules()
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+        if tensor is not None
+    ]
+
+
 def _obstacle(
-    model: Any, config: GenerationConfig, model_kwargs: dict[str, Any], synced_gpus: bool
+    model: Any,
+    tensors: list[Tensor],
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    synced_gpus: bool,
 ) -> str | None:
     """Why a model with these options is not for `_decode`; None if it is."""
     if model.config.is_encoder_decoder:
         return "it is an encoder-decoder"
     if synced_gpus:
         return "it is spread over processes"
-    devices = {p.device for p in model.parameters()}
+    devices = {tensor.device for tensor in tensors if isinstance(tensor, nn.Parameter)}
     if len(devices) != 1 or torch.device("meta") in devices:
         return "it is on several devices or offloaded"
     own = type(model).prepare_inputs_for_generation
@@ -190,13 +206,16 @@ class _Steps:
     steps: dict[tuple[int, int], DecodeStep] = field(default_factory=dict)
     state: Any = None
 
-    def take(self, model: Any, rows: int, columns: int) -> DecodeStep:
+    def take(self, model: Any, tensors: list[Tensor], rows: int, columns: int) -> DecodeStep:
         """A step for so many rows and at least so many columns.
+
+        Args:
+            tensors: of the model, see `_tensors`.
 
         Raises:
             ValueError: the model cannot be run like this.
         """
-        if self.state != _state(model):
+        if self.state != _state(model, tensors):
             self.steps.clear()
         budget = _budget(model)
         if _bucket(rows) * columns <= budget:
@@ -212,7 +231,7 @@ class _Steps:
                     del self.steps[key]
             found = rows, length
             self.steps[found] = DecodeStep(model, rows, length)
-            self.state = _state(model)  # products are merged by now
+            self.state = _state(model, _tensors(model))  # products are merged by now
         step = self.steps.pop(found)
         self.steps[found] = step
         return step
@@ -224,20 +243,17 @@ class _Steps:
         return _Steps, ()
 
 
-_ATTRIBUTE = "_qmoe_steps"
-
-
 def _steps_of(model: Any) -> _Steps:
     # In the model itself: a table of models beside it would keep them alive, since steps do.
-    steps: _Steps = vars(model).setdefault(_ATTRIBUTE, _Steps())
+    steps: _Steps = vars(model).setdefault(STEPS, _Steps())
     return steps
 
 
-def _state(model: Any) -> Any:
+def _state(model: Any, tensors: list[Tensor]) -> Any:
     """What a captured graph rests on: where all tensors are, and what the experts are."""
     return (
-        [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())],
-        [id(module) for module in model.modules()],
+        [tensor.data_ptr() for tensor in tensors],
+        [id(tensor) for tensor in tensors],
         getattr(model, "qmoe_paging", None),
         model.config._attn_implementation,
         model.training,

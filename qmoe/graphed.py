@@ -5,14 +5,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import torch
 
 # Runs before the capture: the first compiles kernels, the last is watched for what a graph cannot
 # do.
 WARM_UP = 2
+# Where a model keeps its captured steps.
+STEPS = "_qmoe_steps"
 # How PyTorch's debug mode begins what it says of each wait.
 _WAITED = "called a synchronizing"
+
+
+def drop_steps(model: Any) -> None:
+    """Let go of a model's captured steps and of their caches."""
+    vars(model).pop(STEPS, None)
 
 
 class GraphPool:
@@ -93,9 +101,7 @@ class Graphed:
             return
         try:
             self.capture()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever a model's forward may do
+        except Exception as error:  # whatever a model's forward may do, and too little memory
             self.trouble = next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 

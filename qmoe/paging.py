@@ -22,6 +22,7 @@ from qmoe.cache.pages import LayerPages
 from qmoe.cache.stats import CacheStats
 from qmoe.experts import QuantizedExperts, quantized_modules
 from qmoe.footprint import measure
+from qmoe.graphed import drop_steps
 
 # Tokens per sequence where nobody said how many; less where the model takes less.
 DEFAULT_CONTEXT = 8192
@@ -179,6 +180,7 @@ def resize(
         batch_size = batch_size or before.budget.batch_size
     device = before.device if before is not None else next(model.parameters()).device
     layers = pages_of(modules)
+    drop_steps(model)  # they would count as memory that something else has
     budget = plan_budget(model, layers, hbm_budget, device, context, batch_size or 1)
     cache = before.cache if before is not None else None
     prefetch = before.prefetch if before is not None else True
