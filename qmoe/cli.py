@@ -140,7 +140,7 @@ def generate(
     ] = None,
     prefetch: Annotated[
         bool, typer.Option(help="Copy experts ahead that the next layer will probably need.")
-    ] = True,
+    ] = False,
     stats: Annotated[
         bool, typer.Option("--stats", help="Show the expert cache at work, on stderr.")
     ] = False,
@@ -165,8 +165,8 @@ def generate(
             "batch_size": batch_size or len(prompts) * (num_beams or 1),
             "prefetch": prefetch,
         }
-    elif context is not None or batch_size is not None or not prefetch:
-        raise typer.BadParameter("--context, --batch-size and --no-prefetch need --hbm-budget")
+    elif context is not None or batch_size is not None or prefetch:
+        raise typer.BadParameter("--context, --batch-size and --prefetch need --hbm-budget")
     if do_sample is None and any(v is not None for v in (temperature, top_k, top_p, min_p)):
         do_sample = True
     options = {

@@ -34,7 +34,7 @@ def load(
     hbm_budget: str | int | float | None = None,
     context: int | None = None,
     batch_size: int = 1,
-    prefetch: bool = True,
+    prefetch: bool = False,
 ) -> PreTrainedModel:
     """Load a model for generating text.
 
@@ -53,7 +53,9 @@ def load(
         context: tokens per sequence that the budget must hold the KV cache of, new ones included;
             by default the model's own context, but at most 8192.
         batch_size: sequences at a time that it must hold it of.
-        prefetch: copy experts ahead of their layer when the next layer's router proposes them.
+        prefetch: copy experts ahead of their layer when the next layer's router proposes them. It
+            pays where a layer computes longer than a few experts take on the link
+            (docs/expert-cache.md).
 
     Returns:
         The model, in evaluation mode, on ``device``.

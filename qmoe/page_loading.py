@@ -34,7 +34,7 @@ class PagingOptions:
     hbm_budget: str | int | float
     context: int | None = None
     batch_size: int = 1
-    prefetch: bool = True
+    prefetch: bool = False
 
     def plan(self, model: nn.Module, layers: Sequence[LayerPages], device: torch.device) -> Budget:
         """See :func:`qmoe.paging.plan_budget`."""

@@ -38,7 +38,7 @@ class Paging:
     budget: Budget
     device: torch.device
     cache: ExpertCache | None
-    prefetch: bool = True
+    prefetch: bool = False
 
 
 def plan_budget(
@@ -92,7 +92,7 @@ def page_experts(
     budget: Budget,
     device: torch.device | str,
     *,
-    prefetch: bool = True,
+    prefetch: bool = False,
 ) -> None:
     """Let a model on ``device`` take its experts from ``store``, whose layers are its experts'.
 
@@ -183,7 +183,7 @@ def resize(
     drop_steps(model)  # they would count as memory that something else has
     budget = plan_budget(model, layers, hbm_budget, device, context, batch_size or 1)
     cache = before.cache if before is not None else None
-    prefetch = before.prefetch if before is not None else True
+    prefetch = before.prefetch if before is not None else False
     if cache is not None and budget.all_resident:
         _make_resident(modules, cache)
         cache = None

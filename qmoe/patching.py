@@ -33,7 +33,7 @@ def patch(
     device: str | torch.device = "auto",
     context: int | None = None,
     batch_size: int = 1,
-    prefetch: bool = True,
+    prefetch: bool = False,
 ) -> PreTrainedModel:
     """Quantize the experts of a loaded model in place.
 

@@ -93,7 +93,7 @@ class QmoeConfig(QuantizationConfigMixin):
         hbm_budget: str | int | float | None = None,
         context: int | None = None,
         batch_size: int = 1,
-        prefetch: bool = True,
+        prefetch: bool = False,
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ) -> None:

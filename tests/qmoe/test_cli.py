@@ -257,7 +257,7 @@ class TestGenerate:
             (["generate", "{checkpoint}", "--nonsense"], 2, "No such option"),
             (["generate", "{checkpoint}", "--prompt=a", "--weights=int3"], 2, "int3"),
             (["generate", "{checkpoint}", "--prompt=a", "--context=9"], 2, "need --hbm-budget"),
-            (["generate", "{checkpoint}", "--prompt=a", "--no-prefetch"], 2, "need --hbm-budget"),
+            (["generate", "{checkpoint}", "--prompt=a", "--prefetch"], 2, "need --hbm-budget"),
             (
                 ["generate", "{checkpoint}", "--prompt=a", "--weights=int8", "--hbm-budget=lots"],
                 3,
