@@ -95,7 +95,7 @@ def retention(section: Cell, path: Path) -> None:
             axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_ylabel("% of the resident model's tokens/s")
     axes[1, 0].set_ylabel("hits, % of experts asked for")
-    axes[0, -1].legend(fontsize=8, loc="lower right")
+    axes[0, -1].legend(fontsize=8, loc="upper left")
     axes[1, -1].legend(fontsize=8, loc="lower right")
     save(figure, "Speed kept by capacity\n" + subtitle(section), path)
 
@@ -134,6 +134,7 @@ def time_per_token(section: Cell, path: Path) -> None:
         axis.set_title(TITLES.get(trace, trace), fontsize=10)
         tidy(axis)
     axes[0, 0].set_ylabel("ms per token (above bars: share of the sum)")
+    axes[0, 0].set_ylim(top=1.12 * axes[0, 0].get_ylim()[1])
     axes[0, -1].legend(fontsize=8)
     save(figure, "Time per token\n" + subtitle(section), path)
 
