@@ -236,6 +236,10 @@ class _Steps:
         self.steps[found] = step
         return step
 
+    def keep(self, step: DecodeStep) -> None:
+        """Drop all steps but this one."""
+        self.steps = {key: kept for key, kept in self.steps.items() if kept is step}
+
     def __deepcopy__(self, memo: Any) -> _Steps:
         return _Steps()  # a copy of a model has tensors of its own
 
@@ -305,7 +309,16 @@ def _decode(
         tensor = tensor.expand(rows, -1)
         return torch.cat((tensor, tensor[:1].expand(pad[3], -1))) if pad[3] else tensor
 
-    step.read(padded(input_ids), padded(mask), padded(positions), config.prefill_chunk_size)
+    prompts = padded(input_ids), padded(mask), padded(positions), config.prefill_chunk_size
+    try:
+        step.read(*prompts)
+        too_little = False
+    except torch.OutOfMemoryError:
+        too_little = True
+    if too_little:  # not above, where the error still holds what there was
+        _steps_of(step.model).keep(step)
+        torch.cuda.empty_cache()
+        step.read(*prompts)
     texts = _Texts(input_ids, criteria, config, streamer)
     choice.make(0)
     for index in range(max_new_tokens):

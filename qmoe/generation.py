@@ -1,9 +1,9 @@
 """generate(): text from one or many prompts, streamed, with what it cost.
 
 It goes through transformers' own ``model.generate``, so every decoding strategy works as it does
-there; greedy decoding and sampling take the loop of `qmoe.decoding`. What is added: batches that
-need no pad token and change nothing in the tokenizer, options that are never dropped silently,
-pieces of text as they come, and statistics.
+there; on a GPU greedy decoding and sampling take the loop of `qmoe.decoding`. What is added:
+batches that need no pad token and change nothing in the tokenizer, options that are never dropped
+silently, pieces of text as they come, and statistics.
 """
 
 from __future__ import annotations
@@ -205,7 +205,11 @@ def generate(
     if stop_strings:
         criteria.append(StopStringCriteria(tokenizer, stop_strings))
     streamer = _Streamer(texts) if num_beams == 1 else None
-    ours = config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+    # On a CPU a launch costs nothing, and transformers' own loop is as good.
+    ours = device.type == "cuda" and config.get_generation_mode() in (
+        GenerationMode.GREEDY_SEARCH,
+        GenerationMode.SAMPLE,
+    )
 
     def result() -> GenerationResult:
         return _result(model, [len(ids) for ids in token_ids], texts, clock, devices)

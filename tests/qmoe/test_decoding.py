@@ -554,6 +554,27 @@ class TestKeptSteps:
         # transformers generates beyond it, and so does the step.
         assert self.expect(own, 30).length == 42
 
+    def test_others_make_room(self, own, monkeypatch):
+        other, last = self.expect(own, 9, 5), self.expect(own, 9)
+        read, calls = DecodeStep.read, []
+
+        def scarce(step: DecodeStep, *arguments: Any) -> None:
+            calls.append(step)
+            if other in steps(own).values():
+                raise torch.OutOfMemoryError("too little")
+            read(step, *arguments)
+
+        monkeypatch.setattr(DecodeStep, "read", scarce)
+        assert self.expect(own, 9) is last
+        assert calls == [last, last] and list(steps(own).values()) == [last]
+
+        def hopeless(step: DecodeStep, *arguments: Any) -> None:
+            raise torch.OutOfMemoryError("far too little")
+
+        monkeypatch.setattr(DecodeStep, "read", hopeless)
+        with pytest.raises(torch.OutOfMemoryError, match="far too little"):
+            decode(own, *batch(own, 9))
+
     def test_few_are_kept(self, own):
         for rows in range(1, decoding._KEPT_STEPS + 2):
             self.expect(own, *[5] * rows, max_new_tokens=4)
