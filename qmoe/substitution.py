@@ -425,6 +425,9 @@ def _merged_products(model: nn.Module, product: Product) -> list[Place]:
         linears = [getattr(module, name, None) for name in ("q_proj", "k_proj", "v_proj")]
         if all(map(_is_plain_linear, linears)) and _fit_together(linears):
             places += _merge(linears, product)
+    if places and torch.cuda.is_initialized():
+        # Where the parts were is too small for what was merged, and nobody's memory by now.
+        torch.cuda.empty_cache()
     return places
 
 
