@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any, get_args
@@ -128,6 +128,14 @@ def _close(found: Tensor, expected: Tensor) -> bool:
     return bool(((found - expected).abs() <= bound).all())
 
 
+def _kind(module: nn.Module) -> tuple[object, ...]:
+    """What modules have in common of which one probe tells about all."""
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    sizes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors)
+    numbers = ((k, v) for k, v in vars(module).items() if isinstance(v, bool | int | float | str))
+    return type(module), sizes, tuple(sorted(numbers))
+
+
 def _has_own_forward(module: nn.Module) -> bool:
     """Return whether ``module`` runs as its class says: no hook of accelerate, no patch."""
     return "forward" not in vars(module)
@@ -190,8 +198,7 @@ AttentionInterface.register(_ATTENTION, _attention)
 
 
 def _norms(model: nn.Module) -> list[Place]:
-    # Modules of a class may differ in their epsilon.
-    found: dict[tuple[type, Any], Norm | None] = {}
+    found: dict[tuple[object, ...], Norm | None] = {}
     places: list[Place] = []
     for module in model.modules():
         if not type(module).__name__.endswith("RMSNorm") or not _has_own_forward(module):
@@ -199,7 +206,7 @@ def _norms(model: nn.Module) -> list[Place]:
         weight = getattr(module, "weight", None)
         if weight is None or weight.ndim != 1 or weight.dtype != getattr(model, "dtype", None):
             continue
-        kind = type(module), module.extra_repr()
+        kind = _kind(module)
         if kind not in found:
             found[kind] = _norm_formula(module)
         if (formula := found[kind]) is not None:
@@ -304,30 +311,62 @@ def _rotates_alike(original: Rotation, form: Rotation, embedding: Any, model: An
 
 
 def _routers(model: nn.Module, product: Product) -> list[Place]:
+    found: dict[tuple[object, ...], RouterFormula | None] = {}
     places: list[Place] = []
     for name, experts in quantized_modules(model).items():
         block = model.get_submodule(name.rpartition(".")[0])
         for router in block.modules():
             weight = getattr(router, "weight", None)
             if (
-                "Router" in type(router).__name__
-                and _has_own_forward(router)
-                and weight is not None
-                and weight.shape == (experts.num_experts, experts.layout.hidden_size)
-                and (forward := _router_substitute(router, product)) is not None
+                "Router" not in type(router).__name__
+                or not _has_own_forward(router)
+                or weight is None
+                or weight.shape != (experts.num_experts, experts.layout.hidden_size)
             ):
-                places.append((router, "forward", forward))
+                continue
+            kind = _kind(router)
+            if kind not in found:
+                found[kind] = _router_formula(router)
+            if (formula := found[kind]) is not None:
+                places.append((router, "forward", _router_substitute(router, formula, product)))
     return places
 
 
-def _router_substitute(
-    router: Any, product: Product
-) -> Callable[[Tensor], tuple[Tensor, ...]] | None:
-    weight, bias = router.weight, getattr(router, "bias", None)
+@dataclass(frozen=True)
+class RouterFormula:
+    """What a router does, and how it says so.
+
+    Attributes:
+        spec: how it chooses.
+        precision: that it multiplies in.
+        dtype: of its weights.
+        outputs: what it returns, in order: ``"logits"``, ``"weights"`` and ``"ids"``.
+    """
+
+    spec: RouterSpec
+    precision: torch.dtype
+    dtype: torch.dtype
+    outputs: tuple[str, ...]
+
+
+def _router_logits(
+    router: Any, product: Product, precision: torch.dtype, hidden_states: Tensor
+) -> Tensor:
+    bias = getattr(router, "bias", None)
+    return product(
+        hidden_states.reshape(-1, router.weight.shape[1]).to(precision),
+        router.weight.to(precision),
+        None if bias is None else bias.to(precision),
+    )
+
+
+def _correction(router: Any) -> Tensor | None:
     correction = getattr(router, "e_score_correction_bias", None)
-    if correction is not None:
-        correction = correction.detach().flatten()
-    top_k = getattr(router, "top_k", None)
+    return None if correction is None else correction.detach().flatten()
+
+
+def _router_formula(router: Any) -> RouterFormula | None:
+    weight, top_k = router.weight, getattr(router, "top_k", None)
     x = _draw(64, weight.shape[1], dtype=weight.dtype).to(weight.device)
     try:
         outputs = router(x)
@@ -335,46 +374,37 @@ def _router_substitute(
         return None
     if not isinstance(top_k, int) or not isinstance(outputs, tuple) or len(outputs) != 3:
         return None
-    kinds = [_kind_of_output(t, top_k, weight.shape[0]) for t in outputs]
+    kinds = tuple(_kind_of_output(t, top_k, weight.shape[0]) for t in outputs)
     if sorted(kinds) != ["ids", "logits", "weights"]:
         return None
     expected = {kind: output.cpu() for kind, output in zip(kinds, outputs, strict=True)}
-    dtype = expected["weights"].dtype
-
-    def logits_by(product: Product, precision: torch.dtype, hidden_states: Tensor) -> Tensor:
-        hidden_states = hidden_states.reshape(-1, weight.shape[1])
-        return product(
-            hidden_states.to(precision),
-            router.weight.to(precision),
-            None if bias is None else router.bias.to(precision),
-        )
-
-    logits = expected["logits"]
-    precision = next(
-        (
-            p
-            for p in (weight.dtype, torch.float32)
-            # By what the router itself calls: another order of sums would hide which it is.
-            if torch.equal(logits_by(F.linear, p, x).float().cpu(), logits.float())
-        ),
-        None,
-    )
-    if precision is None:
-        return None
-
+    logits, dtype = expected["logits"], expected["weights"].dtype
+    correction = _correction(router)
     added = None if correction is None else correction.cpu()
-    for spec in _router_specs(router, top_k):
-        ids, weights = select_experts(logits, spec, added, dtype)
-        if _same_choice(ids, weights, expected["ids"], expected["weights"]):
+    for precision in (weight.dtype, torch.float32):
+        # By what the router itself calls: another order of sums would hide which it is.
+        found = _router_logits(router, F.linear, precision, x)
+        if torch.equal(found.float().cpu(), logits.float()):
             break
     else:
         return None
+    for spec in _router_specs(router, top_k):
+        ids, weights = select_experts(logits, spec, added, dtype)
+        if _same_choice(ids, weights, expected["ids"], expected["weights"]):
+            return RouterFormula(spec, precision, dtype, kinds)
+    return None
+
+
+def _router_substitute(
+    router: Any, formula: RouterFormula, product: Product
+) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    correction = _correction(router)
 
     def forward(hidden_states: Tensor) -> tuple[Tensor, ...]:
-        logits = logits_by(product, precision, hidden_states)
-        ids, weights = select_experts(logits, spec, correction, dtype)
+        logits = _router_logits(router, product, formula.precision, hidden_states)
+        ids, weights = select_experts(logits, formula.spec, correction, formula.dtype)
         made = {"logits": logits, "weights": weights, "ids": ids}
-        return tuple(made[kind] for kind in kinds)
+        return tuple(made[kind] for kind in formula.outputs)
 
     return forward
 
