@@ -40,7 +40,7 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 
 from qmoe.decode_step import DecodeStep
-from qmoe.graphed import STEPS, capture, drop_steps
+from qmoe.graphed import STEPS, capture
 
 # Steps that are kept for a model at a time; the one that was used longest ago goes first.
 _KEPT_STEPS = 4
@@ -132,11 +132,6 @@ def decode(
         generation_config,
         streamer,
     )
-
-
-def release(model: Any) -> None:
-    """Drop the captured steps of a model and their caches; `decode` makes new ones."""
-    drop_steps(model)
 
 
 # ---- what can be decoded like this -------------------------------------------------------------
@@ -303,11 +298,12 @@ def _decode(
     if positions is None:
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
     choice = _Choice(step, input_ids, criteria.max_length, processors, bool(config.do_sample))
-    pad = [0, 0, 0, step.rows - rows]  # more rows of the first text
+    # A bucket's other rows are the first text again.
+    row_of = torch.arange(step.rows, device=input_ids.device)
+    row_of[rows:] = 0
 
     def padded(tensor: Tensor) -> Tensor:
-        tensor = tensor.expand(rows, -1)
-        return torch.cat((tensor, tensor[:1].expand(pad[3], -1))) if pad[3] else tensor
+        return tensor.expand(rows, -1)[row_of]
 
     prompts = padded(input_ids), padded(mask), padded(positions), config.prefill_chunk_size
     try:

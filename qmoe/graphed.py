@@ -19,7 +19,7 @@ _WAITED = "called a synchronizing"
 
 
 def drop_steps(model: Any) -> None:
-    """Let go of a model's captured steps and of their caches."""
+    """Let go of a model's captured steps and of their caches; `qmoe.decode` makes new ones."""
     vars(model).pop(STEPS, None)
 
 

@@ -13,7 +13,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from benchmarks.generate.bench import CALLS, OURS, SAMPLING, SHORT, Benchmark, generate
 from benchmarks.model import time_each
 from qmoe.decode_step import DecodeStep
-from qmoe.decoding import decode, release
+from qmoe.decoding import decode
+from qmoe.graphed import drop_steps
 from qmoe.substitution import SUBSTITUTIONS
 
 NUM_COLUMNS = 512  # of the step, as for generating with short prompts
@@ -41,7 +42,7 @@ def run_startup(bench: Benchmark) -> None:
         add("first call", batch, 2)  # reads the prompt and decodes one token
         add("call that captures", batch, SHORT)
         add("call after that", batch, SHORT)
-    release(bench.int8)
+    drop_steps(bench.int8)
     add("call that captures again", smallest, SHORT)
 
 

@@ -44,7 +44,7 @@ from transformers.generation.streamers import BaseStreamer
 import qmoe
 from qmoe import decoding
 from qmoe.decode_step import DecodeStep
-from qmoe.graphed import Graphed
+from qmoe.graphed import Graphed, drop_steps
 from qmoe.substitution import SUBSTITUTIONS, Substitutions
 
 NEW_TOKENS = 12  # beyond a window of 8, together with a prompt or without
@@ -585,7 +585,7 @@ class TestKeptSteps:
 
     def test_release(self, own):
         step = weakref.ref(self.expect(own, 9))
-        decoding.release(own)
+        drop_steps(own)
         gc.collect()
         assert step() is None
         self.expect(own, 9)
@@ -834,7 +834,7 @@ class TestFallbacks:
         step = last_step(own)
         assert "waits for the device" in str(step.trouble)
         del mlp.forward
-        decoding.release(own)
+        drop_steps(own)
         ids, mask = batch(own, *LENGTHS)
         assert decode(own, ids, mask).tolist() == generate(own, ids, mask).tolist()
         assert_captured(own)
