@@ -6,7 +6,7 @@ import json
 import math
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -105,9 +105,14 @@ def run_sections(results: Results, sections: dict[str, Callable[[], None]]) -> i
     return failed
 
 
-def facts(given_commit: str | None) -> dict[str, Any]:
-    """Commit and machine, for each section: they may be measured at different times."""
-    described = {"commit": given_commit or "", "machine": machine()}
+def facts(name: str, arguments: Sequence[str], given_commit: str | None) -> dict[str, Any]:
+    """Command, commit, date and machine: sections may be measured at different times."""
+    described = {
+        "commit": given_commit or "",
+        "machine": machine(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "command": " ".join([f"python -m benchmarks.{name}", *arguments]),
+    }
     if not given_commit:
         with suppress(OSError):  # no git
             described["commit"] = commit()

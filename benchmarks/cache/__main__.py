@@ -23,7 +23,7 @@ in seconds, to test this file; its times mean nothing.
 
 from __future__ import annotations
 
-import argparse
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from benchmarks.cache.prefill import run_prefill
 from benchmarks.cache.targets import targets
 from benchmarks.cache.tuning import run_tuning
 from benchmarks.model import QWEN3_30B_A3B, TINY
+from benchmarks.options import check, parser_of
 from benchmarks.record import Results, facts, run_sections
 
 RESULTS = Path(__file__).parents[1] / "results" / "cache.json"
@@ -58,15 +59,8 @@ ON_REQUEST = {"tuning"}
 
 def main(arguments: list[str] | None = None) -> int:
     """Run sections; the number of those that failed."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--only",
-        default=",".join(name for name in SECTIONS if name not in ON_REQUEST),
-        help="sections, with commas: %(default)s",
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--draw", action="store_true", help="draw what --out holds, run nothing")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU, as a test")
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = parser_of(__doc__, SECTIONS, RESULTS, ON_REQUEST)
     parser.add_argument("--tokens", type=int, default=48, help="that are timed")
     parser.add_argument("--warmup", type=int, default=64, help="tokens of the trace before them")
     parser.add_argument("--context", type=int, default=1024, help="tokens read before")
@@ -74,25 +68,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="start no new cell after so long"
     )
-    parser.add_argument("--commit", help="to write down, where there is no git")
     options = parser.parse_args(arguments)
     if options.draw:
         from benchmarks.cache.figures import draw
 
         draw(options.out)
         return 0
-    only = options.only.split(",")
-    if unknown := set(only) - set(SECTIONS):
-        parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
-    if options.tiny and options.out == RESULTS:
-        parser.error("--tiny measures nothing worth keeping: give it another --out")
-    if not options.tiny and not torch.cuda.is_available():
-        parser.error("this needs a GPU; --tiny runs on the CPU")
+    only = check(parser, options, SECTIONS)
     device = torch.device("cpu" if options.tiny else "cuda")
     # cuDNN's attention does not repeat its own bits (docs/expert-cache.md), and bits are compared.
     torch.backends.cuda.enable_cudnn_sdp(False)
     shape = TINY if options.tiny else QWEN3_30B_A3B
-    results = Results("cache", options.out, facts(options.commit), targets, options.seconds)
+    common = facts("cache", arguments, options.commit)
+    results = Results("cache", options.out, common, targets, options.seconds)
     bench = Benchmark(shape, device, results, options)
     chosen = {name: partial(run, bench) for name, run in SECTIONS.items() if name in only}
     return run_sections(results, chosen)

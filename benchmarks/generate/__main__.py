@@ -23,11 +23,9 @@ on the CPU in seconds, to test this file; its times mean nothing.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -51,6 +49,7 @@ from benchmarks.generate.sections import (
 )
 from benchmarks.generate.targets import targets
 from benchmarks.model import QWEN3_30B_A3B, TINY
+from benchmarks.options import check, parser_of
 from benchmarks.record import Results, facts, run_sections
 
 RESULTS = Path(__file__).parents[1] / "results" / "generate.json"
@@ -72,37 +71,19 @@ ON_REQUEST = {"transformers_static"}
 def main(arguments: list[str] | None = None) -> int:
     """Run sections; the number of those that failed."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--only",
-        default=",".join(name for name in SECTIONS if name not in ON_REQUEST),
-        help="sections, with commas: %(default)s",
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--draw", action="store_true", help="draw what --out holds, run nothing")
-    parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU, as a test")
+    parser = parser_of(__doc__, SECTIONS, RESULTS, ON_REQUEST)
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="start no new cell after so long"
     )
-    parser.add_argument("--commit", help="to write down, where there is no git")
     options = parser.parse_args(arguments)
     if options.draw:
         from benchmarks.generate.figures import draw
 
         draw(options.out)
         return 0
-    only = options.only.split(",")
-    if unknown := set(only) - set(SECTIONS):
-        parser.error(f"no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
-    if options.tiny and options.out == RESULTS:
-        parser.error("--tiny measures nothing worth keeping: give it another --out")
-    if not options.tiny and not torch.cuda.is_available():
-        parser.error("this needs a GPU; --tiny runs on the CPU")
+    only = check(parser, options, SECTIONS)
     device = torch.device("cpu" if options.tiny else "cuda")
-    common = facts(options.commit) | {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "command": " ".join(["python -m benchmarks.generate", *arguments]),
-    }
+    common = facts("generate", arguments, options.commit)
     results = Results("generate", options.out, common, targets, options.seconds)
     shape, sizes = (TINY, TINY_SIZES) if options.tiny else (QWEN3_30B_A3B, Sizes())
     bench = Benchmark(shape, sizes, device, results)

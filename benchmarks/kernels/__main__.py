@@ -22,7 +22,6 @@ test this file; its times mean nothing.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 import traceback
@@ -44,6 +43,7 @@ from benchmarks.kernels.sections import (
 )
 from benchmarks.kernels.table import tables
 from benchmarks.kernels.targets import SHAPES, TOKENS, targets
+from benchmarks.options import check, check_names, parser_of
 from benchmarks.record import Results, facts
 from qmoe_kernels.tiles import LayerShape
 
@@ -68,16 +68,11 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
 def main(arguments: list[str] | None = None) -> int:
     """Run sections; the number of those that failed, and of cells whose check did."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--only", default=",".join(SECTIONS), help="sections: %(default)s")
+    parser = parser_of(__doc__, SECTIONS, RESULTS)
     parser.add_argument("--shapes", help=f"some of {','.join(SHAPES)}")
     parser.add_argument("--tokens", help=f"{','.join(map(str, TOKENS))} if absent")
     parser.add_argument("--modes", default=",".join(MODES), help="%(default)s")
     parser.add_argument("--seconds", type=float, default=0.1, help="of replays, per cell")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--draw", action="store_true", help="draw what --out holds, run nothing")
-    parser.add_argument("--tiny", action="store_true", help="small shapes, as a test")
-    parser.add_argument("--commit", help="to write down, where there is no git")
     options = parser.parse_args(arguments)
     if options.draw:
         from benchmarks.kernels.figures import draw
@@ -85,30 +80,18 @@ def main(arguments: list[str] | None = None) -> int:
         draw(options.out)
         return 0
     known = TINY_SHAPES if options.tiny else SHAPES
-    only = options.only.split(",")
     shapes = options.shapes.split(",") if options.shapes else list(known)
     modes = options.modes.split(",")
-    for what, asked, there in (
-        ("section", only, SECTIONS),
-        ("shape", shapes, known),
-        ("mode", modes, MODES),
-    ):
-        if unknown := set(asked) - set(there):
-            parser.error(f"no {what} {', '.join(sorted(unknown))}; there are {', '.join(there)}")
+    check_names(parser, "shape", shapes, known)
+    check_names(parser, "mode", modes, MODES)
     tokens = TINY_TOKENS if options.tiny else TOKENS
     if options.tokens:
         try:
             tokens = tuple(int(t) for t in options.tokens.split(","))
         except ValueError:
             parser.error(f"--tokens {options.tokens}: numbers with commas work")
-    if options.tiny and options.out == RESULTS:
-        parser.error("--tiny measures nothing worth keeping: give it another --out")
-    if not options.tiny and not torch.cuda.is_available():
-        parser.error("this needs a GPU; --tiny runs on the CPU")
-    common = facts(options.commit) | {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "command": " ".join(["python -m benchmarks.kernels", *arguments]),
-    }
+    only = check(parser, options, SECTIONS)
+    common = facts("kernels", arguments, options.commit)
     results = Results("kernels", options.out, common, targets)
     bench = Bench(
         {name: known[name] for name in shapes},
