@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from compiling import ARCHITECTURES, SHARED_MEMORY, run_compiler
+from graphs import capture, no_synchronization
 from random_layer import DEVICE, TRITON_DTYPES
 from torch import Tensor
 
@@ -369,18 +370,12 @@ def test_cuda_graph_and_no_synchronization(num_rows: int, early: bool) -> None:
         end.add_(1)
 
     step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronization():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     column.zero_()
     end.fill_(1)
     outs.clear()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    graph, _ = capture(step)
     for i in range(length + 2):
         new.normal_()
         query.normal_()

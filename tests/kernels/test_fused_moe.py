@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from graphs import capture, no_synchronization
 from random_layer import (
     Layer,
     assert_close,
@@ -320,15 +321,9 @@ def test_cuda_graph_and_no_synchronization(
     if not topk_weights:
         layer.topk_weights = None
     layer.fused_moe(activations=activations)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronization():
         layer.fused_moe(activations=activations)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = layer.fused_moe(activations=activations)
+    graph, captured = capture(lambda: layer.fused_moe(activations=activations))
     for draw in draws:
         layer.hidden_states.copy_(draw.hidden_states)
         layer.topk_ids.copy_(draw.topk_ids)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compiling import ARCHITECTURES, SHARED_MEMORY, run_compiler
+from graphs import capture, no_synchronization
 from random_layer import DEVICE, TRITON_DTYPES
 
 from qmoe_kernels.linear import LinearTile, choose_tile, launch_linear, linear, linear_pays
@@ -210,15 +211,9 @@ def test_a_chain_in_a_cuda_graph_without_synchronization(num_rows: int) -> None:
         return last
 
     chain()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronization():
         chain()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = chain()
+    graph, y = capture(chain)
     for _ in range(3):
         x.normal_()
         graph.replay()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from compiling import ARCHITECTURES, SHARED_MEMORY, run_compiler
+from graphs import capture, no_synchronization
 from random_layer import DEVICE, TRITON_DTYPES
 
 from qmoe_kernels import norm
@@ -233,15 +234,9 @@ def test_a_chain_in_a_cuda_graph_without_synchronization() -> None:
         return y
 
     chain()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronization():
         chain()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = chain()
+    graph, y = capture(chain)
     for _ in range(3):
         x.normal_()
         graph.replay()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
 
 import pytest
 import torch
 from compiling import ARCHITECTURES, SHARED_MEMORY, run_compiler
+from graphs import capture, no_synchronization
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_layer import DEVICE
@@ -450,17 +449,6 @@ def test_gather_of_many_large_pages() -> None:
 # ---- without the host --------------------------------------------------------------------------
 
 
-@contextmanager
-def no_synchronization() -> Iterator[None]:
-    """Whatever makes the host wait for the GPU is an error."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 NUM_EXPERTS, PAGE_BYTES = 16, 640
 
 
@@ -511,10 +499,8 @@ def test_the_host_waits_for_nothing(graph: bool) -> None:
     step = partial(cache.decode, ids)
     if graph:
         cache.decode(torch.full_like(ids, -1))  # compiles
-        captured = torch.cuda.CUDAGraph()
         before = cache.tables()
-        with torch.cuda.graph(captured):
-            step()
+        captured, _ = capture(step)
         assert cache.tables() == before, "capturing ran something"
         cache.residency.clock.zero_()
         cache.residency.credit.fill_(CREDIT_LIMIT // 2)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from compiling import ARCHITECTURES, SHARED_MEMORY, run_compiler
+from graphs import capture, no_synchronization
 from random_layer import DEVICE, TRITON_DTYPES
 
 from qmoe_kernels import rope
@@ -245,15 +246,9 @@ def test_a_cuda_graph_and_no_synchronization() -> None:
         return query, key
 
     chain()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronization():
         chain()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = chain()
+    graph, out = capture(chain)
     for _ in range(3):
         for t in tensors:
             t.uniform_(-0.7, 0.7)

@@ -9,6 +9,7 @@ from dataclasses import astuple, replace
 import pytest
 import torch
 from compiling import ARCHITECTURES, SHARED_MEMORY, run_compiler
+from graphs import capture, no_synchronization
 from random_layer import DEVICE
 
 from qmoe_kernels.router import RouterSpec, launch_select_experts, select_experts
@@ -243,15 +244,9 @@ def test_cuda_graph_and_no_synchronization() -> None:
     logits = random_logits(33, 256, torch.float32).cuda()
     bias = random_bias(256).cuda()
     select_experts(logits, DEEPSEEK_V3, bias)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronization():
         select_experts(logits, DEEPSEEK_V3, bias)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        ids, weights = select_experts(logits, DEEPSEEK_V3, bias)
+    graph, (ids, weights) = capture(lambda: select_experts(logits, DEEPSEEK_V3, bias))
     for _ in range(3):
         logits.normal_()
         graph.replay()

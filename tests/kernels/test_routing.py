@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from compiling import ARCHITECTURES, run_compiler
+from graphs import capture, no_synchronization
 from random_layer import DEVICE
 
 from qmoe_kernels import ExpertRouting
@@ -204,15 +205,9 @@ def test_cuda_graph_and_no_synchronization(num_tokens: int) -> None:
     draws = [torch.randint(-1, 65, (num_tokens, 6)) for _ in range(5)]
     ids = draws[0].cuda()
     ExpertRouting.from_topk_ids(ids, 64)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronization():
         ExpertRouting.from_topk_ids(ids, 64)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = ExpertRouting.from_topk_ids(ids, 64)
+    graph, captured = capture(lambda: ExpertRouting.from_topk_ids(ids, 64))
     for draw in draws:
         ids.copy_(draw)
         graph.replay()
