@@ -24,7 +24,7 @@ class Operator:
         _LIBRARY.define(name + infer_schema(function, mutates_args=()))
         key = "CompositeExplicitAutograd" if device_type is None else device_type.upper()
         _LIBRARY.impl(name, function, key)
-        register_autograd(self.name, _no_gradient, lib=_LIBRARY)
+        register_autograd(self.name, self._no_gradient, lib=_LIBRARY)
         self._overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def __call__(self, *args: Any) -> Any:
@@ -39,6 +39,12 @@ class Operator:
 
         return register
 
+    def _no_gradient(self, ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError(
+            f"{self.name} has no gradient: qmoe is for inference; qmoe.unpatch(model) gives back "
+            "a model that can be trained"
+        )
+
     def register_fake(self, function: Callable[..., Any]) -> None:
         """Take the decorated function for tensors without memory: shapes and dtypes."""
         register_fake(self.name, function, lib=_LIBRARY)
@@ -52,10 +58,3 @@ def operator(name: str, device_type: str | None = None) -> Callable[[Callable[..
         device_type: that the function is for; None for any.
     """
     return lambda function: Operator(name, function, device_type)
-
-
-def _no_gradient(ctx: Any, *gradients: Any) -> Any:
-    raise RuntimeError(
-        "experts in 8 bit have no gradient: qmoe is for inference; qmoe.unpatch(model) gives "
-        "back a model that can be trained"
-    )
