@@ -399,6 +399,10 @@ def _router_substitute(
     router: Any, formula: RouterFormula, product: Product
 ) -> Callable[[Tensor], tuple[Tensor, ...]]:
     correction = _correction(router)
+    if formula.precision != router.weight.dtype:
+        # `linear` reads weights before the kernel ahead of it has ended, which would be the one
+        # that converts them.
+        product = F.linear
 
     def forward(hidden_states: Tensor) -> tuple[Tensor, ...]:
         logits = _router_logits(router, product, formula.precision, hidden_states)

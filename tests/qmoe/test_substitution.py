@@ -338,6 +338,27 @@ class Products(nn.Module):
         self.v_proj = nn.Linear(8, 4, bias=bias.get("v", False))
 
 
+class TestLinears:
+    @pytest.mark.parametrize("family", families.FAMILIES)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @torch.no_grad()
+    def test_weights_are_those_that_the_model_keeps(self, family, dtype, monkeypatch):
+        """`linear` reads them before the kernel ahead has ended: no copy made on the way."""
+        model = families.build(family, dtype=dtype)
+        found: list[int] = []
+
+        def spy(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            found.append(weight.untyped_storage().data_ptr())
+            return F.linear(x, weight, bias)
+
+        monkeypatch.setattr(substitution, "linear", spy)
+        substitutions = Substitutions(model)
+        with substitutions.active(cache_of(model)):
+            model(families.prompts(5)[0], use_cache=False)
+        kept = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        assert found and set(found) <= kept
+
+
 class TestMergedProducts:
     @pytest.fixture
     def merged(self, own) -> tuple[Products, Substitutions, DecodeCache]:
