@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from qmoe.checkpoint import DTYPE_NAMES
+from qmoe.checkpoints.files import DTYPE_NAMES
 from qmoe_convert.shards import PlannedTensor, header_bytes
 
 RESULTS = Path(__file__).parent / "results" / "convert.json"

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from qmoe.experts import QuantizedExperts, install
-from qmoe.layout import find_experts
+from qmoe.experts.layout import find_experts
+from qmoe.experts.quantized import QuantizedExperts, install
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 import qmoe
-from qmoe.cache.trace import RoutingTrace
 from qmoe.generation import load_tokenizer
-from qmoe.paging import predictors
+from qmoe.paging.model import predictors
+from qmoe.traces.trace import RoutingTrace
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "tiny-moe"

@@ -9,21 +9,21 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from qmoe.patching import patch, unpatch
-from qmoe.quantizer import QmoeConfig
+from qmoe.loading.patch import patch, unpatch
+from qmoe.loading.quantizer import QmoeConfig
 
 if TYPE_CHECKING:
-    from qmoe.decoding import decode
-    from qmoe.evaluation import perplexity
+    from qmoe.decoding.loop import decode
     from qmoe.generation import (
         GenerationInterrupted,
         GenerationResult,
         GenerationStatistics,
         generate,
     )
-    from qmoe.loading import load
-    from qmoe.paging import resize, stats
-    from qmoe.recording import record_routing
+    from qmoe.loading.load import load
+    from qmoe.paging.model import resize, stats
+    from qmoe.tools.perplexity import perplexity
+    from qmoe.traces.record import record_routing
 
 __version__ = "0.1.0"
 
@@ -50,13 +50,13 @@ _LAZY = {
     "GenerationInterrupted": "qmoe.generation",
     "GenerationResult": "qmoe.generation",
     "GenerationStatistics": "qmoe.generation",
-    "decode": "qmoe.decoding",
+    "decode": "qmoe.decoding.loop",
     "generate": "qmoe.generation",
-    "load": "qmoe.loading",
-    "perplexity": "qmoe.evaluation",
-    "record_routing": "qmoe.recording",
-    "resize": "qmoe.paging",
-    "stats": "qmoe.paging",
+    "load": "qmoe.loading.load",
+    "perplexity": "qmoe.tools.perplexity",
+    "record_routing": "qmoe.traces.record",
+    "resize": "qmoe.paging.model",
+    "stats": "qmoe.paging.model",
 }
 
 

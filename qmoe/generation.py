@@ -1,7 +1,7 @@
 """generate(): text from one or many prompts, streamed, with what it cost.
 
 It goes through transformers' own ``model.generate``, so every decoding strategy works as it does
-there; on a GPU greedy decoding and sampling take the loop of `qmoe.decoding`. What is added:
+there; on a GPU greedy decoding and sampling take the loop of `qmoe.decoding.loop`. What is added:
 batches that need no pad token and change nothing in the tokenizer, options that are never dropped
 silently, pieces of text as they come, and statistics.
 """
@@ -29,9 +29,9 @@ from transformers.generation import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
-from qmoe.decoding import decode
-from qmoe.experts import QuantizedExperts
-from qmoe.layout import describe
+from qmoe.decoding.loop import decode
+from qmoe.experts.layout import describe
+from qmoe.experts.quantized import QuantizedExperts
 
 # Options of transformers that would have no effect: they need another option to be on.
 _SAMPLING_ONLY = frozenset(

@@ -19,7 +19,7 @@ from benchmarks.generate.breakdown import KINDS, Kernel
 from benchmarks.generate.targets import targets
 from benchmarks.model import TINY
 from benchmarks.record import Results
-from qmoe.substitution import SUBSTITUTIONS
+from qmoe.decoding.pieces import SUBSTITUTIONS
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")

@@ -74,7 +74,14 @@ def test_the_folder_is_no_package(folder) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["qmoe.generation", "qmoe.loading", "qmoe.paging", "qmoe.patching", "qmoe.quantizer"]
+    "module",
+    [
+        "qmoe.generation",
+        "qmoe.loading.load",
+        "qmoe.paging.model",
+        "qmoe.loading.patch",
+        "qmoe.loading.quantizer",
+    ],
 )
 def test_examples_in_docstrings_run(module, monkeypatch) -> None:
     monkeypatch.chdir(ROOT)

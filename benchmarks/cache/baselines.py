@@ -13,9 +13,9 @@ from transformers import Qwen3MoeForCausalLM
 from benchmarks.cache.decode import time_cell
 from benchmarks.cache.harness import Benchmark
 from benchmarks.model import Shape, experts_of, synchronize, time_each
-from qmoe.cache.host_store import HostStore
-from qmoe.cache.trace import RoutingTrace
-from qmoe.experts import QuantizedExperts
+from qmoe.experts.quantized import QuantizedExperts
+from qmoe.paging.host_store import HostStore
+from qmoe.traces.trace import RoutingTrace
 from qmoe_kernels import fused_moe
 
 

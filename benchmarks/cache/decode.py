@@ -8,9 +8,9 @@ import torch
 
 from benchmarks.cache.harness import Benchmark
 from benchmarks.model import percentiles, time_each
-from qmoe.cache.replay import replay_curve
-from qmoe.cache.stats import CacheStats
-from qmoe.cache.trace import RoutingTrace
+from qmoe.paging.stats import CacheStats
+from qmoe.traces.replay import replay_curve
+from qmoe.traces.trace import RoutingTrace
 
 # The ones that the issue asks most of come first, in case time runs out.
 CAPACITIES = (0.25, 0.5, 0.375, 0.125, 0.75, 1.0)

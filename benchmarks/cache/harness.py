@@ -20,10 +20,10 @@ from benchmarks.cache.model import (
 )
 from benchmarks.model import Shape, build_model, synchronize
 from benchmarks.record import Results
-from qmoe.cache.expert_cache import ExpertCache
-from qmoe.cache.host_store import HostStore
-from qmoe.cache.stats import CacheStats
-from qmoe.cache.trace import RoutingTrace, synthetic_trace, tile_trace
+from qmoe.paging.expert_cache import ExpertCache
+from qmoe.paging.host_store import HostStore
+from qmoe.paging.stats import CacheStats
+from qmoe.traces.trace import RoutingTrace, synthetic_trace, tile_trace
 
 RECORDED = Path(__file__).parents[1] / "data" / "tiny_moe_routing.safetensors"
 RECALL = 0.886  # of the next layer's router, published for Qwen3-30B

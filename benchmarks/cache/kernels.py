@@ -10,8 +10,8 @@ import torch
 
 from benchmarks.cache.harness import Benchmark
 from benchmarks.model import as_graph, percentiles, synchronize, time_each
-from qmoe.cache.host_store import HostStore
-from qmoe.cache.pages import LayerPages
+from qmoe.experts.pages import LayerPages
+from qmoe.paging.host_store import HostStore
 from qmoe_kernels.paging import HITS, MISSES, CopyList, Residency, admit, gather
 
 NUM_PROGRAMS = (1, 2, 4, 6, 8, 12, 16, 32)

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from transformers import Qwen3MoeForCausalLM
 
 from benchmarks.model import Shape, experts_of, time_each
-from qmoe.cache.expert_cache import ExpertCache
-from qmoe.cache.host_store import HostStore, PageRead
-from qmoe.cache.trace import RoutingTrace
-from qmoe.decode_step import DecodeStep
-from qmoe.graphed import capture
-from qmoe.paging import predictors
+from qmoe.decoding.graph import capture
+from qmoe.decoding.step import DecodeStep
+from qmoe.paging.expert_cache import ExpertCache
+from qmoe.paging.host_store import HostStore, PageRead
+from qmoe.paging.model import predictors
+from qmoe.traces.trace import RoutingTrace
 
 RANDOM_BYTES = 1 << 28  # of the file that host stores are filled from
 
@@ -197,7 +197,7 @@ class Residents:
 
 
 class Decoder:
-    """Greedy decoding of one text by `qmoe.decode_step`, with a trace for its routing.
+    """Greedy decoding of one text by `qmoe.decoding.step`, with a trace for its routing.
 
     On a GPU the step can be captured into a CUDA graph; `advance` then replays it.
 

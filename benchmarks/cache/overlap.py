@@ -6,9 +6,9 @@ import torch
 
 from benchmarks.cache.harness import Benchmark
 from benchmarks.model import as_graph, percentiles, time_each
-from qmoe.cache.expert_cache import ExpertCache
-from qmoe.cache.host_store import HostStore
-from qmoe.cache.pages import LayerPages
+from qmoe.experts.pages import LayerPages
+from qmoe.paging.expert_cache import ExpertCache
+from qmoe.paging.host_store import HostStore
 from qmoe_kernels import fused_moe
 
 NUM_LAYERS, NUM_STEPS = 8, 4

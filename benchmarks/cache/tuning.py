@@ -1,6 +1,6 @@
 """Section tuning: what a layer copies ahead, and how the gather kernel is laid out, by decode time.
 
-Not run unless it is asked for: the answers are constants of `qmoe.cache.expert_cache` and
+Not run unless it is asked for: the answers are constants of `qmoe.paging.expert_cache` and
 `qmoe_kernels.paging`.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.cache.decode import time_paged
 from benchmarks.cache.harness import Benchmark
-from qmoe.cache import expert_cache
+from qmoe.paging import expert_cache
 from qmoe_kernels import paging
 
 PREFETCHED_PAGES = (0, 2, 3, 4, 6)

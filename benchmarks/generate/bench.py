@@ -15,10 +15,10 @@ from torch import Tensor
 
 from benchmarks.model import Shape, build_model, synchronize
 from benchmarks.record import Results
-from qmoe.decoding import decode
+from qmoe.decoding.loop import decode
 
 OURS = "qmoe"
-FALLBACK = r"\w+ decodes (by|without)"  # how `qmoe.decoding` warns that it does not do its work
+FALLBACK = r"\w+ decodes (by|without)"  # how `qmoe.decode` warns
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.95}
 
 

@@ -12,10 +12,10 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from benchmarks.generate.bench import CALLS, OURS, SAMPLING, SHORT, Benchmark, generate
 from benchmarks.model import time_each
-from qmoe.decode_step import DecodeStep
-from qmoe.decoding import decode
-from qmoe.graphed import drop_steps
-from qmoe.substitution import SUBSTITUTIONS
+from qmoe.decoding.graph import drop_steps
+from qmoe.decoding.loop import decode
+from qmoe.decoding.pieces import SUBSTITUTIONS
+from qmoe.decoding.step import DecodeStep
 
 NUM_COLUMNS = 512  # of the step, as for generating with short prompts
 

@@ -28,14 +28,20 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from qmoe.checkpoint import (
+from qmoe.checkpoints.files import (
     INDEX_NAME,
     CheckpointError,
     StoredTensor,
     is_hub_id,
     open_checkpoint,
 )
-from qmoe.format import COMPRESSED_TENSORS, Manifest, Shard, compressed_tensors_config, qmoe_config
+from qmoe.checkpoints.schema import (
+    COMPRESSED_TENSORS,
+    Manifest,
+    Shard,
+    compressed_tensors_config,
+    qmoe_config,
+)
 from qmoe_convert.plan import (
     Copy,
     Load,

@@ -36,8 +36,8 @@ from transformers.core_model_loading import (
 from transformers.integrations.compressed_tensors import get_experts_scheme
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from qmoe.checkpoint import DTYPE_NAMES, StoredTensor
-from qmoe.layout import ExpertsLayout, find_experts
+from qmoe.checkpoints.files import DTYPE_NAMES, StoredTensor
+from qmoe.experts.layout import ExpertsLayout, find_experts
 from qmoe_convert.shards import Reader, read_into
 
 # Methods whose dequantizing conversions transformers has.

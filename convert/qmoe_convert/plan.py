@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from qmoe.checkpoint import SINGLE_NAME, TORCH_DTYPES, StoredTensor
-from qmoe.format import COMPRESSED_TENSORS, QMOE, QUANTIZED_SUFFIX, SCALE_SUFFIX
+from qmoe.checkpoints.files import SINGLE_NAME, TORCH_DTYPES, StoredTensor
+from qmoe.checkpoints.schema import COMPRESSED_TENSORS, QMOE, QUANTIZED_SUFFIX, SCALE_SUFFIX
 from qmoe_convert.mapping import CheckpointMapping, Experts, Kept, Projection, natural_order
 from qmoe_convert.shards import PlannedTensor, Reader, header_bytes
 

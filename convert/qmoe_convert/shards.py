@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from qmoe.checkpoint import CheckpointError, StoredTensor
+from qmoe.checkpoints.files import CheckpointError, StoredTensor
 
 PARTIAL_SUFFIX = ".partial"
 

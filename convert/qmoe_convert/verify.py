@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from qmoe.checkpoint import CheckpointError, StoredTensor, read_header
-from qmoe.format import Shard
+from qmoe.checkpoints.files import CheckpointError, StoredTensor, read_header
+from qmoe.checkpoints.schema import Shard
 from qmoe_convert.plan import Copy, Load, Piece, Quantize, Scales, ShardPlan
 from qmoe_convert.shards import Reader, read_into, sha256_of
 from qmoe_kernels.quantization import decode

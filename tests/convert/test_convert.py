@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import save_file
 
 import qmoe_convert.convert as convert_module
-from qmoe.checkpoint import open_checkpoint, read_header
-from qmoe.format import MANIFEST_NAME, Manifest
-from qmoe.layout import find_experts
+from qmoe.checkpoints.files import open_checkpoint, read_header
+from qmoe.checkpoints.schema import MANIFEST_NAME, Manifest
+from qmoe.experts.layout import find_experts
 from qmoe_convert.convert import ConversionError, convert, with_quantization_config
 from qmoe_convert.shards import ShardWriter, sha256_of
 from qmoe_kernels.quantization import LARGEST, SAMPLED_ROWS, STORAGE_DTYPE, quantize

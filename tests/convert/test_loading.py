@@ -10,10 +10,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import qmoe
-from qmoe.cache.budget import Budget
-from qmoe.page_loading import PagingOptions
-from qmoe.paging import stats
-from qmoe.quantizer import quantized_modules
+from qmoe.loading.pages import PagingOptions
+from qmoe.loading.quantizer import quantized_modules
+from qmoe.paging.budget import Budget
+from qmoe.paging.model import stats
 
 from .conftest import FAMILIES, PER_EXPERT
 

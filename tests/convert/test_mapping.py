@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from qmoe.checkpoint import open_checkpoint
-from qmoe.layout import find_experts
+from qmoe.checkpoints.files import open_checkpoint
+from qmoe.experts.layout import find_experts
 from qmoe_convert.mapping import CheckpointMapping, MappingError, map_checkpoint
 from qmoe_convert.shards import Reader
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from qmoe.checkpoint import (
+from qmoe.checkpoints.files import (
     DTYPE_NAMES,
     INDEX_NAME,
     CheckpointError,

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from qmoe.checkpoint import read_header
+from qmoe.checkpoints.files import read_header
 from qmoe_convert.convert import _Job, convert
 from qmoe_convert.verify import VerificationError, first_wrong_row
 from qmoe_kernels.quantization import quantize
@@ -73,7 +73,7 @@ def damage(monkeypatch: pytest.MonkeyPatch, name: str, byte: int = 0, fix: bool 
                     stream.seek(tensors[name].offset + byte)
                     stream.write(bytes([value ^ 0x70]))
                 if fix:
-                    from qmoe.format import Shard
+                    from qmoe.checkpoints.schema import Shard
                     from qmoe_convert.shards import sha256_of
 
                     manifest.shards[file.name] = Shard(sha256_of(file), file.stat().st_size)

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from qmoe import bench
-from qmoe.cli import main
+from qmoe.cli.main import main
+from qmoe.tools import tune as bench
 from qmoe_kernels.tile_search import Cell, candidates
 from qmoe_kernels.tile_tables import LayerKind, TileTable, table_path
 from qmoe_kernels.tiles import LayerShape, LayerTiles

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qmoe.cache.budget import AUTO_FRACTION, Budget, format_size, parse_budget, plan
-from qmoe.cache.pages import LayerPages
+from qmoe.experts.pages import LayerPages
+from qmoe.paging.budget import AUTO_FRACTION, Budget, format_size, parse_budget, plan
 
 GIB = 1 << 30
 

@@ -18,9 +18,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qmoe.cache.expert_cache import ExpertCache
-from qmoe.cache.host_store import HostStore
-from qmoe.cache.pages import LayerPages
+from qmoe.experts.pages import LayerPages
+from qmoe.paging.expert_cache import ExpertCache
+from qmoe.paging.host_store import HostStore
 from qmoe_kernels.paging import CopyList
 
 Clock = dict["Stream", int]

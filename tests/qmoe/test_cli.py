@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeForCausalLM
 
 import qmoe
-from qmoe.cache.trace import RoutingTrace
-from qmoe.checkpoint import read_header
-from qmoe.cli import format_bytes, main
-from qmoe.format import MANIFEST_NAME, Manifest, Shard, compressed_tensors_config
+from qmoe.checkpoints.files import read_header
+from qmoe.checkpoints.inspection import inspect_checkpoint
+from qmoe.checkpoints.schema import MANIFEST_NAME, Manifest, Shard, compressed_tensors_config
+from qmoe.cli.main import format_bytes, main
 from qmoe.generation import generate, load_tokenizer
-from qmoe.inspection import inspect_checkpoint
+from qmoe.traces.trace import RoutingTrace
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -30,7 +30,7 @@ def command(*arguments, **options):
     """Start ``qmoe ...`` as its users do, in a process of its own."""
     path = os.pathsep.join(str(REPOSITORY / folder) for folder in ("", "kernels", "convert"))
     return subprocess.Popen(
-        [sys.executable, "-m", "qmoe.cli", *map(str, arguments)],
+        [sys.executable, "-m", "qmoe.cli.main", *map(str, arguments)],
         stdin=options.pop("stdin", subprocess.DEVNULL),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -123,7 +123,7 @@ class TestGenerate:
         assert document["cache"]["bytes"] > 0
         assert len(document["cache"]["layers"]) == 2
 
-        monkeypatch.setattr("qmoe.status_line.StatusLine.due", lambda self: True)
+        monkeypatch.setattr("qmoe.cli.status_line.StatusLine.due", lambda self: True)
         assert main([*arguments, *paging]) == 0
         lines = re.findall(r"hit rate (\S+)% ", capsys.readouterr().err)
         assert len(lines) > 10  # one for every token, and the last

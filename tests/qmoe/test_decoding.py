@@ -42,10 +42,10 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import qmoe
-from qmoe import decoding
-from qmoe.decode_step import DecodeStep
-from qmoe.graphed import Graphed, drop_steps
-from qmoe.substitution import SUBSTITUTIONS, Substitutions
+from qmoe.decoding import loop as decoding
+from qmoe.decoding.graph import Graphed, drop_steps
+from qmoe.decoding.pieces import SUBSTITUTIONS, Substitutions
+from qmoe.decoding.step import DecodeStep
 
 NEW_TOKENS = 12  # beyond a window of 8, together with a prompt or without
 LENGTHS = (13, 3, 20)

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from qmoe import demo
-from qmoe.cli import main
-from qmoe.demo import run_demo
+from qmoe.cli.main import main
+from qmoe.tools import demo
+from qmoe.tools.demo import run_demo
 
 # bytes of the experts of the tiny checkpoint: two layers, eight experts, three projections
 WEIGHTS = 2 * 8 * 3 * 64 * 32

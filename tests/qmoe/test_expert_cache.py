@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, StaticCache
 
 import qmoe
-from qmoe.cache import expert_cache
-from qmoe.cache.expert_cache import ExpertCache
-from qmoe.cache.host_store import HostStore
-from qmoe.cache.pages import LayerPages
-from qmoe.cache.stats import LayerStats
-from qmoe.experts import QuantizedExperts
-from qmoe.quantizer import quantized_modules
+from qmoe.experts.pages import LayerPages
+from qmoe.experts.quantized import QuantizedExperts
+from qmoe.loading.quantizer import quantized_modules
+from qmoe.paging import expert_cache
+from qmoe.paging.expert_cache import ExpertCache
+from qmoe.paging.host_store import HostStore
+from qmoe.paging.stats import LayerStats
 from qmoe_kernels.paging import CREDIT_LIMIT, CopyList
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -265,7 +265,7 @@ def test_llama4_block(device) -> None:
     from transformers.models.llama4.configuration_llama4 import Llama4TextConfig
     from transformers.models.llama4.modeling_llama4 import Llama4TextMoe
 
-    from qmoe.experts import install
+    from qmoe.experts.quantized import install
 
     config = Llama4TextConfig(
         hidden_size=zoo.HIDDEN,

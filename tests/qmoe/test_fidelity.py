@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 import qmoe
-from qmoe.demo import HELD_OUT, SHIPPED_MODEL
-from qmoe.evaluation import perplexity
 from qmoe.generation import load_tokenizer
+from qmoe.tools.demo import HELD_OUT, SHIPPED_MODEL
+from qmoe.tools.perplexity import perplexity
 
 WINDOW = 512
 

@@ -9,7 +9,6 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from qmoe.evaluation import perplexity
 from qmoe.generation import (
     GenerationInterrupted,
     _Text,
@@ -17,6 +16,7 @@ from qmoe.generation import (
     generate,
     peak_resident_bytes,
 )
+from qmoe.tools.perplexity import perplexity
 
 PROMPTS = ["Hello", "a much longer prompt, naïve café", "x"]
 TEXT = "Zoë said: 日本語 and 🤖🎉, naïve — ok\n\tdone.  Two spaces"

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from qmoe.cache import host_store
-from qmoe.cache.host_store import HostStore, PageRead, available_bytes
-from qmoe.cache.pages import LayerPages
-from qmoe.checkpoint import CheckpointError
+from qmoe.checkpoints.files import CheckpointError
+from qmoe.experts.pages import LayerPages
+from qmoe.paging import host_store
+from qmoe.paging.host_store import HostStore, PageRead, available_bytes
 
 # Page sizes that are no multiple of the alignment, and layers that differ.
 LAYERS = [

@@ -11,8 +11,8 @@ import transformers
 import zoo
 from torch import nn
 
-from qmoe.experts import QuantizedExperts, install
-from qmoe.layout import describe, find_experts, identify_activation
+from qmoe.experts.layout import describe, find_experts, identify_activation
+from qmoe.experts.quantized import QuantizedExperts, install
 
 CLASSES = zoo.experts_classes()
 

@@ -21,13 +21,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from zoo import build, logits
 
 import qmoe
-from qmoe.cache import host_store
-from qmoe.cache.host_store import HostStore
-from qmoe.cache.pages import LayerPages
-from qmoe.checkpoint import StoredTensor
-from qmoe.experts import quantized_modules
-from qmoe.page_loading import page_reads
-from qmoe.paging import stats
+from qmoe.checkpoints.files import StoredTensor
+from qmoe.experts.pages import LayerPages
+from qmoe.experts.quantized import quantized_modules
+from qmoe.loading.pages import page_reads
+from qmoe.paging import host_store
+from qmoe.paging.host_store import HostStore
+from qmoe.paging.model import stats
 
 FAMILIES = ["qwen3_moe", "mixtral", "gpt_oss"]
 # Enough that a budget can be too small for all of them and large enough for a token's cycle.
@@ -86,7 +86,7 @@ def test_a_paged_model_is_the_model(family, weights, form, tmp_path, caplog) -> 
 @pytest.mark.parametrize("form", ["qmoe", "compressed-tensors", "no package"])
 def test_from_pretrained_takes_the_budget_from_the_config(form, tmp_path, monkeypatch) -> None:
     if form == "no package":
-        monkeypatch.setattr("qmoe.quantizer.is_compressed_tensors_available", lambda: False)
+        monkeypatch.setattr("qmoe.loading.quantizer.is_compressed_tensors_available", lambda: False)
         form = "compressed-tensors"
     expected = saved("qwen3_moe", "int8", form, tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
@@ -209,8 +209,8 @@ def test_a_failure_midway_leaves_nothing_behind(failure, weights, tmp_path, monk
         raise failure("CUDA out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr("qmoe.paging.HostStore", Watched)
-        patched.setattr("qmoe.cache.expert_cache.ExpertCache.resize", resize)
+        patched.setattr("qmoe.paging.model.HostStore", Watched)
+        patched.setattr("qmoe.paging.expert_cache.ExpertCache.resize", resize)
         with pytest.raises(failure):
             load(tmp_path, budget, weights=weights)
         model = build("qwen3_moe", NUM_EXPERTS)
@@ -316,7 +316,7 @@ def test_on_the_gpu(form, tmp_path, monkeypatch) -> None:
     gc.collect()
     before = torch.cuda.memory_allocated()
     with monkeypatch.context() as patched:
-        patched.setattr("qmoe.cache.expert_cache.ExpertCache.resize", resize)
+        patched.setattr("qmoe.paging.expert_cache.ExpertCache.resize", resize)
         with pytest.raises(torch.OutOfMemoryError):
             load(tmp_path, budget, **options)
     gc.collect()

@@ -26,10 +26,10 @@ from transformers import (
 from zoo import SIZES
 
 import qmoe
-from qmoe.cache import expert_cache, host_store
-from qmoe.experts import QuantizedExperts
-from qmoe.footprint import _LiveBytes, measure
-from qmoe.paging import plan_budget, predictors, resize, stats
+from qmoe.experts.quantized import QuantizedExperts
+from qmoe.paging import expert_cache, host_store
+from qmoe.paging.footprint import _LiveBytes, measure
+from qmoe.paging.model import plan_budget, predictors, resize, stats
 
 EXPERTS = 16
 PAGE = 3 * 64 * 32  # bytes

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from zoo import SIZES, TOKENS, build, logits
 
 import qmoe
-from qmoe.quantizer import quantized_modules
+from qmoe.loading.quantizer import quantized_modules
 from qmoe_kernels.quantization import dequantize
 
 FAMILIES = ["qwen3_moe", "mixtral", "gpt_oss"]
@@ -99,7 +99,7 @@ def test_transformers_own_features_work_on_a_patched_model() -> None:
     assert torch.equal(static, greedy)
     assert torch.equal(logits(copy.deepcopy(model)), logits(model))
     assert not any(
-        isinstance(m, qmoe.experts.QuantizedExperts) for m in model.dequantize().modules()
+        isinstance(m, qmoe.experts.quantized.QuantizedExperts) for m in model.dequantize().modules()
     )
 
 

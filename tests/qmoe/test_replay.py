@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qmoe.cache.replay import POLICIES, replay, replay_curve
-from qmoe.cache.trace import NONE, RoutingTrace, synthetic_trace
+from qmoe.traces.replay import POLICIES, replay, replay_curve
+from qmoe.traces.trace import NONE, RoutingTrace, synthetic_trace
 from qmoe_kernels.paging import HITS, MISSES, CopyList, Residency, admit
 
 

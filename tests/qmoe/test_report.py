@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from qmoe.cache.replay import POLICIES, replay
-from qmoe.cache.trace import NONE, RoutingTrace, synthetic_trace
-from qmoe.cli import main
-from qmoe.report import _heat_map, _hit_rate, cache_report, draw_report
+from qmoe.cli.main import main
+from qmoe.traces.replay import POLICIES, replay
+from qmoe.traces.report import _heat_map, _hit_rate, cache_report, draw_report
+from qmoe.traces.trace import NONE, RoutingTrace, synthetic_trace
 
 SHIPPED = (
     Path(__file__).resolve().parents[2] / "benchmarks" / "data" / "tiny_moe_routing.safetensors"

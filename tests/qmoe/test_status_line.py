@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from qmoe.cache.stats import CacheStats, LayerStats
-from qmoe.status_line import StatusLine, cache_line
+from qmoe.cli.status_line import StatusLine, cache_line
+from qmoe.paging.stats import CacheStats, LayerStats
 
 
 class Terminal(io.StringIO):

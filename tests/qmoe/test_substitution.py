@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from qmoe import substitution
-from qmoe.static_cache import DecodeCache
-from qmoe.substitution import SUBSTITUTIONS, Substitutions
+from qmoe.decoding import pieces as substitution
+from qmoe.decoding.kv_cache import DecodeCache
+from qmoe.decoding.pieces import SUBSTITUTIONS, Substitutions
 
 KINDS = SUBSTITUTIONS[1:]
 
@@ -234,7 +234,7 @@ class TestRotary:
         assert cos.shape[-1] < 16
         expected = module.apply_rotary_pos_emb(q, k, cos, sin)
         with Substitutions(model, ["rotary"]).active(cache_of(model)):
-            assert module.apply_rotary_pos_emb.__module__ == "qmoe.substitution"
+            assert module.apply_rotary_pos_emb.__module__ == "qmoe.decoding.pieces"
             torch.testing.assert_close(module.apply_rotary_pos_emb(q, k, cos, sin), expected)
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 import qmoe
-from qmoe.cache.trace import NONE, RoutingTrace, synthetic_trace, tile_trace
+from qmoe.traces.trace import NONE, RoutingTrace, synthetic_trace, tile_trace
 
 SHIPPED = (
     Path(__file__).resolve().parents[2] / "benchmarks" / "data" / "tiny_moe_routing.safetensors"
@@ -241,7 +241,7 @@ class TestRecording:
 
     @pytest.mark.parametrize("where", [0, 1])
     def test_an_interrupted_pass_is_left_out(self, model, where, monkeypatch):
-        monkeypatch.setattr("qmoe.recording._MANY", 3)
+        monkeypatch.setattr("qmoe.traces.record._MANY", 3)
 
         def interrupt(module, args, output):
             raise KeyboardInterrupt

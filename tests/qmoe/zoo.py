@@ -29,7 +29,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from qmoe.experts import QuantizedExperts
+from qmoe.experts.quantized import QuantizedExperts
 from qmoe_kernels import Activation
 from qmoe_kernels.quantization import WeightFormat
 

@@ -16,9 +16,9 @@ from typing import TypeVar
 import torch
 from tqdm import tqdm
 
-from qmoe.cache.budget import format_size
-from qmoe.cache.pages import LayerPages
-from qmoe.checkpoint import CheckpointError
+from qmoe.checkpoints.files import CheckpointError
+from qmoe.experts.pages import LayerPages
+from qmoe.paging.budget import format_size
 
 T = TypeVar("T")
 

@@ -17,16 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmoe.experts import quantized_modules
-from qmoe.graphed import Graphed, GraphPool
-from qmoe.inspection import find_top_k
-from qmoe.static_cache import DecodeCache
-from qmoe.substitution import (
+from qmoe.checkpoints.inspection import find_top_k
+from qmoe.decoding.graph import Graphed, GraphPool
+from qmoe.decoding.kv_cache import DecodeCache
+from qmoe.decoding.pieces import (
     SUBSTITUTIONS,
     Substitutions,
     UnknownAttention,
     has_attention_interface,
 )
+from qmoe.experts.quantized import quantized_modules
 from qmoe_kernels.fused_moe import ARITHMETIC_BOUND_ROWS
 
 _OWN_MASKS = ("eager", "sdpa")  # implementations that a mask over a static cache is enough for
@@ -60,7 +60,7 @@ class DecodeStep:
             model: a causal language model of transformers, on one device.
             rows: texts at a time.
             length: tokens of each at most, prompt and padding included.
-            substitutions: see `qmoe.substitution`.
+            substitutions: see `qmoe.decoding.pieces`.
 
         Raises:
             ValueError: the model cannot be run like this; the message says why.

@@ -10,15 +10,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qmoe.cache.pages import LayerPages
-from qmoe.format import BIAS_SUFFIX, QUANTIZED_SUFFIX, SCALE_SUFFIX
-from qmoe.layout import ExpertsLayout, apply_own_gate, describe, identify_activation, kept_modules
+from qmoe.checkpoints.schema import BIAS_SUFFIX, QUANTIZED_SUFFIX, SCALE_SUFFIX
+from qmoe.experts.layout import (
+    ExpertsLayout,
+    apply_own_gate,
+    describe,
+    identify_activation,
+    kept_modules,
+)
+from qmoe.experts.pages import LayerPages
 from qmoe_kernels import Activation, fused_moe, weighted_sum
 from qmoe_kernels.fused_moe import check_activations
 from qmoe_kernels.quantization import STORAGE_DTYPE, WeightFormat, dequantize, quantize
 
 if TYPE_CHECKING:
-    from qmoe.cache.expert_cache import ExpertCache
+    from qmoe.paging.expert_cache import ExpertCache
 
 
 class QuantizedExperts(nn.Module):
@@ -28,7 +34,7 @@ class QuantizedExperts(nn.Module):
     ``experts(hidden_states, top_k_index, top_k_weights)``. Whatever experts implementation the
     model's config names, this module computes with qmoe's kernels.
 
-    Parameters (canonical, see :mod:`qmoe.layout`; ``up`` is ``gate_up_proj`` or ``up_proj``)::
+    Parameters (canonical, see `qmoe.experts.layout`; ``up`` is ``gate_up_proj`` or ``up_proj``)::
 
         {up}_q          (num_experts, 2 * intermediate_size, hidden_size) int8 | float8_e4m3fn
         {up}_scale      (num_experts, 2 * intermediate_size) fp32

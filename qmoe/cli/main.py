@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from qmoe import bench
+from qmoe.tools import tune as bench
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from qmoe.cache.stats import CacheStats
-    from qmoe.demo import Demo
+    from qmoe.checkpoints.inspection import Inspection
     from qmoe.generation import GenerationResult, GenerationStatistics
-    from qmoe.inspection import Inspection
-    from qmoe.recording import Recording
-    from qmoe.report import CacheReport
+    from qmoe.paging.stats import CacheStats
+    from qmoe.tools.demo import Demo
+    from qmoe.traces.record import Recording
+    from qmoe.traces.report import CacheReport
 
 USAGE, UNUSABLE, INTERRUPTED = 2, 3, 130
 
@@ -238,7 +238,7 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """Print what a checkpoint holds, from its config and headers; no weight is read."""
-    from qmoe.inspection import inspect_checkpoint
+    from qmoe.checkpoints.inspection import inspect_checkpoint
 
     inspection = inspect_checkpoint(path)
     if json_output:
@@ -270,9 +270,9 @@ def cache_report(
     debug: Debug = False,
 ) -> None:
     """Replay recorded routing: hit rates of caches that evict by LRU, LFU and Belady's rule."""
-    from qmoe.cache.trace import RoutingTrace
-    from qmoe.report import cache_report as replay_trace
-    from qmoe.report import draw_report, require_matplotlib
+    from qmoe.traces.report import cache_report as replay_trace
+    from qmoe.traces.report import draw_report, require_matplotlib
+    from qmoe.traces.trace import RoutingTrace
 
     if out is not None:
         require_matplotlib()
@@ -311,7 +311,7 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Convert the shipped model to INT8 and FP8, and set both beside the original."""
-    from qmoe.demo import run_demo
+    from qmoe.tools.demo import run_demo
 
     _quiet()
     result = run_demo(
@@ -356,7 +356,7 @@ class _CacheStatus:
     """What the expert cache does, as a line that changes while text is generated."""
 
     def __init__(self, model: Any) -> None:
-        from qmoe.status_line import StatusLine
+        from qmoe.cli.status_line import StatusLine
 
         self.model = model
         self.status_line = StatusLine()
@@ -367,7 +367,7 @@ class _CacheStatus:
             self.status_line.write(self.line())
 
     def line(self) -> str:
-        from qmoe.status_line import cache_line
+        from qmoe.cli.status_line import cache_line
 
         stats = self._read()
         return "all experts are resident" if stats is None else cache_line(stats)
@@ -409,9 +409,9 @@ def _check_writable(path: Path) -> None:
 
 def _recording(model: Any) -> Any:
     """Record routing, and what would be prefetched where all experts are quantized."""
-    from qmoe.layout import describe
-    from qmoe.paging import predictors
-    from qmoe.recording import record_routing
+    from qmoe.experts.layout import describe
+    from qmoe.paging.model import predictors
+    from qmoe.traces.record import record_routing
 
     quantized = all(describe(module) is None for module in model.modules())
     return record_routing(model, predictors=predictors(model) if quantized else None)
@@ -521,8 +521,8 @@ def _cache_report_table(report: CacheReport) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    from qmoe.cache.replay import POLICIES
-    from qmoe.report import NAMES
+    from qmoe.traces.replay import POLICIES
+    from qmoe.traces.report import NAMES
 
     r = report
     table = Table(title=escape(r.metadata.get("source", "")) or None, title_justify="left")

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from qmoe.checkpoint import is_hub_id
-from qmoe.experts import quantized_modules
-from qmoe.format import COMPRESSED_TENSORS, QMOE
-from qmoe.page_loading import PagingOptions, choose_device
-from qmoe.patching import patch
+from qmoe.checkpoints.files import is_hub_id
+from qmoe.checkpoints.schema import COMPRESSED_TENSORS, QMOE
+from qmoe.experts.quantized import quantized_modules
+from qmoe.loading.pages import PagingOptions, choose_device
+from qmoe.loading.patch import patch
 from qmoe_kernels.fused_moe import check_activations
 from qmoe_kernels.quantization import STORAGE_DTYPE
 

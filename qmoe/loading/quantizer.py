@@ -1,6 +1,6 @@
 """What ``from_pretrained`` and ``save_pretrained`` need: two quantizers, registered on import.
 
-- ``qmoe``: our own format (:mod:`qmoe.format`), and quantizing on load.
+- ``qmoe``: our own format (:mod:`qmoe.checkpoints.schema`), and quantizing on load.
 - ``compressed-tensors``: transformers' own quantizer, taught to keep experts with INT8 or FP8
   weights and per-channel scales in 8 bit. Without the ``compressed-tensors`` package it loads
   checkpoints of which only the experts are quantized.
@@ -40,9 +40,8 @@ from transformers.utils import is_compressed_tensors_available
 from transformers.utils.logging import is_progress_bar_enabled
 from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
 
-from qmoe.checkpoint import StoredTensor, read_header
-from qmoe.experts import QuantizedExperts, install, quantized_modules
-from qmoe.format import (
+from qmoe.checkpoints.files import StoredTensor, read_header
+from qmoe.checkpoints.schema import (
     COMPRESSED_TENSORS,
     FORMAT_VERSION,
     QMOE,
@@ -50,9 +49,10 @@ from qmoe.format import (
     SCALE_SUFFIX,
     qmoe_config,
 )
-from qmoe.layout import ExpertsLayout, find_experts
-from qmoe.page_loading import PagingOptions, choose_device, load_pages, page_quantized
-from qmoe.paging import pages_of
+from qmoe.experts.layout import ExpertsLayout, find_experts
+from qmoe.experts.quantized import QuantizedExperts, install, quantized_modules
+from qmoe.loading.pages import PagingOptions, choose_device, load_pages, page_quantized
+from qmoe.paging.model import pages_of
 from qmoe_kernels.fused_moe import check_activations
 from qmoe_kernels.quantization import STORAGE_DTYPE, WeightFormat
 
@@ -125,7 +125,7 @@ class QmoeConfig(QuantizationConfigMixin):
         return {name: value for name, value in chosen.items() if value not in ("auto", None)}
 
     def to_dict(self) -> dict[str, Any]:
-        """As :func:`qmoe.format.qmoe_config`."""
+        """As :func:`qmoe.checkpoints.schema.qmoe_config`."""
         return qmoe_config(self.weights, self.modules_to_not_convert)
 
 
@@ -135,7 +135,7 @@ class _ExpertsQuantizer(HfQuantizer):
     requires_calibration = False
     quantization_config: Any
     pre_quantized: bool
-    paged = False  # kept up to date by qmoe.paging
+    paged = False  # kept up to date by qmoe.paging.model
     layouts: dict[str, ExpertsLayout]
     device: torch.device
     # What the headers say of pages, see load_pages.

@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from qmoe.cache.stats import CacheStats
+    from qmoe.paging.stats import CacheStats
 
 _SECONDS_BETWEEN = 0.2
 

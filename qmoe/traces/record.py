@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from qmoe.cache.expert_cache import Predictor
-from qmoe.cache.trace import NONE, RoutingTrace
-from qmoe.experts import QuantizedExperts, layer_pages
-from qmoe.layout import ExpertsLayout, describe
+from qmoe.experts.layout import ExpertsLayout, describe
+from qmoe.experts.quantized import QuantizedExperts, layer_pages
+from qmoe.paging.expert_cache import Predictor
+from qmoe.traces.trace import NONE, RoutingTrace
 
 # On a GPU the smallest tensor takes 512 bytes: so many are joined to one.
 _MANY = 512

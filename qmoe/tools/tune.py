@@ -246,9 +246,9 @@ def model_shapes(path: str) -> list[LayerShape]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    from qmoe.checkpoint import is_hub_id
-    from qmoe.inspection import find_top_k
-    from qmoe.layout import find_experts
+    from qmoe.checkpoints.files import is_hub_id
+    from qmoe.checkpoints.inspection import find_top_k
+    from qmoe.experts.layout import find_experts
     from qmoe_kernels.tiles import LayerShape
 
     if not Path(path).is_dir() and not is_hub_id(path):

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from qmoe.evaluation import perplexity
+from qmoe.checkpoints.inspection import inspect_checkpoint
 from qmoe.generation import expert_bytes, generate, load_tokenizer
-from qmoe.inspection import inspect_checkpoint
-from qmoe.loading import load
+from qmoe.loading.load import load
+from qmoe.tools.perplexity import perplexity
 
 SHIPPED_MODEL = Path(__file__).resolve().parent.parent / "examples" / "tiny-moe"
 HELD_OUT = "heldout.txt"

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qmoe.experts import layer_pages
-from qmoe.layout import find_experts
-from qmoe.page_loading import PagingOptions, choose_device, page_quantized
-from qmoe.quantizer import (
+from qmoe.experts.layout import find_experts
+from qmoe.experts.quantized import layer_pages
+from qmoe.loading.pages import PagingOptions, choose_device, page_quantized
+from qmoe.loading.quantizer import (
     QmoeConfig,
     QmoeQuantizer,
     quantize_experts,

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from qmoe.cache.budget import Budget
-from qmoe.cache.host_store import HostStore, PageRead
-from qmoe.cache.pages import LayerPages
-from qmoe.checkpoint import StoredTensor
-from qmoe.experts import quantized_modules
-from qmoe.format import QUANTIZED_SUFFIX
-from qmoe.paging import (
+from qmoe.checkpoints.files import StoredTensor
+from qmoe.checkpoints.schema import QUANTIZED_SUFFIX
+from qmoe.experts.pages import LayerPages
+from qmoe.experts.quantized import quantized_modules
+from qmoe.paging.budget import Budget
+from qmoe.paging.host_store import HostStore, PageRead
+from qmoe.paging.model import (
     fill_layer,
     host_store,
     keep_resident,
@@ -37,7 +37,7 @@ class PagingOptions:
     prefetch: bool = False
 
     def plan(self, model: nn.Module, layers: Sequence[LayerPages], device: torch.device) -> Budget:
-        """See :func:`qmoe.paging.plan_budget`."""
+        """See :func:`qmoe.paging.model.plan_budget`."""
         return plan_budget(model, layers, self.hbm_budget, device, self.context, self.batch_size)
 
 

@@ -19,10 +19,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from qmoe.cache.pages import LayerPages
-from qmoe.experts import QuantizedExperts
-from qmoe.format import BIAS_SUFFIX, QUANTIZED_SUFFIX, SCALE_SUFFIX
-from qmoe.layout import describe, identify_activation
+from qmoe.checkpoints.schema import BIAS_SUFFIX, QUANTIZED_SUFFIX, SCALE_SUFFIX
+from qmoe.experts.layout import describe, identify_activation
+from qmoe.experts.pages import LayerPages
+from qmoe.experts.quantized import QuantizedExperts
 
 # Steps of so many tokens are run, and of half as many: enough for caches that keep one entry for a
 # group of tokens, and for attention that works on blocks of them.

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from qmoe.experts import quantized_modules
-from qmoe.static_cache import DecodeCache
+from qmoe.decoding.kv_cache import DecodeCache
+from qmoe.experts.quantized import quantized_modules
 from qmoe_kernels.attention import decode_attention
 from qmoe_kernels.linear import linear
 from qmoe_kernels.norm import rms_norm

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from qmoe.cache.pages import LayerPages
+from qmoe.experts.pages import LayerPages
 
 # "auto" leaves this much of what is free to what torch's allocator does not count: kernels' code,
 # libraries' handles, gaps between blocks.

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qmoe.checkpoint import StoredTensor, is_hub_id, open_checkpoint
-from qmoe.format import COMPRESSED_TENSORS, MANIFEST_NAME, QMOE, Manifest
+from qmoe.checkpoints.files import StoredTensor, is_hub_id, open_checkpoint
+from qmoe.checkpoints.schema import COMPRESSED_TENSORS, MANIFEST_NAME, QMOE, Manifest
 
 _EXPERT_NAME = re.compile(r"^(?P<module>(?:.*\.)?experts)\.(?:(?:expert_)?(?P<index>\d+)\.)?.+$")
 # What lies beside an expert's weights and is none: scales, zero points, shapes, biases.

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from qmoe.cache.trace import RoutingTrace
+from qmoe.traces.trace import RoutingTrace
 
 Policy = Literal["lru", "lfu", "belady"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)

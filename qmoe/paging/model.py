@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qmoe.cache.budget import Budget, parse_budget, plan
-from qmoe.cache.expert_cache import ExpertCache, Predictor
-from qmoe.cache.host_store import HostStore
-from qmoe.cache.pages import LayerPages
-from qmoe.cache.stats import CacheStats
-from qmoe.experts import QuantizedExperts, quantized_modules
-from qmoe.footprint import measure
-from qmoe.graphed import drop_steps
+from qmoe.decoding.graph import drop_steps
+from qmoe.experts.pages import LayerPages
+from qmoe.experts.quantized import QuantizedExperts, quantized_modules
+from qmoe.paging.budget import Budget, parse_budget, plan
+from qmoe.paging.expert_cache import ExpertCache, Predictor
+from qmoe.paging.footprint import measure
+from qmoe.paging.host_store import HostStore
+from qmoe.paging.stats import CacheStats
 
 # Tokens per sequence where nobody said how many; less where the model takes less.
 DEFAULT_CONTEXT = 8192
@@ -55,7 +55,7 @@ def plan_budget(
         model: on one device, not necessarily ``device``; its experts may be quantized, not yet
             quantized, paged, or without their weights.
         layer_pages: of its experts modules, named as these are.
-        hbm_budget: see :func:`qmoe.cache.budget.parse_budget`. On the CPU the machine's memory
+        hbm_budget: see :func:`qmoe.paging.budget.parse_budget`. On the CPU the machine's memory
             stands for the device's.
         device: where the model is going to run.
         context: tokens per sequence, new ones included; by default 8192, or all that the model

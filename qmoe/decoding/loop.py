@@ -39,8 +39,8 @@ from transformers.generation import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from qmoe.decode_step import DecodeStep
-from qmoe.graphed import STEPS, capture
+from qmoe.decoding.graph import STEPS, capture
+from qmoe.decoding.step import DecodeStep
 
 # Steps that are kept for a model at a time; the one that was used longest ago goes first.
 _KEPT_STEPS = 4

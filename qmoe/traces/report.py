@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qmoe.cache.replay import Replay, replay_curve
-from qmoe.cache.trace import RoutingTrace
+from qmoe.traces.replay import Replay, replay_curve
+from qmoe.traces.trace import RoutingTrace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

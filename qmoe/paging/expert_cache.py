@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qmoe.cache.host_store import HostStore
-from qmoe.cache.stats import CacheStats, LayerStats
+from qmoe.paging.host_store import HostStore
+from qmoe.paging.stats import CacheStats, LayerStats
 from qmoe_kernels import weighted_sum
 from qmoe_kernels.paging import (
     HITS,

@@ -1,1 +1,0 @@
-"""The expert cache: pages in host memory, slots in HBM, and what moves between them."""

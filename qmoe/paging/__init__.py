@@ -1,0 +1,5 @@
+"""Experts that are paged from host memory: budget, footprint, host store, expert cache.
+
+`model` binds a cache to a model; the other files know no model and never import transformers.
+Loading and the rooms above it may enter.
+"""
