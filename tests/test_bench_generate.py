@@ -19,7 +19,7 @@ from benchmarks.generate.breakdown import KINDS, Kernel
 from benchmarks.generate.targets import targets
 from benchmarks.model import TINY
 from benchmarks.record import Results
-from qmoe.decoding.pieces import SUBSTITUTIONS
+from qmoe.decoding.pieces import PIECES
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ def test_every_section_runs(results: tuple[Path, dict[str, Any]]) -> None:
     assert [c["prompt"] for c in found["prefill"]["cells"]] == [16, 32]
     assert all(c["same_token"] for c in found["prefill"]["cells"])
     assert found["host"]["cells"][0]["steps"] == TINY_SIZES.host
-    assert [c["added"] for c in found["steps"]["cells"]] == ["none", *SUBSTITUTIONS] * 2
+    assert [c["added"] for c in found["steps"]["cells"]] == ["none", *PIECES] * 2
     theirs = found["transformers"]
     assert len({(c["path"], c["batch"]) for c in theirs["cells"]}) == 4
     assert len(theirs["prefill"]) == len(found["transformers_int8"]["cells"]) == 2

@@ -12,10 +12,10 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from benchmarks.generate.bench import CALLS, OURS, SAMPLING, SHORT, Benchmark, generate
 from benchmarks.model import time_each
-from qmoe.decoding.graph import drop_steps
+from qmoe.decoding.decoder import release
 from qmoe.decoding.loop import decode
-from qmoe.decoding.pieces import SUBSTITUTIONS
-from qmoe.decoding.step import DecodeStep
+from qmoe.decoding.pieces import PIECES
+from qmoe.decoding.step import DecodeStep, step_of
 
 NUM_COLUMNS = 512  # of the step, as for generating with short prompts
 
@@ -42,7 +42,7 @@ def run_startup(bench: Benchmark) -> None:
         add("first call", batch, 2)  # reads the prompt and decodes one token
         add("call that captures", batch, SHORT)
         add("call after that", batch, SHORT)
-    drop_steps(bench.int8)
+    release(bench.int8)
     add("call that captures again", smallest, SHORT)
 
 
@@ -164,15 +164,15 @@ def run_host(bench: Benchmark) -> None:
 
 
 def run_steps(bench: Benchmark) -> None:
-    """Milliseconds of a captured step as qmoe's substitutes for the model's pieces join in turn."""
+    """Milliseconds of a captured step as kernels take the place of the model's pieces in turn."""
     replays = bench.sizes.replays
     for batch in bench.sizes.batches:
-        for count in range(len(SUBSTITUTIONS) + 1):
-            step = prepared_step(bench, batch, SUBSTITUTIONS[:count])
+        for count in range(len(PIECES) + 1):
+            step = prepared_step(bench, batch, PIECES[:count])
             _, total = time_each(step.advance, replays, bench.device)
             cell = {
                 "batch": batch,
-                "added": SUBSTITUTIONS[count - 1] if count else "none",
+                "added": PIECES[count - 1] if count else "none",
                 "ms": round(total / replays, 4),
             }
             if step.trouble is not None:  # then it ran without a graph
@@ -180,9 +180,9 @@ def run_steps(bench: Benchmark) -> None:
             bench.results.add("cells", cell)
 
 
-def prepared_step(bench: Benchmark, batch: int, substitutions: Iterable[str]) -> DecodeStep:
+def prepared_step(bench: Benchmark, batch: int, pieces: Iterable[str]) -> DecodeStep:
     """A step that has read prompts and, on a GPU, been captured."""
-    step = DecodeStep(bench.int8, batch, NUM_COLUMNS, substitutions)
+    step = step_of(bench.int8, batch, NUM_COLUMNS, pieces)
     input_ids = bench.prompts(batch, bench.sizes.prompt)
     positions = torch.arange(bench.sizes.prompt, device=bench.device).expand(batch, -1)
     step.read(input_ids, torch.ones_like(input_ids), positions, None)

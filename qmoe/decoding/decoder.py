@@ -6,8 +6,10 @@ one bound in bytes, as long as the model is what it was.
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -147,12 +149,23 @@ class Decoder:
         return room - _tokens(self._in_use)
 
     def _wait(self, rows: int, columns: int, room: float) -> None:
+        self._drop_lost()
         if threading.get_ident() in self._in_use.values():
             raise ValueError(
                 f"{rows} texts of {columns} tokens inside another generation: the budget has room "
                 f"for {int(room)} tokens beside it; make room with qmoe.resize"
             )
-        self._given_back.wait(timeout=1.0)  # a step may also be lost, when its call is cut off
+        self._given_back.wait(timeout=1.0)
+
+    def _drop_lost(self) -> None:
+        """Forget steps whose call was cut off before it could give them back.
+
+        An exception that somebody keeps holds the call's frames, and these the step; but a call
+        that has ended is on no thread's stack.
+        """
+        running = {id(local) for frame in _frames() for local in frame.f_locals.values()}
+        for step in [step for step in self._in_use if id(step) not in running]:
+            del self._in_use[step]
 
     def _keep_to(self, bound: int) -> None:
         while self.idle and sum(step.num_bytes for step in self.idle) > bound:
@@ -200,6 +213,14 @@ def _obstacle(model: Any, fingerprint: Fingerprint) -> str | None:
     if own is not GenerationMixin.prepare_inputs_for_generation:
         return f"{type(model).__name__} prepares its inputs in a way of its own"
     return None
+
+
+def _frames() -> Iterator[Any]:
+    for frame in sys._current_frames().values():
+        above: Any = frame
+        while above is not None:
+            yield above
+            above = above.f_back
 
 
 def _tokens(steps: Any) -> int:

@@ -150,7 +150,7 @@ class _Call:
         Raises:
             Undecodable: these options are not for qmoe's loop.
         """
-        obstacle = _obstacle(self.model, self.config, model_kwargs, synced_gpus)
+        obstacle = _obstacle(self.input_ids.device, self.config, model_kwargs, synced_gpus)
         if obstacle is not None:
             raise Undecodable(obstacle)
         shape = self.input_ids.shape
@@ -258,12 +258,15 @@ def _own_modes() -> Iterator[None]:
 
 
 def _obstacle(
-    model: Any, config: GenerationConfig, model_kwargs: dict[str, Any], synced_gpus: bool
+    device: torch.device,
+    config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    synced_gpus: bool,
 ) -> str | None:
     """Why a call with these options is not for qmoe's loop; None if it is."""
     if synced_gpus:
         return "it is spread over processes"
-    if torch.is_autocast_enabled(model.device.type):
+    if torch.is_autocast_enabled(device.type):
         return "autocast is on"
     if config.use_cache is False:
         return "use_cache=False"

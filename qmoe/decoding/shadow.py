@@ -28,33 +28,43 @@ class Undecodable(ValueError):
     """A model that qmoe's loop cannot run; the message says why."""
 
 
-def make_shadow(
-    model: Any, forwards: Mapping[nn.Module, Forward], attention: str | None = None
-) -> Any:
-    """Copy the module tree of ``model`` as far as it has to differ.
+class Shadow:
+    """A copy of the module tree of a model, as far as it has to differ; called as the model is.
 
-    Args:
-        model: a model of transformers; it is only read.
-        forwards: the model's modules whose forward is replaced in the shadow.
-        attention: of transformers' attention implementations, the shadow's; None for the model's.
-
-    Raises:
-        Undecodable: a forward was replaced by something that would lead back into the model.
+    Attributes:
+        root: the copy of the model itself.
     """
-    return _Maker(model, forwards, attention).shadow
 
-
-class _Maker:
     def __init__(
-        self, model: Any, forwards: Mapping[nn.Module, Forward], attention: str | None
+        self, model: Any, forwards: Mapping[nn.Module, Forward], attention: str | None = None
     ) -> None:
+        """Copy.
+
+        Args:
+            model: a model of transformers; it is only read.
+            forwards: the model's modules whose forward is replaced in the shadow.
+            attention: of transformers' attention implementations, the shadow's; None for the
+                model's.
+
+        Raises:
+            Undecodable: a forward was replaced by something that would lead back into the model.
+        """
         self.forwards, self.attention = forwards, attention
         self.copies: dict[int, Any] = {}  # of modules and configurations, by the original's id
         self.kept: set[int] = set()  # modules that are shared as they are
-        self.shadow = self._copy(model, root=True)
+        self.root: Any = self._copy(model, root=True)
         for original in model.modules():
             if id(original) in self.copies:
                 self._refer_to_copies(original, self.copies[id(original)])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the shadow."""
+        return self.root(*args, **kwargs)
+
+    def __del__(self) -> None:
+        # A module and its own forward hold each other; memory is to go at once.
+        for own in self.copies.values():
+            vars(own).pop("forward", None)
 
     def _copy_config(self, config: Any) -> None:
         if id(config) in self.copies:

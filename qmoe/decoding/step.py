@@ -32,7 +32,7 @@ from qmoe.decoding.pieces.attention import (
     running_columns,
 )
 from qmoe.decoding.selection import Key, Selection, key_of
-from qmoe.decoding.shadow import Undecodable, make_shadow
+from qmoe.decoding.shadow import Shadow, Undecodable
 from qmoe.experts.guard import Guard, guard_of
 from qmoe.experts.quantized import quantized_modules
 from qmoe_kernels.fused_moe import ARITHMETIC_BOUND_ROWS
@@ -80,11 +80,11 @@ class Shadows:
         found = find_pieces(model, pieces)
         fingerprint.watch(found.rests_on)
         self.uncapturable = fingerprint.uncapturable
-        self.prompts = make_shadow(model, found.forwards)
-        self.steps: Any = None
+        self.prompts = Shadow(model, found.forwards)
+        self.steps: Shadow | None = None
         if found.attention:
-            self.steps = make_shadow(model, found.forwards, IMPLEMENTATION)
-        self.config, self.device = self.prompts.config, model.device
+            self.steps = Shadow(model, found.forwards, IMPLEMENTATION)
+        self.config, self.device = self.prompts.root.config, model.device
         self.takes_last = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.arithmetic_bound = _arithmetic_bound(model)
         self.has_budget = getattr(model, "qmoe_paging", None) is not None

@@ -71,7 +71,7 @@ class Family:
 
     Attributes:
         build: the model, small, with the weights that its class draws.
-        found: how many pieces of each kind are substituted in it; kinds that are not named: none.
+        found: how many pieces of each kind are found in it; kinds that are not named: none.
     """
 
     build: Callable[[], PreTrainedModel]
@@ -83,25 +83,24 @@ FAMILIES = {
         lambda: Qwen3MoeForCausalLM(
             Qwen3MoeConfig(**SIZES, **GATED, num_experts=EXPERTS, head_dim=16, norm_topk_prob=True)
         ),
-        dict(norms=2 * 4 + 1, rotary=1, router=2, qkv=6),
+        dict(norms=2 * 4 + 1, rotary=2, router=2, qkv=6),
     ),
     "mixtral": Family(
         lambda: MixtralForCausalLM(
             MixtralConfig(**SIZES, num_local_experts=4, sliding_window=WINDOW)
         ),
-        dict(norms=2 * 2 + 1, rotary=1, router=2, qkv=6),
+        dict(norms=2 * 2 + 1, rotary=2, router=2, qkv=6),
     ),
     "olmoe": Family(
         lambda: OlmoeForCausalLM(OlmoeConfig(**SIZES, num_experts=8)),
-        dict(norms=2 * 4 + 1, rotary=1, router=2, qkv=6),
+        dict(norms=2 * 4 + 1, rotary=2, router=2, qkv=6),
     ),
     "olmoe clipped": Family(
         lambda: OlmoeForCausalLM(OlmoeConfig(**SIZES, num_experts=8, clip_qkv=1.0)),
-        dict(norms=2 * 4 + 1, rotary=1, router=2, qkv=6),
+        dict(norms=2 * 4 + 1, rotary=2, router=2, qkv=6),
     ),
     "deepseek_v3": Family(
         lambda: DeepseekV3ForCausalLM(DeepseekV3Config(**DEEPSEEK, q_lora_rank=24)),
-        # Both rotary functions are in its module, whichever the configuration asks for.
         dict(norms=2 * 4 + 1, rotary=2, router=1),
     ),
     "deepseek_v3 in halves": Family(
@@ -114,15 +113,15 @@ FAMILIES = {
         lambda: GptOssForCausalLM(
             GptOssConfig(**SIZES, num_local_experts=4, head_dim=16, sliding_window=WINDOW)
         ),
-        dict(norms=2 * 2 + 1, rotary=1, router=2, qkv=6),
+        dict(norms=2 * 2 + 1, rotary=2, router=2, qkv=6),
     ),
     "glm4_moe": Family(
         lambda: Glm4MoeForCausalLM(Glm4MoeConfig(**GLM)),
-        dict(norms=2 * 2 + 1, rotary=1, router=1, qkv=6),
+        dict(norms=2 * 2 + 1, rotary=2, router=1, qkv=6),
     ),
     "glm4_moe with norms": Family(
         lambda: Glm4MoeForCausalLM(Glm4MoeConfig(**GLM, use_qk_norm=True, attention_bias=True)),
-        dict(norms=2 * 4 + 1, rotary=1, router=1, qkv=6),
+        dict(norms=2 * 4 + 1, rotary=2, router=1, qkv=6),
     ),
     "qwen3_next": Family(
         lambda: Qwen3NextForCausalLM(
@@ -153,7 +152,7 @@ FAMILIES = {
                 attention_multiplier=0.3,
             )
         ),
-        dict(norms=2 * 2 + 1, rotary=1, router=2, qkv=6),
+        dict(norms=2 * 2 + 1, rotary=2, router=2, qkv=6),
     ),
 }
 

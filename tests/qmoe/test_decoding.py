@@ -42,10 +42,12 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import qmoe
-from qmoe.decoding import loop as decoding
-from qmoe.decoding.graph import Graphed, drop_steps
-from qmoe.decoding.pieces import SUBSTITUTIONS, Substitutions
-from qmoe.decoding.step import DecodeStep
+from qmoe.decoding import decoder
+from qmoe.decoding.decoder import decoder_of
+from qmoe.decoding.graph import Graphed
+from qmoe.decoding.pieces import PIECES, find_pieces
+from qmoe.decoding.selection import CAPTURED_PROCESSORS
+from qmoe.decoding.step import DecodeStep, step_of
 
 NEW_TOKENS = 12  # beyond a window of 8, together with a prompt or without
 LENGTHS = (13, 3, 20)
@@ -114,12 +116,12 @@ def decode(model: Any, ids: Tensor, mask: Tensor, **options: Any) -> Any:
 
 
 def steps(model: Any) -> dict[tuple[int, int], DecodeStep]:
-    """The kept steps, by rows and columns."""
-    return decoding._steps_of(model).steps
+    """The kept steps, by rows and columns, the latest used last."""
+    return {(step.rows, step.length): step for step in decoder_of(model).idle}
 
 
 def last_step(model: Any) -> DecodeStep:
-    return list(steps(model).values())[-1]
+    return decoder_of(model).idle[-1]
 
 
 @torch.no_grad()
@@ -152,17 +154,17 @@ def assert_captured(model: Any) -> None:
 
 
 class TestFamilies:
-    def test_what_is_substituted(self, model, request):
+    def test_which_pieces_are_found(self, model, request):
         family = request.node.callspec.params["model"][0]
-        found = {kind: len(Substitutions(model, [kind]).places) for kind in SUBSTITUTIONS}
+        found = {kind: len(find_pieces(model, [kind]).forwards) for kind in PIECES}
         linears = found.pop("linears")
         assert linears == sum(type(m) is nn.Linear for m in model.modules())
         assert {kind: n for kind, n in found.items() if n} == FAMILIES[family].found
         # All at once: one must not keep another from being recognized. Of the linears are qkv.
-        together = len(Substitutions(model).places)
+        together = len(find_pieces(model).forwards)
         assert together == linears + sum(n for kind, n in found.items() if kind != "qkv")
         # Qwen3-Next does not say that its attention may be any function.
-        assert Substitutions(model, ["attention"]).attention == (family != "qwen3_next")
+        assert find_pieces(model, ["attention"]).attention == (family != "qwen3_next")
 
     def test_one_prompt(self, model):
         ids, mask = batch(model, 11)
@@ -202,17 +204,17 @@ class TestFamilies:
             assert last_step(model) is step
         assert sorted(step._prompts) == ([32, 40] if step.cache.has_columns_only else [])
         if step.rounds_prompts and model.device.type == "cuda":
-            run = step._prompts[32].run
+            run = step._prompts[32].graphed
             if model.config._attn_implementation == "eager":  # whose masks come from the host
                 assert run.trouble is not None and "masking_utils" in run.trouble
             else:
                 assert has_graph(run)
         step.rounds_prompts &= model.device.type == "cuda"
 
-    def test_without_substitutes(self, model):
+    def test_without_pieces(self, model):
         """Masks over all columns of the cache, as a model without an interface makes them."""
         ids, mask = batch(model, *LENGTHS)
-        step = DecodeStep(model, 3, 64, substitutions=())
+        step = step_of(model, 3, 64, pieces=())
         step.read(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), None)
         tokens = [step.logits.argmax(-1, keepdim=True)]
         for _ in range(NEW_TOKENS - 1):
@@ -224,7 +226,7 @@ class TestFamilies:
     def test_nothing_in_a_step_asks_the_device(self, model):
         """What a graph cannot hold; on a CPU, as far as PyTorch's operations show it."""
         ids, mask = batch(model, *LENGTHS)
-        step = DecodeStep(model, 3, 64)
+        step = step_of(model, 3, 64)
         step.read(ids, mask, (mask.cumsum(-1) - 1).clamp(min=0), None)
         step.run()
         with _NoQuestions():
@@ -236,7 +238,7 @@ class TestFamilies:
             pytest.skip("no graphs")
         ids, mask = batch(model, *LENGTHS)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        step = DecodeStep(model, 3, 64)
+        step = step_of(model, 3, 64)
         logits = {}
         for way in ("run", "replay"):
             step.read(ids, mask, positions, None)
@@ -248,7 +250,7 @@ class TestFamilies:
                     if not has_graph(step._step):
                         step.capture()
                     step.replay()
-            assert int(step.cache.column) == 24
+            assert int(step.cache.columns.column) == 24
             logits[way] = step.logits.clone()
         torch.testing.assert_close(logits["replay"], logits["run"])
 
@@ -346,7 +348,7 @@ class TestOptions:
         assert_captured(qwen3)
 
     @pytest.mark.parametrize(
-        "processor", decoding._CAPTURED_PROCESSORS, ids=lambda processor: processor.__name__
+        "processor", CAPTURED_PROCESSORS, ids=lambda processor: processor.__name__
     )
     def test_what_is_captured_asks_the_device_nothing(self, processor):
         """On a CPU, the operations below the operations show it; a graph would refuse them."""
@@ -485,13 +487,11 @@ class TestTheLoop:
         ids, mask = batch(qwen3, *LENGTHS)
         expected = generate(qwen3, ids, mask).tolist()
         before = decode(qwen3, ids, mask)
-        step = last_step(qwen3)
         for columns in (21, 22, 25):
             criteria = StoppingCriteriaList([Interrupt(columns)])
             with pytest.raises(KeyboardInterrupt):
                 decode(qwen3, ids, mask, stopping_criteria=criteria)
             assert decode(qwen3, ids, mask).tolist() == expected == before.tolist()
-            assert last_step(qwen3) is step
 
         pieces: list[str] = []
 
@@ -522,13 +522,13 @@ class TestTheLoop:
         "rows, bucket", [(1, 1), (8, 8), (9, 16), (16, 16), (64, 64), (65, 128), (130, 192)]
     )
     def test_buckets(self, rows, bucket):
-        assert decoding._bucket(rows) == bucket
+        assert decoder._bucket(rows) == bucket
 
 
 class TestKeptSteps:
     @pytest.fixture(autouse=True)
     def short(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(decoding, "_SHORTEST", 32)
+        monkeypatch.setattr(decoder, "SHORTEST", 32)
 
     def expect(self, model: Any, *lengths: int, **options: Any) -> DecodeStep:
         """Right tokens; the step that made them."""
@@ -555,40 +555,83 @@ class TestKeptSteps:
         assert self.expect(own, 30).length == 42
 
     def test_others_make_room(self, own, monkeypatch):
+        """For the cache of a prompt, or for the step after it; once, and then the error is told."""
         other, last = self.expect(own, 9, 5), self.expect(own, 9)
-        read, calls = DecodeStep.read, []
+        for method in ("read", "advance"):
+            calls = self.run_scarce(own, monkeypatch, method, other)
+            assert self.expect(own, 9) is last
+            monkeypatch.undo()
+            assert calls[:2] == [last, last] and decoder_of(own).idle == [last]
+            monkeypatch.setattr(decoder, "SHORTEST", 32)
+            other = self.expect(own, 9, 5)
 
-        def scarce(step: DecodeStep, *arguments: Any) -> None:
-            calls.append(step)
-            if other in steps(own).values():
-                raise torch.OutOfMemoryError("too little")
-            read(step, *arguments)
-
-        monkeypatch.setattr(DecodeStep, "read", scarce)
-        assert self.expect(own, 9) is last
-        assert calls == [last, last] and list(steps(own).values()) == [last]
-
-        def hopeless(step: DecodeStep, *arguments: Any) -> None:
+        def hopeless(step: DecodeStep, *arguments: Any, **options: Any) -> None:
             raise torch.OutOfMemoryError("far too little")
 
-        monkeypatch.setattr(DecodeStep, "read", hopeless)
-        with pytest.raises(torch.OutOfMemoryError, match="far too little"):
-            decode(own, *batch(own, 9))
+        with monkeypatch.context() as patched:
+            patched.setattr(DecodeStep, "read", hopeless)
+            with pytest.raises(torch.OutOfMemoryError, match="far too little"):
+                decode(own, *batch(own, 9))
+        self.expect(own, 9)
 
-    def test_few_are_kept(self, own):
-        for rows in range(1, decoding._KEPT_STEPS + 2):
+    def run_scarce(
+        self, model: Any, monkeypatch: Any, method: str, other: DecodeStep
+    ) -> list[DecodeStep]:
+        """Let steps fail as long as ``other`` is kept; the calls, as they come."""
+        works, calls = getattr(DecodeStep, method), []
+
+        def scarce(step: DecodeStep, *arguments: Any, **options: Any) -> None:
+            calls.append(step)
+            if any(step is other for step in decoder_of(model).idle):
+                raise torch.OutOfMemoryError("too little")
+            works(step, *arguments, **options)
+
+        monkeypatch.setattr(DecodeStep, method, scarce)
+        return calls
+
+    def test_kept_bytes_are_bounded(self, own, monkeypatch):
+        for rows in range(1, 5):
             self.expect(own, *[5] * rows, max_new_tokens=4)
-        assert [rows for rows, _ in steps(own)] == list(range(2, decoding._KEPT_STEPS + 2))
+        assert [rows for rows, _ in steps(own)] == [1, 2, 3, 4]
+        sizes = [step.num_bytes for step in steps(own).values()]
+        assert sizes == sorted(sizes) and sizes[0] > 0
         self.expect(own, 5, 5, max_new_tokens=4)  # now the latest
-        self.expect(own, 5, max_new_tokens=4)
-        assert [rows for rows, _ in steps(own)] == [4, 5, 2, 1]
+        monkeypatch.setattr(decoder, "_bound", lambda device: sizes[1] + sizes[3])
+        self.expect(own, 5, 5, 5, 5, max_new_tokens=4)
+        assert [rows for rows, _ in steps(own)] == [2, 4]
+        monkeypatch.setattr(decoder, "_bound", lambda device: sizes[0] - 1)
+        ids, mask = batch(own, 5)
+        decode(own, ids, mask, max_new_tokens=4)
+        assert not steps(own)
 
     def test_release(self, own):
+        """Without the help of the garbage collector."""
         step = weakref.ref(self.expect(own, 9))
-        drop_steps(own)
-        gc.collect()
-        assert step() is None
+        keys = weakref.ref(last_step(own).cache.layers[0].keys)
+        gc.disable()
+        try:
+            qmoe.release(own)
+            assert step() is None and keys() is None
+        finally:
+            gc.enable()
+        assert decoder_of(own).shadows is None
         self.expect(own, 9)
+
+    def test_release_while_a_text_comes(self, own):
+        """The step in use goes on, and is not kept."""
+        ids, mask = batch(own, 9)
+        expected = generate(own, ids, mask).tolist()
+
+        class Releasing(BaseStreamer):
+            def put(self, value: Tensor) -> None:
+                qmoe.release(own)
+
+            def end(self) -> None:
+                pass
+
+        loop = functools.partial(qmoe.decode, streamer=Releasing())
+        assert generate(own, ids, mask, custom_generate=loop).tolist() == expected
+        assert not steps(own)
 
     def test_unpatched(self, own):
         before = self.expect(own, 9)
@@ -637,10 +680,15 @@ class TestKeptSteps:
     def test_a_forgotten_model_is_freed(self, qwen3):
         model = copy.deepcopy(qwen3)
         self.expect(model, 9)
-        references = [weakref.ref(model), weakref.ref(last_step(model))]
-        del model
-        gc.collect()
-        assert [reference() for reference in references] == [None, None]
+        kept = last_step(model), last_step(model).cache.layers[0].keys, model.lm_head.weight
+        references = [weakref.ref(thing) for thing in (model, *kept)]
+        gc.collect()  # of what came before
+        gc.disable()
+        try:
+            del model, kept
+            assert [reference() for reference in references] == [None] * 4
+        finally:
+            gc.enable()
 
     def test_copies(self, own):
         before = self.expect(own, 9)
@@ -815,42 +863,41 @@ class TestFallbacks:
         ids, mask = batch(own, *LENGTHS)
         expected = generate(own, ids, mask).tolist()
         assert decode(own, ids, mask).tolist() == expected
-        assert not last_step(own).substitutions.attention
+        assert decoder_of(own).shadows.steps is None
         assert decode(own, ids, mask).tolist() == expected
         handle.remove()
 
     @GPU
-    def test_a_model_that_waits_for_the_device(self, own):
+    def test_a_model_that_waits_for_the_device(self, own, monkeypatch):
         if own.device.type == "cpu":
             pytest.skip("never waits")
-        mlp = own.model.layers[1].mlp
-        forward = mlp.forward
+        family = type(own.model.layers[1].mlp)
+        forward = family.forward
 
-        def waiting(hidden_states):
-            return forward(hidden_states) * (hidden_states.sum().item() * 0 + 1)
+        def waiting(self, hidden_states):
+            return forward(self, hidden_states) * (hidden_states.sum().item() * 0 + 1)
 
-        mlp.forward = waiting
+        monkeypatch.setattr(family, "forward", waiting)
         self.expect(own, r"without a CUDA graph: test_decoding\.py:\d+ waits for the device")
         step = last_step(own)
         assert "waits for the device" in str(step.trouble)
-        del mlp.forward
-        drop_steps(own)
+        monkeypatch.undo()
         ids, mask = batch(own, *LENGTHS)
         assert decode(own, ids, mask).tolist() == generate(own, ids, mask).tolist()
         assert_captured(own)
 
     @GPU
-    def test_a_model_that_cannot_be_captured(self, own):
+    def test_a_model_that_cannot_be_captured(self, own, monkeypatch):
         """What no watch sees, a capture refuses: the model goes on without, and is not harmed."""
         if own.device.type == "cpu":
             pytest.skip("no graphs")
-        mlp = own.model.layers[1].mlp
-        forward = mlp.forward
+        family = type(own.model.layers[1].mlp)
+        forward = family.forward
 
-        def refusing(hidden_states):
+        def refusing(self, hidden_states):
             if torch.cuda.is_current_stream_capturing():
                 raise RuntimeError("not in a graph")
-            return forward(hidden_states)
+            return forward(self, hidden_states)
 
-        mlp.forward = refusing
+        monkeypatch.setattr(family, "forward", refusing)
         self.expect(own, "without a CUDA graph: not in a graph")
