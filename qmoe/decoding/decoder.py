@@ -10,6 +10,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,22 +27,19 @@ KEPT_SHARE = 1 / 8
 _KEPT_ON_CPU = 1 << 30
 # Columns are rounded up, so that a step serves many lengths.
 SHORTEST = 512
+_SHORTEST_WITHIN = 32  # where a budget has little room
 
 
 class Decoder:
     """The owner of one model's shadows and steps; everything here happens under its guard's lock.
 
     Attributes:
-        fingerprint: of the model at the last call; None before the first and after a release.
-        shadows: of the model as it was then; None where it cannot be run like this.
-        obstacle: why the model, as it was then, cannot be run like this; None if it can.
+        known: what is known of the model; None before the first call and after a release.
         idle: steps that nobody uses, the latest used last.
     """
 
     def __init__(self, guard: Guard) -> None:
-        self.fingerprint: Fingerprint | None = None
-        self.shadows: Shadows | None = None
-        self.obstacle: str | None = None
+        self.known: Known | None = None
         self.idle: list[DecodeStep] = []
         self._given_back = threading.Condition(guard.lock)
         # Weak: a step whose call was cut off before its end is in use no more.
@@ -58,12 +56,14 @@ class Decoder:
             ValueError: there is no room in the budget beside steps that this thread uses itself.
         """
         with self._given_back:
-            self._compare(model)
+            shadows = self._shadows(model)
             while (room := self._room(model)) < rows * columns and self._in_use:
                 self._wait(rows, columns, room)
             if _bucket(rows) * columns <= room:
                 rows = _bucket(rows)
-            step = self._idle_step(rows, columns) or self._new_step(model, rows, columns, room)
+            step = self._idle_step(rows, columns) or self._new_step(
+                model, shadows, rows, columns, room
+            )
             self._in_use[step] = threading.get_ident()
             return step
 
@@ -75,7 +75,7 @@ class Decoder:
         """
         with self._given_back:
             self._in_use.pop(step, None)
-            if keep and step.shadows is self.shadows:
+            if keep and self.known is not None and step.shadows is self.known.shadows:
                 self.idle.append(step)
                 self._keep_to(_bound(step.device))
             self._given_back.notify_all()
@@ -83,7 +83,8 @@ class Decoder:
     def refuse(self, reason: str) -> None:
         """Remember that the model, as it is, cannot be run like this."""
         with self._given_back:
-            self.obstacle, self.shadows = reason, None
+            if self.known is not None:
+                self.known = Known(self.known.fingerprint, None, reason)
             self.idle.clear()
 
     def make_room(self) -> None:
@@ -96,28 +97,19 @@ class Decoder:
     def release(self) -> None:
         """Let go of everything that is not in use; steps that are, go when they are given back."""
         with self._given_back:
-            self.fingerprint = self.shadows = self.obstacle = None
+            self.known = None
             self.idle.clear()
 
     # ---- steps ---------------------------------------------------------------------------------
 
-    def _compare(self, model: Any) -> None:
-        """Look at the model anew where it is not what it was."""
-        if self.fingerprint is None or not self.fingerprint.matches(model):
+    def _shadows(self, model: Any) -> Shadows:
+        """Shadows of the model as it is, made anew where it is not what it was."""
+        if self.known is None or not self.known.fingerprint.matches(model):
             self.release()
-            # First: what changes from now on is noticed when fingerprints are compared.
-            self.fingerprint = Fingerprint(model)
-            self.obstacle = _obstacle(model, self.fingerprint)
-            try:
-                if self.obstacle is None:
-                    self.shadows = Shadows(model, self.fingerprint)
-            except torch.OutOfMemoryError:
-                self.release()
-                raise
-            except Exception as error:  # whatever a model's modules may be
-                self.refuse(first_line(error))
-        if self.obstacle is not None:
-            raise Undecodable(self.obstacle)
+            self.known = _look_at(model)
+        if self.known.shadows is None:
+            raise Undecodable(self.known.obstacle)
+        return self.known.shadows
 
     def _idle_step(self, rows: int, columns: int) -> DecodeStep | None:
         fitting = [s for s in self.idle if s.rows == rows and s.length >= columns]
@@ -127,13 +119,14 @@ class Decoder:
         self.idle.remove(step)
         return step
 
-    def _new_step(self, model: Any, rows: int, columns: int, room: float) -> DecodeStep:
-        assert self.shadows is not None
+    def _new_step(
+        self, model: Any, shadows: Shadows, rows: int, columns: int, room: float
+    ) -> DecodeStep:
         length = _length(model, rows, columns, room)
         while self.idle and rows * length + _tokens(self.idle) > room:
             del self.idle[0]
         try:
-            return DecodeStep(self.shadows, guard_of(model), rows, length)
+            return DecodeStep(shadows, guard_of(model), rows, length)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a configuration that no cache is known for
@@ -170,6 +163,35 @@ class Decoder:
     def _keep_to(self, bound: int) -> None:
         while self.idle and sum(step.num_bytes for step in self.idle) > bound:
             del self.idle[0]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a model as it was at one time.
+
+    Attributes:
+        fingerprint: by which it is seen whether it still is.
+        shadows: None where it cannot be run like this.
+        obstacle: why it cannot.
+    """
+
+    fingerprint: Fingerprint
+    shadows: Shadows | None
+    obstacle: str | None
+
+
+def _look_at(model: Any) -> Known:
+    # First: what changes from now on is noticed when fingerprints are compared.
+    fingerprint = Fingerprint(model)
+    obstacle = _obstacle(model, fingerprint)
+    if obstacle is not None:
+        return Known(fingerprint, None, obstacle)
+    try:
+        return Known(fingerprint, Shadows(model, fingerprint), None)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a model's modules may be
+        return Known(fingerprint, None, first_line(error))
 
 
 def decoder_of(model: Any) -> Decoder:
@@ -240,6 +262,8 @@ def _bucket(rows: int) -> int:
 
 def _length(model: Any, rows: int, columns: int, room: float) -> int:
     length = SHORTEST
+    if rows * length > room / 2:
+        length = _SHORTEST_WITHIN  # a call inside this one, or beside it, wants room too
     while length < columns:
         length *= 2
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length

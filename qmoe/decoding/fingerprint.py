@@ -22,10 +22,23 @@ from qmoe.experts.guard import is_guard
 
 # Attributes that change without changing what a forward pass computes.
 _IGNORED = ("warnings_issued", "_output_capturing_hooks_installed")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _GLOBAL_HOOKS = tuple(
     value for name, value in vars(torch_module).items() if name.startswith("_global_forward")
 )
+# What a module has beside that has no part in a forward pass without gradients.
+_IRRELEVANT = {
+    "_non_persistent_buffers_set",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+    # in part again what the dictionaries of hooks hold
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks_with_kwargs",
+}
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 # A hook that does nothing until somebody asks transformers for hidden states or router logits.
 _IDLE_HOOKS = "transformers.utils.output_capturing"
@@ -40,6 +53,8 @@ class Fingerprint:
             it; None where there is no such thing.
     """
 
+    RECORDING = "routing is being recorded"  # of uncapturable: what the user knows
+
     def __init__(self, model: nn.Module) -> None:
         """Take the fingerprint of ``model``."""
         # Not the model itself: who keeps its fingerprint would keep it alive.
@@ -48,8 +63,10 @@ class Fingerprint:
         self._others: list[tuple[Any, str]] = []
         self._values = self._attributes(model)
         self._containers: list[Any] = list(_GLOBAL_HOOKS)
-        for value in self._values:
-            self._collect(value, set())
+        for module in (model, *self._modules):
+            for name, value in vars(module).items():
+                if name not in _IRRELEVANT and not is_guard(name) and name not in _IGNORED:
+                    self._collect(value, set())
         self._empty = [c for c in self._containers if not c]
         self._filled = [c for c in self._containers if c]
         self._contents = _contents(self._filled)
@@ -58,7 +75,7 @@ class Fingerprint:
         self._places = _places(self._tensors)
         self._around = self._surroundings()
         self.devices = {t.device for t in tensors if isinstance(t, nn.Parameter)}
-        self.uncapturable = _uncapturable([model, *self._modules])
+        self.uncapturable = self._find_uncapturable([model, *self._modules])
 
     def watch(self, others: Iterable[tuple[Any, str]]) -> None:
         """Compare more: attributes that are not the model's, by their owner and their name."""
@@ -94,6 +111,25 @@ class Fingerprint:
             torch.backends.cuda.math_sdp_enabled(),
         ]
         return functions + others + switches
+
+    def _find_uncapturable(self, modules: list[nn.Module]) -> str | None:
+        """Name a hook or a replaced forward of a module: either may do something else each time."""
+        if any(_GLOBAL_HOOKS):
+            return "hooks of all modules"
+        found = None
+        for module in modules:
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+                owner = getattr(hook, "__module__", None) or ""
+                if owner.startswith("qmoe."):
+                    found = self.RECORDING
+                elif owner != _IDLE_HOOKS:
+                    return f"a hook on {type(module).__name__}, which may do anything at each step"
+            if (forward := replaced_forward(module)) is not None:
+                return (
+                    f"{forward} in place of {type(module).__name__}.forward, which may do "
+                    "anything at each step"
+                )
+        return found
 
     def _collect(self, value: Any, above: set[int]) -> None:
         """Note the containers in an attribute, and what is in these."""
@@ -155,20 +191,3 @@ def _equal(old: Any, new: Any) -> bool:
             a is b or _equal(a, b) for a, b in zip(old, new, strict=True)
         )
     return isinstance(old, _PLAIN) and bool(old == new)
-
-
-def _uncapturable(modules: list[nn.Module]) -> str | None:
-    """Name a hook or a replaced forward of a module: either may do something else each time."""
-    if any(_GLOBAL_HOOKS):
-        return "hooks of all modules"
-    for module in modules:
-        for kind in _HOOKS:
-            for hook in getattr(module, kind).values():
-                if getattr(hook, "__module__", None) != _IDLE_HOOKS:
-                    return f"a hook on {type(module).__name__}, which may do anything at each step"
-        if (forward := replaced_forward(module)) is not None:
-            return (
-                f"{forward} in place of {type(module).__name__}.forward, which may do anything "
-                "at each step"
-            )
-    return None

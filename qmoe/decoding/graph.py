@@ -21,11 +21,40 @@ _ATTEMPTS = 3
 _WAITED = "called a synchronizing"
 
 _locks: dict[torch.device, threading.RLock] = defaultdict(threading.RLock)
+_capture_streams: dict[torch.device, torch.cuda.Stream] = {}
+_last_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 def device_lock(device: torch.device) -> threading.RLock:
     """Held while a graph is captured or replayed: captures stand alone on a device."""
     return _locks[device]
+
+
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one stream of a device that graphs are captured on.
+
+    cuBLAS keeps a workspace for each stream that it has been used on, for ever. With one stream
+    there is one, and it is made here, so that it is no graph's own.
+    """
+    if device not in _capture_streams:
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(stream):
+            for dtype in (torch.bfloat16, torch.float32):
+                x = torch.zeros(16, 16, dtype=dtype, device=device)
+                torch.addmm(x[0], x, x)
+        stream.synchronize()
+        _capture_streams[device] = stream
+    return _capture_streams[device]
+
+
+def _replay(graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
+    """Replay a graph after all others of the device: they have that workspace in common."""
+    stream = torch.cuda.current_stream(device)
+    last = _last_streams.get(device)
+    if last is not None and last != stream:
+        stream.wait_stream(last)
+    _last_streams[device] = stream
+    graph.replay()
 
 
 class GraphPool:
@@ -106,7 +135,7 @@ class Graphed:
             if self._graph is None and self._runs == WARM_UP and self.trouble is None:
                 self._try_capture(function)
             if self._graph is not None:
-                self._graph.replay()
+                _replay(self._graph, self.pool.device)
             elif self._runs == WARM_UP - 1:
                 self.trouble = self._uncapturable = _watch(function)
                 self._runs += 1
@@ -137,7 +166,7 @@ class Graphed:
         if self._graph is None:
             raise ValueError("there is no graph; call capture() first")
         with device_lock(self.pool.device):
-            self._graph.replay()
+            _replay(self._graph, self.pool.device)
 
     def _try_capture(self, function: Callable[[], None]) -> None:
         try:
@@ -163,7 +192,7 @@ def capture(
     Args:
         generator: that ``function`` draws from, if that is not the device's default.
     """
-    stream = torch.cuda.Stream(device)
+    stream = _capture_stream(device)
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)

@@ -32,6 +32,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from qmoe.decoding.decoder import decoder_of
 from qmoe.decoding.draws import drawing
+from qmoe.decoding.fingerprint import Fingerprint
 from qmoe.decoding.graph import first_line
 from qmoe.decoding.selection import Selection
 from qmoe.decoding.shadow import Undecodable
@@ -102,9 +103,10 @@ def decode(
             with _own_modes():
                 call.check(model_kwargs, synced_gpus)
                 return call.run()
-        except Undecodable as reason:
+        except Undecodable as error:
+            reason = error
+        if reason.__cause__ is None:
             _notice(model, f"decodes by transformers' own loop: {reason}")
-            failed = reason.__cause__
         sequences = type(model)._sample(
             model,
             input_ids,
@@ -115,9 +117,10 @@ def decode(
             streamer=streamer,
             **model_kwargs,
         )
-        if isinstance(failed, Exception):
+        if reason.__cause__ is not None:
             # transformers can do what qmoe could not: it was not the input's fault.
-            decoder_of(model).refuse(str(first_line(failed)))
+            decoder_of(model).refuse(str(reason))
+            _notice(model, f"decodes by transformers' own loop: {reason}")
         return sequences
 
 
@@ -186,7 +189,7 @@ class _Call:
         try:
             with drawing(step, self.generator):
                 sequences = self._generate(step)
-            if step.trouble is not None:
+            if step.trouble not in (None, Fingerprint.RECORDING):
                 _notice(self.model, f"decodes without a CUDA graph: {step.trouble}")
             whole = True
             return sequences
@@ -208,8 +211,9 @@ class _Call:
             drawn = step.generator.get_state() if do_sample else None
             ahead = 0 < index < max_new_tokens - 1
             if ahead:
-                step.advance()
-                selection.make(index + 1, step.logits)
+                with step.alone():
+                    step.advance()
+                    selection.make(index + 1, step.logits)
             if texts.extend(selection.wait(index)):
                 if ahead and drawn is not None:
                     step.generator.set_state(drawn)  # as if nobody had looked ahead

@@ -168,7 +168,7 @@ class DecodeStep:
         return self.cache.num_bytes + self.pool.num_bytes + self.logits.nbytes + self.ids.nbytes
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def alone(self) -> Iterator[None]:
         """Nobody changes the model meanwhile, and graphs are of the model as it is."""
         guard = self._guard()
         assert guard is not None  # whoever runs a step has its model
@@ -208,7 +208,7 @@ class DecodeStep:
         if rounded is None:
             self._read(input_ids, attention_mask, position_ids, chunk or columns)
         else:
-            with self._alone():
+            with self.alone():
                 prompt = self._prompts.pop(rounded, None) or _Prompt(self, rounded)
                 self._prompts[rounded] = prompt
                 if len(self._prompts) > _KEPT_PROMPTS:
@@ -224,7 +224,7 @@ class DecodeStep:
         for ids, positions in zip(
             input_ids.split(chunk, 1), position_ids.split(chunk, 1), strict=True
         ):
-            with self._alone():
+            with self.alone():
                 output = self.shadows.prompts(
                     input_ids=ids,
                     attention_mask=attention_mask[:, : cache.columns.filled + ids.shape[1]],
@@ -288,17 +288,17 @@ class DecodeStep:
 
     def advance(self) -> None:
         """One step, by its graph as soon as there is one; see `Graphed`."""
-        with self._alone():
+        with self.alone():
             self._step(self.run)
 
     def capture(self) -> None:
         """Capture the step; see `Graphed.capture`."""
-        with self._alone():
+        with self.alone():
             self._step.capture(self.run)
 
     def replay(self) -> None:
         """One step, by its graph; see `Graphed.replay`."""
-        with self._alone():
+        with self.alone():
             self._step.replay()
 
     def selection(self, rows: int, processors: LogitsProcessorList, do_sample: bool) -> Selection:

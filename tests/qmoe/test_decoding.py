@@ -614,7 +614,7 @@ class TestKeptSteps:
             assert step() is None and keys() is None
         finally:
             gc.enable()
-        assert decoder_of(own).shadows is None
+        assert decoder_of(own).known is None
         self.expect(own, 9)
 
     def test_release_while_a_text_comes(self, own):
@@ -863,7 +863,7 @@ class TestFallbacks:
         ids, mask = batch(own, *LENGTHS)
         expected = generate(own, ids, mask).tolist()
         assert decode(own, ids, mask).tolist() == expected
-        assert decoder_of(own).shadows.steps is None
+        assert decoder_of(own).known.shadows.steps is None
         assert decode(own, ids, mask).tolist() == expected
         handle.remove()
 

@@ -162,7 +162,7 @@ def test_an_undecodable_model_is_searched_once(own, monkeypatch):
     monkeypatch.undo()
     layer(own).mlp.gate.top_k = 1
     own.generate(ids, custom_generate=qmoe.decode, **options)
-    assert decoder_of(own).obstacle is None and decoder_of(own).idle
+    assert decoder_of(own).known.obstacle is None and decoder_of(own).idle
 
 
 @pytest.mark.slow
