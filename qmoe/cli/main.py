@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from qmoe.sizes import format_size
 from qmoe.tools import tune as bench
 
 if TYPE_CHECKING:
@@ -459,22 +460,10 @@ def _statistics_line(statistics: GenerationStatistics) -> str:
     parts = [
         f"prompt {s.prompt_tokens} tokens, {s.prompt_tokens_per_second:.1f}/s",
         f"new {s.new_tokens} tokens" + (f", {decode:.1f}/s" if decode else ""),
-        f"experts {format_bytes(s.expert_bytes)}",
-        f"peak {format_bytes(peak)} {s.peak_memory_kind}" if peak is not None else "peak unknown",
+        f"experts {format_size(s.expert_bytes)}",
+        f"peak {format_size(peak)} {s.peak_memory_kind}" if peak is not None else "peak unknown",
     ]
     return " | ".join(parts)
-
-
-def format_bytes(count: int | None) -> str:
-    """``1234567`` as ``1.23 MB``: decimal units, three digits."""
-    if count is None:
-        return "unknown"
-    value, unit = float(count), "B"
-    for larger in ("kB", "MB", "GB", "TB"):
-        if value < 999.5:
-            break
-        value, unit = value / 1000, larger
-    return f"{value:.3g} {unit}" if unit == "B" or value < 100 else f"{value:.0f} {unit}"
 
 
 def _inspection_table(inspection: Inspection) -> Table:
@@ -502,11 +491,11 @@ def _inspection_table(inspection: Inspection) -> Table:
         row("experts per token", "unknown" if i.top_k is None else i.top_k)
     row("format", i.format)
     row("files", i.shards)
-    row("on disk", format_bytes(i.expert_bytes + i.rest_bytes))
+    row("on disk", format_size(i.expert_bytes + i.rest_bytes))
     if not i.dense:
-        row("  experts", format_bytes(i.expert_bytes))
-        row("  rest", format_bytes(i.rest_bytes))
-    row("in memory", format_bytes(i.memory_bytes))
+        row("  experts", format_size(i.expert_bytes))
+        row("  rest", format_size(i.rest_bytes))
+    row("in memory", "unknown" if i.memory_bytes is None else format_size(i.memory_bytes))
     if i.bits_per_expert_weight is not None:
         row("bits per expert weight", f"{i.bits_per_expert_weight:.2f}")
     for projection, error in (i.errors or {}).items():
@@ -534,7 +523,7 @@ def _cache_report_table(report: CacheReport) -> Table:
     by_capacity: dict[int, list[str]] = {}
     for cell in (
         lambda replay: f"{replay.hit_rate:.1%}",
-        lambda replay: format_bytes(round(r.missed_bytes_per_token(replay))),
+        lambda replay: format_size(r.missed_bytes_per_token(replay)),
     ):
         for replay in r.replays:  # policies outermost
             by_capacity.setdefault(replay.capacity, []).append(cell(replay))
@@ -575,8 +564,8 @@ def _demo_table(result: Demo) -> Table:
         table.add_row(name, *values)
 
     variants = result.variants
-    row("on disk", [format_bytes(v.disk_bytes) for v in variants])
-    row("experts in memory", [format_bytes(v.expert_bytes) for v in variants])
+    row("on disk", [format_size(v.disk_bytes) for v in variants])
+    row("experts in memory", [format_size(v.expert_bytes) for v in variants])
     row("bits per expert weight", [f"{v.bits_per_expert_weight:.2f}" for v in variants])
     row(
         f"perplexity\n({result.perplexity_tokens} tokens,\nwindows of {result.window})",

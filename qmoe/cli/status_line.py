@@ -7,6 +7,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, TextIO
 
+from qmoe.sizes import format_size
+
 if TYPE_CHECKING:
     from qmoe.paging.stats import CacheStats
 
@@ -64,7 +66,7 @@ def cache_line(stats: CacheStats) -> str:
             f"{stats.num_slots} of {stats.num_pages} experts in slots",
             f"hit rate {rate}",
             f"misses {stats.misses}",
-            f"copied {stats.bytes / 1e9:.2f} GB",
+            f"copied {format_size(stats.bytes)}",
             f"prefetched {prefetched}" + (f", {used / prefetched:.0%} used" if prefetched else ""),
         )
     )

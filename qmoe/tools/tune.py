@@ -12,9 +12,11 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
+
+from qmoe.progress import progress
 
 if TYPE_CHECKING:
     import torch
@@ -188,7 +190,7 @@ def tune(
         precompiler = _precompiler(workers)
         if precompiler is not None:
             stack.enter_context(precompiler)
-        progress = stack.enter_context(_progress(len(cells)))
+        bar = stack.enter_context(progress("tuning", len(cells)))
         tuning = tune_cells(
             cells,
             _timing(device),
@@ -200,8 +202,7 @@ def tune(
         try:
             for tuned in tuning:
                 done.append(tuned)
-                progress.set_description("timing")
-                progress.update()
+                bar.advance()
                 if tuned.found is not None:
                     measured = Measurement(
                         tuned.found.tiles,
@@ -212,11 +213,10 @@ def tune(
                     table.add(tuned.cell.kind, tuned.cell.num_tokens, measured)
                     table.write(path)
                 if not json_output:
-                    progress.write(tuned.line(), file=sys.stdout)
-                    sys.stdout.flush()
+                    bar.print(tuned.line(), sys.stdout)
                 if debug or tuned.found is None:
                     for error in tuned.errors:
-                        progress.write(f"  {' '.join(error.split())[:400]}", file=sys.stderr)
+                        bar.print(f"  {' '.join(error.split())[:400]}", sys.stderr)
         except KeyboardInterrupt:
             interrupted = True
     succeeded = sum(tuned.found is not None for tuned in done)
@@ -339,12 +339,6 @@ def _precompiler(workers: int | None) -> Precompiler | None:
     if workers is None:
         workers = max(1, (os.cpu_count() or 1) - FREE_CORES)
     return Precompiler(workers) if workers > 0 else None
-
-
-def _progress(total: int) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc="compiling", unit="cell", file=sys.stderr, disable=None)
 
 
 def _versions(commit: str | None) -> dict[str, str]:

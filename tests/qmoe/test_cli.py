@@ -19,7 +19,7 @@ import qmoe
 from qmoe.checkpoints.files import read_header
 from qmoe.checkpoints.inspection import inspect_checkpoint
 from qmoe.checkpoints.schema import MANIFEST_NAME, Manifest, Shard, compressed_tensors_config
-from qmoe.cli.main import format_bytes, main
+from qmoe.cli.main import main
 from qmoe.generation import generate, load_tokenizer
 from qmoe.traces.trace import RoutingTrace
 
@@ -555,20 +555,3 @@ class TestInspect:
             ValueError, match=r"owner/name: cannot be read from the Hub \(no route\)"
         ):
             inspect_checkpoint("owner/name")
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (None, "unknown"),
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1 kB"),
-        (1234567, "1.23 MB"),
-        (196608, "197 kB"),
-        (999_900_000, "1 GB"),
-        (30_500_000_000, "30.5 GB"),
-    ],
-)
-def test_format_bytes(count, text):
-    assert format_bytes(count) == text

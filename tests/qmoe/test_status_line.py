@@ -90,7 +90,7 @@ def test_counters_in_one_line():
     )
     stats = CacheStats((layer, layer), page_bytes=(10**8, 10**8), num_slots=7, num_pages=64)
     assert cache_line(stats) == (
-        "7 of 64 experts in slots | hit rate 75.0% | misses 20 | copied 2.80 GB | "
+        "7 of 64 experts in slots | hit rate 75.0% | misses 20 | copied 2.8 GB | "
         "prefetched 8, 75% used"
     )
     idle = LayerStats(0, 0, 0, 0, 0, 0)
