@@ -474,8 +474,8 @@ def _configuration(
             )
     options = {name: value for name, value in options.items() if value is not None}
     config = _Complete()
-    vars(config).update(copy.deepcopy(vars(model.generation_config)))
-    vars(config).update(dict.fromkeys(_PASSED_OVER | {"max_new_tokens"}))
+    config.__dict__.update(copy.deepcopy(vars(model.generation_config)))
+    config.__dict__.update(dict.fromkeys(_PASSED_OVER | {"max_new_tokens"}))
     config.update(**options)
     for needed, (given, names) in _NEEDED.items():
         if not given(config):
@@ -608,8 +608,8 @@ def _check_context(model: Any, token_ids: list[list[int]], max_new_tokens: int) 
 def _pad_left(token_ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and attention mask, both (prompts, longest prompt) int64.
 
-    Padding is masked, but penalties look at all that stands in a row. So a row is padded with its
-    own first token: what it contains stays the same, and nothing leaves the vocabulary.
+    Padding is masked, but some penalties look at all that stands in a row. So a row is padded with
+    its own first token: what it contains stays the same, and nothing leaves the vocabulary.
     """
     longest = max(map(len, token_ids))
     input_ids = torch.tensor([[ids[0]] * (longest - len(ids)) + ids for ids in token_ids])

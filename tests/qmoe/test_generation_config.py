@@ -214,9 +214,9 @@ def test_a_pad_token_outside_the_vocabulary(model, tokenizer, pad, as_option):
 
 
 def test_padding_is_no_token_of_a_text(model, tokenizer):
-    """Penalties look at all that stands in a row; transformers' own padding changes the texts."""
+    """Some penalties look at all that stands in a row, padding too."""
     prompts = ["Hello", "a much longer prompt"]
-    options = {"max_new_tokens": 24, "repetition_penalty": 5.0, "pad_token_id": 6}
+    options = {"max_new_tokens": 24, "encoder_repetition_penalty": 2.0, "pad_token_id": 6}
     batch = generate(model, tokenizer, prompts, **options)
     alone = [generate(model, tokenizer, prompt, **options).texts[0] for prompt in prompts]
     assert batch.texts == alone
