@@ -13,6 +13,7 @@ from qmoe.loading.patch import patch, unpatch
 from qmoe.loading.quantizer import QmoeConfig
 
 if TYPE_CHECKING:
+    from qmoe.decoding.decoder import release
     from qmoe.decoding.loop import decode
     from qmoe.generation import (
         GenerationInterrupted,
@@ -39,6 +40,7 @@ __all__ = [
     "patch",
     "perplexity",
     "record_routing",
+    "release",
     "resize",
     "stats",
     "unpatch",
@@ -51,6 +53,7 @@ _LAZY = {
     "GenerationResult": "qmoe.generation",
     "GenerationStatistics": "qmoe.generation",
     "decode": "qmoe.decoding.loop",
+    "release": "qmoe.decoding.decoder",
     "generate": "qmoe.generation",
     "load": "qmoe.loading.load",
     "perplexity": "qmoe.tools.perplexity",

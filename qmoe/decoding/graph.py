@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -12,22 +14,30 @@ import torch
 # Runs before the capture: the first compiles kernels, the last is watched for what a graph cannot
 # do.
 WARM_UP = 2
-# Where a model keeps its captured steps.
-STEPS = "_qmoe_steps"
+# Captures that may fail before a function goes on without: memory may be short for a while, and
+# another thread that synchronizes the device breaks a capture.
+_ATTEMPTS = 3
 # How PyTorch's debug mode begins what it says of each wait.
 _WAITED = "called a synchronizing"
 
+_locks: dict[torch.device, threading.RLock] = defaultdict(threading.RLock)
 
-def drop_steps(model: Any) -> None:
-    """Let go of a model's captured steps and of their caches; `qmoe.decode` makes new ones."""
-    vars(model).pop(STEPS, None)
+
+def device_lock(device: torch.device) -> threading.RLock:
+    """Held while a graph is captured or replayed: captures stand alone on a device."""
+    return _locks[device]
 
 
 class GraphPool:
-    """Memory that graphs share which never run at the same time."""
+    """Memory that graphs share which never run at the same time.
+
+    Attributes:
+        num_bytes: by how much torch's reserved memory has grown with captures.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.num_bytes = 0
         self._handle: tuple[int, int] | None = None
         self._keeper: torch.cuda.CUDAGraph | None = None
 
@@ -42,49 +52,81 @@ class GraphPool:
             self._handle = handle
         return self._handle
 
+    def capture(
+        self, function: Callable[[], None], generator: torch.Generator | None
+    ) -> torch.cuda.CUDAGraph:
+        """A graph of ``function`` with memory of this pool; see `capture`."""
+        handle = self.handle
+        before = torch.cuda.memory_reserved(self.device)
+        graph = capture(function, self.device, handle, generator)
+        self.num_bytes += max(0, torch.cuda.memory_reserved(self.device) - before)
+        return graph
+
 
 class Graphed:
-    """A function without arguments that does the same in the same places each time.
+    """Runs a function without arguments that does the same in the same places each time.
 
-    On a GPU it runs by itself at first, and by a CUDA graph from then on; on a CPU by itself.
+    On a GPU it runs by itself at first, and by a CUDA graph from then on; on a CPU by itself. The
+    function is given each time: whoever owns a graph is then not held by it.
 
     Attributes:
         trouble: why there is no graph, once it was tried; None otherwise.
     """
 
-    def __init__(self, function: Callable[[], None], device: torch.device, pool: GraphPool) -> None:
+    def __init__(
+        self,
+        pool: GraphPool,
+        *,
+        uncapturable: str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
         """Nothing is run yet.
 
         Args:
-            function: what it leaves is in tensors that it was given, none that it makes.
-            device: where it runs.
             pool: where the graph's memory comes from.
+            uncapturable: why there must be no graph; None where there may be one.
+            generator: that the function draws from.
         """
-        self.function, self.device, self.pool = function, device, pool
-        self.trouble: str | None = None
-        self._runs = 0
+        self.pool, self.generator = pool, generator
+        self.trouble = uncapturable if pool.device.type == "cuda" else None
+        self._uncapturable = uncapturable
+        self._runs = self._failures = 0
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self) -> None:
-        """Run the function, or its graph."""
-        if self._graph is None and self._runs == WARM_UP and self.trouble is None:
-            self._try_capture()
-        if self._graph is not None:
-            self._graph.replay()
-        elif self._runs == WARM_UP - 1 and self.device.type == "cuda":
-            self.trouble = _watch(self.function)
-            self._runs += 1
-        else:
-            self.function()
-            self._runs += self._runs < WARM_UP
+    def __call__(self, function: Callable[[], None]) -> None:
+        """Run the function, or its graph.
 
-    def capture(self) -> None:
-        """Capture the function without running it; its kernels must have been compiled.
+        Args:
+            function: what it leaves is in tensors that it was given, none that it makes.
+        """
+        if self.pool.device.type != "cuda" or self._uncapturable is not None:
+            function()
+            return
+        with device_lock(self.pool.device):
+            if self._graph is None and self._runs == WARM_UP and self.trouble is None:
+                self._try_capture(function)
+            if self._graph is not None:
+                self._graph.replay()
+            elif self._runs == WARM_UP - 1:
+                self.trouble = self._uncapturable = _watch(function)
+                self._runs += 1
+            else:
+                function()
+                self._runs += self._runs < WARM_UP
+
+    def try_again(self) -> None:
+        """Forget a capture that failed, unless it keeps failing."""
+        if self._uncapturable is None and self._failures < _ATTEMPTS:
+            self.trouble = None
+
+    def capture(self, function: Callable[[], None]) -> None:
+        """Capture a function without running it; its kernels must have been compiled.
 
         Raises:
             RuntimeError: it does what a graph cannot; nothing has changed.
         """
-        self._graph = capture(self.function, self.device, self.pool.handle)
+        with device_lock(self.pool.device):
+            self._graph = self.pool.capture(function, self.generator)
 
     def replay(self) -> None:
         """Run the graph.
@@ -94,58 +136,97 @@ class Graphed:
         """
         if self._graph is None:
             raise ValueError("there is no graph; call capture() first")
-        self._graph.replay()
+        with device_lock(self.pool.device):
+            self._graph.replay()
 
-    def _try_capture(self) -> None:
-        if self.device.type != "cuda":
-            return
+    def _try_capture(self, function: Callable[[], None]) -> None:
         try:
-            self.capture()
+            self.capture(function)
         except Exception as error:  # whatever a model's forward may do, and too little memory
-            self.trouble = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            self._failures += 1
+            self.trouble = first_line(error)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def capture(
-    function: Callable[[], object], device: torch.device, pool: tuple[int, int] | None = None
+    function: Callable[[], object],
+    device: torch.device,
+    pool: tuple[int, int] | None = None,
+    generator: torch.Generator | None = None,
 ) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of ``function``, which is not run; its kernels must have been compiled."""
+    """A CUDA graph of ``function``, which is not run; its kernels must have been compiled.
+
+    Args:
+        generator: that ``function`` draws from, if that is not the device's default.
+    """
     stream = torch.cuda.Stream(device)
     graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
     with torch.cuda.device(device):
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):
-            # torch.cuda.graph would collect garbage first, which takes longer than the capture;
-            # and another thread may go on using the device.
-            graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
+                # torch.cuda.graph would collect garbage first, which takes longer than the
+                # capture; and another thread may go on using the device.
+                graph.capture_begin(pool, capture_error_mode="thread_local")
                 function()
+                graph.capture_end()
             except BaseException:
-                with suppress(RuntimeError):  # what is captured is not valid any more
-                    graph.capture_end()
-                _end_capture_of_generator(device)
+                _give_up(graph, device, pool, generator)
                 raise
-            graph.capture_end()
     return graph
 
 
-def _end_capture_of_generator(device: torch.device) -> None:
-    """Let the device's generator draw numbers again; an end that fails leaves it in the capture."""
+def _give_up(
+    graph: torch.cuda.CUDAGraph,
+    device: torch.device,
+    pool: tuple[int, int] | None,
+    generator: torch.Generator | None,
+) -> None:
+    """End a capture that failed, as far as torch does not do so itself."""
+    with suppress(RuntimeError):  # what is captured is not valid any more
+        graph.capture_end()
     index = torch.cuda.current_device() if device.index is None else device.index
-    generator = torch.cuda.default_generators[index]
-    generator.graphsafe_set_state(generator.clone_state())
+    if pool is not None:
+        # Else the allocator would go on as if there were a capture, and free nothing for streams.
+        with suppress(RuntimeError, AttributeError):
+            torch._C._cuda_endAllocateToPool(index, pool)
+    # An end that fails leaves generators in the capture.
+    for used in (torch.cuda.default_generators[index], generator):
+        if used is not None:
+            used.graphsafe_set_state(used.clone_state())
 
 
 def _watch(function: Callable[[], None]) -> str | None:
     """Run a function; what in it makes the host wait for the device, which a graph cannot do."""
+    this_thread, waits = threading.get_ident(), list[str]()
     before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings():
         warnings.simplefilter("always")
+        show = warnings.showwarning
+
+        def note(
+            message: Any,
+            category: Any,
+            filename: str,
+            lineno: int,
+            file: Any = None,
+            line: Any = None,
+        ) -> None:
+            if _WAITED not in str(message):
+                show(message, category, filename, lineno, file, line)
+            elif threading.get_ident() == this_thread:  # others may wait
+                waits.append(f"{filename.rpartition('/')[2]}:{lineno} waits for the device")
+
+        warnings.showwarning = note
         torch.cuda.set_sync_debug_mode("warn")
         try:
             function()
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    for warning in caught:
-        if _WAITED in str(warning.message):
-            return f"{warning.filename.rpartition('/')[2]}:{warning.lineno} waits for the device"
-    return None
+    return waits[0] if waits else None

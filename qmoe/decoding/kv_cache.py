@@ -24,8 +24,8 @@ from transformers.cache_utils import (
 from qmoe_kernels.attention import store_kv
 
 
-class DecodeCache(Cache):
-    """The cache of a whole model for a number of rows of a number of columns.
+class Columns:
+    """Which columns of a cache are filled, and which of each row count.
 
     Attributes:
         rows, length: how many texts, and tokens of each, padding and new tokens included.
@@ -36,46 +36,13 @@ class DecodeCache(Cache):
         start: (rows,) int32, the first column of each row that is no padding.
     """
 
-    def __init__(self, config: Any, rows: int, length: int, device: torch.device) -> None:
-        """Allocate nothing yet: layers do when their first keys and values come.
-
-        Raises:
-            ValueError: a layer keeps something that this cache does not know.
-        """
+    def __init__(self, rows: int, length: int, device: torch.device) -> None:
         self.rows, self.length = rows, length
         self.decoding = False
         self.filled = 0
         self.column = torch.zeros(1, dtype=torch.int64, device=device)
         self.end = torch.ones(1, dtype=torch.int32, device=device)
         self.start = torch.zeros(rows, dtype=torch.int32, device=device)
-        layers: list[Any] = []
-        for layer in StaticCache(config, max_cache_len=length).layers:
-            # A window only hides columns: masks and attention see to that.
-            if type(layer) in (StaticLayer, StaticSlidingWindowLayer):
-                layers.append(KeysAndValues(self))
-            elif type(layer) is LinearAttentionLayer:
-                layers.append(layer)  # a state of fixed size, updated in place
-            else:
-                raise ValueError(f"its cache has layers of the kind {type(layer).__name__}")
-        super().__init__(layers=layers)
-
-    @property
-    def has_columns_only(self) -> bool:
-        """Whether everything that is remembered belongs to one column."""
-        return all(isinstance(layer, KeysAndValues) for layer in self.layers)
-
-    def begin(self, attention_mask: Tensor) -> None:
-        """Forget everything; a batch of prompts is going to be read.
-
-        Args:
-            attention_mask: (rows, columns of the prompts), 0 where they are padded on the left.
-        """
-        self.decoding = False
-        self.filled = 0
-        self.start.copy_((attention_mask == 0).sum(-1))
-        for layer in self.layers:
-            if not isinstance(layer, KeysAndValues):
-                layer.reset()
 
     def extend(self, columns: int) -> None:
         """Count columns of a prompt that have been read."""
@@ -93,6 +60,57 @@ class DecodeCache(Cache):
         self.end.add_(1)
 
 
+class DecodeCache(Cache):
+    """The cache of a whole model for a number of rows of a number of columns.
+
+    Attributes:
+        columns: where its layers read and write. Layers hold these and not the cache, so that its
+            memory goes with the last reference to it.
+    """
+
+    def __init__(self, config: Any, rows: int, length: int, device: torch.device) -> None:
+        """Allocate nothing yet: layers do when their first keys and values come.
+
+        Raises:
+            ValueError: a layer keeps something that this cache does not know.
+        """
+        self.columns = Columns(rows, length, device)
+        layers: list[Any] = []
+        for layer in StaticCache(config, max_cache_len=length).layers:
+            # A window only hides columns: masks and attention see to that.
+            if type(layer) in (StaticLayer, StaticSlidingWindowLayer):
+                layers.append(KeysAndValues(self.columns))
+            elif type(layer) is LinearAttentionLayer:
+                layers.append(layer)  # a state of fixed size, updated in place
+            else:
+                raise ValueError(f"its cache has layers of the kind {type(layer).__name__}")
+        super().__init__(layers=layers)
+
+    @property
+    def has_columns_only(self) -> bool:
+        """Whether everything that is remembered belongs to one column."""
+        return all(isinstance(layer, KeysAndValues) for layer in self.layers)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all keys, values and states that are allocated."""
+        held = (value for layer in self.layers for value in vars(layer).values())
+        return sum(value.nbytes for value in held if isinstance(value, Tensor))
+
+    def begin(self, attention_mask: Tensor) -> None:
+        """Forget everything; a batch of prompts is going to be read.
+
+        Args:
+            attention_mask: (rows, columns of the prompts), 0 where they are padded on the left.
+        """
+        self.columns.decoding = False
+        self.columns.filled = 0
+        self.columns.start.copy_((attention_mask == 0).sum(-1))
+        for layer in self.layers:
+            if not isinstance(layer, KeysAndValues):
+                layer.reset()
+
+
 class KeysAndValues(CacheLayerMixin):
     """Keys and values of one layer.
 
@@ -104,9 +122,9 @@ class KeysAndValues(CacheLayerMixin):
     is_compileable = True
     is_sliding = False
 
-    def __init__(self, cache: DecodeCache) -> None:
+    def __init__(self, columns: Columns) -> None:
         super().__init__()
-        self.cache = cache
+        self.columns = columns
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for states (rows, num_kv_heads, ..., head_dim) like these."""
@@ -114,7 +132,7 @@ class KeysAndValues(CacheLayerMixin):
         def storage(states: Tensor) -> Tensor:
             rows, heads, _, width = states.shape
             # Zeros: what a mask hides is multiplied by 0, and must be finite.
-            return states.new_zeros(rows, self.cache.length, heads, width)
+            return states.new_zeros(rows, self.columns.length, heads, width)
 
         self.keys, self.values = storage(key_states), storage(value_states)
         self.is_initialized = True
@@ -126,10 +144,10 @@ class KeysAndValues(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         keys, values = self.keys, self.values
-        if self.cache.decoding:
-            store_kv(key_states, value_states, keys, values, self.cache.column)
+        if self.columns.decoding:
+            store_kv(key_states, value_states, keys, values, self.columns.column)
             return keys.transpose(1, 2), values.transpose(1, 2)
-        past, end = self.cache.filled, self.cache.filled + key_states.shape[2]
+        past, end = self.columns.filled, self.columns.filled + key_states.shape[2]
         keys[:, past:end] = key_states.transpose(1, 2)
         values[:, past:end] = value_states.transpose(1, 2)
         if past == 0:
@@ -138,14 +156,14 @@ class KeysAndValues(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns that `update` hands out with so many new ones, and the first of them."""
-        if self.cache.decoding:
-            return self.cache.length, 0
-        return self.cache.filled + query_length, 0
+        if self.columns.decoding:
+            return self.columns.length, 0
+        return self.columns.filled + query_length, 0
 
     def get_seq_length(self) -> Any:
         """Columns that are filled: a number, or (1,) on the device while decoding."""
-        return self.cache.column if self.cache.decoding else self.cache.filled
+        return self.columns.column if self.columns.decoding else self.columns.filled
 
     def get_max_length(self) -> int:
         """Columns that there are."""
-        return self.cache.length
+        return self.columns.length

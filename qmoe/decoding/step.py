@@ -11,139 +11,230 @@ to one of a few lengths, each of which gets a graph too.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.generation import LogitsProcessorList
 
 from qmoe.checkpoints.inspection import find_top_k
+from qmoe.decoding.fingerprint import Fingerprint
 from qmoe.decoding.graph import Graphed, GraphPool
 from qmoe.decoding.kv_cache import DecodeCache
-from qmoe.decoding.pieces import (
-    SUBSTITUTIONS,
-    Substitutions,
+from qmoe.decoding.pieces import PIECES, find_pieces
+from qmoe.decoding.pieces.attention import (
+    IMPLEMENTATION,
     UnknownAttention,
     has_attention_interface,
+    running_columns,
 )
+from qmoe.decoding.selection import Key, Selection, key_of
+from qmoe.decoding.shadow import Undecodable, make_shadow
+from qmoe.experts.guard import Guard, guard_of
 from qmoe.experts.quantized import quantized_modules
 from qmoe_kernels.fused_moe import ARITHMETIC_BOUND_ROWS
 
 _OWN_MASKS = ("eager", "sdpa")  # implementations that a mask over a static cache is enough for
-# Of more tokens than these kernels take longer than launches.
+# With more tokens the kernels themselves take longer than their launches, so that a graph no
+# longer helps.
 _MAX_GRAPHED_TOKENS = 4096
 _SHORTEST_PROMPT = 32
 _KEPT_PROMPTS = 16  # lengths that have a graph at a time; those read longest ago go first
+_KEPT_SELECTIONS = 4  # by rows and processors, likewise
+
+
+class Shadows:
+    """What runs in place of a model, as long as the model is what it was.
+
+    Attributes:
+        uncapturable: why there must be no graph of the model; None where there may be one.
+        prompts: the shadow that reads prompts, with the model's own attention.
+        steps: the shadow for decode steps, with qmoe's attention; None where the model's attention
+            cannot be replaced. Then ``prompts`` decodes too, with masks.
+        config, device: the model's.
+        takes_last: whether it can be told to compute the logits of some tokens only.
+        arithmetic_bound: tokens from which on experts quantize their rows; None where that is not
+            known.
+        has_budget: whether memory is counted.
+    """
+
+    def __init__(
+        self, model: Any, fingerprint: Fingerprint, pieces: Iterable[str] = PIECES
+    ) -> None:
+        """Look for pieces in ``model`` and make its shadows; the model is only read.
+
+        Args:
+            fingerprint: of the model; what the pieces rest on is added to it.
+            pieces: of `qmoe.decoding.pieces.PIECES`, those that are wanted.
+
+        Raises:
+            Undecodable: the model cannot be run like this; the message says why.
+        """
+        own = model.config.get_text_config()._attn_implementation
+        self._masks_are_enough = own in _OWN_MASKS
+        if not has_attention_interface(model) and not self._masks_are_enough:
+            raise Undecodable(f"its attention is {own!r}, which takes no static cache")
+        found = find_pieces(model, pieces)
+        fingerprint.watch(found.rests_on)
+        self.uncapturable = fingerprint.uncapturable
+        self.prompts = make_shadow(model, found.forwards)
+        self.steps: Any = None
+        if found.attention:
+            self.steps = make_shadow(model, found.forwards, IMPLEMENTATION)
+        self.config, self.device = self.prompts.config, model.device
+        self.takes_last = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.arithmetic_bound = _arithmetic_bound(model)
+        self.has_budget = getattr(model, "qmoe_paging", None) is not None
+        self.experts = list(quantized_modules(model).values())
+
+    def drop_attention(self, reason: UnknownAttention) -> None:
+        """Decode with masks from now on: the model's attention is more than qmoe's.
+
+        Raises:
+            Undecodable: its own takes no masks over a static cache.
+        """
+        if not self._masks_are_enough:
+            raise Undecodable(str(reason)) from reason
+        self.steps = None
 
 
 class DecodeStep:
-    """A model's decode step for a number of rows and of columns.
+    """A model's decode step for a number of rows and of columns; it serves one call at a time.
 
     Attributes:
         cache: what the model remembers.
         input_ids: (rows, 1) int64, the tokens that the next step reads.
         position_ids: (rows, 1) int64, their positions.
         logits: (rows, vocab_size) in the model's dtype, of the last step or prompt.
+        ids: (rows, length) int64, texts so far, for processors that look at them.
+        generator: that tokens are drawn from.
         rounds_prompts: whether prompts are rounded up to lengths that have a graph.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        rows: int,
-        length: int,
-        substitutions: Iterable[str] = SUBSTITUTIONS,
-    ) -> None:
+    def __init__(self, shadows: Shadows, guard: Guard, rows: int, length: int) -> None:
         """Allocate little; the cache grows with the first prompt.
 
         Args:
-            model: a causal language model of transformers, on one device.
+            shadows: of the model.
+            guard: of the model.
             rows: texts at a time.
             length: tokens of each at most, prompt and padding included.
-            substitutions: see `qmoe.decoding.pieces`.
 
         Raises:
-            ValueError: the model cannot be run like this; the message says why.
+            ValueError: the model keeps something that no cache here is for.
         """
-        config = model.config.get_text_config()
-        own = config._attn_implementation
-        if not has_attention_interface(model) and own not in _OWN_MASKS:
-            raise ValueError(f"its attention is {own!r}, which takes no static cache")
-        self.model, self.device = model, model.device
-        self.substitutions = Substitutions(model, substitutions)
-        self.cache = DecodeCache(model.config, rows, length, self.device)
+        self.shadows, self.device = shadows, shadows.device
+        self._guard = weakref.ref(guard)  # which keeps steps
+        self.cache = DecodeCache(shadows.config, rows, length, self.device)
         self.rows, self.length = rows, length
         self.input_ids = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
         self.position_ids = torch.zeros_like(self.input_ids)
         self.logits: Tensor = torch.empty(0)
+        self.ids = torch.zeros(rows, length, dtype=torch.int64, device=self.device)
+        self.generator = torch.Generator(self.device)
         # For a model that makes its masks itself; new columns are never masked.
         self._attention_mask = torch.ones(rows, length, dtype=torch.int64, device=self.device)
-        self._takes_last = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._paging = getattr(model, "qmoe_paging", None)
-        self._pool = GraphPool(self.device)
-        self._step = Graphed(self.run, self.device, self._pool)
         # A budget has no room for the memory that graphs of prompts keep; states that are not
         # columns would take in what a prompt is rounded up with.
         self.rounds_prompts = (
             self.device.type == "cuda"
-            and self._takes_last
-            and self._paging is None
+            and shadows.takes_last
+            and not shadows.has_budget
             and self.cache.has_columns_only
         )
-        self._bound = _arithmetic_bound(model)
+        self._version = guard.version
+        self._selections: dict[Key, Selection] = {}
+        self.forget_graphs()
+
+    def forget_graphs(self) -> None:
+        """Drop all graphs and their memory; others are captured when they are due."""
+        self.pool = GraphPool(self.device)
         self._prompts: dict[int, _Prompt] = {}
+        self._step = Graphed(self.pool, uncapturable=self.shadows.uncapturable)
+        for selection in self._selections.values():
+            selection.forget_graph(self.pool)
 
     @property
     def trouble(self) -> str | None:
         """Why the step has no graph, once it was tried; None otherwise."""
         return self._step.trouble
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the step keeps on the device."""
+        return self.cache.num_bytes + self.pool.num_bytes + self.logits.nbytes + self.ids.nbytes
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Nobody changes the model meanwhile, and graphs are of the model as it is."""
+        guard = self._guard()
+        assert guard is not None  # whoever runs a step has its model
+        with guard.lock:
+            if guard.version != self._version:  # another budget, since the last step
+                self._version = guard.version
+                self.forget_graphs()
+            paged = next((e.paged for e in self.shadows.experts if e.paged is not None), None)
+            with nullcontext() if paged is None else paged[0].exclusive():
+                yield
+
     # ---- prompts -------------------------------------------------------------------------------
 
     @torch.no_grad()
     def read(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, chunk: int | None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        position_ids: Tensor,
+        chunk: int | None,
+        *,
+        plain: bool = False,
     ) -> None:
         """Read prompts, and forget what was before; `logits` are those of their last tokens.
 
         Args:
             input_ids, attention_mask, position_ids: (rows, columns) int64, padded on the left.
             chunk: columns at a time; None for all at once.
+            plain: there is no padding, and positions count from 0.
         """
         cache, columns = self.cache, input_ids.shape[1]
+        self._step.try_again()
         cache.begin(attention_mask)
         self._attention_mask.fill_(1)
         self._attention_mask[:, :columns] = attention_mask
-        rounded = self._round_up(columns)
-        if rounded is not None and columns <= (chunk or columns) and bool(attention_mask.all()):
-            prompt = self._prompts.pop(rounded, None) or _Prompt(self, rounded)
-            self._prompts[rounded] = prompt
-            if len(self._prompts) > _KEPT_PROMPTS:
-                del self._prompts[next(iter(self._prompts))]
-            prompt.read(input_ids)
-        else:
+        rounded = self._round_up(columns) if plain and columns <= (chunk or columns) else None
+        if rounded is None:
             self._read(input_ids, attention_mask, position_ids, chunk or columns)
-        cache.begin_decoding(columns)
+        else:
+            with self._alone():
+                prompt = self._prompts.pop(rounded, None) or _Prompt(self, rounded)
+                self._prompts[rounded] = prompt
+                if len(self._prompts) > _KEPT_PROMPTS:
+                    del self._prompts[next(iter(self._prompts))]
+                prompt.read(self, input_ids)
+        cache.columns.begin_decoding(columns)
         self.position_ids.copy_(position_ids[:, -1:] + 1)
 
     def _read(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, chunk: int
     ) -> None:
         cache = self.cache
-        with self.substitutions.active(cache):
-            for ids, positions in zip(
-                input_ids.split(chunk, 1), position_ids.split(chunk, 1), strict=True
-            ):
-                output = self.model(
+        for ids, positions in zip(
+            input_ids.split(chunk, 1), position_ids.split(chunk, 1), strict=True
+        ):
+            with self._alone():
+                output = self.shadows.prompts(
                     input_ids=ids,
-                    attention_mask=attention_mask[:, : cache.filled + ids.shape[1]],
+                    attention_mask=attention_mask[:, : cache.columns.filled + ids.shape[1]],
                     position_ids=positions,
                     past_key_values=cache,
                     use_cache=True,
                     return_dict=True,
-                    **({"logits_to_keep": 1} if self._takes_last else {}),
+                    **({"logits_to_keep": 1} if self.shadows.takes_last else {}),
                 )
-                cache.extend(ids.shape[1])
+            cache.columns.extend(ids.shape[1])
         self._keep(output.logits)
 
     def _round_up(self, columns: int) -> int | None:
@@ -160,7 +251,7 @@ class DecodeStep:
         if self.rows * rounded > _MAX_GRAPHED_TOKENS or rounded > self.length:
             return None
         # Rows that are quantized because there are more of them would not be the same rows.
-        bound = self._bound
+        bound = self.shadows.arithmetic_bound
         if bound is None or (self.rows * columns < bound) != (self.rows * rounded < bound):
             return None
         return rounded
@@ -172,45 +263,54 @@ class DecodeStep:
         """One step, kernel by kernel."""
         try:
             self._run()
-        except UnknownAttention:
+        except UnknownAttention as reason:
             # What the layers before have stored is stored again.
-            self.substitutions.attention = False
+            self.shadows.drop_attention(reason)
             self._run()
 
     def _run(self) -> None:
-        with self.substitutions.active(self.cache):
-            output = self.model(
+        shadows = self.shadows
+        running = running_columns.set(self.cache.columns)
+        try:
+            output = (shadows.steps or shadows.prompts)(
                 input_ids=self.input_ids,
-                attention_mask=None if self.substitutions.attention else self._attention_mask,
+                attention_mask=self._attention_mask if shadows.steps is None else None,
                 position_ids=self.position_ids,
                 past_key_values=self.cache,
                 use_cache=True,
                 return_dict=True,
             )
+        finally:
+            running_columns.reset(running)
         self._keep(output.logits)
-        self.cache.advance()
+        self.cache.columns.advance()
         self.position_ids.add_(1)
 
     def advance(self) -> None:
         """One step, by its graph as soon as there is one; see `Graphed`."""
-        if (paging := getattr(self.model, "qmoe_paging", None)) is not self._paging:
-            self._paging = paging  # another budget, since the last step
-            self.release()
-        self._step()
+        with self._alone():
+            self._step(self.run)
 
     def capture(self) -> None:
         """Capture the step; see `Graphed.capture`."""
-        self._step.capture()
+        with self._alone():
+            self._step.capture(self.run)
 
     def replay(self) -> None:
         """One step, by its graph; see `Graphed.replay`."""
-        self._step.replay()
+        with self._alone():
+            self._step.replay()
 
-    def release(self) -> None:
-        """Drop all graphs and their memory; others are captured when they are due."""
-        self._prompts.clear()
-        self._pool = GraphPool(self.device)
-        self._step = Graphed(self.run, self.device, self._pool)
+    def selection(self, rows: int, processors: LogitsProcessorList, do_sample: bool) -> Selection:
+        """What chooses tokens after this step; kept where its graph can be used again."""
+        key = key_of(rows, processors, do_sample)
+        if key is None:
+            return Selection(self, rows, processors, do_sample)
+        selection = self._selections.pop(key, None) or Selection(self, rows, processors, do_sample)
+        self._selections[key] = selection
+        if len(self._selections) > _KEPT_SELECTIONS:
+            del self._selections[next(iter(self._selections))]
+        return selection
 
     def _keep(self, logits: Tensor) -> None:
         logits = logits[:, -1]
@@ -227,36 +327,39 @@ class _Prompt:
     """
 
     def __init__(self, step: DecodeStep, columns: int) -> None:
-        self.step, device = step, step.device
+        device = step.device
         self.input_ids = torch.zeros(step.rows, columns, dtype=torch.int64, device=device)
         self.position_ids = torch.arange(columns, device=device).expand(step.rows, -1)
         self.last = torch.zeros(1, dtype=torch.int64, device=device)
-        self.run = Graphed(self._run, device, step._pool)
+        self.graphed = Graphed(step.pool, uncapturable=step.shadows.uncapturable)
 
-    def read(self, input_ids: Tensor) -> None:
+    def read(self, step: DecodeStep, input_ids: Tensor) -> None:
         columns, length = input_ids.shape[1], self.input_ids.shape[1]
         # The prompt again: tokens that are routed like it, not all to the same experts.
         repeats = -(-length // columns)
         self.input_ids.copy_(input_ids.repeat(1, repeats)[:, :length])
         self.last.fill_(columns - 1)
-        self.run()
+        self.graphed.try_again()
+        self.graphed(lambda: self._run(step))
 
-    def _run(self) -> None:
-        step = self.step
-        with step.substitutions.active(step.cache):
-            output = step.model(
-                input_ids=self.input_ids,
-                position_ids=self.position_ids,
-                past_key_values=step.cache,
-                use_cache=True,
-                return_dict=True,
-                logits_to_keep=self.last,
-            )
+    def _run(self, step: DecodeStep) -> None:
+        output = step.shadows.prompts(
+            input_ids=self.input_ids,
+            position_ids=self.position_ids,
+            past_key_values=step.cache,
+            use_cache=True,
+            return_dict=True,
+            logits_to_keep=self.last,
+        )
         step._keep(output.logits)
 
 
+def step_of(model: Any, rows: int, length: int, pieces: Iterable[str] = PIECES) -> DecodeStep:
+    """A step of ``model`` that nobody else uses; see `Shadows` and `DecodeStep`."""
+    return DecodeStep(Shadows(model, Fingerprint(model), pieces), guard_of(model), rows, length)
+
+
 def _arithmetic_bound(model: Any) -> float | None:
-    """Tokens from which on experts quantize their rows; None where that is not known."""
     experts = [m for m in quantized_modules(model).values() if m.activations == "auto"]
     if not experts:
         return float("inf")

@@ -91,6 +91,11 @@ class _Call:
     """A generation that is under way."""
 
 
+def is_guard(name: str) -> bool:
+    """Whether a module keeps its guard as the attribute ``name``."""
+    return name == _NAME
+
+
 def guard_of(model: nn.Module) -> Guard:
     """The guard of a model; a wrapper around a model (PEFT) shares that of the model inside."""
     for module in model.modules():

@@ -174,7 +174,7 @@ class ExpertCache:
             torch.OutOfMemoryError: the device has less memory than that.
             In both cases the slots are as many as before, and empty.
         """
-        with self._exclusive():
+        with self.exclusive():
             self._synchronize()
             old, before = self._residency, (self.num_slots, self.num_staging)
             # In the order in which they would be evicted: of one stamp, the lower slot first.
@@ -255,7 +255,7 @@ class ExpertCache:
         Returns:
             what ``compute`` returns for all of ``topk_ids``.
         """
-        with self._exclusive() as capturing:
+        with self.exclusive() as capturing:
             self._join_prefetch()
             num_pairs, num_experts = topk_ids.numel(), self.host.layers[layer].num_experts
             if (
@@ -444,7 +444,7 @@ class ExpertCache:
     # ---- threads and streams -------------------------------------------------------------------
 
     @contextmanager
-    def _exclusive(self) -> Iterator[bool]:
+    def exclusive(self) -> Iterator[bool]:
         """Queue behind what other threads queued; yields whether a CUDA graph is being captured."""
         with self._lock, self._on_device():
             if self._closed:

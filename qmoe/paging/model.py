@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from qmoe.decoding.graph import drop_steps
+from qmoe.experts.guard import guard_of
 from qmoe.experts.pages import LayerPages
 from qmoe.experts.quantized import QuantizedExperts, quantized_modules
 from qmoe.paging.budget import Budget, parse_budget, plan
@@ -180,7 +180,8 @@ def resize(
         batch_size = batch_size or before.budget.batch_size
     device = before.device if before is not None else next(model.parameters()).device
     layers = pages_of(modules)
-    drop_steps(model)  # they would count as memory that something else has
+    guard_of(model).release()  # they would count as memory that something else has
+    guard_of(model).version += 1
     budget = plan_budget(model, layers, hbm_budget, device, context, batch_size or 1)
     cache = before.cache if before is not None else None
     prefetch = before.prefetch if before is not None else False

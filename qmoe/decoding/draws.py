@@ -1,0 +1,62 @@
+"""Random numbers of a call: the same as transformers would draw, and nobody else's."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from qmoe.decoding.shadow import Undecodable
+
+_lock = threading.Lock()
+# Steps whose calls go on with the numbers of their device's default generator.
+_borrowers: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+@contextmanager
+def drawing(step: Any, given: torch.Generator | None) -> Iterator[None]:
+    """Let ``step.generator`` go on where a generator is, and that one where the call has ended.
+
+    Graphs hold on to the step's own generator, so states are handed over rather than generators.
+    Of calls at the same time the first gets the default generator's numbers, as transformers draws
+    them; each other one gets numbers from a seed that is drawn from it.
+
+    Args:
+        given: by whoever called; None for the default one of the step's device.
+    """
+    own: torch.Generator = step.generator
+    source = _default(step.device) if given is None else given
+    with _lock:
+        others = given is None and any(s.device == step.device for s in _borrowers)
+        if others:
+            limit = torch.iinfo(torch.int64).max
+            seed = torch.randint(limit, (1,), generator=source, device=step.device)
+            own.manual_seed(int(seed))
+        else:
+            own.set_state(source.get_state())
+        if given is None:
+            _borrowers.add(step)
+    try:
+        yield
+    except Undecodable:
+        raise  # transformers' loop draws them again
+    except BaseException:
+        if not others:
+            source.set_state(own.get_state())
+        raise
+    else:
+        if not others:
+            source.set_state(own.get_state())
+    finally:
+        _borrowers.discard(step)
+
+
+def _default(device: torch.device) -> torch.Generator:
+    if device.type != "cuda":
+        return torch.default_generator
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch.cuda.default_generators[index]

@@ -1,0 +1,152 @@
+"""Routers: softmax or sigmoid, top-k, normalization; five launches and more, here one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product as pairs
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from qmoe.decoding.pieces.linear import Product
+from qmoe.decoding.pieces.probe import close, draw, kind_of, runs_as_its_class, try_out
+from qmoe.decoding.shadow import Forward
+from qmoe.experts.quantized import quantized_modules
+from qmoe_kernels.router import GroupScore, RouterSpec, Scoring, select_experts
+
+
+def find_routers(model: nn.Module, product: Product) -> dict[nn.Module, Forward]:
+    """The routers before quantized experts, and what computes the same.
+
+    Args:
+        product: what multiplies with their weights.
+    """
+    formulas: dict[tuple[object, ...], RouterFormula | None] = {}
+    found: dict[nn.Module, Forward] = {}
+    for name, experts in quantized_modules(model).items():
+        block = model.get_submodule(name.rpartition(".")[0])
+        for router in block.modules():
+            weight: Any = getattr(router, "weight", None)
+            if (
+                "Router" not in type(router).__name__
+                or not runs_as_its_class(router)
+                or type(weight) is not nn.Parameter
+                or weight.shape != (experts.num_experts, experts.layout.hidden_size)
+            ):
+                continue
+            kind = kind_of(router)
+            if kind not in formulas:
+                formulas[kind] = _formula(router)
+            if (formula := formulas[kind]) is not None:
+                found[router] = _forward(router, formula, product)
+    return found
+
+
+@dataclass(frozen=True)
+class RouterFormula:
+    """What a router does, and how it says so.
+
+    Attributes:
+        spec: how it chooses.
+        precision: that it multiplies in.
+        dtype: of its weights.
+        outputs: what it returns, in order: ``"logits"``, ``"weights"`` and ``"ids"``.
+    """
+
+    spec: RouterSpec
+    precision: torch.dtype
+    dtype: torch.dtype
+    outputs: tuple[str, ...]
+
+
+def _logits(router: Any, product: Product, precision: torch.dtype, hidden_states: Tensor) -> Tensor:
+    bias = getattr(router, "bias", None)
+    return product(
+        hidden_states.reshape(-1, router.weight.shape[1]).to(precision),
+        router.weight.to(precision),
+        None if bias is None else bias.to(precision),
+    )
+
+
+def _correction(router: Any) -> Tensor | None:
+    correction = getattr(router, "e_score_correction_bias", None)
+    return None if correction is None else correction.detach().flatten()
+
+
+def _formula(router: Any) -> RouterFormula | None:
+    weight, top_k = router.weight, getattr(router, "top_k", None)
+    x = draw(64, weight.shape[1], dtype=weight.dtype).to(weight.device)
+    try:
+        outputs = try_out(router).forward(x)
+    except (TypeError, RuntimeError):
+        return None
+    if not isinstance(top_k, int) or not isinstance(outputs, tuple) or len(outputs) != 3:
+        return None
+    kinds = tuple(_kind_of_output(t, top_k, weight.shape[0]) for t in outputs)
+    if sorted(kinds) != ["ids", "logits", "weights"]:
+        return None
+    expected = {kind: output.cpu() for kind, output in zip(kinds, outputs, strict=True)}
+    logits, dtype = expected["logits"], expected["weights"].dtype
+    correction = _correction(router)
+    added = None if correction is None else correction.cpu()
+    for precision in (weight.dtype, torch.float32):
+        # By what the router itself calls: another order of sums would hide which it is.
+        found = _logits(router, F.linear, precision, x)
+        if torch.equal(found.float().cpu(), logits.float()):
+            break
+    else:
+        return None
+    for spec in _specs(router, top_k):
+        ids, weights = select_experts(logits, spec, added, dtype)
+        if _same_choice(ids, weights, expected["ids"], expected["weights"]):
+            return RouterFormula(spec, precision, dtype, kinds)
+    return None
+
+
+def _forward(router: Any, formula: RouterFormula, product: Product) -> Forward:
+    correction = _correction(router)
+    if formula.precision != router.weight.dtype:
+        # `linear` reads weights before the kernel ahead of it has ended, which would be the one
+        # that converts them.
+        product = F.linear
+
+    def forward(self: Any, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        logits = _logits(self, product, formula.precision, hidden_states)
+        ids, weights = select_experts(logits, formula.spec, correction, formula.dtype)
+        made = {"logits": logits, "weights": weights, "ids": ids}
+        return tuple(made[kind] for kind in formula.outputs)
+
+    return forward
+
+
+def _kind_of_output(output: Any, top_k: int, num_experts: int) -> str:
+    if not isinstance(output, Tensor) or output.ndim != 2:
+        return "unknown"
+    if not output.is_floating_point():
+        return "ids"
+    # Where a token takes all experts the two look the same, and nothing is replaced.
+    return {num_experts: "logits", top_k: "weights"}.get(output.shape[1], "unknown")
+
+
+def _specs(router: Any, top_k: int) -> Iterator[RouterSpec]:
+    plain = RouterSpec(top_k, scaling_factor=float(getattr(router, "routed_scaling_factor", 1.0)))
+    groups = getattr(router, "num_group", getattr(router, "n_group", None)) or 1
+    in_groups = replace(
+        plain, num_groups=groups, topk_groups=getattr(router, "topk_group", None) or groups
+    )
+    scores: tuple[GroupScore, ...] = ("top2", "max") if groups > 1 else ("max",)
+    for scoring in get_args(Scoring):
+        for normalize, group_score in pairs((True, False), scores):
+            yield replace(in_groups, scoring=scoring, normalize=normalize, group_score=group_score)
+
+
+def _same_choice(ids: Tensor, weights: Tensor, own_ids: Tensor, own_weights: Tensor) -> bool:
+    order, own_order = ids.argsort(-1), own_ids.argsort(-1)
+    same = (ids.gather(1, order) == own_ids.gather(1, own_order)).all(-1)
+    # Of two experts whose logits are equal after rounding either may be chosen.
+    if same.float().mean() < 0.9:
+        return False
+    return close(weights.gather(1, order)[same], own_weights.gather(1, own_order)[same])
