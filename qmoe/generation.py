@@ -9,11 +9,10 @@ silently, pieces of text as they come, and statistics.
 from __future__ import annotations
 
 import copy
-import inspect
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -36,9 +35,6 @@ from qmoe.experts.layout import describe
 from qmoe.experts.quantized import QuantizedExperts
 from qmoe.seeds import Draws, refuse_dropout, thread_state
 from qmoe.text import Streamer, Text
-
-# Until it does, a seeded call on a GPU draws from torch's own generators, as before.
-_DECODE_TAKES_GENERATOR = "generator" in inspect.signature(decode).parameters
 
 _ONE_BY_ONE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _BEAMS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
@@ -333,17 +329,21 @@ class _Call:
         device = torch.device("cpu") if device.type == "meta" else device
         # On a CPU a launch costs nothing, and transformers' own loop is as good.
         ours = device.type == "cuda" and mode in _ONE_BY_ONE
+        generator = None if self.draws is None else self.draws.generator(device)
         for index in self.devices:
             torch.cuda.reset_peak_memory_stats(index)
         self.clock.start()
-        with self._drawing(ours):
+        with nullcontext() if self.draws is None else self.draws:
             sequences = self.model.generate(
                 input_ids.to(device),
                 attention_mask=attention_mask.to(device),
                 generation_config=self.config,
                 stopping_criteria=self.criteria,
                 streamer=streamer,
-                custom_generate=self._loop(streamer, device) if ours else None,
+                # transformers hands its streamer to no loop but its own.
+                custom_generate=partial(decode, streamer=streamer, generator=generator)
+                if ours
+                else None,
             )
         self.clock.stop()
         if streamer is None:
@@ -351,23 +351,6 @@ class _Call:
                 self.texts, sequences[:, input_ids.shape[1] :].tolist(), strict=True
             ):
                 text.extend(row)
-
-    def _drawing(self, ours: bool) -> AbstractContextManager[Any]:
-        if self.draws is None:
-            return nullcontext()
-        if not ours or _DECODE_TAKES_GENERATOR:
-            return self.draws
-        stack = ExitStack()
-        stack.enter_context(torch.random.fork_rng(self.devices))
-        torch.manual_seed(self.draws.seed)
-        return stack
-
-    def _loop(self, streamer: Streamer | None, device: torch.device) -> Callable[..., Any]:
-        # transformers hands its streamer to no loop but its own.
-        loop = partial(decode, streamer=streamer)
-        if self.draws is None or not _DECODE_TAKES_GENERATOR:
-            return loop
-        return partial(loop, generator=self.draws.generator(device))
 
     def finish(self) -> None:
         """Give out what the texts hold back."""

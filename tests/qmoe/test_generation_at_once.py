@@ -8,11 +8,13 @@ import signal
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 
 import qmoe.text
+from qmoe.decoding.loop import decode
 from qmoe.experts.guard import guard_of
 from qmoe.generation import GenerationInterrupted, _Call, generate
 from qmoe.seeds import Draws
@@ -37,6 +39,17 @@ class TestSeeds:
     def test_as_if_torch_were_seeded(self, model, tokenizer, options):
         result = generate(model, tokenizer, "Hello", seed=5, **options)
         assert result.texts == [as_torch_seeds(model, tokenizer, "Hello", 5, **options)]
+
+    def test_qmoe_s_loop_draws_the_same(self, model, tokenizer):
+        draws = Draws(5)
+        loop = partial(decode, generator=draws.generator(torch.device("cpu")))
+        before = torch.random.get_rng_state()
+        with draws:
+            ids = torch.tensor([tokenizer("Hello")["input_ids"]])
+            rows = model.generate(ids, custom_generate=loop, **OPTIONS)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        text = tokenizer.decode(rows[0, 5:], skip_special_tokens=True)
+        assert [text] == generate(model, tokenizer, "Hello", seed=5, **OPTIONS).texts
 
     @pytest.mark.parametrize("options", [OPTIONS, BEAMS], ids=["sample", "beams"])
     def test_torch_s_own_state_is_not_touched(self, model, tokenizer, options, monkeypatch):
