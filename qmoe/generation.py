@@ -8,7 +8,6 @@ silently, pieces of text as they come, and statistics.
 
 from __future__ import annotations
 
-import copy
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,76 +25,15 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from transformers.generation import GenerationMode
 from transformers.utils import logging as transformers_logging
 
 from qmoe.decoding.loop import decode
 from qmoe.experts.guard import guard_of
 from qmoe.experts.layout import describe
 from qmoe.experts.quantized import QuantizedExperts
+from qmoe.generation_config import BEAMS, ONE_BY_ONE, as_list, configuration
 from qmoe.seeds import Draws, refuse_dropout, thread_state
 from qmoe.text import Streamer, Text
-
-_ONE_BY_ONE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-_BEAMS = (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
-
-# Options of transformers that have no effect unless another one is on.
-_NEEDED: dict[str, tuple[Callable[[Any], Any], frozenset[str]]] = {
-    "do_sample=True": (
-        lambda config: config.do_sample,
-        frozenset(
-            (
-                *("temperature", "top_k", "top_p", "min_p", "top_h"),
-                *("typical_p", "epsilon_cutoff", "eta_cutoff"),
-            )
-        ),
-    ),
-    "num_beams > 1": (
-        lambda config: (config.num_beams or 1) > 1,
-        frozenset(("early_stopping", "length_penalty")),
-    ),
-    "prompt_lookup_num_tokens": (
-        lambda config: config.prompt_lookup_num_tokens,
-        frozenset(("max_matching_ngram_size",)),
-    ),
-    "cache_implementation": (
-        lambda config: config.cache_implementation,
-        frozenset(("cache_config", "max_cache_len")),
-    ),
-}
-# Fields of GenerationConfig that are no choice of a caller who wants texts. In a model's own
-# configuration they are passed over.
-_PASSED_OVER = frozenset(
-    {
-        "max_length",  # counts the prompt too; max_new_tokens says what is meant
-        "return_dict_in_generate",
-        "output_attentions",
-        "output_hidden_states",
-        "output_logits",
-        "output_scores",
-        "is_assistant",
-        "continuous_batching_config",
-    }
-)
-# Fields that mean nothing here: to an assistant model, to encoders, or to nobody any more.
-_NOT_AN_OPTION = _PASSED_OVER | {
-    "assistant_confidence_threshold",
-    "assistant_ensemble_weight",
-    "assistant_lookbehind",
-    "constraints",
-    "decoder_start_token_id",
-    "diversity_penalty",
-    "dola_layers",
-    "force_words_ids",
-    "low_memory",
-    "num_assistant_tokens",
-    "num_assistant_tokens_schedule",
-    "num_beam_groups",
-    "penalty_alpha",
-    "speculation_type",
-    "target_lookbehind",
-    "transformers_version",
-}
 
 
 @dataclass(frozen=True)
@@ -207,11 +145,11 @@ def generate(
         (1, True)
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    config = _configuration(model, tokenizer, max_new_tokens, options)
+    config = configuration(model, tokenizer, max_new_tokens, options)
     token_ids = _tokenize(tokenizer, prompts, chat)
     _check_context(model, token_ids, max_new_tokens)
     _keep_to_budget(model, config, token_ids, max_new_tokens)
-    if stream is not None and config.get_generation_mode() in _BEAMS:
+    if stream is not None and config.get_generation_mode() in BEAMS:
         raise ValueError(
             f"stream with num_beams={config.num_beams}: beams are chosen at the end; drop one of "
             "the two"
@@ -303,7 +241,7 @@ class _Call:
         self.texts = [
             Text(
                 tokenizer,
-                _as_list(config.eos_token_id),
+                as_list(config.eos_token_id),
                 stop_strings,
                 None if stream is None else partial(self._emit, stream, index),
             )
@@ -322,14 +260,16 @@ class _Call:
     def run(self) -> None:
         """Generate; the texts have their tokens then, those before an interrupt too."""
         mode = self.config.get_generation_mode()
-        streamer = None if mode in _BEAMS else Streamer(self.texts)
+        streamer = None if mode in BEAMS else Streamer(self.texts)
         input_ids, attention_mask = _pad_left(self.token_ids)  # (prompts, longest)
         # Offloaded weights are on the meta device; accelerate moves the input where it is wanted.
         device = self.model.device
         device = torch.device("cpu") if device.type == "meta" else device
         # On a CPU a launch costs nothing, and transformers' own loop is as good.
-        ours = device.type == "cuda" and mode in _ONE_BY_ONE
+        ours = device.type == "cuda" and mode in ONE_BY_ONE
         generator = None if self.draws is None else self.draws.generator(device)
+        # transformers hands its streamer to no loop but its own.
+        loop = partial(decode, streamer=streamer, generator=generator)
         for index in self.devices:
             torch.cuda.reset_peak_memory_stats(index)
         self.clock.start()
@@ -340,16 +280,12 @@ class _Call:
                 generation_config=self.config,
                 stopping_criteria=self.criteria,
                 streamer=streamer,
-                # transformers hands its streamer to no loop but its own.
-                custom_generate=partial(decode, streamer=streamer, generator=generator)
-                if ours
-                else None,
+                custom_generate=loop if ours else None,
             )
         self.clock.stop()
         if streamer is None:
-            for text, row in zip(
-                self.texts, sequences[:, input_ids.shape[1] :].tolist(), strict=True
-            ):
+            rows = sequences[:, input_ids.shape[1] :].tolist()
+            for text, row in zip(self.texts, rows, strict=True):
                 text.extend(row)
 
     def finish(self) -> None:
@@ -424,100 +360,6 @@ class _Clock(StoppingCriteria):
             # Not the whole device: another thread may be capturing a graph there.
             torch.cuda.current_stream(device).synchronize()
         return time.perf_counter()
-
-
-class _Complete(GenerationConfig):
-    """A configuration that holds the model's own values already.
-
-    transformers adds the model's values wherever the given configuration has None; what was taken
-    out of it on purpose would come back.
-    """
-
-    def update(
-        self, defaults_only: bool = False, allow_custom_entries: bool = False, **values: Any
-    ) -> dict[str, Any]:
-        if allow_custom_entries:  # only the model's values come in this way
-            return {}
-        return super().update(defaults_only, allow_custom_entries, **values)
-
-
-def _configuration(
-    model: Any, tokenizer: Any, max_new_tokens: int, options: dict[str, Any]
-) -> GenerationConfig:
-    """The model's own generation config with the caller's options; the model keeps its own."""
-    _check_model(model)
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens!r}: must be a whole number, at least 1")
-    known = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - _NOT_AN_OPTION
-    for name in options:
-        if name not in known:
-            raise ValueError(
-                f"{name}: no option of generate(); options are named as in transformers' "
-                "GenerationConfig (do_sample, temperature, top_k, top_p, num_beams ...)"
-            )
-    options = {name: value for name, value in options.items() if value is not None}
-    config = _Complete()
-    config.__dict__.update(copy.deepcopy(vars(model.generation_config)))
-    config.__dict__.update(dict.fromkeys(_PASSED_OVER | {"max_new_tokens"}))
-    config.update(**options)
-    for needed, (given, names) in _NEEDED.items():
-        if not given(config):
-            for name in sorted(names & options.keys()):
-                raise ValueError(f"{name}={options[name]!r} has no effect without {needed}")
-    _refuse_unserved(config)
-    config.pad_token_id = _pad_token(model, tokenizer, config)
-    return config
-
-
-def _check_model(model: Any) -> None:
-    if not getattr(model, "generation_config", None):
-        raise ValueError(
-            f"{type(model).__name__} cannot generate text: it has no generation_config"
-        )
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder; generate() takes decoders")
-
-
-def _refuse_unserved(config: GenerationConfig) -> None:
-    """Refuse what no loop serves, be it an option or in the model's own configuration."""
-    mode = config.get_generation_mode()
-    # top_k is 50 where nobody sets it, and the mode then another than is told here.
-    if (
-        mode is GenerationMode.GREEDY_SEARCH
-        and (config.penalty_alpha or 0) > 0
-        and config.top_k is None
-    ):
-        mode = GenerationMode.CONTRASTIVE_SEARCH
-    refused = None
-    if mode not in (*_ONE_BY_ONE, *_BEAMS, GenerationMode.ASSISTED_GENERATION):
-        refused = f"{mode.value} has left transformers"
-    elif config.token_healing:
-        refused = "token_healing=True rewrites the prompts"
-    elif config.assistant_early_exit is not None:
-        refused = f"assistant_early_exit={config.assistant_early_exit!r} changes the model's config"
-    elif config.cache_implementation == "paged":
-        refused = "cache_implementation='paged' is continuous batching (model.generate_batch)"
-    if refused:
-        raise ValueError(
-            f"{refused}; generate() cannot serve that, take it out of the options or of "
-            "model.generation_config"
-        )
-
-
-def _pad_token(model: Any, tokenizer: Any, config: GenerationConfig) -> int:
-    """What texts that have ended go on with, so it must be in the vocabulary; it is never shown."""
-    size = getattr(model.config.get_text_config(), "vocab_size", None) or float("inf")
-    candidates = (config.pad_token_id, tokenizer.pad_token_id, config.eos_token_id)
-    ids = [token for candidate in candidates for token in _as_list(candidate)]
-    return next((token for token in ids if 0 <= token < size), 0)
-
-
-def _as_list(value: int | Sequence[int] | torch.Tensor | None) -> list[int]:
-    if value is None:
-        return []
-    if isinstance(value, torch.Tensor):
-        value = value.tolist()
-    return [value] if isinstance(value, int) else list(value)
 
 
 def _tokenize(tokenizer: Any, prompts: list[str], chat: bool) -> list[list[int]]:

@@ -75,15 +75,17 @@ def refuse_dropout(model: nn.Module, seed: int) -> None:
     Raises:
         ValueError: some of the model is in training mode and drops.
     """
-    drops = any(
-        module.training and (getattr(module, "p", 0) or getattr(module, "attention_dropout", 0))
-        for module in model.modules()
-    )
-    if drops:
+    if any(module.training and _drops(module) for module in model.modules()):
         raise ValueError(
             f"seed={seed}: the model is in training mode and its dropout knows no seed; "
             "call model.eval() first"
         )
+
+
+def _drops(module: Any) -> bool:
+    is_dropout = isinstance(module, nn.modules.dropout._DropoutNd)
+    rate = module.p if is_dropout else getattr(module, "attention_dropout", None)
+    return isinstance(rate, float) and rate > 0
 
 
 def thread_state() -> Callable[[], None]:

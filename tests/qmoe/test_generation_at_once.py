@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -125,6 +126,7 @@ class TestSeeds:
     def test_dropout_knows_no_seed(self, model, tokenizer):
         training = copy.deepcopy(model).train()
         generate(training, tokenizer, "Hello", seed=5, **OPTIONS)  # its dropout is 0
+        training.model.layers[0].input_layernorm.p = torch.ones(2)  # no rate of dropout
         training.model.layers[0].self_attn.attention_dropout = 0.1
         with pytest.raises(ValueError, match=r"seed=5: .* call model.eval\(\) first"):
             generate(training, tokenizer, "Hello", seed=5, **OPTIONS)
@@ -202,8 +204,10 @@ class TestInterrupts:
         """SIGVTALRM as Ctrl-C: it strikes in our code, in transformers' and in torch's."""
         options = {**OPTIONS, "max_new_tokens": 6, "stop_strings": ["\x00\x00"]}
         prompts = ["Hello", "naïve"]
+        generate(model, tokenizer, prompts, seed=5, **options)
+        started = time.process_time()
         whole = generate(model, tokenizer, prompts, seed=5, **options)
-        seconds = whole.statistics.prefill_seconds + whole.statistics.decode_seconds
+        seconds = time.process_time() - started
         before = torch.random.get_rng_state()
         depth = torch._C._len_torch_function_stack()
         randoms = random.Random(0)
@@ -238,7 +242,7 @@ class TestInterrupts:
         finally:
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
             signal.signal(signal.SIGVTALRM, old)
-        assert cut > self.ROUNDS // 8
+        assert cut > self.ROUNDS // 5
         assert generate(model, tokenizer, prompts, seed=5, **options).texts == whole.texts
 
     @staticmethod
