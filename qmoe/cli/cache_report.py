@@ -101,9 +101,6 @@ def _routing_lines(report: CacheReport) -> list[str]:
         f"{r.top_k}: one token asks for {r.cycle} pages",
         f"reuse: {shares(r.reuse)} of a token's experts were the token's before it",
     ]
-    recall = [share for share in r.recall if share is not None]
-    if recall:
-        lines.append(f"recall: {shares(recall)} of a token's experts had been predicted")
     if r.warmup:
         lines.append(f"warm-up: the first {r.warmup} tokens are not counted in the table")
     return lines

@@ -41,7 +41,7 @@ class Tuned:
         if self.found is None:
             return f"{self.cell}: failed"
         f = self.found
-        line = f"{self.cell}: {f.microseconds:.1f} µs, heuristic {f.heuristic_microseconds:.1f}"
+        line = f"{self.cell}: {f.microseconds:.1f} µs, before {f.baseline_microseconds:.1f}"
         line += f"; {f.num_tried} tried, {f.num_skipped} of them skipped"
         return line + (", out of time" if f.out_of_time else "")
 
@@ -53,7 +53,7 @@ def tune_cells(
     precompiler: Precompiler | None = None,
     effort: Effort = "quick",
     seconds: float = SECONDS_PER_CELL["quick"],
-    hopper: bool = False,
+    device: torch.device,
 ) -> Iterator[Tuned]:
     """Compile every cell's candidates, then search for its tiles, one cell after another.
 
@@ -63,23 +63,29 @@ def tune_cells(
         precompiler: compiles candidates ahead; without it, the first measurement does.
         effort: how many candidates.
         seconds: of timing, for each cell.
-        hopper: whether the GPU is one.
+        device: what `open_cell` times on.
     """
     import torch
 
     from qmoe_kernels.precompile import failures
     from qmoe_kernels.tile_search import candidates, search
+    from qmoe_kernels.tuning import is_hopper
 
-    options = [candidates(cell, effort, hopper=hopper) for cell in cells]
+    baselines = [cell.baseline(device) for cell in cells]
+    options = [candidates(cell, effort, hopper=is_hopper(device)) for cell in cells]
     compiling = [
         {}
         if precompiler is None
-        else precompiler.submit(cell, [tiles for kernel in kernels for tiles in kernel.pairs()])
-        for cell, kernels in zip(cells, options, strict=True)
+        else precompiler.submit(
+            cell, [baseline, *(tiles for kernel in kernels for tiles in kernel.pairs())]
+        )
+        for cell, kernels, baseline in zip(cells, options, baselines, strict=True)
     ]
     # All of them first: a host that compiles launches late, and good tiles would look slow.
     compiled = [failures(layers, COMPILING_SECONDS) for layers in compiling]
-    for cell, kernels, layers, broken in zip(cells, options, compiling, compiled, strict=True):
+    for cell, baseline, kernels, layers, broken in zip(
+        cells, baselines, options, compiling, compiled, strict=True
+    ):
         errors: list[str] = []
         found = None
         try:
@@ -87,7 +93,7 @@ def tune_cells(
             errors += [f"{tiles}: {error}" for tiles, error in broken.items()]
             if len(broken) < len(layers):  # else it is hardly the candidates' fault
                 kernels = [kernel.without(broken) for kernel in kernels]
-            found = search(cell, kernels, measure, seconds=seconds)
+            found = search(cell, kernels, measure, baseline=baseline, seconds=seconds)
         except (ValueError, torch.OutOfMemoryError) as error:
             errors.insert(0, str(error))
         yield Tuned(cell, found, errors)
@@ -127,7 +133,6 @@ class Tuning:
     def run(self) -> Generator[Tuned]:
         """Tune one cell after another; each is in the table when it is given out."""
         from qmoe_kernels.tile_tables import Measurement, TileTable
-        from qmoe_kernels.tuning import is_hopper
 
         device, _ = _gpu()
         gpu, path = self.table()
@@ -144,13 +149,13 @@ class Tuning:
                 precompiler=precompiler,
                 effort=self.effort,
                 seconds=self.seconds or SECONDS_PER_CELL[self.effort],
-                hopper=is_hopper(device),
+                device=device,
             ):
                 if tuned.found is not None:
                     measured = Measurement(
                         tuned.found.tiles,
                         round(tuned.found.microseconds, 2),
-                        round(tuned.found.heuristic_microseconds, 2),
+                        round(tuned.found.baseline_microseconds, 2),
                         versions,
                     )
                     table.add(tuned.cell.kind, tuned.cell.num_tokens, measured)
