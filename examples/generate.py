@@ -8,6 +8,7 @@ import sys
 from transformers import AutoTokenizer
 
 import qmoe
+from qmoe.sizes import format_size
 
 path = sys.argv[1] if len(sys.argv) > 1 else "examples/tiny-moe"
 model = qmoe.load(path, weights="int8")
@@ -22,4 +23,4 @@ result = qmoe.generate(
     stream=lambda index, piece: print(piece, end="", flush=True),
 )
 print(f"\n{result.statistics.decode_tokens_per_second:.1f} tokens/s")
-print(f"{result.statistics.expert_bytes / 1e6:.1f} MB of experts")
+print(f"{format_size(result.statistics.expert_bytes)} of experts")

@@ -8,10 +8,10 @@ silently, pieces of text as they come, and statistics.
 
 from __future__ import annotations
 
-import copy
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -25,46 +25,15 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from transformers.generation import GenerationMode
-from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
 from qmoe.decoding.loop import decode
+from qmoe.experts.guard import guard_of
 from qmoe.experts.layout import describe
 from qmoe.experts.quantized import QuantizedExperts
-
-# Options of transformers that would have no effect: they need another option to be on.
-_SAMPLING_ONLY = frozenset(
-    {
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "top_h",
-        "typical_p",
-        "epsilon_cutoff",
-        "eta_cutoff",
-    }
-)
-_BEAM_ONLY = frozenset({"early_stopping", "length_penalty"})
-# Fields of GenerationConfig that are no choice of a caller who wants texts.
-_NOT_AN_OPTION = frozenset(
-    {
-        "max_length",  # counts the prompt too; max_new_tokens says what is meant
-        "return_dict_in_generate",
-        "output_attentions",
-        "output_hidden_states",
-        "output_logits",
-        "output_scores",
-        "is_assistant",
-        "decoder_start_token_id",
-        "continuous_batching_config",
-        "transformers_version",
-    }
-)
-
-# What a byte-level tokenizer decodes to while the bytes of a character are incomplete.
-_REPLACEMENT = "\ufffd"
+from qmoe.generation_config import BEAMS, ONE_BY_ONE, as_list, configuration
+from qmoe.seeds import Draws, refuse_dropout, thread_state
+from qmoe.text import Streamer, Text
 
 
 @dataclass(frozen=True)
@@ -81,8 +50,9 @@ class GenerationStatistics:
             no text has more than one token.
         peak_memory_bytes: see ``peak_memory_kind``; None where the system does not tell.
         peak_memory_kind: ``"cuda allocated"``: the most that torch had allocated during the call,
-            summed over GPUs. ``"process resident"``: the most RAM the process ever held, loading
-            included.
+            summed over GPUs; torch has one such counter for the process, and each call sets it
+            back, so calls at the same time share it. ``"process resident"``: the most RAM the
+            process ever held, loading included.
         expert_bytes: bytes of all expert weights and scales that the model holds.
     """
 
@@ -137,7 +107,8 @@ def generate(
     """Continue one or many prompts.
 
     Works on any causal language model of transformers, patched or not, and leaves the model, the
-    tokenizer and torch's random state (where ``seed`` is given) as they were.
+    tokenizer and torch's random state (where ``seed`` is given) as they were. It may be called from
+    several threads at a time, and from ``stream``.
 
     Args:
         model: a transformers model with ``generate``.
@@ -147,18 +118,21 @@ def generate(
         stream: called as ``stream(index, piece)`` while text comes; ``index`` counts ``texts``.
             Pieces never split a character, and joined they are the text. Not with beams.
         chat: wrap each prompt as a user's message in the tokenizer's chat template.
-        seed: seeds sampling; the same seed gives the same text on the same device.
+        seed: seeds sampling; the same seed gives the same text on the same device, whatever else
+            draws meanwhile.
         options: named as in transformers' ``GenerationConfig``: ``do_sample``, ``temperature``,
             ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``, ``num_beams``, ``stop_strings``
-            ... What is not given comes from ``model.generation_config``.
+            ... What is not given comes from ``model.generation_config``, but for ``max_length``
+            and what asks for other outputs than texts.
 
     A model with a budget (see :func:`qmoe.load`) takes long prompts in chunks of a size that the
     budget has room for.
 
     Raises:
         ValueError: no prompts, an empty one, one that does not fit into the model's context, or
-            all of them not into its budget, together with ``max_new_tokens``; an unknown option, or
-            one that would have no effect.
+            all of them not into its budget, together with ``max_new_tokens``; an unknown option,
+            one that would have no effect, or one that qmoe cannot serve; a seed for a model whose
+            dropout is on.
         GenerationInterrupted: Ctrl-C; carries the result so far.
 
     Example:
@@ -171,74 +145,30 @@ def generate(
         (1, True)
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    config = _generation_config(model, tokenizer, max_new_tokens, options)
+    config = configuration(model, tokenizer, max_new_tokens, options)
     token_ids = _tokenize(tokenizer, prompts, chat)
     _check_context(model, token_ids, max_new_tokens)
-    _keep_to_budget(model, config, token_ids)
-    num_beams = config.num_beams or 1
-    if stream is not None and num_beams > 1:
+    _keep_to_budget(model, config, token_ids, max_new_tokens)
+    if stream is not None and config.get_generation_mode() in BEAMS:
         raise ValueError(
-            f"stream with num_beams={num_beams}: beams are chosen at the end; drop one of the two"
+            f"stream with num_beams={config.num_beams}: beams are chosen at the end; drop one of "
+            "the two"
         )
-
-    stop_strings = (
-        [config.stop_strings] if isinstance(config.stop_strings, str) else config.stop_strings or []
-    )
-    config.stop_strings = None
-    texts = [
-        _Text(
-            tokenizer,
-            set(_as_list(config.eos_token_id)),
-            stop_strings,
-            None if stream is None else _bind(stream, index),
-        )
-        for index in range(len(prompts) * (config.num_return_sequences or 1))
-    ]
-    input_ids, attention_mask = _pad_left(token_ids, config.pad_token_id)  # (prompts, longest)
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    for device in devices:
-        torch.cuda.reset_peak_memory_stats(device)
-    # Offloaded weights are on the meta device; accelerate then moves the input where it is wanted.
-    device = model.device if model.device.type != "meta" else torch.device("cpu")
-    clock = _Clock(devices)
-    criteria = StoppingCriteriaList([clock])
-    if stop_strings:
-        criteria.append(StopStringCriteria(tokenizer, stop_strings))
-    streamer = _Streamer(texts) if num_beams == 1 else None
-    # On a CPU a launch costs nothing, and transformers' own loop is as good.
-    ours = device.type == "cuda" and config.get_generation_mode() in (
-        GenerationMode.GREEDY_SEARCH,
-        GenerationMode.SAMPLE,
-    )
-
-    def result() -> GenerationResult:
-        return _result(model, [len(ids) for ids in token_ids], texts, clock, devices)
-
+    if seed is not None:
+        refuse_dropout(model, seed)
+    config.max_length = max(map(len, token_ids)) + max_new_tokens
+    call = _Call(model, tokenizer, token_ids, config, stream, None if seed is None else Draws(seed))
+    restore = thread_state()
     try:
-        with torch.random.fork_rng(devices, enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
-            sequences = model.generate(
-                input_ids.to(device),
-                attention_mask=attention_mask.to(device),
-                generation_config=config,
-                stopping_criteria=criteria,
-                streamer=streamer,
-                # transformers hands its streamer to no loop but its own.
-                custom_generate=partial(decode, streamer=streamer) if ours else None,
-            )
-        clock.stop()
-        if num_beams > 1:
-            for text, row in zip(texts, sequences[:, input_ids.shape[1] :].tolist(), strict=True):
-                text.extend(row)
-        for text in texts:
-            text.finish()
+        with guard_of(model).generating():
+            call.run()
+        call.finish()
+        return call.result()
     except KeyboardInterrupt:
-        clock.stop()
-        for text in texts:
-            text.finish()
-        raise GenerationInterrupted(result()) from None
-    return result()
+        call.cut()
+        raise GenerationInterrupted(call.result()) from None
+    finally:
+        restore()
 
 
 def expert_bytes(model: nn.Module) -> int:
@@ -288,14 +218,124 @@ def peak_resident_bytes() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+class _Call:
+    """One call of generate(): its texts, its clock, and what runs them."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        token_ids: list[list[int]],
+        config: GenerationConfig,
+        stream: Callable[[int, str], None] | None,
+        draws: Draws | None,
+    ) -> None:
+        self.model, self.token_ids, self.config, self.draws = model, token_ids, config, draws
+        self.devices = sorted(
+            {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+        )
+        given = config.stop_strings or []
+        stop_strings = [given] if isinstance(given, str) else list(given)
+        # Here, since transformers hands no tokenizer to a loop that is not its own.
+        config.stop_strings = None
+        self.texts = [
+            Text(
+                tokenizer,
+                as_list(config.eos_token_id),
+                stop_strings,
+                None if stream is None else partial(self._emit, stream, index),
+            )
+            for index in range(len(token_ids) * (config.num_return_sequences or 1))
+        ]
+        self.clock = _Clock(self.devices)
+        self.criteria = StoppingCriteriaList([self.clock])
+        if stop_strings:
+            self.criteria.append(StopStringCriteria(tokenizer, stop_strings))
+
+    def _emit(self, stream: Callable[[int, str], None], index: int, piece: str) -> None:
+        # What the caller draws meanwhile, in another generation for instance, is no draw of ours.
+        with nullcontext() if self.draws is None else self.draws.paused():
+            stream(index, piece)
+
+    def run(self) -> None:
+        """Generate; the texts have their tokens then, those before an interrupt too."""
+        mode = self.config.get_generation_mode()
+        streamer = None if mode in BEAMS else Streamer(self.texts)
+        input_ids, attention_mask = _pad_left(self.token_ids)  # (prompts, longest)
+        # Offloaded weights are on the meta device; accelerate moves the input where it is wanted.
+        device = self.model.device
+        device = torch.device("cpu") if device.type == "meta" else device
+        # On a CPU a launch costs nothing, and transformers' own loop is as good.
+        ours = device.type == "cuda" and mode in ONE_BY_ONE
+        generator = None if self.draws is None else self.draws.generator(device)
+        # transformers hands its streamer to no loop but its own.
+        loop = partial(decode, streamer=streamer, generator=generator)
+        for index in self.devices:
+            torch.cuda.reset_peak_memory_stats(index)
+        self.clock.start()
+        with nullcontext() if self.draws is None else self.draws:
+            sequences = self.model.generate(
+                input_ids.to(device),
+                attention_mask=attention_mask.to(device),
+                generation_config=self.config,
+                stopping_criteria=self.criteria,
+                streamer=streamer,
+                custom_generate=loop if ours else None,
+            )
+        self.clock.stop()
+        if streamer is None:
+            rows = sequences[:, input_ids.shape[1] :].tolist()
+            for text, row in zip(self.texts, rows, strict=True):
+                text.extend(row)
+
+    def finish(self) -> None:
+        """Give out what the texts hold back."""
+        for text in self.texts:
+            text.finish()
+
+    def cut(self) -> None:
+        """End everything where an interrupt found it."""
+        self.clock.stop()
+        for text in self.texts:
+            text.cut()
+
+    def result(self) -> GenerationResult:
+        """Texts and statistics; after :meth:`finish` or :meth:`cut`."""
+        prompt_tokens = [len(ids) for ids in self.token_ids]
+        new_tokens = [len(text.tokens) for text in self.texts]
+        after_first = sum(max(n - 1, 0) for n in new_tokens)
+        prefill, decoding = self.clock.seconds()
+        statistics = GenerationStatistics(
+            prompt_tokens=sum(prompt_tokens),
+            new_tokens=sum(new_tokens),
+            prefill_seconds=prefill,
+            decode_seconds=decoding,
+            prompt_tokens_per_second=sum(prompt_tokens) / prefill if prefill else 0.0,
+            decode_tokens_per_second=after_first / decoding if after_first and decoding else None,
+            peak_memory_bytes=(
+                sum(map(torch.cuda.max_memory_allocated, self.devices))
+                if self.devices
+                else peak_resident_bytes()
+            ),
+            peak_memory_kind="cuda allocated" if self.devices else "process resident",
+            expert_bytes=expert_bytes(self.model),
+        )
+        texts = [text.text for text in self.texts]
+        return GenerationResult(texts, prompt_tokens, new_tokens, statistics)
+
+
 class _Clock(StoppingCriteria):
     """Notes when the first new tokens are there. Every decoding strategy asks whether to stop."""
 
     def __init__(self, devices: list[int]) -> None:
         self.devices = devices
-        self.started = time.perf_counter()
+        self.started: float | None = None
         self.prefilled: float | None = None
         self.stopped: float | None = None
+
+    def start(self) -> None:
+        """Begin to count."""
+        self.started = time.perf_counter()
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         if self.prefilled is None:
@@ -304,149 +344,22 @@ class _Clock(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     def stop(self) -> None:
-        self.stopped = self._now()
+        """Count no further."""
+        if self.stopped is None:
+            self.stopped = self._now()
+
+    def seconds(self) -> tuple[float, float]:
+        """Until the first new token was there, and from then on; 0 for what has not begun."""
+        stopped = time.perf_counter() if self.stopped is None else self.stopped
+        started = stopped if self.started is None else self.started
+        prefilled = stopped if self.prefilled is None else self.prefilled
+        return prefilled - started, stopped - prefilled
 
     def _now(self) -> float:
         for device in self.devices:
-            torch.cuda.synchronize(device)
+            # Not the whole device: another thread may be capturing a graph there.
+            torch.cuda.current_stream(device).synchronize()
         return time.perf_counter()
-
-
-class _Streamer(BaseStreamer):
-    """Deals transformers' new tokens to the texts they belong to."""
-
-    def __init__(self, texts: list[_Text]) -> None:
-        self.texts = texts
-        self.prompt_seen = False
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self.prompt_seen:  # the first call brings the prompts
-            self.prompt_seen = True
-            return
-        # (texts,), or (1, n) from strategies that accept several tokens in a step
-        for text, tokens in zip(
-            self.texts, value.reshape(len(self.texts), -1).tolist(), strict=True
-        ):
-            text.extend(tokens)
-
-    def end(self) -> None:
-        """Nothing is held here."""
-
-
-class _Text:
-    """The new tokens of one text, and the text as far as it is certain.
-
-    A token is decoded together with the few before it, since what it decodes to can depend on them
-    (a leading space, a character of several tokens); what those decode to alone is then taken off.
-    """
-
-    def __init__(
-        self,
-        tokenizer: Any,
-        eos: set[int],
-        stop_strings: list[str],
-        emit: Callable[[str], None] | None,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.eos = eos
-        self.stop_strings = stop_strings
-        self.emit = emit
-        self.tokens: list[int] = []
-        self.text = ""
-        self.done = False
-        self._context = 0  # tokens[_context:_certain] are the few before
-        self._certain = 0  # text holds what tokens[:_certain] decode to
-        self._piece_length = 0  # of the last piece
-
-    def extend(self, tokens: Iterable[int]) -> None:
-        """Add tokens up to the end of this text; what follows is padding of the batch."""
-        for token in tokens:
-            if self.done:
-                return
-            self.tokens.append(token)
-            self.done = token in self.eos
-            if self.emit is not None or self.stop_strings:
-                self._advance()
-                # A stop string ends in the last piece, so the whole text need not be searched.
-                self.done |= any(
-                    s in self.text[-(len(s) + self._piece_length) :] for s in self.stop_strings
-                )
-
-    def finish(self) -> None:
-        """Give out what was held back: an incomplete character at the very end."""
-        self.done = True
-        if self.emit is None and not self.stop_strings:
-            self.text = self._decode(self.tokens)
-        else:
-            self._advance(last=True)
-
-    def _advance(self, last: bool = False) -> None:
-        known = self._decode(self.tokens[self._context : self._certain])
-        decoded = self._decode(self.tokens[self._context :])
-        if len(decoded) <= len(known) or (decoded.endswith(_REPLACEMENT) and not last):
-            return
-        piece = decoded[len(known) :]
-        self._piece_length = len(piece)
-        self.text += piece
-        self._context, self._certain = self._certain, len(self.tokens)
-        if self.emit is not None:
-            self.emit(piece)
-
-    def _decode(self, tokens: list[int]) -> str:
-        # Tidying spaces would change text that has been given out already.
-        return self.tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-
-
-def _bind(stream: Callable[[int, str], None], index: int) -> Callable[[str], None]:
-    return lambda piece: stream(index, piece)
-
-
-def _as_list(value: int | Sequence[int] | torch.Tensor | None) -> list[int]:
-    if value is None:
-        return []
-    if isinstance(value, torch.Tensor):
-        value = value.tolist()
-    return [value] if isinstance(value, int) else list(value)
-
-
-def _generation_config(
-    model: Any, tokenizer: Any, max_new_tokens: int, options: dict[str, Any]
-) -> GenerationConfig:
-    """The model's own generation config with the caller's options; the model keeps its own."""
-    if not getattr(model, "generation_config", None):
-        raise ValueError(
-            f"{type(model).__name__} cannot generate text: it has no generation_config"
-        )
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder; generate() takes decoders")
-    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens!r}: must be a whole number, at least 1")
-    known = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - _NOT_AN_OPTION
-    for name in options:
-        if name not in known:
-            raise ValueError(
-                f"{name}: no option of generate(); options are named as in transformers' "
-                "GenerationConfig (do_sample, temperature, top_k, top_p, num_beams ...)"
-            )
-    options = {name: value for name, value in options.items() if value is not None}
-    config = copy.deepcopy(model.generation_config)
-    config.update(**options, max_new_tokens=max_new_tokens)
-    if not config.do_sample:
-        _refuse_without_effect(options, _SAMPLING_ONLY, "do_sample=True")
-    if (config.num_beams or 1) == 1:
-        _refuse_without_effect(options, _BEAM_ONLY, "num_beams > 1")
-    config.max_length = None  # a model's own default; max_new_tokens decides
-    if config.pad_token_id is None:
-        candidates = [*_as_list(tokenizer.pad_token_id), *_as_list(config.eos_token_id), 0]
-        config.pad_token_id = candidates[0]  # masked wherever it stands
-    return config
-
-
-def _refuse_without_effect(options: dict[str, Any], names: frozenset[str], needs: str) -> None:
-    for name in sorted(names & options.keys()):
-        raise ValueError(f"{name}={options[name]!r} has no effect without {needs}")
 
 
 def _tokenize(tokenizer: Any, prompts: list[str], chat: bool) -> list[list[int]]:
@@ -475,17 +388,19 @@ def _tokenize(tokenizer: Any, prompts: list[str], chat: bool) -> list[list[int]]
     return token_ids
 
 
-def _keep_to_budget(model: Any, config: GenerationConfig, token_ids: list[list[int]]) -> None:
+def _keep_to_budget(
+    model: Any, config: GenerationConfig, token_ids: list[list[int]], max_new_tokens: int
+) -> None:
     """Refuse what a model's budget has no room for; have long prompts taken in chunks."""
     if getattr(model, "qmoe_paging", None) is None:
         return
     budget = model.qmoe_paging.budget
     rows = len(token_ids) * max(config.num_beams or 1, config.num_return_sequences or 1)
     longest = max(map(len, token_ids))
-    tokens = longest + config.max_new_tokens
+    tokens = longest + max_new_tokens
     if rows * tokens > budget.batch_size * budget.context:
         raise ValueError(
-            f"{rows} texts of {longest} + {config.max_new_tokens} tokens do not fit into the "
+            f"{rows} texts of {longest} + {max_new_tokens} tokens do not fit into the "
             f"budget, which has room for {budget.batch_size} of {budget.context}; make room with "
             f"qmoe.resize(model, hbm_budget=..., context={tokens}, batch_size={rows})"
         )
@@ -515,40 +430,15 @@ def _check_context(model: Any, token_ids: list[list[int]], max_new_tokens: int) 
             )
 
 
-def _pad_left(token_ids: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and attention mask, both (prompts, longest prompt) int64."""
+def _pad_left(token_ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, both (prompts, longest prompt) int64.
+
+    Padding is masked, but some penalties look at all that stands in a row. So a row is padded with
+    its own first token: what it contains stays the same, and nothing leaves the vocabulary.
+    """
     longest = max(map(len, token_ids))
-    input_ids = torch.full((len(token_ids), longest), pad)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(token_ids):
-        input_ids[row, longest - len(ids) :] = torch.tensor(ids)
-        attention_mask[row, longest - len(ids) :] = 1
-    return input_ids, attention_mask
-
-
-def _result(
-    model: Any,
-    prompt_tokens: list[int],
-    texts: list[_Text],
-    clock: _Clock,
-    devices: list[int],
-) -> GenerationResult:
-    assert clock.stopped is not None
-    prefilled = clock.stopped if clock.prefilled is None else clock.prefilled
-    prefill, decode = prefilled - clock.started, clock.stopped - prefilled
-    new_tokens = [len(text.tokens) for text in texts]
-    after_first = sum(max(n - 1, 0) for n in new_tokens)
-    statistics = GenerationStatistics(
-        prompt_tokens=sum(prompt_tokens),
-        new_tokens=sum(new_tokens),
-        prefill_seconds=prefill,
-        decode_seconds=decode,
-        prompt_tokens_per_second=sum(prompt_tokens) / prefill,
-        decode_tokens_per_second=after_first / decode if after_first else None,
-        peak_memory_bytes=(
-            sum(map(torch.cuda.max_memory_allocated, devices)) if devices else peak_resident_bytes()
-        ),
-        peak_memory_kind="cuda allocated" if devices else "process resident",
-        expert_bytes=expert_bytes(model),
+    input_ids = torch.tensor([[ids[0]] * (longest - len(ids)) + ids for ids in token_ids])
+    attention_mask = torch.tensor(
+        [[0] * (longest - len(ids)) + [1] * len(ids) for ids in token_ids]
     )
-    return GenerationResult([text.text for text in texts], prompt_tokens, new_tokens, statistics)
+    return input_ids, attention_mask

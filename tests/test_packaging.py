@@ -79,6 +79,7 @@ def test_the_folder_is_no_package(folder) -> None:
         "qmoe.generation",
         "qmoe.loading.load",
         "qmoe.paging.model",
+        "qmoe.progress",
         "qmoe.loading.patch",
         "qmoe.loading.quantizer",
     ],

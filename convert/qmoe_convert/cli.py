@@ -192,32 +192,10 @@ def _progress(show: bool) -> Iterator[Callable[[str, int, int], None] | None]:
     elif not sys.stderr.isatty():
         yield _Lines()
     else:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
+        from qmoe.progress import progress
 
-        columns = (
-            TextColumn("{task.description:>8}"),
-            BarColumn(bar_width=None),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            tasks: dict[str, Any] = {}
-
-            def update(stage: str, done: int, total: int) -> None:
-                if stage not in tasks:
-                    tasks[stage] = bar.add_task(stage, total=total)
-                bar.update(tasks[stage], completed=done)
-
-            yield update
+        with progress(unit="bytes") as bars:
+            yield bars.update
 
 
 class _Lines:
@@ -235,7 +213,7 @@ class _Lines:
         if now - self.last < SECONDS_BETWEEN_LINES and done < total:
             return
         self.last = now
-        from qmoe_convert.shards import format_size
+        from qmoe.sizes import format_size
 
         rate = (done - self.first_done) / max(now - self.start, 1e-3)
         left = (total - done) / rate if rate else 0.0
@@ -249,7 +227,7 @@ class _Lines:
 
 def describe_plan(report: Report) -> str:
     """The plan of a dry run, for people."""
-    from qmoe_convert.shards import format_size
+    from qmoe.sizes import format_size
 
     kept = f"{report.num_kept} tensors copied"
     if report.num_dequantized:
@@ -272,7 +250,7 @@ def describe_plan(report: Report) -> str:
 
 def describe_result(report: Report) -> str:
     """What a conversion did, for people."""
-    from qmoe_convert.shards import format_size
+    from qmoe.sizes import format_size
 
     lines = [
         f"{report.out}: {report.format}, {report.weights}, in {report.seconds:.1f} s"

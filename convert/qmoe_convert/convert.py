@@ -42,6 +42,7 @@ from qmoe.checkpoints.schema import (
     compressed_tensors_config,
     qmoe_config,
 )
+from qmoe.sizes import format_size, parse_size
 from qmoe_convert.plan import (
     Copy,
     Load,
@@ -58,8 +59,6 @@ from qmoe_convert.shards import (
     BufferPool,
     Reader,
     ShardWriter,
-    format_size,
-    parse_size,
     read_into,
 )
 from qmoe_convert.verify import VerificationError, verify_shard

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -213,26 +212,3 @@ def sha256_of(file: Path) -> str:
         while count := stream.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes of ``"5GB"``, ``"500MB"``, ``"2GiB"`` or a plain number.
-
-    Raises:
-        ValueError: anything else.
-    """
-    units = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-    units |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower())
-    if match is None or match[2] not in units or float(match[1]) * units[match[2]] < 1:
-        raise ValueError(f"{text!r} is not a size; write one like 5GB, 500MB or 2GiB")
-    return int(float(match[1]) * units[match[2]])
-
-
-def format_size(nbytes: float) -> str:
-    """``nbytes`` for people, in decimal units."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.2f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} TB"

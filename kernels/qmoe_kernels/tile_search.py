@@ -13,6 +13,7 @@ import torch
 from qmoe_kernels.heuristic import heuristic_tiles, hopper_tiles
 from qmoe_kernels.tile_tables import OPERANDS, LayerKind
 from qmoe_kernels.tiles import LayerTiles, TileConfig
+from qmoe_kernels.tuning import choose_tiles
 
 Effort = Literal["quick", "full"]
 
@@ -131,9 +132,9 @@ class Cell:
         dtypes = {name: dtype for dtype, name in reversed(OPERANDS.items())}
         return dtypes[self.kind.weights], dtypes[self.kind.activations]
 
-    def heuristic(self) -> LayerTiles:
-        """Return what runs without a table."""
-        return heuristic_tiles(self.kind.shape, self.num_tokens, *self.dtypes)
+    def baseline(self, device: torch.device) -> LayerTiles:
+        """Return what `fused_moe` runs with now, by a device's table or without."""
+        return choose_tiles(self.kind.shape, self.num_tokens, *self.dtypes, device)
 
     def __str__(self) -> str:
         kind = self.kind
@@ -193,7 +194,7 @@ def candidates(cell: Cell, effort: Effort = "quick", *, hopper: bool = False) ->
     shape = cell.kind.shape
     up_rows = shape.intermediate_size * (2 if shape.gated else 1)
     sizes = ((up_rows, shape.hidden_size), (shape.hidden_size, shape.intermediate_size))
-    heuristic = cell.heuristic()
+    heuristic = heuristic_tiles(shape, cell.num_tokens, *cell.dtypes)
     found = []
     for gemv in (False, True):
         # Without tensor cores every pair reads its expert's weights: no expert may have many.
@@ -318,7 +319,7 @@ class Found:
     Attributes:
         tiles: the best.
         microseconds: with them.
-        heuristic_microseconds: with the heuristic's.
+        baseline_microseconds: with the baseline.
         num_tried: tiles that were measured.
         num_skipped: tiles that don't work, or were slower by far.
         out_of_time: whether some were not tried at all.
@@ -326,7 +327,7 @@ class Found:
 
     tiles: LayerTiles
     microseconds: float
-    heuristic_microseconds: float
+    baseline_microseconds: float
     num_tried: int
     num_skipped: int
     out_of_time: bool
@@ -337,6 +338,7 @@ def search(
     options: Sequence[Candidates],
     measure: Measure,
     *,
+    baseline: LayerTiles,
     seconds: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> Found:
@@ -349,23 +351,23 @@ def search(
         cell: what is tuned.
         options: from `candidates`.
         measure: times a layer.
-        seconds: start no measurement after so long, but for the heuristic's; steps share it.
+        baseline: what runs now; measured first, and kept if nothing is faster.
+        seconds: start no measurement after so long, but for the baseline's; steps share it.
         clock: in seconds.
 
     Raises:
-        ValueError: the heuristic's tiles don't work.
+        ValueError: the baseline does not work.
     """
     began = clock()
-    heuristic = cell.heuristic()
-    first = measure(heuristic, FINAL, None)
+    first = measure(baseline, FINAL, None)
     if first is None:
-        raise ValueError(f"{cell}: the heuristic's tiles do not work: {heuristic}")
-    times: dict[LayerTiles, float | None] = {heuristic: first}
-    best, best_time = heuristic, first
+        raise ValueError(f"{cell}: what runs now does not work: {baseline}")
+    times: dict[LayerTiles, float | None] = {baseline: first}
+    best, best_time = baseline, first
     out_of_time = False
     for index, kernel in enumerate(options):
         here, here_time = kernel.start, first
-        if kernel.start != heuristic:
+        if kernel.start != baseline:
             timed = measure(kernel.start, FINAL, best_time)
             times[kernel.start] = timed
             here_time = float("inf") if timed is None else timed

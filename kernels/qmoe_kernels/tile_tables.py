@@ -15,7 +15,7 @@
               "down": {...},
               "sort": false,
               "microseconds": 101.3,
-              "heuristic_microseconds": 112.0,
+              "baseline_microseconds": 112.0,
               "measured_with": {"torch": ..., "triton": ..., "commit": ..., "date": ...}
             }
           }
@@ -67,13 +67,13 @@ class Measurement:
     Attributes:
         tiles: the best.
         microseconds: of a whole layer with them.
-        heuristic_microseconds: of a whole layer with `heuristic_tiles`, in the same run.
+        baseline_microseconds: of a whole layer with what ran before, in the same run.
         measured_with: torch, triton, commit, date.
     """
 
     tiles: LayerTiles
     microseconds: float
-    heuristic_microseconds: float
+    baseline_microseconds: float
     measured_with: Mapping[str, str]
 
 
@@ -204,9 +204,9 @@ def sizes_from_dict(cls: type[_Sizes], stored: Any) -> _Sizes:
 
 
 def _measurement(stored: Any) -> Measurement:
-    names = {"microseconds", "heuristic_microseconds", "measured_with"}
+    names = {"microseconds", "baseline_microseconds", "measured_with"}
     _check_keys(stored, names | _TILES, {"tma"})
-    for name in ("microseconds", "heuristic_microseconds"):
+    for name in ("microseconds", "baseline_microseconds"):
         value = stored[name]
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
             raise ValueError(f"{name} is {value!r}; a positive number works")

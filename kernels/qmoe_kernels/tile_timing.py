@@ -82,7 +82,7 @@ class LayerTimer:
         def measure(tiles: LayerTiles, seconds: float, bound: float | None) -> float | None:
             try:
                 actual = calls[0](tiles).float()
-                if not expected:  # the heuristic's tiles come first
+                if not expected:  # the baseline comes first
                     expected.append(actual)
                 error = float((actual - expected[0]).norm() / expected[0].norm())
                 if not error <= TOLERANCE:

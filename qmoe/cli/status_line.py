@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import sys
 import time
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+from qmoe.sizes import format_size
 
 if TYPE_CHECKING:
     from qmoe.paging.stats import CacheStats
@@ -54,17 +57,46 @@ class StatusLine:
         self.stream.flush()
 
 
+class CacheStatus:
+    """What the expert cache does, as a line that changes while text is generated."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.status_line = StatusLine()
+
+    def update(self) -> None:
+        """Draw the line anew if it is time."""
+        if self.status_line.due():
+            self.status_line.write(self.line())
+
+    def close(self) -> None:
+        """Take the line off the terminal."""
+        self.status_line.close()
+
+    def line(self) -> str:
+        """The counters as they are now."""
+        stats = self._read()
+        return "all experts are resident" if stats is None else cache_line(stats)
+
+    def document(self) -> dict[str, Any] | None:
+        """The same for programs; None where nothing is paged."""
+        stats = self._read()
+        if stats is None:
+            return None
+        totals = {"hit_rate": stats.hit_rate, "bytes": stats.bytes}
+        return {**totals, **dataclasses.asdict(stats)}
+
+    def _read(self) -> CacheStats | None:
+        import qmoe
+
+        paging = getattr(self.model, "qmoe_paging", None)
+        return None if paging is None or paging.cache is None else qmoe.stats(self.model)
+
+
 def cache_line(stats: CacheStats) -> str:
     """A cache's counters in one line."""
-    prefetched = sum(layer.prefetched for layer in stats.layers)
-    used = sum(layer.prefetch_used for layer in stats.layers)
     rate = "-" if stats.hit_rate is None else f"{stats.hit_rate:.1%}"
-    return " | ".join(
-        (
-            f"{stats.num_slots} of {stats.num_pages} experts in slots",
-            f"hit rate {rate}",
-            f"misses {stats.misses}",
-            f"copied {stats.bytes / 1e9:.2f} GB",
-            f"prefetched {prefetched}" + (f", {used / prefetched:.0%} used" if prefetched else ""),
-        )
+    return (
+        f"{stats.num_slots} of {stats.num_pages} experts in slots | hit rate {rate} | "
+        f"misses {stats.misses} | copied {format_size(stats.bytes)}"
     )

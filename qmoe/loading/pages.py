@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from qmoe.checkpoints.files import StoredTensor
 from qmoe.checkpoints.schema import QUANTIZED_SUFFIX
@@ -25,6 +24,7 @@ from qmoe.paging.model import (
     pages_of,
     plan_budget,
 )
+from qmoe.progress import progress as progress_bar
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,13 @@ def load_pages(
         for name, experts in modules.items()
     ]
     if budget.all_resident:
-        bar = tqdm(layers, "Loading experts", unit="layer", disable=None if progress else True)
-        for pages, (gate_up, down) in zip(bar, tensors, strict=True):
-            with closing(HostStore([pages], pin=False)) as one_layer:
-                one_layer.fill(page_reads(0, pages, gate_up, down))
-                weights = [w.to(device, copy=True).contiguous() for w in one_layer.weights(0)]
-            modules[pages.name].unpage(*weights)
+        with progress_bar("Loading experts", len(layers), show=progress) as bar:
+            for pages, (gate_up, down) in zip(layers, tensors, strict=True):
+                with closing(HostStore([pages], pin=False)) as one_layer:
+                    one_layer.fill(page_reads(0, pages, gate_up, down))
+                    weights = [w.to(device, copy=True).contiguous() for w in one_layer.weights(0)]
+                modules[pages.name].unpage(*weights)
+                bar.advance()
         keep_resident(model, budget, device)
         return
     store = host_store(layers, device, progress=progress)

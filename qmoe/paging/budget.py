@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from qmoe.experts.pages import LayerPages
+from qmoe.sizes import format_size, parse_size
 
 # "auto" leaves this much of what is free to what torch's allocator does not count: kernels' code,
 # libraries' handles, gaps between blocks.
@@ -16,10 +16,6 @@ AUTO_FRACTION = 0.95
 # larger staging buffers; slots get the rest.
 SHARE = 8
 SMALLEST_CHUNK, LARGEST_CHUNK = 64, 8192
-
-_UNITS = {"": 1, "B": 1}
-_UNITS |= {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
-_UNITS |= {f"{p}IB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
 
 
 @dataclass(frozen=True)
@@ -80,15 +76,12 @@ def _parse(hbm_budget: str | int | float, total: int, free: int) -> int:
     text = str(hbm_budget).strip()
     if text.lower() == "auto":
         return int(free * AUTO_FRACTION)
-    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(%|[A-Za-z]*)", text)
-    unit = match[2].upper() if match else ""
-    if match and not isinstance(hbm_budget, bool):
-        fraction = float(match[1]) / 100 if unit == "%" else float(match[1])
-        if unit == "%" or (not unit and "." in match[1]):
-            if 0 < fraction <= 1:
-                return int(total * fraction)
-        elif unit in _UNITS and fraction > 0:
-            return int(fraction * _UNITS[unit])
+    with suppress(ValueError):
+        return parse_size(hbm_budget)
+    with suppress(ValueError):
+        fraction = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        if 0 < fraction <= 1 and not isinstance(hbm_budget, bool):
+            return int(total * fraction)
     raise ValueError(
         f"hbm_budget={hbm_budget!r}; write a size ('16GiB', '16GB', or bytes as a whole number), "
         "a fraction of the device's memory (0.5 or '50%'), or 'auto'"
@@ -188,16 +181,3 @@ def _chunks(context: int) -> list[int]:
 
 def _largest(chunks: list[int], workspace: Callable[[int], int], limit: int) -> int:
     return max((c for c in chunks if workspace(c) <= limit), default=chunks[0])
-
-
-def format_size(num_bytes: int) -> str:
-    """``17179869184`` as ``16GiB``: three digits, rounded up; `parse_budget` reads it."""
-    if num_bytes < 1024:
-        return f"{num_bytes}B"
-    exponent = min(4, int(math.log2(num_bytes)) // 10)
-    value = num_bytes / 1024**exponent
-    digits = max(0, 2 - int(math.log10(value)))
-    rounded = math.ceil(value * 10**digits) / 10**digits
-    text = f"{rounded:.{digits}f}"
-    text = text.rstrip("0").rstrip(".") if "." in text else text
-    return f"{text}{' KMGT'[exponent].strip()}iB"

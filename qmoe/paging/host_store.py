@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from tqdm import tqdm
 
 from qmoe.checkpoints.files import CheckpointError
 from qmoe.experts.pages import LayerPages
-from qmoe.paging.budget import format_size
+from qmoe.progress import progress as progress_bar
+from qmoe.sizes import format_size
 
 T = TypeVar("T")
 
@@ -263,18 +263,11 @@ def _in_threads(
     function: Callable[[T], int], items: Iterable[T], title: str, num_bytes: int, progress: bool
 ) -> None:
     """Call a function that returns how many bytes it has dealt with; the first error ends it."""
-    bar = tqdm(
-        desc=title,
-        total=num_bytes,
-        unit="B",
-        unit_scale=True,
-        disable=None if progress else True,
-    )
     pool = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="qmoe-host-store")
-    with bar:
+    with progress_bar(title, num_bytes, unit="bytes", show=progress) as bar:
         try:
             for done in as_completed([pool.submit(function, item) for item in items]):
-                bar.update(done.result())
+                bar.advance(done.result())
         finally:
             # After an error or Ctrl-C too: when this returns, nobody writes into pages any more.
             pool.shutdown(cancel_futures=True)

@@ -19,7 +19,7 @@ from qmoe.generation import expert_bytes, generate, load_tokenizer
 from qmoe.loading.load import load
 from qmoe.tools.perplexity import perplexity
 
-SHIPPED_MODEL = Path(__file__).resolve().parent.parent / "examples" / "tiny-moe"
+SHIPPED_MODEL = Path(__file__).resolve().parents[2] / "examples" / "tiny-moe"
 HELD_OUT = "heldout.txt"
 PROMPTS = (
     'def close(self):\n        """',

@@ -1,20 +1,15 @@
-"""``qmoe bench tune``: measure which tiles a layer runs fastest with, and write them to a table."""
+"""Measure which tiles a layer runs fastest with, and write them to a table."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
-
-import typer
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +27,6 @@ FREE_CORES = 2
 # The slowest of a cell's candidates is not waited for longer.
 COMPILING_SECONDS = 60.0
 
-app = typer.Typer(no_args_is_help=True)
-
 
 @dataclass(frozen=True)
 class Tuned:
@@ -48,7 +41,7 @@ class Tuned:
         if self.found is None:
             return f"{self.cell}: failed"
         f = self.found
-        line = f"{self.cell}: {f.microseconds:.1f} µs, heuristic {f.heuristic_microseconds:.1f}"
+        line = f"{self.cell}: {f.microseconds:.1f} µs, before {f.baseline_microseconds:.1f}"
         line += f"; {f.num_tried} tried, {f.num_skipped} of them skipped"
         return line + (", out of time" if f.out_of_time else "")
 
@@ -60,7 +53,7 @@ def tune_cells(
     precompiler: Precompiler | None = None,
     effort: Effort = "quick",
     seconds: float = SECONDS_PER_CELL["quick"],
-    hopper: bool = False,
+    device: torch.device,
 ) -> Iterator[Tuned]:
     """Compile every cell's candidates, then search for its tiles, one cell after another.
 
@@ -70,23 +63,29 @@ def tune_cells(
         precompiler: compiles candidates ahead; without it, the first measurement does.
         effort: how many candidates.
         seconds: of timing, for each cell.
-        hopper: whether the GPU is one.
+        device: what `open_cell` times on.
     """
     import torch
 
     from qmoe_kernels.precompile import failures
     from qmoe_kernels.tile_search import candidates, search
+    from qmoe_kernels.tuning import is_hopper
 
-    options = [candidates(cell, effort, hopper=hopper) for cell in cells]
+    baselines = [cell.baseline(device) for cell in cells]
+    options = [candidates(cell, effort, hopper=is_hopper(device)) for cell in cells]
     compiling = [
         {}
         if precompiler is None
-        else precompiler.submit(cell, [tiles for kernel in kernels for tiles in kernel.pairs()])
-        for cell, kernels in zip(cells, options, strict=True)
+        else precompiler.submit(
+            cell, [baseline, *(tiles for kernel in kernels for tiles in kernel.pairs())]
+        )
+        for cell, kernels, baseline in zip(cells, options, baselines, strict=True)
     ]
     # All of them first: a host that compiles launches late, and good tiles would look slow.
     compiled = [failures(layers, COMPILING_SECONDS) for layers in compiling]
-    for cell, kernels, layers, broken in zip(cells, options, compiling, compiled, strict=True):
+    for cell, baseline, kernels, layers, broken in zip(
+        cells, baselines, options, compiling, compiled, strict=True
+    ):
         errors: list[str] = []
         found = None
         try:
@@ -94,144 +93,74 @@ def tune_cells(
             errors += [f"{tiles}: {error}" for tiles, error in broken.items()]
             if len(broken) < len(layers):  # else it is hardly the candidates' fault
                 kernels = [kernel.without(broken) for kernel in kernels]
-            found = search(cell, kernels, measure, seconds=seconds)
+            found = search(cell, kernels, measure, baseline=baseline, seconds=seconds)
         except (ValueError, torch.OutOfMemoryError) as error:
             errors.insert(0, str(error))
         yield Tuned(cell, found, errors)
 
 
-@app.callback()
-def _bench() -> None:
-    """Measure kernels on this machine's GPU."""
+@dataclass(frozen=True)
+class Tuning:
+    """What to tune on this machine's GPU, and how long to try.
 
+    Attributes:
+        folder: of the tables, made if missing.
+        cells: what to tune; each becomes a cell of the GPU's table.
+        effort: how many candidates.
+        seconds: of timing, for each cell; None: as the effort has it.
+        workers: processes that compile; None: all cores but two; 0: none.
+        commit: to write down; None: what git says.
+    """
 
-@app.command()
-def tune(
-    experts: Annotated[int | None, typer.Option(help="Experts of the layer.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Experts of a token.")] = None,
-    hidden_size: Annotated[int | None, typer.Option()] = None,
-    intermediate_size: Annotated[int | None, typer.Option(help="Of one expert.")] = None,
-    gate: Annotated[bool, typer.Option(help="Whether experts have a gate.")] = True,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Instead: take it all from the config of a folder or Hub id."),
-    ] = None,
-    weights: Annotated[str, typer.Option(help="Some of int8, fp8, bf16.")] = "int8,fp8",
-    activations: Annotated[
-        str, typer.Option(help="Some of bf16, int8, fp8; 8 bit only with the same weights.")
-    ] = "bf16,int8,fp8",
-    tokens: Annotated[str, typer.Option(help="Numbers of tokens.")] = "1,4,16,64,256,1024,4096",
-    output: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the tables, made if missing.", show_default="$QMOE_CONFIGS"),
-    ] = None,
-    effort: Annotated[
-        Literal["quick", "full"], typer.Option(help="Dozens of candidates, or hundreds.")
-    ] = "quick",
-    seconds_per_cell: Annotated[
-        float | None,
-        typer.Option(help="To time for, at most.", show_default="10, or 120 for full"),
-    ] = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(help="Processes that compile; 0 for none.", show_default="all cores but two"),
-    ] = None,
-    commit: Annotated[
-        str | None, typer.Option(help="To write down.", show_default="what git says")
-    ] = None,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document and nothing else.")
-    ] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Say why tiles were skipped; show tracebacks.")
-    ] = False,
-) -> None:
-    """Add a kind of layer to this GPU's table of tiles; Ctrl-C leaves what is finished in it."""
-    sizes = (experts, top_k, hidden_size, intermediate_size)
-    given = [size for size in sizes if size is not None]
-    if len(given) != (4 if model is None else 0):
-        raise typer.BadParameter(
-            "give --model, or --experts, --top-k, --hidden-size and --intermediate-size"
-        )
-    if given and (min(given) < 1 or given[1] > given[0]):
-        raise typer.BadParameter("sizes are at least 1, and --top-k at most --experts")
-    folder = output or Path(os.environ.get("QMOE_CONFIGS", ""))
-    if folder == Path():
-        raise typer.BadParameter("give --output FOLDER, or set QMOE_CONFIGS to one")
-    operands = _operands(weights, activations)
-    counts = _token_counts(tokens)
+    folder: Path
+    cells: Sequence[Cell]
+    effort: Effort = "quick"
+    seconds: float | None = None
+    workers: int | None = None
+    commit: str | None = None
 
-    from qmoe_kernels.tile_search import Cell
-    from qmoe_kernels.tile_tables import LayerKind, Measurement, TileTable, table_path
-    from qmoe_kernels.tiles import LayerShape
-    from qmoe_kernels.tuning import is_hopper
+    def table(self) -> tuple[str, Path]:
+        """This machine's GPU, and where its table is.
 
-    if model is None:
-        shapes = [LayerShape(*cast(tuple[int, int, int, int], sizes), gate)]
-    else:
-        shapes = model_shapes(model)
-    device, gpu = _gpu()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = table_path(folder, gpu)
-    table = TileTable.read(path) if path.exists() else TileTable(gpu, {})
-    cells = [
-        Cell(LayerKind(shape, *pair), num_tokens)
-        for shape in shapes
-        for pair in operands
-        for num_tokens in counts
-    ]
-    versions = _versions(commit)
-    done: list[Tuned] = []
-    started = time.monotonic()
-    interrupted = False
-    with ExitStack() as stack:
-        precompiler = _precompiler(workers)
-        if precompiler is not None:
-            stack.enter_context(precompiler)
-        progress = stack.enter_context(_progress(len(cells)))
-        tuning = tune_cells(
-            cells,
-            _timing(device),
-            precompiler=precompiler,
-            effort=effort,
-            seconds=seconds_per_cell or SECONDS_PER_CELL[effort],
-            hopper=is_hopper(device),
-        )
-        try:
-            for tuned in tuning:
-                done.append(tuned)
-                progress.set_description("timing")
-                progress.update()
+        Raises:
+            ValueError: there is no GPU.
+        """
+        from qmoe_kernels.tile_tables import table_path
+
+        _, gpu = _gpu()
+        return gpu, table_path(self.folder, gpu)
+
+    def run(self) -> Generator[Tuned]:
+        """Tune one cell after another; each is in the table when it is given out."""
+        from qmoe_kernels.tile_tables import Measurement, TileTable
+
+        device, _ = _gpu()
+        gpu, path = self.table()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        table = TileTable.read(path) if path.exists() else TileTable(gpu, {})
+        versions = _versions(self.commit)
+        with ExitStack() as stack:
+            precompiler = _precompiler(self.workers)
+            if precompiler is not None:
+                stack.enter_context(precompiler)
+            for tuned in tune_cells(
+                self.cells,
+                _timing(device),
+                precompiler=precompiler,
+                effort=self.effort,
+                seconds=self.seconds or SECONDS_PER_CELL[self.effort],
+                device=device,
+            ):
                 if tuned.found is not None:
                     measured = Measurement(
                         tuned.found.tiles,
                         round(tuned.found.microseconds, 2),
-                        round(tuned.found.heuristic_microseconds, 2),
+                        round(tuned.found.baseline_microseconds, 2),
                         versions,
                     )
                     table.add(tuned.cell.kind, tuned.cell.num_tokens, measured)
                     table.write(path)
-                if not json_output:
-                    progress.write(tuned.line(), file=sys.stdout)
-                    sys.stdout.flush()
-                if debug or tuned.found is None:
-                    for error in tuned.errors:
-                        progress.write(f"  {' '.join(error.split())[:400]}", file=sys.stderr)
-        except KeyboardInterrupt:
-            interrupted = True
-    succeeded = sum(tuned.found is not None for tuned in done)
-    if json_output:
-        document = {"table": str(path), "gpu": gpu, "cells": [asdict(tuned) for tuned in done]}
-        print(json.dumps(document, indent=2))
-    else:
-        print(f"{path}: {succeeded} cells in {time.monotonic() - started:.0f} s")
-    if interrupted:
-        print(
-            f"qmoe: interrupted; {succeeded} of {len(cells)} cells are in {path}", file=sys.stderr
-        )
-        raise typer.Exit(130)
-    if succeeded < len(done):
-        raise typer.Exit(1)
+                yield tuned
 
 
 def model_shapes(path: str) -> list[LayerShape]:
@@ -274,43 +203,13 @@ def model_shapes(path: str) -> list[LayerShape]:
     return list(dict.fromkeys(shapes))
 
 
-def _words(text: str) -> list[str]:
-    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
-
-
-def _operands(weights: str, activations: str) -> list[tuple[str, str]]:
-    """Every pair that there are kernels for."""
-    for option, text in (("weights", weights), ("activations", activations)):
-        for word in _words(text):
-            if word not in ("int8", "fp8", "bf16"):
-                raise typer.BadParameter(f"--{option} {word}: int8, fp8 and bf16 work")
-    pairs = [(w, a) for w in _words(weights) for a in _words(activations) if a in (w, "bf16")]
-    if not pairs:
-        raise typer.BadParameter(
-            f"no kernel for --weights {weights!r} with --activations {activations!r}: bf16 goes "
-            "with all weights, int8 and fp8 with the same"
-        )
-    return pairs
-
-
-def _token_counts(text: str) -> list[int]:
-    counts = []
-    for word in _words(text):
-        if not word.isdecimal() or not int(word):
-            raise typer.BadParameter(f"--tokens {word}: positive numbers work, such as 1,16,256")
-        counts.append(int(word))
-    if not counts:
-        raise typer.BadParameter("--tokens: give at least one number")
-    return sorted(counts)
-
-
 def _gpu() -> tuple[torch.device, str]:
     import torch
 
     from qmoe_kernels.tuning import gpu_name
 
     if not torch.cuda.is_available():
-        raise ValueError("bench tune measures on a CUDA GPU, and torch finds none")
+        raise ValueError("tuning measures on a CUDA GPU, and torch finds none")
     device = torch.device("cuda", torch.cuda.current_device())
     name = gpu_name(device)
     assert name is not None
@@ -341,18 +240,12 @@ def _precompiler(workers: int | None) -> Precompiler | None:
     return Precompiler(workers) if workers > 0 else None
 
 
-def _progress(total: int) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc="compiling", unit="cell", file=sys.stderr, disable=None)
-
-
 def _versions(commit: str | None) -> dict[str, str]:
     import torch
 
     import qmoe
 
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     if commit is None and (root / ".git").exists():
         git = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
         told = subprocess.run(git, capture_output=True, text=True, check=False)

@@ -25,9 +25,7 @@ from qmoe_convert.shards import (
     PlannedTensor,
     Reader,
     ShardWriter,
-    format_size,
     header_bytes,
-    parse_size,
     sha256_of,
 )
 
@@ -204,32 +202,6 @@ class TestWriting:
         writer.write(b"ab")
         writer.close()
         assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors.partial"]
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("5GB", 5e9), ("500 mb", 5e8), ("2GiB", 2**31), (7, 7), ("1.5kB", 1500), ("12", 12)],
-)
-def test_sizes(text: str | int, size: float) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "GB", "5 parsecs", "-1GB", "0", "1e9GB", "0.1"])
-def test_sizes_that_are_none(text: str) -> None:
-    with pytest.raises(ValueError, match="is not a size"):
-        parse_size(text)
-
-
-def test_format_size() -> None:
-    sizes = [0, 999, 1000, 1.5e6, 2e9, 3e15]
-    assert [format_size(n) for n in sizes] == [
-        "0 B",
-        "999 B",
-        "1.00 kB",
-        "1.50 MB",
-        "2.00 GB",
-        "3000.00 TB",
-    ]
 
 
 def test_unknown_dtype_names_the_tensor() -> None:

@@ -49,6 +49,11 @@ def measured(layer: LayerTiles) -> Measurement:
     return Measurement(layer, 10.5, 12.0, {"torch": "2", "commit": "abc"})
 
 
+def by_rule(cell: Cell) -> LayerTiles:
+    """What runs where there is no table and no Hopper."""
+    return heuristic_tiles(cell.kind.shape, cell.num_tokens, *cell.dtypes)
+
+
 def table(**block_n: int) -> TileTable:
     """One row; ``t16=64`` says that 64 channels were best for 16 tokens."""
     row = {int(name[1:]): measured(tiles(n)) for name, n in block_n.items()}
@@ -228,7 +233,7 @@ class TestTables:
             assert table_path(CONFIGS, read.gpu) == path
             for kind, row in read.rows.items():
                 for num_tokens, found in row.items():
-                    assert found.microseconds <= found.heuristic_microseconds
+                    assert found.microseconds <= found.baseline_microseconds
                     for tile in (found.tiles.gate_up, found.tiles.down):
                         assert shared_memory(tile, kind) <= tile_search.SHARED_MEMORY
                     assert found.tiles.gate_up.block_m > 1 or num_tokens == 1
@@ -353,11 +358,13 @@ class TestSearch:
         (kernel,) = candidates(cell)
         best = LayerTiles(kernel.gate_up[7], kernel.down[3], sort=True)
         times = Landscape(best)
-        found = search(cell, [kernel], times, seconds=1e9, clock=lambda: times.now)
+        found = search(
+            cell, [kernel], times, baseline=by_rule(cell), seconds=1e9, clock=lambda: times.now
+        )
         assert found.tiles == best and found.microseconds == 100
-        assert found.heuristic_microseconds > 100
+        assert found.baseline_microseconds > 100
         assert not found.out_of_time and found.num_skipped == 0
-        assert times.asked[0] == (cell.heuristic(), FINAL)
+        assert times.asked[0] == (by_rule(cell), FINAL)
         screened = [layer for layer, seconds in times.asked if seconds < FINAL]
         assert len(screened) == len(set(screened)) == found.num_tried - 1
 
@@ -367,7 +374,14 @@ class TestSearch:
         for kernel in options:
             best = LayerTiles(kernel.gate_up[4], kernel.down[2], kernel.start.sort)
             times = Landscape(best)
-            found = search(cell, options, times, seconds=1e9, clock=lambda times=times: times.now)
+            found = search(
+                cell,
+                options,
+                times,
+                baseline=by_rule(cell),
+                seconds=1e9,
+                clock=lambda times=times: times.now,
+            )
             assert found.tiles == best
             for layer, _ in times.asked:
                 assert (layer.gate_up.block_m == 1) == (layer.down.block_m == 1)
@@ -378,7 +392,9 @@ class TestSearch:
         best = LayerTiles(kernel.gate_up[7], kernel.down[3], sort=True)
         times = Landscape(best)
         times.broken = {kernel.gate_up[7], kernel.gate_up[2]}
-        found = search(cell, [kernel], times, seconds=1e9, clock=lambda: times.now)
+        found = search(
+            cell, [kernel], times, baseline=by_rule(cell), seconds=1e9, clock=lambda: times.now
+        )
         assert found.num_skipped == 2
         assert found.tiles.gate_up not in times.broken
         assert found.tiles.down == best.down
@@ -387,17 +403,43 @@ class TestSearch:
         cell = Cell(KIND, 16)
         (kernel,) = candidates(cell)
         times = Landscape(LayerTiles(kernel.gate_up[-1], kernel.down[0], sort=True))
-        found = search(cell, [kernel], times, seconds=12, clock=lambda: times.now)
+        found = search(
+            cell, [kernel], times, baseline=by_rule(cell), seconds=12, clock=lambda: times.now
+        )
         assert found.out_of_time
         assert len(times.asked) < 20
-        start = cell.heuristic()
+        start = by_rule(cell)
         assert any(layer.gate_up != start.gate_up for layer, _ in times.asked)
         assert any(layer.down != start.down for layer, _ in times.asked)
 
-    def test_a_heuristic_that_does_not_work(self) -> None:
+    def test_a_baseline_that_does_not_work(self) -> None:
         cell = Cell(KIND, 16)
-        with pytest.raises(ValueError, match=r"16 tokens: the heuristic's tiles do not work"):
-            search(cell, candidates(cell), lambda *_: None, seconds=1.0)
+        with pytest.raises(ValueError, match=r"16 tokens: what runs now does not work"):
+            search(cell, candidates(cell), lambda *_: None, baseline=by_rule(cell), seconds=1.0)
+
+    def test_the_baseline_is_what_runs_now(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tuning, "gpu_name", lambda device: "NVIDIA H100")
+        monkeypatch.setattr(tuning, "is_hopper", lambda device: True)
+        cell = Cell(LayerKind(MIXTRAL, "int8", "int8"), 1024)  # in no table
+        baseline = cell.baseline(CUDA)
+        assert baseline.tma and not by_rule(cell).tma
+        # A table's row is what runs where there is one.
+        monkeypatch.setattr(tuning, "gpu_name", lambda device: GPU)
+        known = Cell(KIND, 16)
+        assert known.baseline(CUDA) == choose_tiles(QWEN3, 16, torch.int8, torch.bfloat16, CUDA)
+        assert known.baseline(CUDA) != by_rule(known)
+        # It is timed first, and stays where nothing else is faster.
+        times = Landscape(baseline)
+        found = search(
+            cell,
+            candidates(cell, hopper=True),
+            times,
+            baseline=baseline,
+            seconds=1e9,
+            clock=lambda: times.now,
+        )
+        assert times.asked[0] == (baseline, FINAL)
+        assert found.tiles == baseline and found.baseline_microseconds == found.microseconds
 
 
 class TestTiming:
@@ -411,7 +453,7 @@ class TestTiming:
         monkeypatch.setattr(tile_timing, "num_calls", lambda *_: 1)
         timer = tile_timing.LayerTimer(self.CELL.kind.shape, "int8", self.DEVICE)
         measure, errors = timer.cell(self.CELL)
-        layer = self.CELL.heuristic()
+        layer = by_rule(self.CELL)
         first = measure(layer, 0.01, None)
         assert first is not None and first > 0 and errors == []
         small = TileConfig(16, 32, 32, num_warps=4, num_stages=2)
@@ -435,7 +477,7 @@ class TestTiming:
 
         monkeypatch.setattr(tile_timing, "_call", wrong)
         measure, errors = timer.cell(self.CELL)
-        layer = replace(self.CELL.heuristic(), sort=False)
+        layer = replace(by_rule(self.CELL), sort=False)
         assert measure(layer, 0.01, None) is not None
         assert measure(replace(layer, sort=True), 0.01, None) is None
         assert "relative error" in errors[0]
@@ -470,7 +512,7 @@ class TestPrecompiler:
         cells = [Cell(LayerKind(QWEN3, *pair), 4) for pair in (("int8", "bf16"), ("fp8", "fp8"))]
         with Precompiler(2) as precompiler:
             for cell in cells:
-                compiling = precompiler.submit(cell, [cell.heuristic()])
+                compiling = precompiler.submit(cell, [by_rule(cell)])
                 assert failures(compiling, 120) == {}
 
     @pytest.mark.slow
@@ -517,7 +559,5 @@ print(json.dumps(sorted(name for name in files if name.endswith(".cubin"))))
 def test_operands_are_named_after_formats() -> None:
     assert OPERANDS[torch.int8] == "int8" and OPERANDS[torch.float8_e4m3fn] == "fp8"
     for name in ("int8", "fp8", "bf16"):
-        kind = replace(KIND, activations=name)
-        assert Cell(kind, 64).heuristic() == heuristic_tiles(
-            QWEN3, 64, torch.int8, next(d for d, n in OPERANDS.items() if n == name)
-        )
+        dtypes = Cell(replace(KIND, activations=name), 64).dtypes
+        assert dtypes == (torch.int8, next(d for d, n in OPERANDS.items() if n == name))

@@ -73,6 +73,10 @@ def test_json_is_one_document(checkpoint, capsys):
     assert document["prompts"] == list(demo.PROMPTS)
 
 
+def test_the_shipped_model_is_found():
+    assert (demo.SHIPPED_MODEL / demo.HELD_OUT).is_file()
+
+
 def test_failures_say_what_to_do(checkpoint, tmp_path, capsys, monkeypatch):
     assert main(["demo", "--model", str(tmp_path)]) == 3
     assert "config.json: not found" in capsys.readouterr().err

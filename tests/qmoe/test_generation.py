@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from qmoe.generation import (
     GenerationInterrupted,
-    _Text,
     expert_bytes,
     generate,
     peak_resident_bytes,
 )
+from qmoe.text import Text
 from qmoe.tools.perplexity import perplexity
 
 PROMPTS = ["Hello", "a much longer prompt, naïve café", "x"]
@@ -212,7 +212,7 @@ class TestStream:
         tokenizer = make() if make else tokenizer
         tokens = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
         pieces: list[str] = []
-        text = _Text(tokenizer, set(), [], pieces.append)
+        text = Text(tokenizer, set(), [], pieces.append)
         for token in tokens:
             text.extend([token])
         text.finish()
@@ -226,7 +226,7 @@ class TestStream:
     def test_an_incomplete_character_comes_at_the_end(self, tokenizer):
         tokens = tokenizer("ab🤖")["input_ids"][:-1]
         pieces: list[str] = []
-        text = _Text(tokenizer, set(), [], pieces.append)
+        text = Text(tokenizer, set(), [], pieces.append)
         text.extend(tokens)
         assert pieces == ["a", "b"]
         text.finish()

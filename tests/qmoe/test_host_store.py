@@ -119,7 +119,7 @@ def test_too_little_memory_is_refused_before_anything_is_taken(monkeypatch) -> N
     monkeypatch.setenv(host_store.AVAILABLE_VARIABLE, "0.5")
     monkeypatch.setattr(host_store, "_allocate", lambda nbytes: pytest.fail("allocated"))
     large = LayerPages("large", 256, torch.int8, (1024, 2048), (2048, 1024))
-    with pytest.raises(ValueError, match=r"1GiB of host memory, 512MiB are available"):
+    with pytest.raises(ValueError, match=r"1\.08 GB of host memory, 537 MB are available"):
         HostStore([large], pin=False)
 
 
@@ -174,7 +174,7 @@ def test_pinning_that_fails_gives_everything_back(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "cudart", lambda: Cudart)
-    with pytest.raises(ValueError, match=r"cannot pin 1\.63KiB.*out of memory after 1 of 2 lay"):
+    with pytest.raises(ValueError, match=r"cannot pin 1\.67 kB.*out of memory after 1 of 2 lay"):
         HostStore(LAYERS, pin=True)
     assert unregistered == registered and len(registered) == 1
 

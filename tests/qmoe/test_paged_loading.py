@@ -180,7 +180,7 @@ def test_too_little_host_memory_is_said_before_anything_is_read(tmp_path, monkey
     budget = smallest_budget(tmp_path)
     monkeypatch.setenv(host_store.AVAILABLE_VARIABLE, "0.00001")
     monkeypatch.setattr(HostStore, "fill", lambda *a, **k: pytest.fail("read"))
-    with pytest.raises(ValueError, match=r"pages take 144KiB of host memory, 10\.5KiB are avail"):
+    with pytest.raises(ValueError, match=r"pages take 148 kB of host memory, 10\.8 kB are avail"):
         load(tmp_path, budget)
     model = build("qwen3_moe", NUM_EXPERTS)
     with pytest.raises(ValueError, match="host memory"):

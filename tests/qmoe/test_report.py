@@ -150,7 +150,6 @@ class TestCommand:
         assert trace.metadata["source"] in out
         assert "60 tokens through 3 layers of 8 experts, top 2: one token asks for 6 pages" in out
         assert f"reuse: {float(trace.reuse().mean()):.1%}" in out
-        assert f"recall: {float(trace.recall()[1:].mean()):.1%}" in out
 
     def test_says_nothing_of_predictions_that_there_are_none_of(self, tmp_path, capsys):
         plain = synthetic_trace(9, 2, 8, 2)

@@ -1,4 +1,4 @@
-"""``qmoe bench tune`` with times that a formula makes up."""
+"""``qmoe tune`` with times that a formula makes up."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from qmoe.cli.main import main
-from qmoe.tools import tune as bench
+from qmoe.tools import tune as tools
+from qmoe_kernels import tuning
 from qmoe_kernels.tile_search import Cell, candidates
 from qmoe_kernels.tile_tables import LayerKind, TileTable, table_path
 from qmoe_kernels.tiles import LayerShape, LayerTiles
@@ -54,14 +55,15 @@ class FakeGpu:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     fake = FakeGpu()
-    monkeypatch.setattr(bench, "_gpu", lambda: (torch.device("cuda", 0), GPU))
-    monkeypatch.setattr(bench, "_timing", lambda device: fake)
-    monkeypatch.setattr(bench, "_precompiler", lambda workers: None)
+    monkeypatch.setattr(tools, "_gpu", lambda: (torch.device("cuda", 0), GPU))
+    monkeypatch.setattr(tuning, "gpu_name", lambda device: GPU)
+    monkeypatch.setattr(tools, "_timing", lambda device: fake)
+    monkeypatch.setattr(tools, "_precompiler", lambda workers: None)
     return fake
 
 
 def tune(folder: Path, *arguments: str) -> int:
-    return main(["bench", "tune", *SIZES, f"--output={folder}", *arguments])
+    return main(["tune", *SIZES, f"--output={folder}", *arguments])
 
 
 class TestTune:
@@ -76,12 +78,23 @@ class TestTune:
             assert list(row) == [1, 64]
             for num_tokens, found in row.items():
                 assert found.tiles == best_tiles(Cell(kind, num_tokens))
-                assert found.microseconds == 100 < found.heuristic_microseconds
+                assert found.microseconds == 100 < found.baseline_microseconds
                 assert found.measured_with["commit"] == "abc"
                 assert found.measured_with["torch"] == torch.__version__
         out, _ = capsys.readouterr()
-        assert "int8 weights, bf16 activations, 64 tokens: 100.0 µs, heuristic 1" in out
+        assert "int8 weights, bf16 activations, 64 tokens: 100.0 µs, before 1" in out
         assert "6 cells in" in out
+
+    def test_writes_down_the_commit(self, gpu, tmp_path) -> None:
+        repository = Path(__file__).parents[2]
+        assert tune(tmp_path, "--weights=int8", "--activations=int8", "--tokens=4") == 0
+        (row,) = TileTable.read(table_path(tmp_path, GPU)).rows.values()
+        known = row[4].measured_with["commit"] != "unknown"
+        assert known == (repository / ".git").exists()
+
+    def test_the_old_spelling(self, gpu, tmp_path) -> None:
+        arguments = ["--weights=int8", "--activations=int8", "--tokens=4"]
+        assert main(["bench", "tune", *SIZES, f"--output={tmp_path}", *arguments]) == 0
 
     def test_adds_to_a_table(self, gpu, tmp_path) -> None:
         assert tune(tmp_path, "--weights=int8", "--activations=bf16", "--tokens=4") == 0
@@ -139,12 +152,15 @@ class TestTune:
                     future.set_result("no ptxas" if bad else None)
                 return futures
 
-        (some,) = bench.tune_cells([cell], gpu, precompiler=Compiler(every=False))
+        device = torch.device("cpu")
+        compiler = Compiler(every=False)
+        (some,) = tools.tune_cells([cell], gpu, precompiler=compiler, device=device)
         assert some.found is not None
         assert some.found.tiles.gate_up != best_tiles(cell).gate_up
         assert any("no ptxas" in error for error in some.errors)
         # Where nothing compiles, the processes are at fault and the candidates are tried here.
-        (every,) = bench.tune_cells([cell], gpu, precompiler=Compiler(every=True))
+        compiler = Compiler(every=True)
+        (every,) = tools.tune_cells([cell], gpu, precompiler=compiler, device=device)
         assert every.found is not None and every.found.tiles == best_tiles(cell)
 
 
@@ -156,7 +172,7 @@ def test_tunes_on_a_gpu(tmp_path, capsys) -> None:
     assert len(document["cells"]) == 4
     for cell in document["cells"]:
         assert cell["found"]["num_tried"] > 1
-        assert cell["found"]["microseconds"] <= cell["found"]["heuristic_microseconds"]
+        assert cell["found"]["microseconds"] <= cell["found"]["baseline_microseconds"]
         assert not [error for error in cell["errors"] if "OutOf" not in error]
     table = TileTable.read(Path(document["table"]))
     assert [list(row) for row in table.rows.values()] == [[1, 4], [1, 4]]
@@ -165,14 +181,14 @@ def test_tunes_on_a_gpu(tmp_path, capsys) -> None:
 class TestModel:
     def test_the_shape_of_a_checkpoint(self, gpu, checkpoint, tmp_path) -> None:
         arguments = ["--model", str(checkpoint), f"--output={tmp_path}", "--tokens=4"]
-        assert main(["bench", "tune", *arguments, "--weights=int8", "--activations=int8"]) == 0
+        assert main(["tune", *arguments, "--weights=int8", "--activations=int8"]) == 0
         (kind,) = TileTable.read(table_path(tmp_path, GPU)).rows
         assert kind.shape == LayerShape(8, 2, 64, 32)
 
     def test_a_model_without_experts(self, tmp_path) -> None:
         (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1}')
         with pytest.raises(ValueError, match="holds no experts"):
-            bench.model_shapes(str(tmp_path))
+            tools.model_shapes(str(tmp_path))
 
 
 class TestErrors:
@@ -195,7 +211,7 @@ class TestErrors:
         ],
     )
     def test_one_line(self, gpu, tmp_path, capsys, arguments, code, message) -> None:
-        assert main(["bench", "tune", f"--output={tmp_path}", *arguments]) == code
+        assert main(["tune", f"--output={tmp_path}", *arguments]) == code
         out, err = capsys.readouterr()
         assert out == "" and message in err
         assert err.startswith("qmoe: ") and len(err.splitlines()) == 1

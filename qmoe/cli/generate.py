@@ -1,0 +1,285 @@
+"""``qmoe generate``: text on stdout as it comes, statistics on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from qmoe.cli.output import INTERRUPTED, Debug, Json, grouped, print_json, quiet
+from qmoe.cli.status_line import CacheStatus
+from qmoe.paging.options import PagingOptions
+from qmoe.sizes import format_size
+
+if TYPE_CHECKING:
+    from qmoe.generation import GenerationResult, GenerationStatistics
+    from qmoe.traces.record import Recording
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """What is continued, and how far."""
+
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to continue; repeat it for a batch. Without it, stdin is read."),
+    ] = None
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")
+    ] = False
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many for each prompt.")] = 128
+
+    def prompts(self) -> list[str]:
+        """The prompts, or what stdin says."""
+        return self.prompt or [_read_stdin()]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen."""
+
+    do_sample: Annotated[
+        bool | None,
+        typer.Option(help="Sample; implied by the four options below.", show_default="the model's"),
+    ] = None
+    temperature: Annotated[float | None, typer.Option()] = None
+    top_k: Annotated[int | None, typer.Option()] = None
+    top_p: Annotated[float | None, typer.Option()] = None
+    min_p: Annotated[float | None, typer.Option()] = None
+    repetition_penalty: Annotated[float | None, typer.Option()] = None
+    num_beams: Annotated[
+        int | None, typer.Option(help="Beam search; the text comes at the end.")
+    ] = None
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None
+
+    def options(self) -> dict[str, Any]:
+        """As :func:`qmoe.generate` takes them."""
+        options = {name: value for name, value in asdict(self).items() if value is not None}
+        if options.keys() & {"temperature", "top_k", "top_p", "min_p"}:
+            options.setdefault("do_sample", True)
+        return options
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How the model is loaded."""
+
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto"
+    dtype: Annotated[str, typer.Option(help="Of what is not quantized: auto, bfloat16 ...")] = (
+        "auto"
+    )
+    weights: Annotated[
+        Literal["int8", "fp8"] | None,
+        typer.Option(help="Quantize the experts of a 16-bit model while loading."),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Paging:
+    """What the model may take of the device."""
+
+    hbm_budget: Annotated[
+        str | None,
+        typer.Option(help="Page experts within so much GPU memory: 16GiB, 50%, auto."),
+    ] = None
+    context: Annotated[
+        int | None,
+        typer.Option(help="Tokens per text that the budget holds.", show_default="8192"),
+    ] = None
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Texts at a time that it holds.", show_default="the prompts"),
+    ] = None
+
+    def options(self, num_texts: int) -> PagingOptions | None:
+        """As the runtime takes them; None where nothing is paged."""
+        if self.hbm_budget is not None:
+            return PagingOptions(self.hbm_budget, self.context, self.batch_size or num_texts)
+        if self.context is not None or self.batch_size is not None:
+            raise typer.BadParameter("--context and --batch-size need --hbm-budget")
+        return None
+
+
+@dataclass(frozen=True)
+class Watching:
+    """What is shown and written beside the text."""
+
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Show the expert cache at work, on stderr.")
+    ] = False
+    record_routing: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write which experts every token went to, for qmoe cache-report.", metavar="FILE"
+        ),
+    ] = None
+
+
+@grouped
+def generate(
+    path: Annotated[str, typer.Argument(help="A model's folder or Hub id.", metavar="PATH")],
+    prompting: Prompting,
+    sampling: Sampling,
+    loading: Loading,
+    paging: Paging,
+    watching: Watching,
+    json_output: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Continue prompts: text on stdout, statistics on stderr."""
+    if watching.record_routing is not None:
+        _check_writable(watching.record_routing)
+    prompts = prompting.prompts()
+    beams = (sampling.num_beams or 1) > 1
+    paged = paging.options(len(prompts) * (sampling.num_beams or 1))
+
+    import qmoe
+    from qmoe.generation import load_tokenizer
+
+    quiet()
+    model = qmoe.load(path, **asdict(loading), **({} if paged is None else asdict(paged)))
+    writer = None if json_output or beams else _Writer(len(prompts))
+    status = CacheStatus(model) if watching.stats else None
+    options = {
+        "max_new_tokens": prompting.max_new_tokens,
+        "chat": prompting.chat,
+        "stream": None if beams else _stream(writer, status),
+        **sampling.options(),
+    }
+    result, recording, interrupted = _generate(
+        model, load_tokenizer(path), prompts, options, status, watching.record_routing is not None
+    )
+    if json_output:
+        document = {"model": path, "prompts": prompts, **asdict(result)}
+        if status is not None:
+            document["cache"] = status.document()
+        print_json({**document, "interrupted": interrupted})
+    else:
+        (writer or _Writer(len(prompts))).finish(result)
+        print(_statistics_line(result.statistics), file=sys.stderr)
+        if status is not None:
+            print(status.line(), file=sys.stderr)
+    if recording is not None and watching.record_routing is not None:
+        name = Path(path).resolve().name if os.path.isdir(path) else path
+        _save_trace(recording, watching.record_routing, name, len(prompts), interrupted)
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[str],
+    options: dict[str, Any],
+    status: CacheStatus | None,
+    record: bool,
+) -> tuple[GenerationResult, Recording | None, bool]:
+    """The result, the routing if it is recorded, and whether Ctrl-C ended it."""
+    import qmoe
+
+    recording = None
+    try:
+        with ExitStack() as stack:
+            if status is not None:
+                stack.enter_context(closing(status))
+            if record:
+                recording = stack.enter_context(qmoe.record_routing(model))
+            result = qmoe.generate(model, tokenizer, prompts, **options)
+    except qmoe.GenerationInterrupted as interruption:
+        return interruption.result, recording, True
+    return result, recording, False
+
+
+def _stream(
+    writer: _Writer | None, status: CacheStatus | None
+) -> Callable[[int, str], None] | None:
+    if writer is None and status is None:
+        return None
+
+    def stream(index: int, piece: str) -> None:
+        if writer is not None:
+            writer(index, piece)
+        if status is not None:
+            status.update()
+
+    return stream
+
+
+class _Writer:
+    """Writes texts to stdout as they come: the first at once, the others when it is their turn."""
+
+    def __init__(self, num_texts: int) -> None:
+        self.num_texts = num_texts
+        self.written = 0  # characters of the first text
+
+    def __call__(self, index: int, piece: str) -> None:
+        if index == 0:
+            if not self.written:
+                self._heading(0)
+            self.written += len(piece)
+            print(piece, end="", flush=True)
+
+    def finish(self, result: GenerationResult) -> None:
+        for index, text in enumerate(result.texts):
+            if index or not self.written:
+                self._heading(index)
+            print(text if index else text[self.written :], flush=True)
+
+    def _heading(self, index: int) -> None:
+        if self.num_texts > 1:
+            print(f"--- prompt {index + 1}")
+
+
+def _read_stdin() -> str:
+    if sys.stdin is None or sys.stdin.isatty():
+        raise typer.BadParameter("give --prompt TEXT, or pipe the text in")
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"stdin: not UTF-8 text ({error})") from None
+    if not text.strip():
+        raise ValueError("stdin: empty; pipe the text to continue, or give --prompt TEXT")
+    return text.removesuffix("\n")
+
+
+def _check_writable(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent} to write it into")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; give a file's name")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{path}: may not be written")
+
+
+def _save_trace(
+    recording: Recording, path: Path, model: str, num_prompts: int, interrupted: bool
+) -> None:
+    try:
+        trace = recording.trace()
+    except ValueError as error:
+        if not interrupted:
+            raise
+        print(f"{path}: not written, {error}", file=sys.stderr)
+        return
+    prompts = "1 prompt" if num_prompts == 1 else f"{num_prompts} prompts"
+    trace.metadata["source"] = f"{model}: {prompts}, {trace.num_tokens} tokens"
+    trace.save(path)
+
+
+def _statistics_line(statistics: GenerationStatistics) -> str:
+    s = statistics
+    decode = s.decode_tokens_per_second
+    peak = s.peak_memory_bytes
+    parts = [
+        f"prompt {s.prompt_tokens} tokens, {s.prompt_tokens_per_second:.1f}/s",
+        f"new {s.new_tokens} tokens" + (f", {decode:.1f}/s" if decode else ""),
+        f"experts {format_size(s.expert_bytes)}",
+        f"peak {format_size(peak)} {s.peak_memory_kind}" if peak is not None else "peak unknown",
+    ]
+    return " | ".join(parts)
