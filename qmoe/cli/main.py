@@ -138,9 +138,6 @@ def generate(
         int | None,
         typer.Option(help="Texts at a time that it holds.", show_default="the prompts"),
     ] = None,
-    prefetch: Annotated[
-        bool, typer.Option(help="Copy experts ahead that the next layer will probably need.")
-    ] = False,
     stats: Annotated[
         bool, typer.Option("--stats", help="Show the expert cache at work, on stderr.")
     ] = False,
@@ -163,10 +160,9 @@ def generate(
             "hbm_budget": hbm_budget,
             "context": context,
             "batch_size": batch_size or len(prompts) * (num_beams or 1),
-            "prefetch": prefetch,
         }
-    elif context is not None or batch_size is not None or prefetch:
-        raise typer.BadParameter("--context, --batch-size and --prefetch need --hbm-budget")
+    elif context is not None or batch_size is not None:
+        raise typer.BadParameter("--context and --batch-size need --hbm-budget")
     if do_sample is None and any(v is not None for v in (temperature, top_k, top_p, min_p)):
         do_sample = True
     options = {
@@ -197,7 +193,7 @@ def generate(
     interrupted = False
     recording = None
     try:
-        with nullcontext() if record_routing is None else _recording(model) as recording:
+        with nullcontext() if record_routing is None else qmoe.record_routing(model) as recording:
             result = generate_texts(
                 model,
                 load_tokenizer(path),
@@ -407,16 +403,6 @@ def _check_writable(path: Path) -> None:
         raise ValueError(f"{path}: may not be written")
 
 
-def _recording(model: Any) -> Any:
-    """Record routing, and what would be prefetched where all experts are quantized."""
-    from qmoe.experts.layout import describe
-    from qmoe.paging.model import predictors
-    from qmoe.traces.record import record_routing
-
-    quantized = all(describe(module) is None for module in model.modules())
-    return record_routing(model, predictors=predictors(model) if quantized else None)
-
-
 def _save_trace(
     recording: Recording, path: Path, model: str, num_prompts: int, interrupted: bool
 ) -> None:
@@ -554,9 +540,6 @@ def _routing_lines(report: CacheReport) -> list[str]:
         f"{r.top_k}: one token asks for {r.cycle} pages",
         f"reuse: {shares(r.reuse)} of a token's experts were the token's before it",
     ]
-    recall = [share for share in r.recall if share is not None]
-    if recall:
-        lines.append(f"recall: {shares(recall)} of a token's experts had been predicted")
     if r.warmup:
         lines.append(f"warm-up: the first {r.warmup} tokens are not counted in the table")
     return lines

@@ -56,8 +56,6 @@ class StatusLine:
 
 def cache_line(stats: CacheStats) -> str:
     """A cache's counters in one line."""
-    prefetched = sum(layer.prefetched for layer in stats.layers)
-    used = sum(layer.prefetch_used for layer in stats.layers)
     rate = "-" if stats.hit_rate is None else f"{stats.hit_rate:.1%}"
     return " | ".join(
         (
@@ -65,6 +63,5 @@ def cache_line(stats: CacheStats) -> str:
             f"hit rate {rate}",
             f"misses {stats.misses}",
             f"copied {stats.bytes / 1e9:.2f} GB",
-            f"prefetched {prefetched}" + (f", {used / prefetched:.0%} used" if prefetched else ""),
         )
     )

@@ -95,7 +95,7 @@ class ExpertCache:
         *,
         num_slots: int,
         num_staging: int,
-        prefetch: bool = True,
+        prefetch: bool = False,
         overlap: bool | None = None,
         predictors: Sequence[Predictor | None] | None = None,
     ) -> None:

@@ -13,22 +13,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from qmoe.decoding.graph import drop_steps
 from qmoe.experts.pages import LayerPages
 from qmoe.experts.quantized import QuantizedExperts, quantized_modules
-from qmoe.paging.budget import Budget, parse_budget, plan
-from qmoe.paging.expert_cache import ExpertCache, Predictor
+from qmoe.paging.budget import Budget, divide_budget, parse_budget
+from qmoe.paging.expert_cache import ExpertCache
 from qmoe.paging.footprint import measure
 from qmoe.paging.host_store import HostStore
+from qmoe.paging.options import PagingOptions
 from qmoe.paging.stats import CacheStats
 
 # Tokens per sequence where nobody said how many; less where the model takes less.
 DEFAULT_CONTEXT = 8192
-
-# Where routers keep what is added to their scores only to choose experts by.
-_SELECTION_BIASES = ("e_score_correction_bias", "expert_bias")
 
 
 @dataclass(frozen=True)
@@ -38,51 +35,43 @@ class Paging:
     budget: Budget
     device: torch.device
     cache: ExpertCache | None
-    prefetch: bool = False
 
 
-def plan_budget(
-    model: Any,
-    layer_pages: Sequence[LayerPages],
-    hbm_budget: str | int | float,
-    device: torch.device | str,
-    context: int | None = None,
-    batch_size: int = 1,
+def budget_for(
+    model: Any, layers: Sequence[LayerPages], options: PagingOptions, device: torch.device | str
 ) -> Budget:
     """Divide a budget of device memory for ``model``; nothing is changed.
 
     Args:
         model: on one device, not necessarily ``device``; its experts may be quantized, not yet
             quantized, paged, or without their weights.
-        layer_pages: of its experts modules, named as these are.
-        hbm_budget: see :func:`qmoe.paging.budget.parse_budget`. On the CPU the machine's memory
-            stands for the device's.
+        layers: pages of its experts modules, named as these are.
+        options: the budget, and what it must hold. On the CPU the machine's memory stands for the
+            device's.
         device: where the model is going to run.
-        context: tokens per sequence, new ones included; by default 8192, or all that the model
-            takes.
-        batch_size: sequences at a time.
 
     Raises:
         ValueError: a budget that is no size, is more than is free, or is too small; a context that
             the model does not take.
     """
     device = torch.device(device)
+    context = options.context
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is None:
         context = min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)
     elif limit is not None and context > limit:
         raise ValueError(f"context={context}: {type(model).__name__} takes {limit} tokens at most")
-    footprint = measure(model, layer_pages, device)
+    footprint = measure(model, layers, device)
     total, free = _memory(device)
-    return plan(
-        layer_pages,
+    return divide_budget(
+        layers,
         footprint.top_k,
-        total=parse_budget(hbm_budget, total, free + _held(model, device)),
+        total=parse_budget(options.hbm_budget, total, free + _held(model, device)),
         resident=footprint.resident,
-        kv_cache=footprint.kv_cache(context, batch_size),
-        workspace=lambda chunk: footprint.workspace(chunk, context, batch_size),
+        kv_cache=footprint.kv_cache(context, options.batch_size),
+        workspace=lambda chunk: footprint.workspace(chunk, context, options.batch_size),
         context=context,
-        batch_size=batch_size,
+        batch_size=options.batch_size,
     )
 
 
@@ -91,8 +80,6 @@ def page_experts(
     store: HostStore,
     budget: Budget,
     device: torch.device | str,
-    *,
-    prefetch: bool = False,
 ) -> None:
     """Let a model on ``device`` take its experts from ``store``, whose layers are its experts'.
 
@@ -103,14 +90,7 @@ def page_experts(
     modules = quantized_modules(model)
     assert [layer.name for layer in store.layers] == list(modules)
     # One slot until the weights that were resident, if any, have made room for the others.
-    cache = ExpertCache(
-        store,
-        device,
-        num_slots=1,
-        num_staging=0,
-        prefetch=prefetch,
-        predictors=predictors(model),
-    )
+    cache = ExpertCache(store, device, num_slots=1, num_staging=0)
     had_weights = all(p is not None for m in modules.values() for p in m._parameters.values())
     for layer, experts in enumerate(modules.values()):
         experts.page(cache, layer)
@@ -120,7 +100,7 @@ def page_experts(
         if had_weights:
             _unpage(modules.values(), cache)
         raise
-    _remember(model, Paging(budget, device, cache, prefetch))
+    _remember(model, Paging(budget, device, cache))
 
 
 def keep_resident(model: nn.Module, budget: Budget, device: torch.device | str) -> None:
@@ -181,9 +161,9 @@ def resize(
     device = before.device if before is not None else next(model.parameters()).device
     layers = pages_of(modules)
     drop_steps(model)  # they would count as memory that something else has
-    budget = plan_budget(model, layers, hbm_budget, device, context, batch_size or 1)
+    options = PagingOptions(hbm_budget, context, batch_size or 1)
+    budget = budget_for(model, layers, options, device)
     cache = before.cache if before is not None else None
-    prefetch = before.prefetch if before is not None else False
     if cache is not None and budget.all_resident:
         _make_resident(modules, cache)
         cache = None
@@ -192,12 +172,12 @@ def resize(
     elif not budget.all_resident:
         store = _store_of(modules, layers, device)
         try:
-            page_experts(model, store, budget, device, prefetch=prefetch)
+            page_experts(model, store, budget, device)
         except BaseException:
             store.close()
             raise
         return budget
-    _remember(model, Paging(budget, device, cache, prefetch))
+    _remember(model, Paging(budget, device, cache))
     return budget
 
 
@@ -312,62 +292,3 @@ def _held(model: nn.Module, device: torch.device) -> int:
     paging: Paging | None = getattr(model, "qmoe_paging", None)
     cached = 0 if paging is None or paging.cache is None else paging.cache.memory.nbytes
     return cached + sum(t.nbytes for t in tensors if t.is_cuda and t.device.index == index)
-
-
-# ---- prediction --------------------------------------------------------------------------------
-
-
-def predictors(model: nn.Module) -> list[Predictor | None]:
-    """For each experts module, what proposes the experts of the next one.
-
-    A proposal is what the next layer's router makes of the hidden states that go into this layer's
-    experts, (num_tokens, hidden_size) -> (num_tokens, top_k): a hint, ids of identity experts
-    included. None where the next router is unlike those that are known, and for the last module.
-    """
-    names = list(quantized_modules(model))
-    return [*(_predictor(model, following) for following in names[1:]), None]
-
-
-def _predictor(model: Any, name: str) -> Predictor | None:
-    experts: QuantizedExperts = model.get_submodule(name)
-    layout = experts.layout
-    block = model.get_submodule(name.rpartition(".")[0])
-    shape = (layout.num_experts + layout.num_identity_experts, layout.hidden_size)
-    inside = set(experts.modules())
-    router = next(
-        (
-            module
-            for module in block.modules()
-            if module not in inside
-            and (weight := module._parameters.get("weight")) is not None
-            and tuple(weight.shape) == shape
-        ),
-        None,
-    )
-    if router is None or layout.dense:
-        return None
-    bias = next(
-        (
-            tensor
-            for module in block.modules()
-            for tensor in (getattr(module, bias, None) for bias in _SELECTION_BIASES)
-            if isinstance(tensor, torch.Tensor) and tensor.numel() == shape[0]
-        ),
-        None,
-    )
-    counts = [
-        getattr(m, n, None) for n in ("top_k", "num_experts_per_tok") for m in (router, block)
-    ]
-    counts.append(getattr(model.config.get_text_config(), "num_experts_per_tok", None))
-    top_k = next((count for count in counts if isinstance(count, int)), None)
-    if top_k is None:
-        return None
-
-    def predict(hidden_states: torch.Tensor) -> torch.Tensor:
-        weight = router.weight
-        scores = F.linear(hidden_states.to(weight.dtype), weight, getattr(router, "bias", None))
-        if bias is not None:
-            scores = scores.sigmoid() + bias.view(-1)
-        return scores.topk(top_k, dim=-1).indices
-
-    return torch.no_grad()(predict)
