@@ -6,15 +6,16 @@ A model keeps what it was given in one attribute, ``model.qmoe_paging``.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from qmoe.decoding.graph import drop_steps
+from qmoe.experts.guard import guard_of
 from qmoe.experts.pages import LayerPages
 from qmoe.experts.quantized import QuantizedExperts, quantized_modules
 from qmoe.paging.budget import Budget, divide_budget, parse_budget
@@ -76,36 +77,40 @@ def budget_for(
 
 
 def page_experts(
-    model: nn.Module,
-    store: HostStore,
-    budget: Budget,
-    device: torch.device | str,
+    model: nn.Module, store: HostStore, budget: Budget, device: torch.device | str
 ) -> None:
     """Let a model on ``device`` take its experts from ``store``, whose layers are its experts'.
 
     Raises:
         torch.OutOfMemoryError: the slots do not fit; the model is as it was.
     """
-    device = torch.device(device)
     modules = quantized_modules(model)
     assert [layer.name for layer in store.layers] == list(modules)
-    # One slot until the weights that were resident, if any, have made room for the others.
-    cache = ExpertCache(store, device, num_slots=1, num_staging=0)
-    had_weights = all(p is not None for m in modules.values() for p in m._parameters.values())
-    for layer, experts in enumerate(modules.values()):
-        experts.page(cache, layer)
-    try:
-        cache.resize(budget.num_slots, budget.num_staging)
-    except BaseException:
-        if had_weights:
-            _unpage(modules.values(), cache)
-        raise
-    _remember(model, Paging(budget, device, cache))
+    device = torch.device(device)
+    with _changing(model):
+        cache = ExpertCache(
+            store, device, num_slots=budget.num_slots, num_staging=budget.num_staging
+        )
+        for layer, experts in enumerate(modules.values()):
+            experts.page(cache, layer)
+        _remember(model, Paging(budget, device, cache))
 
 
 def keep_resident(model: nn.Module, budget: Budget, device: torch.device | str) -> None:
     """Remember the budget of a model that has all of its weights on ``device``."""
-    _remember(model, Paging(budget, torch.device(device), None))
+    with _changing(model):
+        _remember(model, Paging(budget, torch.device(device), None))
+
+
+@contextmanager
+def _changing(model: nn.Module) -> Iterator[None]:
+    """Nothing of the model is queued meanwhile, and what is made is fit for training code too."""
+    with (
+        guard_of(model).changing("qmoe.resize", live=True),
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):
+        yield
 
 
 def _remember(model: Any, paging: Paging) -> None:
@@ -140,7 +145,8 @@ def resize(
     Raises:
         ValueError: the model is not quantized by qmoe, the budget cannot work, or host memory is
             too short for the pages. The model is then as it was.
-        torch.OutOfMemoryError: something else has taken the memory since; the same holds.
+        torch.OutOfMemoryError: something else has taken the memory since. The model is as it was,
+            or has fewer slots where it does not fit any more; the message says how many.
 
     Example:
         >>> import qmoe
@@ -154,30 +160,26 @@ def resize(
             f"{type(model).__name__} has no experts that qmoe quantized; call qmoe.patch(model) "
             "first"
         )
-    before: Paging | None = getattr(model, "qmoe_paging", None)
-    if before is not None:
-        context = context or before.budget.context
-        batch_size = batch_size or before.budget.batch_size
-    device = before.device if before is not None else next(model.parameters()).device
-    layers = pages_of(modules)
-    drop_steps(model)  # they would count as memory that something else has
-    options = PagingOptions(hbm_budget, context, batch_size or 1)
-    budget = budget_for(model, layers, options, device)
-    cache = before.cache if before is not None else None
-    if cache is not None and budget.all_resident:
-        _make_resident(modules, cache)
-        cache = None
-    elif cache is not None:
-        cache.resize(budget.num_slots, budget.num_staging)
-    elif not budget.all_resident:
-        store = _store_of(modules, layers, device)
-        try:
-            page_experts(model, store, budget, device)
-        except BaseException:
-            store.close()
-            raise
-        return budget
-    _remember(model, Paging(budget, device, cache))
+    with _changing(model):
+        before: Paging | None = getattr(model, "qmoe_paging", None)
+        if before is not None:
+            context = context or before.budget.context
+            batch_size = batch_size or before.budget.batch_size
+        device = before.device if before is not None else next(model.parameters()).device
+        layers = pages_of(modules)
+        options = PagingOptions(hbm_budget, context, batch_size or 1)
+        budget = budget_for(model, layers, options, device)
+        _synchronize(device)  # steps that are queued still use the weights and slots
+        caches = _caches(modules)
+        if budget.all_resident:
+            _make_resident(modules)
+            _remember(model, Paging(budget, device, None))
+        elif len(caches) == 1 and all(experts.paged for experts in modules.values()):
+            (cache,) = caches
+            cache.resize(budget.num_slots, budget.num_staging)
+            _remember(model, Paging(budget, device, cache))
+        else:
+            _make_paged(model, modules, layers, budget, device)
     return budget
 
 
@@ -202,11 +204,77 @@ def pages_of(modules: Mapping[str, QuantizedExperts]) -> list[LayerPages]:
 
 
 # ---- between resident and paged ----------------------------------------------------------------
+# A layer computes with its pages or with its parameters, and both give the same bits: wherever an
+# error or an interrupt strikes, each layer has one of them. A cache is closed once none uses it.
 
 
-def _unpage(modules: Iterable[QuantizedExperts], cache: ExpertCache) -> None:
-    """Give modules parameters with what their pages hold, where their scales are."""
-    for layer, experts in enumerate(modules):
+def _caches(modules: Mapping[str, QuantizedExperts]) -> set[ExpertCache]:
+    """The cache that the modules take their experts from: none, or one."""
+    return {experts.paged[0] for experts in modules.values() if experts.paged is not None}
+
+
+def _make_resident(modules: Mapping[str, QuantizedExperts]) -> None:
+    caches = {cache: (cache.num_slots, cache.num_staging) for cache in _caches(modules)}
+    before = [(experts, experts.paged) for experts in modules.values()]
+    try:
+        for cache in caches:
+            cache.resize(1, 0)  # make room
+        _unpage(modules.values())
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # they hold weights that came in vain
+        for experts, paged in before:
+            if paged is not None:
+                experts.page(*paged)
+        for cache, (num_slots, num_staging) in caches.items():
+            cache.resize(max(1, num_slots), num_staging)
+        raise
+    for cache in caches:
+        cache.close()
+
+
+def _make_paged(
+    model: nn.Module,
+    modules: Mapping[str, QuantizedExperts],
+    layers: Sequence[LayerPages],
+    budget: Budget,
+    device: torch.device,
+) -> None:
+    store = _store_of(modules, layers, device)
+    try:
+        # One slot until the weights have made room for the others.
+        cache = ExpertCache(store, device, num_slots=1, num_staging=0)
+    except BaseException:
+        store.close()
+        raise
+    try:
+        for layer, experts in enumerate(modules.values()):
+            experts.page(cache, layer)
+        cache.resize(budget.num_slots, budget.num_staging)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        try:
+            _unpage(modules.values())
+        except torch.OutOfMemoryError as another:
+            traceback.clear_frames(another.__traceback__)
+            for layer, experts in enumerate(modules.values()):
+                experts.page(cache, layer)
+            _remember(model, Paging(budget, device, cache))
+            raise torch.OutOfMemoryError(
+                f"{device} has no memory for {budget.num_slots} slots, nor for the weights as they "
+                f"were; {type(model).__name__} is paged with {cache.num_slots} slots now, free "
+                "some memory and call qmoe.resize"
+            ) from None
+        cache.close()
+        raise
+    _remember(model, Paging(budget, device, cache))
+
+
+def _unpage(modules: Iterable[QuantizedExperts]) -> None:
+    """Give paged modules parameters with what their pages hold, where their scales are."""
+    for experts in modules:
+        if experts.paged is None:
+            continue
+        cache, layer = experts.paged
         weights = []
         device = experts.down_proj_scale.device
         for pages in cache.host.weights(layer):
@@ -215,22 +283,8 @@ def _unpage(modules: Iterable[QuantizedExperts], cache: ExpertCache) -> None:
             for target, source in zip(weight, pages, strict=True):
                 target.copy_(source, non_blocking=True)
             weights.append(weight)
+        _synchronize(cache.device)  # a thread that runs the layer on another stream finds them
         experts.unpage(*weights)
-    if cache.device.type == "cuda":
-        torch.cuda.synchronize(cache.device)  # the pages may go now
-
-
-def _make_resident(modules: Mapping[str, QuantizedExperts], cache: ExpertCache) -> None:
-    num_slots, num_staging = cache.num_slots, cache.num_staging
-    cache.resize(1, 0)  # make room first
-    try:
-        _unpage(modules.values(), cache)
-    except BaseException:
-        for layer, experts in enumerate(modules.values()):
-            experts.page(cache, layer)
-        cache.resize(num_slots, num_staging)
-        raise
-    cache.close()
 
 
 def host_store(
@@ -262,8 +316,7 @@ def _store_of(
     try:
         for layer, experts in enumerate(modules.values()):
             fill_layer(store, layer, experts)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        _synchronize(device)
     except BaseException:
         store.close()
         raise
@@ -271,6 +324,11 @@ def _store_of(
 
 
 # ---- memory of a device ------------------------------------------------------------------------
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _memory(device: torch.device) -> tuple[int, int]:
@@ -289,6 +347,5 @@ def _held(model: nn.Module, device: torch.device) -> int:
         return 0
     index = device.index if device.index is not None else torch.cuda.current_device()
     tensors = (*model.parameters(), *model.buffers())
-    paging: Paging | None = getattr(model, "qmoe_paging", None)
-    cached = 0 if paging is None or paging.cache is None else paging.cache.memory.nbytes
+    cached = sum(cache.num_bytes for cache in _caches(quantized_modules(model)))
     return cached + sum(t.nbytes for t in tensors if t.is_cuda and t.device.index == index)
