@@ -41,7 +41,7 @@ class TestRoutingTrace:
         trace.save(path)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
-        tensors = {"topk_ids": trace.topk_ids, "predicted_ids": trace.topk_ids}
+        tensors = {"topk_ids": trace.topk_ids, "predicted_ids": trace.topk_ids.clone()}
         save_file(tensors, path, metadata)
         assert torch.equal(RoutingTrace.load(path).topk_ids, trace.topk_ids)
 
@@ -51,7 +51,7 @@ class TestRoutingTrace:
             ({"num_experts": 3}, "ids from -1 to 3; 3 experts"),
             ({"topk_ids": torch.zeros(2, 2, dtype=torch.int16)}, r"shape \(2, 2\)"),
             ({"topk_ids": torch.zeros(0, 2, 2, dtype=torch.int16)}, "none of them 0"),
-            ({"topk_ids": torch.zeros(3, 2, 2, dtype=torch.int64)}, "expected .* torch.int16"),
+            ({"topk_ids": torch.zeros(3, 2, 2, dtype=torch.int64)}, "expected torch.int16"),
             ({"page_bytes": (10,)}, "page_bytes"),
         ],
     )
