@@ -657,6 +657,46 @@ def test_decoding_eagerly_and_by_graph(weights, device) -> None:
         check_contents(cache)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_one_thread_replays_while_another_runs_layers(device) -> None:
+    """On a GPU each on a stream of its own; the graph takes its turn between two layers."""
+    example = paged("qwen3_moe", "fp8", device)
+    cache = example.cache(6, 2)
+    decoder = Decoder(example.model)
+    decoder.reset()
+    decoder.step()  # compiles kernels
+    replay = decoder.capture()
+
+    def decode() -> Tensor:
+        with torch.cuda.stream(torch.cuda.Stream() if device == "cuda" else None):
+            decoder.reset()
+            rows = []
+            for _ in range(16):
+                with cache.lock:
+                    cache.take_turn()
+                    replay()
+                rows.append(decoder.logits.clone())
+            return torch.cat(rows).cpu()
+
+    expected, done, wrong = decode(), threading.Event(), []
+
+    def work() -> None:
+        with torch.cuda.stream(torch.cuda.Stream() if device == "cuda" else None):
+            while not done.is_set():
+                for prompt, logits in zip(example.prompts, example.logits, strict=True):
+                    if not torch.equal(forward(example.model, prompt), logits):
+                        wrong.append(prompt.shape)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        assert all(torch.equal(decode(), expected) for _ in range(4))
+    finally:
+        done.set()
+        thread.join()
+    assert not wrong
+
+
 @pytest.mark.gpu
 def test_counters_are_read_while_the_gpu_computes() -> None:
     """Reading does not wait for what is queued on the model's stream."""
