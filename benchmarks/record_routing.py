@@ -1,10 +1,9 @@
-"""Record the routing of the shipped model on its held-out text, predictions included.
+"""Record the routing of the shipped model on its held-out text.
 
     python benchmarks/record_routing.py
 
 writes benchmarks/data/tiny_moe_routing.safetensors: the INT8 model reads the text as in decode,
-window by window, every token after those before it in its window; beside the routing stand the
-experts that each layer's router would choose from the hidden state of the layer before.
+window by window, every token after those before it in its window.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import torch
 
 import qmoe
 from qmoe.generation import load_tokenizer
-from qmoe.paging.model import predictors
 from qmoe.traces.trace import RoutingTrace
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +29,7 @@ def record(folder: Path, *, num_windows: int = 2, window: int = 1024) -> Routing
     text = (folder / "heldout.txt").read_text(encoding="utf-8")
     ids = load_tokenizer(str(folder))(text, add_special_tokens=False, verbose=False)["input_ids"]
     windows = torch.tensor(ids[: num_windows * window]).view(num_windows, window)
-    with qmoe.record_routing(model, predictors=predictors(model)) as recording:
+    with qmoe.record_routing(model) as recording:
         for tokens in windows:
             model(input_ids=tokens[None], use_cache=False, logits_to_keep=1)
     source = f"{folder.name}/heldout.txt: {num_windows} windows of {window} tokens, experts in INT8"
@@ -47,4 +45,3 @@ if __name__ == "__main__":
     trace.save(out)
     print(f"{out}: {trace.num_tokens} tokens, {trace.num_layers} layers, top {trace.top_k}")
     print("reuse", " ".join(f"{share:.1%}" for share in trace.reuse().tolist()))
-    print("recall", " ".join(f"{share:.1%}" for share in trace.recall()[1:].tolist()))

@@ -8,9 +8,9 @@
 - *admission*: microseconds of one look-up, when everything hits and when it does not.
 - *overlap*: microseconds of a layer that computes with the experts it has while the others fly,
   and of one that does not, by number of tokens.
-- *decode*: milliseconds per token of a CUDA graph of the whole model, at six capacities, with and
-  without prefetching, on a synthetic trace and on one recorded from the shipped model, tiled;
-  beside the same graph with all experts resident, and LRU and Belady replayed on the same tokens.
+- *decode*: milliseconds per token of a CUDA graph of the whole model, at six capacities, on a
+  synthetic trace and on one recorded from the shipped model, tiled; beside the same graph with all
+  experts resident, and LRU and Belady replayed on the same tokens.
 - *prefill*: seconds for 8192 tokens with all experts on the host.
 - *baselines*: a host-driven cache and qmoe's own, as eager forward passes.
 - *offload*: accelerate's ``cpu_offload`` of the bf16 model.

@@ -208,7 +208,7 @@ def run_baselines(bench: Benchmark, num_tokens: int = 16) -> None:
     bench.residents.leave(cache)
     for capacity in (0.25, 0.5):
         cache.resize(bench.num_slots(capacity), shape.num_experts_per_tok)
-        cache.prefetch = cache.overlap = False
+        cache.overlap = False
         decoder.capture()  # to be warm sooner
         for name, trace in bench.traces.items():
             bench.replay.load(trace)

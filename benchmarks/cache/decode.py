@@ -12,15 +12,10 @@ from qmoe.paging.stats import CacheStats
 from qmoe.traces.replay import replay_curve
 from qmoe.traces.trace import RoutingTrace
 
-# The ones that the issue asks most of come first, in case time runs out.
 CAPACITIES = (0.25, 0.5, 0.375, 0.125, 0.75, 1.0)
 OVERLAP_CAPACITIES = (0.25, 0.375, 0.5)
-VARIANTS = {
-    "plain": {"prefetch": False, "overlap": False},
-    "prefetch": {"prefetch": True, "overlap": False},
-    "overlap": {"prefetch": False, "overlap": True},
-    "overlap+prefetch": {"prefetch": True, "overlap": True},
-}
+# Whether a layer computes with the experts that it has while the others fly.
+VARIANTS = {"plain": False, "overlap": True}
 
 
 def run_decode(bench: Benchmark) -> None:
@@ -37,9 +32,6 @@ def run_decode(bench: Benchmark) -> None:
         page_bytes=shape.page_bytes,
         host_store=bench.store_facts,
         link_gb_per_s=bench.link,
-        predictor_recall={
-            name: round(float(trace.recall()[1:].mean()), 4) for name, trace in bench.traces.items()
-        },
     )
     check_bits(bench)
     replayed = replay_window(bench)
@@ -58,10 +50,9 @@ def run_decode(bench: Benchmark) -> None:
     for capacity in CAPACITIES:
         decoder.release()
         cache.resize(bench.num_slots(capacity), shape.num_experts_per_tok)
-        for variant, switches in VARIANTS.items():
-            if switches["overlap"] and capacity not in OVERLAP_CAPACITIES:
+        for variant, cache.overlap in VARIANTS.items():
+            if cache.overlap and capacity not in OVERLAP_CAPACITIES:
                 continue
-            cache.prefetch, cache.overlap = switches["prefetch"], switches["overlap"]
             decoder.capture()
             for name, trace in bench.traces.items():
                 each, total, counts = time_paged(bench, trace)
@@ -137,9 +128,6 @@ def count(before: CacheStats, after: CacheStats, num_tokens: int) -> dict[str, f
         "hit_rate": round(hits / max(hits + misses, 1), 4),
         "missed_bytes": round(missed / num_tokens),
         "copied_bytes": round((after.bytes - before.bytes) / num_tokens),
-        "prefetched": grown("prefetched"),
-        "prefetch_used": grown("prefetch_used"),
-        "prefetch_wasted": grown("prefetch_wasted"),
     }
 
 
@@ -186,8 +174,7 @@ def check_bits(bench: Benchmark, num_tokens: int = 4) -> None:
             raise AssertionError("the resident model's logits are not what they should be")
         decoder.release()
         bench.residents.leave(cache)
-        for variant, switches in VARIANTS.items():
-            cache.prefetch, cache.overlap = switches["prefetch"], switches["overlap"]
+        for variant, cache.overlap in VARIANTS.items():
             # The smallest pool that works: everything is evicted all the time.
             for num_slots in (bench.shape.cycle, bench.num_slots(0.5)):
                 decoder.release()
@@ -213,10 +200,4 @@ def check_bits(bench: Benchmark, num_tokens: int = 4) -> None:
 def sweepless(trace: RoutingTrace, bench: Benchmark) -> RoutingTrace:
     """The same trace with its sweep at the end."""
     start = bench.first - bench.num_warmup
-    predicted = trace.predicted_ids
-    return RoutingTrace(
-        trace.topk_ids.roll(-start, 0),
-        trace.num_experts,
-        trace.page_bytes,
-        None if predicted is None else predicted.roll(-start, 0),
-    )
+    return RoutingTrace(trace.topk_ids.roll(-start, 0), trace.num_experts, trace.page_bytes)

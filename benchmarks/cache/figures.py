@@ -8,13 +8,11 @@ from typing import Any
 
 from matplotlib import pyplot as plt
 
-from benchmarks.drawing import BLUE, GREEN, GREY, ORANGE, RED, save, tidy
+from benchmarks.drawing import BLUE, GREY, ORANGE, save, tidy
 
 VARIANTS = {
-    "plain": ("no prefetch", BLUE, "o"),
+    "plain": ("hits and misses together", BLUE, "o"),
     "overlap": ("hits compute first", ORANGE, "v"),
-    "prefetch": ("prefetch", GREEN, "s"),
-    "overlap+prefetch": ("both", RED, "D"),
 }
 TITLES = {
     "synthetic": "Synthetic trace: Zipf 0.65, 40 % reuse",
@@ -78,12 +76,9 @@ def retention(section: Cell, path: Path) -> None:
         bottom.plot(x, rates, ls="--", c=GREY, marker="^", label="Belady (replayed)")
         rates = [100 * cell["lru_hit_rate"] for cell in cells]
         bottom.plot(x, rates, ls="-", c=GREY, marker="x", ms=9, label="LRU (replayed)")
-        for variant in ("plain", "prefetch"):
-            if variant in variants:
-                label, colour, marker = VARIANTS[variant]
-                rates = [100 * cell["hit_rate"] for cell in variants[variant]]
-                x = [100 * cell["capacity"] for cell in variants[variant]]
-                bottom.plot(x, rates, marker, ls="", c=colour, label=f"measured, {label}")
+        label, colour, marker = VARIANTS["plain"]
+        rates = [100 * cell["hit_rate"] for cell in cells]
+        bottom.plot(x, rates, marker, ls="", c=colour, label="measured")
         top.set_title(TITLES.get(trace, trace), fontsize=10)
         top.set_ylim(0, 105)
         bottom.set_ylim(0, 105)
@@ -153,11 +148,10 @@ def baselines(sections: Cell, path: Path) -> None:
     decode = sections.get("decode", {})
     for cell in sorted(decode.get("cells", []), key=lambda c: c["capacity"]):
         wanted = {c["capacity"] for c in cells} - {1.0}
-        default = cell["variant"] in ("plain", "prefetch")
-        if cell["trace"] == "synthetic" and cell["capacity"] in wanted and default:
-            label, colour, _ = VARIANTS[cell["variant"]]
-            name = f"qmoe, CUDA graph, {label}, {100 * cell['capacity']:g} %"
-            rows.append((name, cell["tokens_per_s"], colour))
+        plain = cell["variant"] == "plain"
+        if cell["trace"] == "synthetic" and cell["capacity"] in wanted and plain:
+            name = f"qmoe, CUDA graph, {100 * cell['capacity']:g} %"
+            rows.append((name, cell["tokens_per_s"], BLUE))
     for cell in decode.get("resident", []):
         if cell["trace"] == "synthetic":
             rows.append(("resident, CUDA graph", cell["tokens_per_s"], "#555555"))

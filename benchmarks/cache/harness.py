@@ -26,7 +26,6 @@ from qmoe.paging.stats import CacheStats
 from qmoe.traces.trace import RoutingTrace, synthetic_trace, tile_trace
 
 RECORDED = Path(__file__).parents[1] / "data" / "tiny_moe_routing.safetensors"
-RECALL = 0.886  # of the next layer's router, published for Qwen3-30B
 
 
 class Benchmark:
@@ -41,7 +40,7 @@ class Benchmark:
     def traces(self) -> dict[str, RoutingTrace]:
         """By name; each starts with a sweep over all experts, then warm-up, then what is timed."""
         shape, length = self.shape, self.num_warmup + self.num_tokens
-        drawn = synthetic_trace(length, *shape.routing, recall=RECALL, page_bytes=shape.page_bytes)
+        drawn = synthetic_trace(length, *shape.routing, page_bytes=shape.page_bytes)
         recorded = RoutingTrace.load(RECORDED)
         tiled = tile_trace(recorded, *shape.routing, num_tokens=length, page_bytes=shape.page_bytes)
         return {"synthetic": sweep(drawn), "recorded": sweep(tiled)}
@@ -55,6 +54,7 @@ class Benchmark:
     def model(self) -> Any:
         """Its routers replay; experts have no weights until `residents` or `cache` give them."""
         model = build_model(self.shape, self.device)
+        replay_routing(model, self.replay)
         self.results.log("model built")
         return model
 
@@ -67,10 +67,6 @@ class Benchmark:
     @cached_property
     def replay(self) -> Replay:
         return Replay(self.shape, self.traces["synthetic"].num_tokens, self.device)
-
-    @cached_property
-    def predictors(self) -> Any:
-        return replay_routing(self.model, self.replay)
 
     @cached_property
     def residents(self) -> Residents:
@@ -87,13 +83,10 @@ class Benchmark:
             self.device,
             num_slots=self.num_slots(0.5),
             num_staging=top_k,
-            prefetch=False,
-            predictors=self.predictors,
         )
 
     @cached_property
     def decoder(self) -> Decoder:
-        assert self.predictors is not None  # routing is replayed from here on
         return Decoder(self.model, self.replay, self.context, self.traces["synthetic"].num_tokens)
 
     @cached_property
@@ -118,7 +111,7 @@ class Benchmark:
         if "cache" in made:
             self.cache.close()
         store = made.get("store")
-        for name in ("decoder", "cache", "residents", "predictors", "replay", "model", "store"):
+        for name in ("decoder", "cache", "residents", "replay", "model", "store"):
             made.pop(name, None)
         if store is not None:
             store.close()

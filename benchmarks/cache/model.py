@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from qmoe.decoding.graph import capture
 from qmoe.decoding.step import DecodeStep
 from qmoe.paging.expert_cache import ExpertCache
 from qmoe.paging.host_store import HostStore, PageRead
-from qmoe.paging.model import predictors
 from qmoe.traces.trace import RoutingTrace
 
 RANDOM_BYTES = 1 << 28  # of the file that host stores are filled from
@@ -102,7 +100,6 @@ class Replay:
 
     Attributes:
         topk_ids: (num_layers, num_tokens, top_k) int64.
-        predicted_ids: likewise, -1 where nothing is predicted.
         token: (1,) int64, the next row; it wraps around.
         rows: rows of the tokens in the present forward pass.
     """
@@ -110,15 +107,12 @@ class Replay:
     def __init__(self, shape: Shape, num_tokens: int, device: torch.device) -> None:
         size = (shape.num_hidden_layers, num_tokens, shape.num_experts_per_tok)
         self.topk_ids = torch.zeros(size, dtype=torch.int64, device=device)
-        self.predicted_ids = torch.full_like(self.topk_ids, -1)
         self.token = torch.zeros(1, dtype=torch.int64, device=device)
         self.rows = self.token
 
     def load(self, trace: RoutingTrace) -> None:
         """Take another trace of the same size; a captured graph goes on with it."""
         self.topk_ids.copy_(trace.topk_ids.transpose(0, 1))
-        if trace.predicted_ids is not None:
-            self.predicted_ids.copy_(trace.predicted_ids.transpose(0, 1))
 
     def begin(self, num_tokens: int) -> None:
         """Call before a forward pass over so many tokens."""
@@ -143,31 +137,10 @@ class ReplayedRouter(nn.Module):
         return logits, weights, ids
 
 
-def replay_routing(
-    model: Qwen3MoeForCausalLM, replay: Replay
-) -> list[Callable[[Tensor], Tensor] | None]:
-    """Replace what the model's routers choose; the predictors to give to an `ExpertCache`.
-
-    A predictor runs the next layer's router, as it would without a trace, and then says what the
-    trace's predictor said.
-    """
-
-    def replayed(
-        predict: Callable[[Tensor], Tensor], next_layer: int
-    ) -> Callable[[Tensor], Tensor]:
-        def predictor(hidden_states: Tensor) -> Tensor:
-            predict(hidden_states)
-            return replay.predicted_ids[next_layer].index_select(0, replay.rows)
-
-        return predictor
-
-    replayed_predictors = [
-        None if predict is None else replayed(predict, layer + 1)
-        for layer, predict in enumerate(predictors(model))
-    ]
+def replay_routing(model: Qwen3MoeForCausalLM, replay: Replay) -> None:
+    """Replace what the model's routers choose."""
     for layer, block in enumerate(model.model.layers):
         block.mlp.gate = ReplayedRouter(block.mlp.gate, replay, layer)
-    return replayed_predictors
 
 
 class Residents:
@@ -293,11 +266,9 @@ def sweep(trace: RoutingTrace) -> RoutingTrace:
     num_steps = -(-trace.num_experts // trace.top_k)
     ids = torch.arange(num_steps * trace.top_k).clamp(max=trace.num_experts - 1)
     every = ids.view(num_steps, 1, trace.top_k).expand(-1, trace.num_layers, -1).to(torch.int16)
-    predicted = trace.predicted_ids
     return RoutingTrace(
         torch.cat((every, trace.topk_ids)),
         trace.num_experts,
         trace.page_bytes,
-        None if predicted is None else torch.cat((torch.full_like(every, -1), predicted)),
         trace.metadata,
     )

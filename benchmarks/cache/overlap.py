@@ -32,7 +32,7 @@ def run_overlap(bench: Benchmark) -> None:
             torch.randint(0, 256, store.pages(i).shape, dtype=torch.uint8, device=device)
         )
     scales = [torch.full((num_experts, rows), 2e-4, device=device) for rows, _ in (up, down)]
-    cache = ExpertCache(store, device, num_slots=num_experts, num_staging=0, prefetch=False)
+    cache = ExpertCache(store, device, num_slots=num_experts, num_staging=0)
     generator = torch.Generator().manual_seed(0)
     popularity = 1 / torch.arange(1.0, num_experts + 1)
     results.set(layers=NUM_LAYERS, steps=NUM_STEPS)
@@ -60,7 +60,7 @@ def run_overlap(bench: Benchmark) -> None:
 
         def steps(x=x, ids=ids, weights=weights, compute=compute):
             for i, layer_ids in enumerate(ids):
-                cache.run(i % NUM_LAYERS, x, layer_ids, weights, compute)
+                cache.run(i % NUM_LAYERS, layer_ids, weights, compute)
 
         for overlap in (False, True):
             cache.overlap = overlap

@@ -12,7 +12,6 @@ from benchmarks.model import time_each
 def run_prefill(bench: Benchmark, repeats: int = 2) -> None:
     """Seconds for a long prompt, by chunk and staging; everything resident, and on the host."""
     results, shape, model = bench.results, bench.shape, bench.model
-    assert bench.predictors is not None
     bench.replay.load(bench.traces["synthetic"])
     generator = torch.Generator(bench.device).manual_seed(2)
     input_ids = torch.randint(
@@ -42,7 +41,7 @@ def run_prefill(bench: Benchmark, repeats: int = 2) -> None:
         results.add("resident", {"chunk": chunk, "ms": [round(ms, 2) for ms in each]})
     cache = bench.cache
     bench.residents.leave(cache)
-    cache.prefetch = cache.overlap = False
+    cache.overlap = False
     results.set(prompt=bench.prompt, link_gb_per_s=bench.link, num_slots=shape.cycle)
     cells = [(chunk, shape.num_experts) for chunk in chunks]
     cells += [(bench.prompt, shape.num_experts // 4), (bench.prompt, shape.num_experts_per_tok)]

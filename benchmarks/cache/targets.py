@@ -10,8 +10,7 @@ from qmoe_kernels.paging import GATHER_PROGRAMS
 def targets(sections: dict[str, Any]) -> list[dict[str, Any]]:
     """What was to be reached, and what was, as far as it has been measured.
 
-    Decode counts as it is by default, without and with prefetching; cells of other variants show
-    what they bring.
+    Decode counts as it is by default; cells of other variants show what they bring.
     """
     found: list[dict[str, Any]] = []
 
@@ -35,14 +34,11 @@ def targets(sections: dict[str, Any]) -> list[dict[str, Any]]:
     decode = {(c["trace"], c["capacity"], c["variant"]): c for c in cells("decode")}
     for (trace, capacity, variant), cell in sorted(decode.items()):
         what = f"{trace}, {100 * capacity:g} %, {variant}: "
-        base = decode.get((trace, capacity, "plain"))
         if variant == "plain":
             add(what + "time over (resident + missed bytes / rate)", 1.10, cell["ratio"])
-        elif variant == "prefetch" and base is not None and 0.25 <= capacity <= 0.5:
-            share = cell["ms"] / (cell["resident_ms"] + base["link_ms"])
-            add(what + "time over that sum without prefetch", 0.80, round(share, 4))
-        if variant == "prefetch" and capacity == 1:
-            add(what + "retention of a cache of that size", 0.98, cell["retention"], at_most=False)
+            if capacity == 1:
+                retention = cell["retention"]
+                add(what + "retention of a cache of that size", 0.98, retention, at_most=False)
     for cell in cells("decode", "resident_again"):
         what = f"{cell['trace']}, budget holds everything: retention"
         add(what, 0.98, cell["retention"], at_most=False)

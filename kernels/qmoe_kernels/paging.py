@@ -25,14 +25,8 @@ try:
 except ImportError:  # a CPU needs no Triton
     triton = None
 
-# Columns of Residency.counters; a row is 64 bytes.
-HITS, MISSES, PREFETCHED, PREFETCH_USED = range(4)
-NUM_COUNTERS = 8
-
-# A layer's prefetching lives on credit. A prefetched page costs some, one that is then routed to
-# earns twice as much, and every step brings a little: below one page used in two, a layer copies no
-# more than one page in sixteen steps, just enough to notice that its proposals have become better.
-CREDIT_PER_STEP, PAGE_COST, PAGE_REWARD, CREDIT_LIMIT = 1, 16, 32, 1024
+# Columns of Residency.counters.
+HITS, MISSES = range(2)
 
 # Measured on an H200, see docs/expert-cache.md: 256 KiB in flight keep its link busy; blocks that
 # take few registers and no shared memory leave their multiprocessors to others as well.
@@ -42,6 +36,8 @@ GATHER_WARPS = 16
 
 # Slots are numbered in the low bits of an eviction key, clock stamps lie above them.
 SLOT_BITS = 20
+# So many eviction keys are held in registers at a time: with more, they would spill.
+SLOTS_BLOCK = 2048
 
 
 @dataclass(frozen=True)
@@ -52,21 +48,16 @@ class Residency:
         page_to_slot: (num_pages,) int32, -1 where the page is absent.
         slot_to_page: (num_slots,) int32, -1 where the slot is empty.
         last_used: (num_slots,) int64, the clock at the slot's last use, 0 where it is empty.
-        prefetched: (num_slots,) int8, 1 where a prefetched page has not been routed to yet.
         clock: (1,) int64.
-        counters: (num_layers, NUM_COUNTERS) int64: distinct experts per admission that were there
-            (`HITS`) and were not (`MISSES`), pages copied ahead (`PREFETCHED`) and how many of
-            these were then routed to (`PREFETCH_USED`).
-        credit: (num_layers,) int32, see `CREDIT_LIMIT`.
+        counters: (num_layers, 2) int64: distinct experts per admission that were there (`HITS`) and
+            were not (`MISSES`).
     """
 
     page_to_slot: Tensor
     slot_to_page: Tensor
     last_used: Tensor
-    prefetched: Tensor
     clock: Tensor
     counters: Tensor
-    credit: Tensor
 
     @classmethod
     def empty(
@@ -83,10 +74,8 @@ class Residency:
             page_to_slot=torch.full((num_pages,), -1, dtype=torch.int32, device=device),
             slot_to_page=torch.full((num_slots,), -1, dtype=torch.int32, device=device),
             last_used=torch.zeros(num_slots, dtype=torch.int64, device=device),
-            prefetched=torch.zeros(num_slots, dtype=torch.int8, device=device),
             clock=torch.zeros(1, dtype=torch.int64, device=device),
-            counters=torch.zeros(num_layers, NUM_COUNTERS, dtype=torch.int64, device=device),
-            credit=torch.full((num_layers,), CREDIT_LIMIT // 2, dtype=torch.int32, device=device),
+            counters=torch.zeros(num_layers, 2, dtype=torch.int64, device=device),
         )
 
 
@@ -119,7 +108,6 @@ def admit(
     copies: CopyList,
     *,
     experts: tuple[int, int] | None = None,
-    prefetch: int | None = None,
 ) -> None:
     """Give every routed expert of a layer a slot, and write what must be copied into ``copies``.
 
@@ -134,12 +122,9 @@ def admit(
         num_experts: of this layer.
         residency, copies: changed in place.
         experts: only ids in [low, high) are looked at; all where it is None.
-        prefetch: None admits what is needed now. A number admits what may be needed soon: at most
-            so many pages are copied, fewer where the layer's credit is short, the clock stands
-            still, and slots used at the present clock are left alone.
     """
     low, high = experts or (0, num_experts)
-    arguments = (topk_ids, layer, first_page, num_experts, low, high, residency, copies, prefetch)
+    arguments = (topk_ids, layer, first_page, num_experts, low, high, residency, copies)
     if topk_ids.device.type == "cpu":
         _admit_cpu(*arguments)
     else:
@@ -189,33 +174,23 @@ def _admit_cpu(
     high: int,
     residency: Residency,
     copies: CopyList,
-    prefetch: int | None,
 ) -> None:
     r = residency
-    now = int(r.clock) + (prefetch is None)
+    now = int(r.clock) + 1
     r.clock.fill_(now)
     by_rank = topk_ids.t().flatten().tolist()
     wanted = list(dict.fromkeys(e for e in by_rank if low <= e < high and 0 <= e < num_experts))
     slots = {e: int(r.page_to_slot[first_page + e]) for e in wanted}
     hits = [slot for slot in slots.values() if slot >= 0]
     missing = [e for e in wanted if slots[e] < 0]
-    credit = int(r.credit[layer])
-    limit = len(missing)
-    if prefetch is None:
-        used = int(r.prefetched[hits].sum())
-        r.prefetched[hits] = 0
-        r.counters[layer, HITS] += len(hits)
-        r.counters[layer, MISSES] += len(missing)
-        r.counters[layer, PREFETCH_USED] += used
-        credit = min(credit + CREDIT_PER_STEP + PAGE_REWARD * used, CREDIT_LIMIT)
-    else:
-        limit = min(limit, prefetch, credit // PAGE_COST)
+    r.counters[layer, HITS] += len(hits)
+    r.counters[layer, MISSES] += len(missing)
     r.last_used[hits] = now
     last_used = r.last_used.tolist()
     victims = sorted(
         (s for s, used in enumerate(last_used) if used < now), key=last_used.__getitem__
     )
-    pairs = list(zip(missing[:limit], victims, strict=False))
+    pairs = list(zip(missing, victims, strict=False))
     for i, (expert, slot) in enumerate(pairs):
         page, evicted = first_page + expert, int(r.slot_to_page[slot])
         if evicted >= 0:
@@ -223,13 +198,8 @@ def _admit_cpu(
         r.page_to_slot[page] = slot
         r.slot_to_page[slot] = page
         r.last_used[slot] = now
-        r.prefetched[slot] = prefetch is not None
         copies.pages[i], copies.slots[i] = page, slot
     copies.count.fill_(len(pairs))
-    if prefetch is not None:
-        r.counters[layer, PREFETCHED] += len(pairs)
-        credit -= PAGE_COST * len(pairs)
-    r.credit[layer] = credit
 
 
 # ---- GPU ---------------------------------------------------------------------------------------
@@ -244,21 +214,18 @@ def launch_admit(
     high: int,
     residency: Residency,
     copies: CopyList,
-    prefetch: int | None,
 ) -> None:
     """Run `admit_kernel`; arguments as in `admit`."""
     num_tokens, top_k = topk_ids.shape
     num_slots = residency.slot_to_page.shape[0]
-    slots_block = triton.next_power_of_2(num_slots)
+    block = min(triton.next_power_of_2(num_slots), SLOTS_BLOCK)
     admit_kernel[(1,)](
         topk_ids.contiguous(),
         residency.page_to_slot,
         residency.slot_to_page,
         residency.last_used,
-        residency.prefetched,
         residency.clock,
         residency.counters,
-        residency.credit,
         copies.pages,
         copies.slots,
         copies.count,
@@ -270,23 +237,19 @@ def launch_admit(
         low,
         high,
         num_slots,
-        copies.pages.shape[0] if prefetch is None else prefetch,
-        PREFETCH=prefetch is not None,
         IDS_BLOCK=16,
         EXPERTS_BLOCK=triton.next_power_of_2(num_experts),
-        SLOTS_BLOCK=slots_block,
-        num_warps=4 if slots_block <= 1024 else 8 if slots_block <= 8192 else 16,
+        SLOTS_BLOCK=block,
+        NUM_BLOCKS=triton.next_power_of_2(triton.cdiv(num_slots, block)),
+        num_warps=4 if block <= 1024 else 8,
     )
 
 
 if triton is not None:
     # Kernels see only globals of this type.
     _HITS, _MISSES = tl.constexpr(HITS), tl.constexpr(MISSES)
-    _PREFETCHED, _PREFETCH_USED = tl.constexpr(PREFETCHED), tl.constexpr(PREFETCH_USED)
-    _NUM_COUNTERS = tl.constexpr(NUM_COUNTERS)
     _SLOT_BITS, _SLOT_MASK = tl.constexpr(SLOT_BITS), tl.constexpr((1 << SLOT_BITS) - 1)
-    _PER_STEP, _LIMIT = tl.constexpr(CREDIT_PER_STEP), tl.constexpr(CREDIT_LIMIT)
-    _COST, _REWARD = tl.constexpr(PAGE_COST), tl.constexpr(PAGE_REWARD)
+    _NEVER = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # the key of a slot that may not be evicted
 
     _NOT_SPECIALIZED: Any = [
         "num_tokens",
@@ -297,7 +260,6 @@ if triton is not None:
         "low",
         "high",
         "num_slots",
-        "max_copies",
     ]
 
     # One compilation serves every layer and every number of tokens.
@@ -307,10 +269,8 @@ if triton is not None:
         page_to_slot_ptr,  # Residency's tensors
         slot_to_page_ptr,
         last_used_ptr,
-        prefetched_ptr,
         clock_ptr,
         counters_ptr,
-        credit_ptr,
         copy_pages_ptr,  # CopyList's tensors
         copy_slots_ptr,
         copy_count_ptr,
@@ -322,21 +282,26 @@ if triton is not None:
         low,
         high,
         num_slots,
-        max_copies,
-        PREFETCH: tl.constexpr,
         IDS_BLOCK: tl.constexpr,
         EXPERTS_BLOCK: tl.constexpr,  # power of two, at least num_experts
-        SLOTS_BLOCK: tl.constexpr,  # power of two, at least num_slots
+        SLOTS_BLOCK: tl.constexpr,  # power of two
+        NUM_BLOCKS: tl.constexpr,  # power of two; so many blocks hold num_slots
     ):
-        """Grid: (1,). Slots are only searched when something is missing."""
-        NONE: tl.constexpr = 0x7FFFFFFF
-        NEVER: tl.constexpr = 0x7FFFFFFFFFFFFFFF
+        """Grid: (1,). Slots are only searched when something is missing.
 
-        clock = tl.load(clock_ptr)
-        credit = tl.load(credit_ptr + layer)
+        All warps hold what is smaller than the program, and one of them writes it. So whatever is
+        read and then overwritten has a barrier between the two: a warp that is late would read what
+        another one has written already.
+        """
+        NONE: tl.constexpr = 0x7FFFFFFF
+
+        now = tl.load(clock_ptr) + 1
         experts = tl.arange(0, EXPERTS_BLOCK)
         in_range = (experts < num_experts) & (experts >= low) & (experts < high)
         slots = tl.load(page_to_slot_ptr + first_page + experts, mask=in_range, other=-1)
+        hits_ptr = counters_ptr + 2 * layer + _HITS
+        misses_ptr = counters_ptr + 2 * layer + _MISSES
+        hits, misses = tl.load(hits_ptr), tl.load(misses_ptr)
 
         # The rank at which each expert is first named; NONE if it is not.
         rank = tl.full((EXPERTS_BLOCK,), NONE, dtype=tl.int32)
@@ -351,68 +316,59 @@ if triton is not None:
         hit = wanted & (slots >= 0)
         missing = wanted & (slots < 0)
         num_missing = tl.sum(missing.to(tl.int32), 0)
-        limit = tl.minimum(num_missing, max_copies)
 
-        now = clock
-        counters_row = counters_ptr + layer * _NUM_COUNTERS
-        if PREFETCH:
-            limit = tl.minimum(limit, credit // _COST)
-        else:
-            now = clock + 1
-            tl.store(clock_ptr, now)
-            used = tl.load(prefetched_ptr + slots, mask=hit, other=0).to(tl.int32)
-            tl.store(prefetched_ptr + slots, tl.zeros_like(used).to(tl.int8), mask=hit)
-            num_used = tl.sum(used, 0)
-            num_hits = tl.sum(hit.to(tl.int32), 0)
-            _add(counters_row + _HITS, num_hits)
-            _add(counters_row + _MISSES, num_missing)
-            _add(counters_row + _PREFETCH_USED, num_used)
-            credit = tl.minimum(credit + _PER_STEP + _REWARD * num_used, _LIMIT)
+        tl.debug_barrier()  # clock, counters and page_to_slot have been read by all
+        tl.store(clock_ptr, now)
+        tl.store(hits_ptr, hits + tl.sum(hit.to(tl.int32), 0))
+        tl.store(misses_ptr, misses + num_missing)
         tl.store(last_used_ptr + slots, tl.zeros_like(slots).to(tl.int64) + now, mask=hit)
 
-        num_copies = limit * 0
-        if limit > 0:
+        num_copies = num_missing * 0
+        if num_missing > 0:
             tl.debug_barrier()  # the stamps of hits must be seen below
-            every_slot = tl.arange(0, SLOTS_BLOCK)
-            last_used = tl.load(
-                last_used_ptr + every_slot, mask=every_slot < num_slots, other=NEVER
-            )
-            key = tl.where(last_used < now, (last_used << _SLOT_BITS) | every_slot, NEVER)
-            num_copies = tl.minimum(limit, tl.sum((key < NEVER).to(tl.int32), 0))
+            # Slots that are SLOTS_BLOCK apart share a lane. A lane holds the key of its slot that
+            # is evicted next; once that is taken, its other slots are looked at again.
+            lanes = tl.arange(0, SLOTS_BLOCK)
+            keys = tl.full((SLOTS_BLOCK,), _NEVER, dtype=tl.int64)
+            free = tl.zeros((SLOTS_BLOCK,), dtype=tl.int32)
+            for start in range(0, num_slots, SLOTS_BLOCK):
+                more = _eviction_keys(last_used_ptr, start + lanes, num_slots, now)
+                free += (more < _NEVER).to(tl.int32)
+                keys = tl.minimum(keys, more)
+            num_copies = tl.minimum(num_missing, tl.sum(free, 0))
             order = tl.where(missing, rank, NONE)
             for i in range(num_copies):
-                oldest = tl.min(key, 0)
+                oldest = tl.min(keys, 0)
                 first = tl.min(order, 0)
                 # One rank, one id, one expert.
                 expert = tl.sum(tl.where(order == first, experts, 0), 0)
-                tl.store(copy_slots_ptr + i, (oldest & _SLOT_MASK).to(tl.int32))
+                victim = (oldest & _SLOT_MASK).to(tl.int32)
+                tl.store(copy_slots_ptr + i, victim)
                 tl.store(copy_pages_ptr + i, first_page + expert)
-                key = tl.where(key == oldest, NEVER, key)
+                lane = victim % SLOTS_BLOCK + tl.arange(0, NUM_BLOCKS) * SLOTS_BLOCK
+                others = _eviction_keys(last_used_ptr, lane, num_slots, now)
+                following = tl.min(tl.where(others > oldest, others, _NEVER), 0)
+                keys = tl.where(keys == oldest, following, keys)
                 order = tl.where(order == first, NONE, order)
-            tl.debug_barrier()
+            tl.debug_barrier()  # the copy list must be seen
             copied = experts < num_copies
             pages = tl.load(copy_pages_ptr + experts, mask=copied, other=0)
             victims = tl.load(copy_slots_ptr + experts, mask=copied, other=0)
             evicted = tl.load(slot_to_page_ptr + victims, mask=copied, other=-1)
+            tl.debug_barrier()  # slot_to_page and, in the loop above, last_used have been read
             tl.store(page_to_slot_ptr + evicted, tl.zeros_like(evicted) - 1, mask=evicted >= 0)
             tl.store(page_to_slot_ptr + pages, victims, mask=copied)
             tl.store(slot_to_page_ptr + victims, pages, mask=copied)
             tl.store(
                 last_used_ptr + victims, tl.zeros_like(victims).to(tl.int64) + now, mask=copied
             )
-            flag = tl.zeros_like(victims)
-            if PREFETCH:
-                flag += 1
-            tl.store(prefetched_ptr + victims, flag.to(tl.int8), mask=copied)
         tl.store(copy_count_ptr, num_copies)
-        if PREFETCH:
-            _add(counters_row + _PREFETCHED, num_copies)
-            credit -= _COST * num_copies
-        tl.store(credit_ptr + layer, credit)
 
     @triton.jit
-    def _add(counter_ptr, count):
-        tl.store(counter_ptr, tl.load(counter_ptr) + count)
+    def _eviction_keys(last_used_ptr, slots, num_slots, now):
+        """Smaller for what is evicted earlier; _NEVER where a slot is in use or not there."""
+        last_used = tl.load(last_used_ptr + slots, mask=slots < num_slots, other=_NEVER)
+        return tl.where(last_used < now, (last_used << _SLOT_BITS) | slots, _NEVER)
 
     @triton.jit(do_not_specialize=["page_words", "slot_words"])
     def gather_kernel(

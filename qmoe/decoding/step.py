@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -177,7 +177,12 @@ class DecodeStep:
                 self._version = guard.version
                 self.forget_graphs()
             paged = next((e.paged for e in self.shadows.experts if e.paged is not None), None)
-            with nullcontext() if paged is None else paged[0].exclusive():
+            if paged is None:
+                yield
+                return
+            cache, _ = paged
+            with cache.lock:
+                cache.take_turn()
                 yield
 
     # ---- prompts -------------------------------------------------------------------------------

@@ -184,6 +184,9 @@ class QuantizedExperts(nn.Module):
         if self.paged is not None:
             cache, layer = self.paged
             return cache.host.weights(layer)
+        return self._resident_weights()
+
+    def _resident_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         first, second = (getattr(self, p + QUANTIZED_SUFFIX) for p in self.layout.projections)
         if first is None or second is None:
             raise ValueError(f"{type(self.source).__name__}: its pages have not been loaded yet")
@@ -199,9 +202,10 @@ class QuantizedExperts(nn.Module):
 
     def page(self, cache: ExpertCache, layer: int) -> None:
         """Compute with the pages of a cache from now on; the weights as parameters are dropped."""
+        # Always one of both is there: an interrupt or another thread may come in between.
+        self.paged = (cache, layer)
         for projection in self.layout.projections:
             setattr(self, projection + QUANTIZED_SUFFIX, None)
-        self.paged = (cache, layer)
 
     def unpage(self, gate_up: torch.Tensor, down: torch.Tensor) -> None:
         """Take the weights as parameters from now on, and let go of the cache.
@@ -265,14 +269,18 @@ class QuantizedExperts(nn.Module):
     def _fused_moe(
         self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor | None
     ) -> torch.Tensor:
-        paged = self.paged  # once: another thread may make the model resident meanwhile
-        if paged is None:
-            return self._compute(
-                hidden_states, *self.quantized_weights(), None, topk_ids, topk_weights
-            )
-        cache, layer = paged
         compute = partial(self._compute, hidden_states)
-        return cache.run(layer, hidden_states, topk_ids, topk_weights, compute)
+        while True:
+            paged = self.paged
+            try:
+                if paged is None:
+                    return compute(*self._resident_weights(), None, topk_ids, topk_weights)
+                cache, layer = paged
+                return cache.run(layer, topk_ids, topk_weights, compute)
+            except ValueError:
+                if self.paged is paged:
+                    raise
+                # Another thread has just paged the model, or made it resident.
 
     def _compute(
         self,

@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from qmoe.checkpoints.files import is_hub_id
 from qmoe.checkpoints.schema import COMPRESSED_TENSORS, QMOE
 from qmoe.experts.quantized import quantized_modules
-from qmoe.loading.pages import PagingOptions, choose_device
+from qmoe.loading.pages import choose_device
 from qmoe.loading.patch import patch
+from qmoe.paging.options import PagingOptions
 from qmoe_kernels.fused_moe import check_activations
 from qmoe_kernels.quantization import STORAGE_DTYPE
 
@@ -34,7 +35,6 @@ def load(
     hbm_budget: str | int | float | None = None,
     context: int | None = None,
     batch_size: int = 1,
-    prefetch: bool = False,
 ) -> PreTrainedModel:
     """Load a model for generating text.
 
@@ -53,9 +53,6 @@ def load(
         context: tokens per sequence that the budget must hold the KV cache of, new ones included;
             by default the model's own context, but at most 8192.
         batch_size: sequences at a time that it must hold it of.
-        prefetch: copy experts ahead of their layer when the next layer's router proposes them. It
-            pays where a layer computes longer than a few experts take on the link
-            (docs/expert-cache.md).
 
     Returns:
         The model, in evaluation mode, on ``device``.
@@ -92,7 +89,7 @@ def load(
         auto = AutoModelForImageTextToText
     paging: dict[str, Any] = {}
     if hbm_budget is not None:
-        paging = asdict(PagingOptions(hbm_budget, context, batch_size, prefetch))
+        paging = asdict(PagingOptions(hbm_budget, context, batch_size))
     if paging and weights is None:
         quantization: dict[str, Any] = (
             getattr(config, "quantization_config", None)

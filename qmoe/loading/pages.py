@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -17,28 +16,15 @@ from qmoe.experts.quantized import quantized_modules
 from qmoe.paging.budget import Budget
 from qmoe.paging.host_store import HostStore, PageRead
 from qmoe.paging.model import (
+    budget_for,
     fill_layer,
     host_store,
     keep_resident,
     page_experts,
     pages_of,
-    plan_budget,
 )
+from qmoe.paging.options import PagingOptions
 from qmoe.progress import progress as progress_bar
-
-
-@dataclass(frozen=True)
-class PagingOptions:
-    """What a user asks for; see :func:`qmoe.load`. Choices of a run: never written to disk."""
-
-    hbm_budget: str | int | float
-    context: int | None = None
-    batch_size: int = 1
-    prefetch: bool = False
-
-    def plan(self, model: nn.Module, layers: Sequence[LayerPages], device: torch.device) -> Budget:
-        """See :func:`qmoe.paging.model.plan_budget`."""
-        return plan_budget(model, layers, self.hbm_budget, device, self.context, self.batch_size)
 
 
 def choose_device(device: str | int | torch.device) -> torch.device:
@@ -90,7 +76,7 @@ def load_pages(
             f"{type(model).__name__}: hbm_budget pages 8-bit experts, and this checkpoint has none"
         )
     layers = pages_of(modules)
-    budget = options.plan(model, layers, device)
+    budget = budget_for(model, layers, options, device)
     tensors = [
         [stored[f"{name}.{projection}"] for projection in experts.layout.projections]
         for name, experts in modules.items()
@@ -109,15 +95,13 @@ def load_pages(
     try:
         reads = [page_reads(i, p, *t) for i, (p, t) in enumerate(zip(layers, tensors, strict=True))]
         store.fill([read for layer in reads for read in layer], progress=progress)
-        page_experts(model, store, budget, device, prefetch=options.prefetch)
+        page_experts(model, store, budget, device)
     except BaseException:
         store.close()
         raise
 
 
-def page_quantized(
-    model: nn.Module, budget: Budget, options: PagingOptions, device: torch.device
-) -> None:
+def page_quantized(model: nn.Module, budget: Budget, device: torch.device) -> None:
     """Bring a model that was quantized on the CPU to ``device``, its experts as the budget says.
 
     Each layer's weights are freed as soon as its pages are filled.
@@ -139,7 +123,7 @@ def page_quantized(
             for projection in experts.layout.projections:
                 setattr(experts, projection + QUANTIZED_SUFFIX, None)
         model.to(device)
-        page_experts(model, store, budget, device, prefetch=options.prefetch)
+        page_experts(model, store, budget, device)
     except BaseException:
         for layer, experts in enumerate(modules.values()):
             if experts.paged is not None or experts.down_proj_q is None:

@@ -8,7 +8,7 @@ import torch
 
 from qmoe.experts.layout import find_experts
 from qmoe.experts.quantized import layer_pages
-from qmoe.loading.pages import PagingOptions, choose_device, page_quantized
+from qmoe.loading.pages import choose_device, page_quantized
 from qmoe.loading.quantizer import (
     QmoeConfig,
     QmoeQuantizer,
@@ -16,6 +16,8 @@ from qmoe.loading.quantizer import (
     quantized_modules,
     restore_experts,
 )
+from qmoe.paging.model import budget_for
+from qmoe.paging.options import PagingOptions
 from qmoe_kernels.fused_moe import check_activations
 
 if TYPE_CHECKING:
@@ -33,7 +35,6 @@ def patch(
     device: str | torch.device = "auto",
     context: int | None = None,
     batch_size: int = 1,
-    prefetch: bool = False,
 ) -> PreTrainedModel:
     """Quantize the experts of a loaded model in place.
 
@@ -50,7 +51,6 @@ def patch(
         device: where to, with a budget: ``"auto"`` (the GPU where there is one) or a torch device.
         context: see :func:`qmoe.load`.
         batch_size: see :func:`qmoe.load`.
-        prefetch: see :func:`qmoe.load`.
 
     Returns:
         ``model``, the same object.
@@ -95,12 +95,12 @@ def patch(
             "the CPU and brings it to the device itself"
         )
     target = choose_device(device)
-    options = PagingOptions(hbm_budget, context, batch_size, prefetch)
+    options = PagingOptions(hbm_budget, context, batch_size)
     layers = [layer_pages(name, layout, weights) for name, layout in layouts.items()]
-    budget = options.plan(model, layers, target)
+    budget = budget_for(model, layers, options, target)
     quantize_experts(model, layouts, weights, activations)
     QmoeQuantizer(config, pre_quantized=True).mark(model)
-    page_quantized(model, budget, options, target)
+    page_quantized(model, budget, target)
     return model
 
 

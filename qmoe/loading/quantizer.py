@@ -51,8 +51,9 @@ from qmoe.checkpoints.schema import (
 )
 from qmoe.experts.layout import ExpertsLayout, find_experts
 from qmoe.experts.quantized import QuantizedExperts, install, quantized_modules
-from qmoe.loading.pages import PagingOptions, choose_device, load_pages, page_quantized
-from qmoe.paging.model import pages_of
+from qmoe.loading.pages import choose_device, load_pages, page_quantized
+from qmoe.paging.model import budget_for, pages_of
+from qmoe.paging.options import PagingOptions
 from qmoe_kernels.fused_moe import check_activations
 from qmoe_kernels.quantization import STORAGE_DTYPE, WeightFormat
 
@@ -72,7 +73,6 @@ class QmoeConfig(QuantizationConfigMixin):
             the GPU where there is one.
         context: see :func:`qmoe.load`.
         batch_size: see :func:`qmoe.load`.
-        prefetch: see :func:`qmoe.load`.
         format_version: of the file format.
 
     Raises:
@@ -93,7 +93,6 @@ class QmoeConfig(QuantizationConfigMixin):
         hbm_budget: str | int | float | None = None,
         context: int | None = None,
         batch_size: int = 1,
-        prefetch: bool = False,
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ) -> None:
@@ -117,7 +116,7 @@ class QmoeConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.paging: PagingOptions | None = None
         if hbm_budget is not None:
-            self.paging = PagingOptions(hbm_budget, context, batch_size, prefetch)
+            self.paging = PagingOptions(hbm_budget, context, batch_size)
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What holds for a checkpoint that is quantized already, whose own config says the rest."""
@@ -180,8 +179,8 @@ class _ExpertsQuantizer(HfQuantizer):
             load_pages(model, self.stored, self.paging, self.device, progress=progress)
         elif self.paging is not None:
             layers = pages_of(quantized_modules(model))
-            budget = self.paging.plan(model, layers, self.device)
-            page_quantized(model, budget, self.paging, self.device)
+            budget = budget_for(model, layers, self.paging, self.device)
+            page_quantized(model, budget, self.device)
         self.pre_quantized = True
         return result
 
@@ -195,7 +194,7 @@ class _ExpertsQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         # Layers of a paged model run between pieces that are compiled; transformers' own choice of
-        # CUDA graphs for these would keep hidden states that the prefetcher still reads.
+        # CUDA graphs for these would take the cache's tables for values that do not change.
         return not self.paged
 
     def _dequantize(

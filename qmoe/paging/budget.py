@@ -88,7 +88,7 @@ def _parse(hbm_budget: str | int | float, total: int, free: int) -> int:
     )
 
 
-def plan(
+def divide_budget(
     layers: Sequence[LayerPages],
     top_k: Sequence[int],
     *,

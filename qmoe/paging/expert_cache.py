@@ -18,10 +18,11 @@ On the CPU the same code runs on slots in host memory, and streams and events me
 from __future__ import annotations
 
 import threading
+import traceback
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,32 +30,17 @@ from torch import Tensor
 
 from qmoe.paging.host_store import HostStore
 from qmoe.paging.stats import CacheStats, LayerStats
+from qmoe.sizes import format_size
 from qmoe_kernels import weighted_sum
-from qmoe_kernels.paging import (
-    HITS,
-    MISSES,
-    PREFETCH_USED,
-    PREFETCHED,
-    CopyList,
-    Residency,
-    admit,
-    gather,
-)
+from qmoe_kernels.paging import HITS, MISSES, CopyList, Residency, admit, gather
 
 # compute(gate_up, down, expert_to_slot, topk_ids, topk_weights): one layer's experts, see
 # `qmoe_kernels.fused_moe`; without weights it returns (num_tokens, top_k, hidden_size).
 Compute = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
-# (num_tokens, hidden_size) -> (num_tokens, k): experts of the next layer, most likely first.
-Predictor = Callable[[Tensor], Tensor]
 
 # From so many routed pairs per expert on, a layer is streamed: 98 % of the experts are routed to
 # when routing is uniform, and a least recently used cache would be washed out.
 STREAMED_PAIRS_PER_EXPERT = 4
-# More tokens than this keep the link busy by themselves.
-PREFETCHED_TOKENS = 8
-# What a layer may copy ahead: about what the link carries while a layer computes. More costs
-# little, as most of it is needed; docs/expert-cache.md has the figures.
-PREFETCHED_BYTES = 15 << 20
 # From so many tokens on, computing with the experts that are there takes longer than queueing a
 # layer in two parts does.
 OVERLAPPED_TOKENS = 16
@@ -70,20 +56,42 @@ class _Staged:
     ready: Any  # event
 
 
+@dataclass(frozen=True)
+class _Pool:
+    """Slots, which pages are in them, and two staging buffers that no admission knows of.
+
+    Attributes:
+        residency: the slots' tables.
+        num_staging: pages of each staging buffer.
+        memory: (num_slots + 2 * num_staging, slot_bytes) uint8.
+        weights: of each layer, as views of ``memory``.
+        expert_to_slot: of each layer, (num_experts,) int32: views of the tables.
+        free: of each staging buffer, the event after which it may be overwritten.
+    """
+
+    residency: Residency
+    num_staging: int
+    memory: Tensor
+    weights: list[tuple[Tensor, Tensor]]
+    expert_to_slot: list[Tensor]
+    free: tuple[Any, Any]
+
+    @property
+    def num_slots(self) -> int:
+        return len(self.residency.slot_to_page)
+
+
 class ExpertCache:
     """Slots for the pages of one model, shared by all of its layers.
 
-    Safe to use from several threads: a layer's admission, copies and kernels are queued as one, and
-    streams wait for each other. A CUDA graph that was captured with the cache must be replayed
-    by one thread at a time, on one stream with everything else that uses the model, and is void
-    after `resize`.
+    Safe to use from several threads: a layer's admission, copies and kernels are queued as one
+    under `lock`, and streams wait for each other. A CUDA graph that was captured with the cache is
+    replayed after `take_turn`, and is void after `resize`.
 
     Attributes:
         host: where every page is.
         device: where the slots are.
-        num_slots: pages that fit.
-        num_staging: pages of each of the two staging buffers; 0: long prompts go in waves.
-        prefetch: whether pages are copied ahead of their layer.
+        lock: held by whoever queues work that uses the slots, and while they change.
         overlap: whether a layer computes with the experts that it has while the others fly; None:
             from `OVERLAPPED_TOKENS` tokens on.
     """
@@ -95,15 +103,13 @@ class ExpertCache:
         *,
         num_slots: int,
         num_staging: int,
-        prefetch: bool = True,
         overlap: bool | None = None,
-        predictors: Sequence[Predictor | None] | None = None,
     ) -> None:
         """Take the device memory for the slots; nothing is resident yet.
 
         Args:
-            predictors: for each layer, what proposes experts of the next one from the hidden
-                states that go into this one's experts; None: nothing is proposed.
+            num_slots: pages that fit.
+            num_staging: pages of each of the two staging buffers; 0: long prompts go in waves.
 
         Raises:
             ValueError: no slot at all.
@@ -113,33 +119,30 @@ class ExpertCache:
         self.device = torch.device(device)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.prefetch = prefetch
         self.overlap = overlap
-        num_layers = len(host.layers)
-        self._predictors = list(predictors or [None] * num_layers)
-        self._runtime: Any = torch.cuda if self.device.type == "cuda" else torch.cpu
-        self._addresses = host.addresses.to(self.device)
-        self._num_pages = host.addresses.shape[0]
         self.slot_bytes = max(layer.page_stride for layer in host.layers)
-        most = max(layer.num_experts for layer in host.layers)
-        self._copies = CopyList.empty(most, self.device)
-        self._prefetch_copies = CopyList.empty(most, self.device)
+        # An RLock in C: an interrupt comes before or after it is taken or given back, never between
+        # that and the `with` block, as it may where a context manager is written in Python.
+        self.lock = threading.RLock()
+        self._runtime: Any = torch.cuda if self.device.type == "cuda" else torch.cpu
+        num_layers = len(host.layers)
+        self._num_pages = host.addresses.shape[0]
+        self._addresses = host.addresses.to(self.device)
+        self._copies = CopyList.empty(max(x.num_experts for x in host.layers), self.device)
+        self._counters = torch.zeros(num_layers, 2, dtype=torch.int64, device=self.device)
         self._streamed_bytes = [0] * num_layers
-
-        self._lock = threading.RLock()
         self._last_stream: Any = None
         # Not finished: a page that the tables call resident may never have been copied.
         self._interrupted = False
-        self._prefetch_stream = self._new_stream()
         self._copy_stream = self._new_stream()
         self._stats_stream = self._new_stream()
-        # The event after which prefetched pages are there, what must live until then, and whether
-        # both belong to a graph that is being captured.
-        self._prefetching: tuple[Any, Tensor, bool] | None = None
         self._closed = False
+        # The group that is copied ahead, and the pages that were absent when its pass began. Void
+        # as soon as anything else uses the slots.
         self._staged: _Staged | None = None
         self._absent: list[bool] = []
-        self._allocate(num_slots, num_staging)
+        self._pool: _Pool | None = None
+        self.resize(num_slots, num_staging)
 
     def __reduce__(self) -> Any:
         # What copy.deepcopy and pickle ask for; they would stumble over a lock.
@@ -147,91 +150,137 @@ class ExpertCache:
 
     # ---- memory --------------------------------------------------------------------------------
 
-    def _allocate(self, num_slots: int, num_staging: int) -> None:
-        layers = self.host.layers
-        self._residency = Residency.empty(self._num_pages, num_slots, len(layers), self.device)
-        self.num_slots, self.num_staging = num_slots, num_staging
-        # Staging buffers are slots that no admission knows of.
-        self.memory = torch.empty(
-            num_slots + 2 * num_staging, self.slot_bytes, dtype=torch.uint8, device=self.device
-        )
-        self._weights = [layer.views(self.memory) for layer in layers]
-        self._expert_to_slot = [
-            self._residency.page_to_slot[first : first + layer.num_experts]
-            for layer, first in zip(layers, self.host.first_page, strict=True)
-        ]
-        self._free = [self._runtime.Event(), self._runtime.Event()]
-        self._staged = None
+    @property
+    def num_slots(self) -> int:
+        """Pages that fit; 0 if a failed `resize` left no memory."""
+        return 0 if self._pool is None else self._pool.num_slots
 
+    @property
+    def num_staging(self) -> int:
+        """Pages of each staging buffer."""
+        return 0 if self._pool is None else self._pool.num_staging
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory of slots and staging buffers."""
+        return 0 if self._pool is None else self._pool.memory.nbytes
+
+    @torch.no_grad()
     def resize(self, num_slots: int, num_staging: int) -> None:
         """Change the number of slots; the most recently used pages stay resident.
 
         Old slots are given back before new ones are taken, so that the memory in use never passes
         the larger of the two; pages come back from the host.
 
-        Raises:
-            ValueError: no slot at all.
-            torch.OutOfMemoryError: the device has less memory than that.
-            In both cases the slots are as many as before, and empty.
-        """
-        with self.exclusive():
-            self._synchronize()
-            old, before = self._residency, (self.num_slots, self.num_staging)
-            # In the order in which they would be evicted: of one stamp, the lower slot first.
-            recent = old.last_used.argsort(stable=True)[-num_slots:]
-            recent = recent[old.slot_to_page[recent] >= 0]
-            try:
-                del self.memory, self._weights
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
-                self._allocate(num_slots, num_staging)
-            except BaseException:
-                self._allocate(*before)
-                raise
-            finally:
-                self._residency.counters.copy_(old.counters)
-                self._residency.credit.copy_(old.credit)
-            self._interrupted = True
-            self._load(old.slot_to_page[recent].tolist())
-            self._residency.prefetched[: len(recent)] = old.prefetched[recent]
-            self._interrupted = False
+        Args:
+            num_slots, num_staging: see :class:`ExpertCache`.
 
-    def _load(self, pages: Sequence[int]) -> None:
-        """Bring pages into the empty slots 0, 1, 2 ..., the last one being the most recent."""
-        num = len(pages)
-        for slot, page in enumerate(pages):
-            layer, expert = self._layer_of(page)
-            source = self.host.pages(layer)[expert]
-            self.memory[slot, : source.shape[0]].copy_(source, non_blocking=True)
-        r = self._residency
-        slots = torch.arange(num, dtype=torch.int32, device=self.device)
-        ids = torch.tensor(pages, dtype=torch.int32, device=self.device)
-        r.slot_to_page[:num] = ids
-        r.page_to_slot[ids.long()] = slots
-        r.last_used[:num] = slots.long() + 1
-        r.clock.fill_(num)
+        Raises:
+            ValueError: no slot at all; nothing has changed.
+            torch.OutOfMemoryError: the device has less memory than that. The cache is as before, or
+                has fewer slots where those do not fit any more either; the message says how many.
+                Without any it refuses to run until a later `resize` finds memory.
+        """
+        with self.lock, self._on_device():
+            self._refuse_if_closed()
+            self._synchronize()
+            self._last_stream, self._staged = self._current_stream(), None
+            if self._interrupted:
+                self._forget()
+            old = None if self._pool is None else self._pool.residency
+            old_staging = self.num_staging
+            residency = self._tables(num_slots, old)
+            try:
+                self._take(residency, num_staging)
+            except BaseException as error:
+                traceback.clear_frames(error.__traceback__)  # they hold what was taken in vain
+                self._take_back(old, old_staging)
+                if not isinstance(error, torch.OutOfMemoryError):
+                    raise
+                nbytes = (num_slots + 2 * num_staging) * self.slot_bytes
+                raise torch.OutOfMemoryError(
+                    f"{self.device} has no {format_size(nbytes)} for {num_slots} slots and 2 x "
+                    f"{num_staging} pages to stream; the expert cache has {self.num_slots} slots "
+                    "now, free some memory and call qmoe.resize"
+                ) from None
+
+    def _tables(self, num_slots: int, old: Residency | None) -> Residency:
+        """Tables of so many slots, the first of which hold the pages that were used last."""
+        tables = Residency.empty(self._num_pages, num_slots, 1, "cpu")
+        if old is not None:
+            # In the order in which they would be evicted: of one stamp, the lower slot first.
+            pages = old.slot_to_page[old.last_used.argsort(stable=True)].cpu()
+            pages = pages[pages >= 0][-num_slots:]
+            num = len(pages)
+            tables.slot_to_page[:num] = pages
+            tables.page_to_slot[pages.long()] = torch.arange(num, dtype=torch.int32)
+            tables.last_used[:num] = torch.arange(1, num + 1)
+            tables.clock.fill_(num)
+        return Residency(
+            page_to_slot=tables.page_to_slot.to(self.device),
+            slot_to_page=tables.slot_to_page.to(self.device),
+            last_used=tables.last_used.to(self.device),
+            clock=tables.clock.to(self.device),
+            counters=self._counters,
+        )
+
+    def _take(self, residency: Residency, num_staging: int) -> None:
+        """Give the memory back, take that for other slots, and bring the pages that they hold."""
+        self._pool = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        pool = self._new_pool(residency, num_staging)
+        self._interrupted = True
+        self._pool = pool
+        for slot, page in enumerate(residency.slot_to_page.tolist()):
+            if page >= 0:
+                layer, expert = self._layer_of(page)
+                source = self.host.pages(layer)[expert]
+                pool.memory[slot, : len(source)].copy_(source, non_blocking=True)
+        self._interrupted = False
+
+    def _new_pool(self, residency: Residency, num_staging: int) -> _Pool:
+        layers = self.host.layers
+        num_slots = len(residency.slot_to_page) + 2 * num_staging
+        memory = torch.empty(num_slots, self.slot_bytes, dtype=torch.uint8, device=self.device)
+        return _Pool(
+            residency=residency,
+            num_staging=num_staging,
+            memory=memory,
+            weights=[layer.views(memory) for layer in layers],
+            expert_to_slot=[
+                residency.page_to_slot[first : first + layer.num_experts]
+                for layer, first in zip(layers, self.host.first_page, strict=True)
+            ],
+            free=(self._runtime.Event(), self._runtime.Event()),
+        )
+
+    def _take_back(self, old: Residency | None, num_staging: int) -> None:
+        """Take the slots that there were; where they do not fit any more, half as many, empty."""
+        num_slots = 0 if old is None else len(old.slot_to_page)
+        while old is not None and num_slots:
+            with suppress(torch.OutOfMemoryError):
+                self._take(_first_slots(old, num_slots), num_staging)
+                return
+            num_slots, num_staging = num_slots // 2, 0
 
     def _layer_of(self, page: int) -> tuple[int, int]:
         layer = bisect_right(self.host.first_page, page) - 1
         return layer, page - self.host.first_page[layer]
 
     def _forget(self) -> None:
-        """Empty every slot."""
-        r = self._residency
-        r.page_to_slot.fill_(-1)
-        r.slot_to_page.fill_(-1)
-        r.last_used.zero_()
-        r.prefetched.zero_()
+        """Empty every slot: what a step that was cut off left there is not known."""
+        self._staged = None
+        if self._pool is not None:
+            _empty(self._pool.residency)
+        self._interrupted = False
 
     def close(self) -> None:
         """Give device and host memory back. The cache cannot be used again."""
-        with self._lock:
-            if self._closed:
-                return
-            self._synchronize()
+        with self.lock:
             self._closed = True
-            self._prefetching = self._staged = None
-            del self.memory, self._weights, self._expert_to_slot, self._residency
+            self._synchronize()
+            self._pool = self._staged = None
             self.host.close()
 
     # ---- a layer -------------------------------------------------------------------------------
@@ -240,7 +289,6 @@ class ExpertCache:
     def run(
         self,
         layer: int,
-        hidden_states: Tensor,  # (num_tokens, hidden_size)
         topk_ids: Tensor,  # (num_tokens, top_k)
         topk_weights: Tensor | None,  # (num_tokens, top_k)
         compute: Compute,
@@ -249,61 +297,56 @@ class ExpertCache:
 
         Args:
             layer: its index in the host store.
-            hidden_states: what the next layer's experts are guessed from.
             topk_ids, topk_weights: go to ``compute``, perhaps in parts.
 
         Returns:
             what ``compute`` returns for all of ``topk_ids``.
+
+        Raises:
+            ValueError: after `close`.
+            RuntimeError: a `resize` that failed left no slots.
         """
-        with self.exclusive() as capturing:
-            self._join_prefetch()
+        with self.lock, self._on_device():
+            pool = self._follow()
             num_pairs, num_experts = topk_ids.numel(), self.host.layers[layer].num_experts
-            if (
-                self.num_staging
-                and not capturing
-                and num_pairs >= STREAMED_PAIRS_PER_EXPERT * num_experts
-            ):
-                return self._run_streamed(layer, topk_ids, topk_weights, compute)
-            self._staged = None  # chosen by what was resident then
-            if min(num_pairs, num_experts) > self.num_slots:
-                return self._run_in_waves(layer, topk_ids, topk_weights, compute)
-            self._interrupted = True
+            many = num_pairs >= STREAMED_PAIRS_PER_EXPERT * num_experts
+            if pool.num_staging and many and not self._capturing():
+                return self._run_streamed(pool, layer, topk_ids, topk_weights, compute)
+            self._staged = None
+            if min(num_pairs, num_experts) > pool.num_slots:
+                return self._run_in_waves(pool, layer, topk_ids, topk_weights, compute)
             overlap = self.overlap
             if overlap is None:
                 overlap = topk_ids.shape[0] >= OVERLAPPED_TOKENS
             if overlap:
-                return self._run_overlapped(layer, hidden_states, topk_ids, topk_weights, compute)
-            self._admit(self._copies, layer, topk_ids)
-            admitted = self._event()
-            self._gather(self._copies, layer)
-            self._start_prefetch(layer, hidden_states, admitted, self._event())
+                return self._run_overlapped(pool, layer, topk_ids, topk_weights, compute)
+            self._interrupted = True
+            self._admit(pool, layer, topk_ids)
+            self._gather(pool, layer)
             self._interrupted = False
-            return compute(
-                *self._weights[layer], self._expert_to_slot[layer], topk_ids, topk_weights
-            )
+            return compute(*pool.weights[layer], pool.expert_to_slot[layer], topk_ids, topk_weights)
 
     def _run_overlapped(
         self,
+        pool: _Pool,
         layer: int,
-        hidden_states: Tensor,
         topk_ids: Tensor,
         topk_weights: Tensor | None,
         compute: Compute,
     ) -> Tensor:
         """Experts that are there first, while the others are copied on another stream."""
-        slots = self._expert_to_slot[layer]
+        weights, slots = pool.weights[layer], pool.expert_to_slot[layer]
         num_experts = slots.shape[0]
         was_there = torch.cat((slots >= 0, slots.new_zeros(1, dtype=torch.bool)))
-        self._admit(self._copies, layer, topk_ids)
+        self._interrupted = True
+        self._admit(pool, layer, topk_ids)
         admitted = self._event()
         with self._runtime.stream(self._copy_stream):
             admitted.wait(self._copy_stream)
-            self._gather(self._copies, layer)
+            self._gather(pool, layer)
             gathered = self._event()
-        self._start_prefetch(layer, hidden_states, admitted, gathered)
         in_range = (topk_ids >= 0) & (topk_ids < num_experts)
         hit = was_there[torch.where(in_range, topk_ids, num_experts)]
-        weights = self._weights[layer]
         rows = compute(*weights, slots, topk_ids.masked_fill(~hit, num_experts), None)
         gathered.wait(self._current_stream())
         self._interrupted = False
@@ -311,76 +354,92 @@ class ExpertCache:
         return rows if topk_weights is None else weighted_sum(rows, topk_weights)
 
     def _run_in_waves(
-        self, layer: int, topk_ids: Tensor, topk_weights: Tensor | None, compute: Compute
+        self,
+        pool: _Pool,
+        layer: int,
+        topk_ids: Tensor,
+        topk_weights: Tensor | None,
+        compute: Compute,
     ) -> Tensor:
         """As many experts at a time as there are slots."""
         rows: Tensor | None = None
-        for experts in _ranges(self.host.layers[layer].num_experts, self.num_slots):
+        for experts in _ranges(self.host.layers[layer].num_experts, pool.num_slots):
             self._interrupted = True
-            self._admit(self._copies, layer, topk_ids, experts=experts)
-            self._gather(self._copies, layer)
+            self._admit(pool, layer, topk_ids, experts=experts)
+            self._gather(pool, layer)
             self._interrupted = False
             ids = self._only(topk_ids, layer, experts)
-            wave = compute(*self._weights[layer], self._expert_to_slot[layer], ids, None)
+            wave = compute(*pool.weights[layer], pool.expert_to_slot[layer], ids, None)
             rows = wave if rows is None else rows + wave
         assert rows is not None
         return rows if topk_weights is None else weighted_sum(rows, topk_weights)
 
     def _run_streamed(
-        self, layer: int, topk_ids: Tensor, topk_weights: Tensor | None, compute: Compute
+        self,
+        pool: _Pool,
+        layer: int,
+        topk_ids: Tensor,
+        topk_weights: Tensor | None,
+        compute: Compute,
     ) -> Tensor:
         """Group after group through the staging buffers; the next group is on its way meanwhile."""
-        resident = self._expert_to_slot[layer]
-        groups = self._groups(layer)
+        groups = self._groups(pool, layer)
         rows: Tensor | None = None
         for group, experts in enumerate(groups):
             staged, self._staged = self._staged, None
             if staged is None or (staged.layer, staged.group) != (layer, group):
                 # What is resident does not change while layers are streamed, so that one look at
                 # the tables serves a whole pass through the model.
-                self._absent = (self._residency.page_to_slot < 0).tolist()
-                staged = self._stage(layer, group, 0)
-            following = self._following(layer, group)
+                self._absent = (pool.residency.page_to_slot < 0).tolist()
+                staged = self._stage(pool, layer, group, 0)
+            following = self._following(pool, layer, group)
             if following is not None:
-                self._staged = self._stage(*following, 1 - staged.buffer)
-            low = experts[0]
-            # Staging slots of the group's experts, for those that have no slot of their own.
-            slots = torch.arange(-low, len(resident) - low, dtype=torch.int32, device=self.device)
-            slots += self.num_slots + staged.buffer * self.num_staging
-            slots = torch.where(resident >= 0, resident, slots)
+                self._staged = self._stage(pool, *following, 1 - staged.buffer)
+            slots = self._slots_while_staged(pool, staged, experts[0])
             staged.ready.wait(self._current_stream())
-            weights = self._weights[layer]
             if len(groups) == 1:
-                output = compute(*weights, slots, topk_ids, topk_weights)
+                output = compute(*pool.weights[layer], slots, topk_ids, topk_weights)
             else:
-                output = compute(*weights, slots, self._only(topk_ids, layer, experts), None)
-            self._free[staged.buffer].record(self._current_stream())
+                ids = self._only(topk_ids, layer, experts)
+                output = compute(*pool.weights[layer], slots, ids, None)
+            pool.free[staged.buffer].record(self._current_stream())
             rows = output if rows is None else rows + output
         assert rows is not None
-        return (
-            rows if topk_weights is None or len(groups) == 1 else weighted_sum(rows, topk_weights)
-        )
+        if topk_weights is None or len(groups) == 1:
+            return rows
+        return weighted_sum(rows, topk_weights)
 
-    def _groups(self, layer: int) -> list[tuple[int, int]]:
-        return _ranges(self.host.layers[layer].num_experts, self.num_staging)
+    def _slots_while_staged(self, pool: _Pool, staged: _Staged, first: int) -> Tensor:
+        """(num_experts,) int32: an expert's slot, or its place in the staging buffer.
 
-    def _following(self, layer: int, group: int) -> tuple[int, int] | None:
-        if group + 1 < len(self._groups(layer)):
+        Args:
+            first: the first expert of the group that is staged; the others' places mean nothing.
+        """
+        resident = pool.expert_to_slot[staged.layer]
+        places = torch.arange(-first, len(resident) - first, dtype=torch.int32, device=self.device)
+        places += pool.num_slots + staged.buffer * pool.num_staging
+        return torch.where(resident >= 0, resident, places)
+
+    def _groups(self, pool: _Pool, layer: int) -> list[tuple[int, int]]:
+        return _ranges(self.host.layers[layer].num_experts, pool.num_staging)
+
+    def _following(self, pool: _Pool, layer: int, group: int) -> tuple[int, int] | None:
+        if group + 1 < len(self._groups(pool, layer)):
             return layer, group + 1
         return (layer + 1, 0) if layer + 1 < len(self.host.layers) else None
 
-    def _stage(self, layer: int, group: int, buffer: int) -> _Staged:
+    def _stage(self, pool: _Pool, layer: int, group: int, buffer: int) -> _Staged:
         """Queue the copies of a group's absent pages into a staging buffer."""
-        low, high = self._groups(layer)[group]
-        first_slot = self.num_slots + buffer * self.num_staging
+        low, high = self._groups(pool, layer)[group]
+        first_slot = pool.num_slots + buffer * pool.num_staging
         pages = self.host.pages(layer)
         first_page = self.host.first_page[layer]
         ready = self._runtime.Event()
         with self._runtime.stream(self._copy_stream):
-            self._free[buffer].wait(self._copy_stream)
-            for start, end in _runs(self._absent[first_page + low : first_page + high]):
+            pool.free[buffer].wait(self._copy_stream)
+            for start, end in _stretches(self._absent[first_page + low : first_page + high]):
                 source = pages[low + start : low + end]
-                target = self.memory[first_slot + start : first_slot + end]
+                target = pool.memory[first_slot + start : first_slot + end]
                 if source.shape == target.shape:  # one piece
                     target.copy_(source, non_blocking=True)
                 else:
@@ -398,70 +457,67 @@ class ExpertCache:
 
     # ---- steps of a layer ----------------------------------------------------------------------
 
-    def _admit(self, copies: CopyList, layer: int, topk_ids: Tensor, **options: Any) -> None:
+    def _admit(self, pool: _Pool, layer: int, topk_ids: Tensor, **options: Any) -> None:
         first_page = self.host.first_page[layer]
         num_experts = self.host.layers[layer].num_experts
-        admit(topk_ids, layer, first_page, num_experts, self._residency, copies, **options)
+        tables = pool.residency, self._copies
+        admit(topk_ids, layer, first_page, num_experts, *tables, **options)
 
-    def _gather(self, copies: CopyList, layer: int) -> None:
+    def _gather(self, pool: _Pool, layer: int) -> None:
+        memory, copies = pool.memory, self._copies
         page_bytes = self.host.layers[layer].page_stride
         if self.device.type == "cuda":
-            gather(self._addresses, self.memory, copies, page_bytes)
+            gather(self._addresses, memory, copies, page_bytes)
             return
         pages, first_page = self.host.pages(layer), self.host.first_page[layer]
         for i in range(int(copies.count)):
             page, slot = int(copies.pages[i]), int(copies.slots[i])
-            self.memory[slot, :page_bytes] = pages[page - first_page]
-
-    def _start_prefetch(
-        self, layer: int, hidden_states: Tensor, admitted: Any, gathered: Any
-    ) -> None:
-        """Copy what the next layer will probably need, behind what this one needs."""
-        predict = self._predictors[layer] if self.prefetch else None
-        if predict is None or hidden_states.shape[0] > PREFETCHED_TOKENS:
-            return
-        limit = PREFETCHED_BYTES // self.host.layers[layer + 1].page_bytes
-        if not limit:
-            return
-        stream = self._prefetch_stream
-        with self._runtime.stream(stream):
-            admitted.wait(stream)
-            ids = predict(hidden_states)
-            self._admit(self._prefetch_copies, layer + 1, ids, prefetch=limit)
-            gathered.wait(stream)
-            self._gather(self._prefetch_copies, layer + 1)
-            self._prefetching = (self._event(), hidden_states, self._capturing())
-
-    def _join_prefetch(self) -> None:
-        if self._prefetching is not None:
-            prefetched, _, captured = self._prefetching
-            # What was queued before a capture began has been waited for; what was captured in a
-            # graph that was given up never runs.
-            if captured == self._capturing():
-                prefetched.wait(self._current_stream())
-            self._prefetching = None
+            memory[slot, :page_bytes] = pages[page - first_page]
 
     # ---- threads and streams -------------------------------------------------------------------
 
-    @contextmanager
-    def exclusive(self) -> Iterator[bool]:
-        """Queue behind what other threads queued; yields whether a CUDA graph is being captured."""
-        with self._lock, self._on_device():
-            if self._closed:
-                raise ValueError("this expert cache is closed; load the model again")
-            capturing = self._capturing()
-            stream = self._current_stream()
-            if not capturing:
-                if self._last_stream is not None and self._last_stream != stream:
-                    stream.wait_stream(self._last_stream)
-                self._last_stream = stream
-            if self._interrupted and capturing:
-                raise ValueError("the last step was cut off; run the model once before a capture")
+    def take_turn(self) -> None:
+        """Order what the current stream gets next behind everything that used the cache before.
+
+        For work that uses the slots without `run`: the replay of a captured graph. Nothing of it
+        may be queued before, and all of it while `lock` is held::
+
+            with cache.lock:
+                cache.take_turn()
+                graph.replay()
+
+        Raises:
+            ValueError: after `close`.
+            RuntimeError: a `resize` that failed left no slots.
+        """
+        with self.lock, self._on_device():
+            self._follow()
+            self._staged = None  # other pages may be resident afterwards
+
+    def _follow(self) -> _Pool:
+        """Let the current stream wait for the last one that used the slots."""
+        self._refuse_if_closed()
+        if self._pool is None:
+            raise RuntimeError(
+                f"the expert cache found no memory on {self.device} when it was last resized; free "
+                "some and call qmoe.resize"
+            )
+        if self._capturing():
             if self._interrupted:
-                self._synchronize()
-                self._forget()
-                self._interrupted = False
-            yield capturing
+                raise ValueError("the last step was cut off; run the model once before a capture")
+            return self._pool
+        stream = self._current_stream()
+        if self._last_stream is not None and self._last_stream != stream:
+            stream.wait_stream(self._last_stream)
+        self._last_stream = stream
+        if self._interrupted:
+            self._synchronize()
+            self._forget()
+        return self._pool
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise ValueError("this expert cache is closed; load the model again")
 
     def _capturing(self) -> bool:
         return self.device.type == "cuda" and bool(torch.cuda.is_current_stream_capturing())
@@ -491,26 +547,12 @@ class ExpertCache:
 
     def read_counters(self) -> CacheStats:
         """Read the counters as they are now; what is being computed is not waited for."""
-        r = self._residency
         with self._runtime.stream(self._stats_stream):
-            counters = r.counters.tolist()
-            waiting = r.slot_to_page[r.prefetched.bool()].tolist()
-        unused = [0] * len(counters)
-        for page in waiting:
-            if page >= 0:
-                unused[self._layer_of(page)[0]] += 1
+            counters = self._counters.tolist()
         return CacheStats(
             layers=tuple(
-                LayerStats(
-                    hits=row[HITS],
-                    misses=row[MISSES],
-                    prefetched=row[PREFETCHED],
-                    prefetch_used=row[PREFETCH_USED],
-                    # The tables may be a step ahead of the counters.
-                    prefetch_wasted=max(0, row[PREFETCHED] - row[PREFETCH_USED] - unused[layer]),
-                    streamed_bytes=self._streamed_bytes[layer],
-                )
-                for layer, row in enumerate(counters)
+                LayerStats(hits=row[HITS], misses=row[MISSES], streamed_bytes=streamed)
+                for row, streamed in zip(counters, self._streamed_bytes, strict=True)
             ),
             page_bytes=tuple(layer.page_bytes for layer in self.host.layers),
             num_slots=self.num_slots,
@@ -518,12 +560,31 @@ class ExpertCache:
         )
 
 
+def _first_slots(residency: Residency, num_slots: int) -> Residency:
+    """The same tables; of fewer slots, in the same memory and empty."""
+    if num_slots < len(residency.slot_to_page):
+        residency = replace(
+            residency,
+            slot_to_page=residency.slot_to_page[:num_slots],
+            last_used=residency.last_used[:num_slots],
+        )
+        _empty(residency)
+    return residency
+
+
+def _empty(residency: Residency) -> None:
+    """Empty every slot, in place."""
+    residency.page_to_slot.fill_(-1)
+    residency.slot_to_page.fill_(-1)
+    residency.last_used.zero_()
+
+
 def _ranges(num_experts: int, size: int) -> list[tuple[int, int]]:
     """[0, num_experts) in ranges of at most ``size``."""
     return [(low, min(low + size, num_experts)) for low in range(0, num_experts, size)]
 
 
-def _runs(wanted: Sequence[bool]) -> Iterator[tuple[int, int]]:
+def _stretches(wanted: Sequence[bool]) -> Iterator[tuple[int, int]]:
     """The ranges in which every item of ``wanted`` is true."""
     start: int | None = None
     for i, item in enumerate((*wanted, False)):

@@ -1,9 +1,9 @@
 """What a model takes of a device beside its experts' pages, measured on the model itself.
 
-A model runs a few tokens with its experts left out. The cache that comes back says what a token
-costs in each layer, whatever kind of attention that is; the calls to the experts say how many of
-them a token is routed to; and what those few tokens allocated on the way, with what is known of
-experts and attention, bounds the workspace of longer steps.
+A copy of the model, which shares its tensors, runs a few tokens with the experts left out. The
+cache that comes back says what a token costs in each layer, whatever kind of attention that is; the
+calls to the experts say how many of them a token is routed to; and what those few tokens allocated
+on the way, with what is known of experts and attention, bounds the workspace of longer steps.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -101,7 +102,9 @@ class Footprint:
 def measure(
     model: Any, layers: Sequence[LayerPages], device: torch.device | None = None
 ) -> Footprint:
-    """Run ``model`` on a few tokens, without its experts, and see what it takes.
+    """Run a copy of ``model`` on a few tokens, without its experts, and see what it takes.
+
+    The model itself is only read: other threads may run it meanwhile.
 
     Args:
         model: a causal language model of transformers, on one device; its experts may be quantized
@@ -118,48 +121,63 @@ def measure(
             f"{type(model).__name__} is on {', '.join(sorted(map(str, on)))}; a budget is for a "
             "model on one device, load it without offloading"
         )
-    device = device or on.pop()
+    device = device or next(iter(on))
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None) or _MEASURED_TOKENS
     num_tokens = max(1, min(_MEASURED_TOKENS, limit) // 2)
-    routed: dict[str, int] = {}
-    with _without_experts(model, layers, num_tokens, routed):
-        first = _caches(model, num_tokens)
-    with _without_experts(model, layers, 2 * num_tokens, routed), _peak_bytes(model.device) as peak:
-        second = _caches(model, 2 * num_tokens)
+    default_top_k = getattr(config, "num_experts_per_tok", 1)
+    routed: dict[str, int | None] = {}
+    with _without_experts(model, [layer.name for layer in layers], routed) as copy:
+        first = _caches(copy, num_tokens)
+        with _LiveBytes() as memory:
+            second = _caches(copy, 2 * num_tokens)
     if sum(nbytes for nbytes, _ in second) == 0:
         raise ValueError(
             f"{type(model).__name__} keeps no cache of its tokens (use_cache=True); "
             "it cannot be given a budget"
         )
-    top_k = tuple(routed.get(layer.name, 0) for layer in layers)
+    pairs = (routed.get(layer.name, 0) for layer in layers)
+    top_k = tuple(default_top_k if n is None else n // (2 * num_tokens) for n in pairs)
     caches = []
     for (once, window), (twice, _) in zip(first, second, strict=True):
         per_token = -(-(twice - once) // num_tokens)
         caches.append(CacheGrowth(max(0, once - per_token * num_tokens), per_token, window))
-
     growing = 2 * num_tokens * sum(c.per_token for c in caches if c.window is None)
-    itemsize = model.dtype.itemsize
-    eager = getattr(config, "_attn_implementation", "eager") == "eager"
     return Footprint(
         resident=_resident_bytes(model, layers),
         top_k=top_k,
         caches=tuple(caches),
         measured_tokens=2 * num_tokens,
-        measured_bytes=int(_MARGIN * max(0, peak() - growing)),
-        expert_bytes=max(
+        measured_bytes=int(_MARGIN * max(0, memory.peak - growing)),
+        fixed_bytes=_CUDA_LIBRARIES if device.type == "cuda" else 0,
+        **_bounds(model, layers, top_k, max(c.per_token for c in caches)),
+    )
+
+
+def _bounds(
+    model: Any, layers: Sequence[LayerPages], top_k: Sequence[int], cache_bytes: int
+) -> dict[str, int]:
+    """What the short steps do not tell: the fields of `Footprint` that experts and attention need.
+
+    Args:
+        cache_bytes: for a token, of the layer whose cache grows fastest.
+    """
+    config = model.config.get_text_config()
+    itemsize = model.dtype.itemsize
+    eager = getattr(config, "_attn_implementation", "eager") == "eager"
+    return {
+        "expert_bytes": max(
             k * _pair_bytes(model.get_submodule(layer.name), layer, itemsize)
             for k, layer in zip(top_k, layers, strict=True)
         ),
         # Masks; eager attention has scores and probabilities of every head.
-        score_bytes=2 * (itemsize + 2)
+        "score_bytes": 2 * (itemsize + 2)
         + (getattr(config, "num_attention_heads", 1) * (2 * itemsize + 4) if eager else 0),
         # A layer's keys and values are copied to append to them, and then made as wide as queries.
-        key_bytes=max(c.per_token for c in caches) + 4 * itemsize * _widest_matrix(model, layers),
+        "key_bytes": cache_bytes + 4 * itemsize * _widest_matrix(model, layers),
         # in the model's dtype and in fp32, sorted and cumulated for sampling
-        logits_bytes=32 * model.get_input_embeddings().weight.shape[0],
-        fixed_bytes=_CUDA_LIBRARIES if device.type == "cuda" else 0,
-    )
+        "logits_bytes": 32 * model.get_input_embeddings().weight.shape[0],
+    }
 
 
 def _staying(model: nn.Module, layers: Sequence[LayerPages]) -> Iterator[torch.Tensor]:
@@ -219,34 +237,69 @@ def _pair_bytes(experts: nn.Module, layer: LayerPages, itemsize: int) -> int:
 
 @contextmanager
 def _without_experts(
-    model: nn.Module, layers: Sequence[LayerPages], num_tokens: int, routed: dict[str, int]
-) -> Iterator[None]:
-    """Let experts return their input, and note how many a token is routed to."""
-    default = getattr(model.config.get_text_config(), "num_experts_per_tok", 1)
+    model: Any, names: Sequence[str], routed: dict[str, int | None]
+) -> Iterator[Any]:
+    """Yield a copy of the module tree, in evaluation mode, whose experts return their input.
 
-    def identity(name: str) -> Callable[..., torch.Tensor]:
-        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            topk_ids = args[0] if args else kwargs.get("top_k_index")
-            routed[name] = default if topk_ids is None else topk_ids.numel() // num_tokens
-            return hidden_states
+    It shares parameters and buffers with the model, but no hooks, and what its modules set on
+    themselves is lost with it.
 
-        return forward
-
-    modules = [model.get_submodule(layer.name) for layer in layers]
-    own = [vars(module).get("forward") for module in modules]  # a hook's, where there is one
+    Args:
+        model: is only read.
+        names: of its experts modules.
+        routed: gets the pairs of tokens and experts in each module's last call; None where it was
+            called without ids.
+    """
+    copies: dict[nn.Module, nn.Module] = {}
+    copy = _copy(model, copies)
     try:
-        for layer, module in zip(layers, modules, strict=True):
-            module.forward = identity(layer.name)
-        yield
+        for name in names:
+            vars(copies[model.get_submodule(name)])["forward"] = _stand_in(name, routed)
+        yield copy
     finally:
-        for module, forward in zip(modules, own, strict=True):
-            vars(module).pop("forward", None)
-            if forward is not None:
-                module.forward = forward
+        # At once, not when Python looks for cycles: they hold weights that are to make room.
+        for module in copies.values():
+            vars(module).clear()
+
+
+def _copy(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
+    if module in copies:
+        return copies[module]
+    copy = copies[module] = object.__new__(type(module))
+    own = vars(copy)
+    for name, value in vars(module).copy().items():
+        if name in ("_parameters", "_buffers"):
+            value = value.copy()
+        elif name == "_modules":
+            value = {n: None if m is None else _copy(m, copies) for n, m in value.copy().items()}
+        elif name in ("_forward_hooks", "_forward_pre_hooks"):
+            value = type(value)()
+        elif isinstance(value, MethodType) and value.__self__ is module:
+            value = MethodType(value.__func__, copy)
+        elif name == "forward":
+            continue  # accelerate's, for instance: it would run the model itself
+        own[name] = value
+    own["training"] = False
+    return copy
+
+
+def _stand_in(name: str, routed: dict[str, int | None]) -> Callable[..., torch.Tensor]:
+    def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        topk_ids = args[0] if args else kwargs.get("top_k_index")
+        routed[name] = None if topk_ids is None else topk_ids.numel()
+        return hidden_states
+
+    return forward
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made while it is on; ``peak`` is the most that lived at once."""
+    """Counts the bytes of tensors that this thread makes while it is on.
+
+    Unlike the device's own statistics, nobody else's tensors count, and no peak is reset.
+
+    Attributes:
+        peak: the most that lived at once.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -274,23 +327,12 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
     return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
 
 
-@contextmanager
-def _peak_bytes(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Yield what tells the most bytes that were allocated at once, beyond those at the start."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        yield lambda: torch.cuda.max_memory_allocated(device) - before
-    else:
-        with _LiveBytes() as memory:
-            yield lambda: memory.peak
-
-
 def _caches(model: Any, num_tokens: int) -> list[tuple[int, int | None]]:
     """Bytes and window of each layer's cache after ``num_tokens`` tokens."""
     tokens = torch.zeros(1, num_tokens, dtype=torch.long, device=model.device)
     last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
-    output = model(tokens, attention_mask=torch.ones_like(tokens), use_cache=True, **last)
+    with torch.autocast(model.device.type, enabled=False):
+        output = model(tokens, attention_mask=torch.ones_like(tokens), use_cache=True, **last)
     cache = getattr(output, "past_key_values", None) or getattr(output, "cache_params", None)
     return [
         (_tensor_bytes(layer, set()), getattr(layer, "sliding_window", None))

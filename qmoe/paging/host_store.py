@@ -29,7 +29,7 @@ AVAILABLE_VARIABLE = "QMOE_HOST_MEMORY_GIB"
 # Enough to keep an NVMe drive busy, or to copy from the page cache at the speed of memory.
 _NUM_THREADS = min(16, 2 * (os.cpu_count() or 4))
 # A thread opens a file for so many bytes of reads that lie one behind the other.
-_RUN_BYTES = 64 << 20
+_BATCH_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -92,22 +92,22 @@ class HostStore:
         *first_page, self._num_pages = accumulate((x.num_experts for x in self.layers), initial=0)
         self.first_page = tuple(first_page)
         self._maps: list[mmap.mmap] = []
-        pinned: list[int] = []
+        self._pinned: list[int] = []
         # Holds the mappings: they must outlive their registration.
-        self._finalizer = weakref.finalize(self, _release, self._maps, pinned)
-        self._finalizer.atexit = False  # the system takes everything back faster than we could
+        finalizer = weakref.finalize(self, _release, self._maps, self._pinned)
+        finalizer.atexit = False  # the system takes everything back faster than we could
         try:
             for nbytes in sizes:
                 self._maps.append(_allocate(nbytes))
             pages = [self.pages(layer) for layer in range(len(self.layers))]
             if pin:
-                _pin([layer.view(-1) for layer in pages], pinned, progress)
+                _pin([layer.view(-1) for layer in pages], self._pinned, progress)
+            self.addresses = torch.cat(
+                [layer.data_ptr() + torch.arange(len(layer)) * layer.stride(0) for layer in pages]
+            )
         except BaseException:
             self.close()
             raise
-        self.addresses = torch.cat(
-            [layer.data_ptr() + torch.arange(len(layer)) * layer.stride(0) for layer in pages]
-        )
 
     def pages(self, layer: int) -> torch.Tensor:
         """(num_experts, page_stride) uint8: the memory of one layer's pages.
@@ -138,13 +138,13 @@ class HostStore:
                 undefined.
         """
         num_bytes = sum(read.nbytes for read in reads)
-        _in_threads(self._read, _runs(reads), "Loading experts", num_bytes, progress)
+        _in_threads(self._read, _batches(reads), "Loading experts", num_bytes, progress)
 
-    def _read(self, run: Sequence[PageRead]) -> int:
-        file = run[0].file
+    def _read(self, batch: Sequence[PageRead]) -> int:
+        file = batch[0].file
         try:
             with file.open("rb", buffering=0) as stream:
-                for read in run:
+                for read in batch:
                     stream.seek(read.file_offset)
                     target = self._target(read)
                     while target:
@@ -161,7 +161,7 @@ class HostStore:
             ) from None
         except OSError as error:
             raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
-        return sum(read.nbytes for read in run)
+        return sum(read.nbytes for read in batch)
 
     def _target(self, read: PageRead) -> memoryview:
         layer = self.layers[read.layer]
@@ -172,7 +172,7 @@ class HostStore:
 
     def close(self) -> None:
         """Unpin and free the pages; what :meth:`pages` gave out stays readable until dropped."""
-        self._finalizer()
+        _release(self._maps, self._pinned)
 
 
 def available_bytes() -> int | None:
@@ -244,7 +244,7 @@ def _pin(layers: Sequence[torch.Tensor], pinned: list[int], progress: bool) -> N
     def pin(memory: torch.Tensor) -> int:
         # Faulted in here, by many threads, rather than by CUDA under its lock; in parts for which
         # torch starts no threads of its own.
-        for part in memory.split(_RUN_BYTES):
+        for part in memory.split(_BATCH_BYTES):
             part[:: mmap.PAGESIZE] = 0
         error = _register(memory.data_ptr(), memory.nbytes, device)
         if error:
@@ -293,21 +293,21 @@ def _register(address: int, nbytes: int, device: int) -> str | None:
 def _release(maps: list[mmap.mmap], pinned: list[int]) -> None:
     if pinned:
         torch.cuda.synchronize()  # a copy in flight still reads
-        for address in pinned:
-            torch.cuda.cudart().cudaHostUnregister(address)
-    pinned.clear()
+    while pinned:  # one by one: an interrupt leaves the others for another call
+        torch.cuda.cudart().cudaHostUnregister(pinned[-1])
+        pinned.pop()
     maps.clear()
 
 
-def _runs(reads: Sequence[PageRead]) -> Iterator[list[PageRead]]:
+def _batches(reads: Sequence[PageRead]) -> Iterator[list[PageRead]]:
     """Group reads that follow one another in a file, for one thread each."""
-    run: list[PageRead] = []
+    batch: list[PageRead] = []
     nbytes = 0
     for read in sorted(reads, key=lambda read: (str(read.file), read.file_offset)):
-        if run and (read.file != run[0].file or nbytes >= _RUN_BYTES):
-            yield run
-            run, nbytes = [], 0
-        run.append(read)
+        if batch and (read.file != batch[0].file or nbytes >= _BATCH_BYTES):
+            yield batch
+            batch, nbytes = [], 0
+        batch.append(read)
         nbytes += read.nbytes
-    if run:
-        yield run
+    if batch:
+        yield batch

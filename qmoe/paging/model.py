@@ -6,29 +6,27 @@ A model keeps what it was given in one attribute, ``model.qmoe_paging``.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from qmoe.experts.guard import guard_of
 from qmoe.experts.pages import LayerPages
 from qmoe.experts.quantized import QuantizedExperts, quantized_modules
-from qmoe.paging.budget import Budget, parse_budget, plan
-from qmoe.paging.expert_cache import ExpertCache, Predictor
+from qmoe.paging.budget import Budget, divide_budget, parse_budget
+from qmoe.paging.expert_cache import ExpertCache
 from qmoe.paging.footprint import measure
 from qmoe.paging.host_store import HostStore
+from qmoe.paging.options import PagingOptions
 from qmoe.paging.stats import CacheStats
 
 # Tokens per sequence where nobody said how many; less where the model takes less.
 DEFAULT_CONTEXT = 8192
-
-# Where routers keep what is added to their scores only to choose experts by.
-_SELECTION_BIASES = ("e_score_correction_bias", "expert_bias")
 
 
 @dataclass(frozen=True)
@@ -38,94 +36,81 @@ class Paging:
     budget: Budget
     device: torch.device
     cache: ExpertCache | None
-    prefetch: bool = False
 
 
-def plan_budget(
-    model: Any,
-    layer_pages: Sequence[LayerPages],
-    hbm_budget: str | int | float,
-    device: torch.device | str,
-    context: int | None = None,
-    batch_size: int = 1,
+def budget_for(
+    model: Any, layers: Sequence[LayerPages], options: PagingOptions, device: torch.device | str
 ) -> Budget:
     """Divide a budget of device memory for ``model``; nothing is changed.
 
     Args:
         model: on one device, not necessarily ``device``; its experts may be quantized, not yet
             quantized, paged, or without their weights.
-        layer_pages: of its experts modules, named as these are.
-        hbm_budget: see :func:`qmoe.paging.budget.parse_budget`. On the CPU the machine's memory
-            stands for the device's.
+        layers: pages of its experts modules, named as these are.
+        options: the budget, and what it must hold. On the CPU the machine's memory stands for the
+            device's.
         device: where the model is going to run.
-        context: tokens per sequence, new ones included; by default 8192, or all that the model
-            takes.
-        batch_size: sequences at a time.
 
     Raises:
         ValueError: a budget that is no size, is more than is free, or is too small; a context that
             the model does not take.
     """
     device = torch.device(device)
+    context = options.context
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if context is None:
         context = min(DEFAULT_CONTEXT, limit or DEFAULT_CONTEXT)
     elif limit is not None and context > limit:
         raise ValueError(f"context={context}: {type(model).__name__} takes {limit} tokens at most")
-    footprint = measure(model, layer_pages, device)
+    footprint = measure(model, layers, device)
     total, free = _memory(device)
-    return plan(
-        layer_pages,
+    return divide_budget(
+        layers,
         footprint.top_k,
-        total=parse_budget(hbm_budget, total, free + _held(model, device)),
+        total=parse_budget(options.hbm_budget, total, free + _held(model, device)),
         resident=footprint.resident,
-        kv_cache=footprint.kv_cache(context, batch_size),
-        workspace=lambda chunk: footprint.workspace(chunk, context, batch_size),
+        kv_cache=footprint.kv_cache(context, options.batch_size),
+        workspace=lambda chunk: footprint.workspace(chunk, context, options.batch_size),
         context=context,
-        batch_size=batch_size,
+        batch_size=options.batch_size,
     )
 
 
 def page_experts(
-    model: nn.Module,
-    store: HostStore,
-    budget: Budget,
-    device: torch.device | str,
-    *,
-    prefetch: bool = False,
+    model: nn.Module, store: HostStore, budget: Budget, device: torch.device | str
 ) -> None:
     """Let a model on ``device`` take its experts from ``store``, whose layers are its experts'.
 
     Raises:
         torch.OutOfMemoryError: the slots do not fit; the model is as it was.
     """
-    device = torch.device(device)
     modules = quantized_modules(model)
     assert [layer.name for layer in store.layers] == list(modules)
-    # One slot until the weights that were resident, if any, have made room for the others.
-    cache = ExpertCache(
-        store,
-        device,
-        num_slots=1,
-        num_staging=0,
-        prefetch=prefetch,
-        predictors=predictors(model),
-    )
-    had_weights = all(p is not None for m in modules.values() for p in m._parameters.values())
-    for layer, experts in enumerate(modules.values()):
-        experts.page(cache, layer)
-    try:
-        cache.resize(budget.num_slots, budget.num_staging)
-    except BaseException:
-        if had_weights:
-            _unpage(modules.values(), cache)
-        raise
-    _remember(model, Paging(budget, device, cache, prefetch))
+    device = torch.device(device)
+    with _changing(model):
+        cache = ExpertCache(
+            store, device, num_slots=budget.num_slots, num_staging=budget.num_staging
+        )
+        for layer, experts in enumerate(modules.values()):
+            experts.page(cache, layer)
+        _remember(model, Paging(budget, device, cache))
 
 
 def keep_resident(model: nn.Module, budget: Budget, device: torch.device | str) -> None:
     """Remember the budget of a model that has all of its weights on ``device``."""
-    _remember(model, Paging(budget, torch.device(device), None))
+    with _changing(model):
+        _remember(model, Paging(budget, torch.device(device), None))
+
+
+@contextmanager
+def _changing(model: nn.Module) -> Iterator[None]:
+    """Nothing of the model is queued meanwhile, and what is made is fit for training code too."""
+    with (
+        guard_of(model).changing("qmoe.resize", live=True),
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):
+        yield
 
 
 def _remember(model: Any, paging: Paging) -> None:
@@ -160,7 +145,8 @@ def resize(
     Raises:
         ValueError: the model is not quantized by qmoe, the budget cannot work, or host memory is
             too short for the pages. The model is then as it was.
-        torch.OutOfMemoryError: something else has taken the memory since; the same holds.
+        torch.OutOfMemoryError: something else has taken the memory since. The model is as it was,
+            or has fewer slots where it does not fit any more; the message says how many.
 
     Example:
         >>> import qmoe
@@ -174,31 +160,26 @@ def resize(
             f"{type(model).__name__} has no experts that qmoe quantized; call qmoe.patch(model) "
             "first"
         )
-    before: Paging | None = getattr(model, "qmoe_paging", None)
-    if before is not None:
-        context = context or before.budget.context
-        batch_size = batch_size or before.budget.batch_size
-    device = before.device if before is not None else next(model.parameters()).device
-    layers = pages_of(modules)
-    guard_of(model).release()  # they would count as memory that something else has
-    guard_of(model).version += 1
-    budget = plan_budget(model, layers, hbm_budget, device, context, batch_size or 1)
-    cache = before.cache if before is not None else None
-    prefetch = before.prefetch if before is not None else False
-    if cache is not None and budget.all_resident:
-        _make_resident(modules, cache)
-        cache = None
-    elif cache is not None:
-        cache.resize(budget.num_slots, budget.num_staging)
-    elif not budget.all_resident:
-        store = _store_of(modules, layers, device)
-        try:
-            page_experts(model, store, budget, device, prefetch=prefetch)
-        except BaseException:
-            store.close()
-            raise
-        return budget
-    _remember(model, Paging(budget, device, cache, prefetch))
+    with _changing(model):
+        before: Paging | None = getattr(model, "qmoe_paging", None)
+        if before is not None:
+            context = context or before.budget.context
+            batch_size = batch_size or before.budget.batch_size
+        device = before.device if before is not None else next(model.parameters()).device
+        layers = pages_of(modules)
+        options = PagingOptions(hbm_budget, context, batch_size or 1)
+        budget = budget_for(model, layers, options, device)
+        _synchronize(device)  # steps that are queued still use the weights and slots
+        caches = _caches(modules)
+        if budget.all_resident:
+            _make_resident(modules)
+            _remember(model, Paging(budget, device, None))
+        elif len(caches) == 1 and all(experts.paged for experts in modules.values()):
+            (cache,) = caches
+            cache.resize(budget.num_slots, budget.num_staging)
+            _remember(model, Paging(budget, device, cache))
+        else:
+            _make_paged(model, modules, layers, budget, device)
     return budget
 
 
@@ -223,11 +204,77 @@ def pages_of(modules: Mapping[str, QuantizedExperts]) -> list[LayerPages]:
 
 
 # ---- between resident and paged ----------------------------------------------------------------
+# A layer computes with its pages or with its parameters, and both give the same bits: wherever an
+# error or an interrupt strikes, each layer has one of them. A cache is closed once none uses it.
 
 
-def _unpage(modules: Iterable[QuantizedExperts], cache: ExpertCache) -> None:
-    """Give modules parameters with what their pages hold, where their scales are."""
-    for layer, experts in enumerate(modules):
+def _caches(modules: Mapping[str, QuantizedExperts]) -> set[ExpertCache]:
+    """The cache that the modules take their experts from: none, or one."""
+    return {experts.paged[0] for experts in modules.values() if experts.paged is not None}
+
+
+def _make_resident(modules: Mapping[str, QuantizedExperts]) -> None:
+    caches = {cache: (cache.num_slots, cache.num_staging) for cache in _caches(modules)}
+    before = [(experts, experts.paged) for experts in modules.values()]
+    try:
+        for cache in caches:
+            cache.resize(1, 0)  # make room
+        _unpage(modules.values())
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # they hold weights that came in vain
+        for experts, paged in before:
+            if paged is not None:
+                experts.page(*paged)
+        for cache, (num_slots, num_staging) in caches.items():
+            cache.resize(max(1, num_slots), num_staging)
+        raise
+    for cache in caches:
+        cache.close()
+
+
+def _make_paged(
+    model: nn.Module,
+    modules: Mapping[str, QuantizedExperts],
+    layers: Sequence[LayerPages],
+    budget: Budget,
+    device: torch.device,
+) -> None:
+    store = _store_of(modules, layers, device)
+    try:
+        # One slot until the weights have made room for the others.
+        cache = ExpertCache(store, device, num_slots=1, num_staging=0)
+    except BaseException:
+        store.close()
+        raise
+    try:
+        for layer, experts in enumerate(modules.values()):
+            experts.page(cache, layer)
+        cache.resize(budget.num_slots, budget.num_staging)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        try:
+            _unpage(modules.values())
+        except torch.OutOfMemoryError as another:
+            traceback.clear_frames(another.__traceback__)
+            for layer, experts in enumerate(modules.values()):
+                experts.page(cache, layer)
+            _remember(model, Paging(budget, device, cache))
+            raise torch.OutOfMemoryError(
+                f"{device} has no memory for {budget.num_slots} slots, nor for the weights as they "
+                f"were; {type(model).__name__} is paged with {cache.num_slots} slots now, free "
+                "some memory and call qmoe.resize"
+            ) from None
+        cache.close()
+        raise
+    _remember(model, Paging(budget, device, cache))
+
+
+def _unpage(modules: Iterable[QuantizedExperts]) -> None:
+    """Give paged modules parameters with what their pages hold, where their scales are."""
+    for experts in modules:
+        if experts.paged is None:
+            continue
+        cache, layer = experts.paged
         weights = []
         device = experts.down_proj_scale.device
         for pages in cache.host.weights(layer):
@@ -236,22 +283,8 @@ def _unpage(modules: Iterable[QuantizedExperts], cache: ExpertCache) -> None:
             for target, source in zip(weight, pages, strict=True):
                 target.copy_(source, non_blocking=True)
             weights.append(weight)
+        _synchronize(cache.device)  # a thread that runs the layer on another stream finds them
         experts.unpage(*weights)
-    if cache.device.type == "cuda":
-        torch.cuda.synchronize(cache.device)  # the pages may go now
-
-
-def _make_resident(modules: Mapping[str, QuantizedExperts], cache: ExpertCache) -> None:
-    num_slots, num_staging = cache.num_slots, cache.num_staging
-    cache.resize(1, 0)  # make room first
-    try:
-        _unpage(modules.values(), cache)
-    except BaseException:
-        for layer, experts in enumerate(modules.values()):
-            experts.page(cache, layer)
-        cache.resize(num_slots, num_staging)
-        raise
-    cache.close()
 
 
 def host_store(
@@ -283,8 +316,7 @@ def _store_of(
     try:
         for layer, experts in enumerate(modules.values()):
             fill_layer(store, layer, experts)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        _synchronize(device)
     except BaseException:
         store.close()
         raise
@@ -292,6 +324,11 @@ def _store_of(
 
 
 # ---- memory of a device ------------------------------------------------------------------------
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _memory(device: torch.device) -> tuple[int, int]:
@@ -310,65 +347,5 @@ def _held(model: nn.Module, device: torch.device) -> int:
         return 0
     index = device.index if device.index is not None else torch.cuda.current_device()
     tensors = (*model.parameters(), *model.buffers())
-    paging: Paging | None = getattr(model, "qmoe_paging", None)
-    cached = 0 if paging is None or paging.cache is None else paging.cache.memory.nbytes
+    cached = sum(cache.num_bytes for cache in _caches(quantized_modules(model)))
     return cached + sum(t.nbytes for t in tensors if t.is_cuda and t.device.index == index)
-
-
-# ---- prediction --------------------------------------------------------------------------------
-
-
-def predictors(model: nn.Module) -> list[Predictor | None]:
-    """For each experts module, what proposes the experts of the next one.
-
-    A proposal is what the next layer's router makes of the hidden states that go into this layer's
-    experts, (num_tokens, hidden_size) -> (num_tokens, top_k): a hint, ids of identity experts
-    included. None where the next router is unlike those that are known, and for the last module.
-    """
-    names = list(quantized_modules(model))
-    return [*(_predictor(model, following) for following in names[1:]), None]
-
-
-def _predictor(model: Any, name: str) -> Predictor | None:
-    experts: QuantizedExperts = model.get_submodule(name)
-    layout = experts.layout
-    block = model.get_submodule(name.rpartition(".")[0])
-    shape = (layout.num_experts + layout.num_identity_experts, layout.hidden_size)
-    inside = set(experts.modules())
-    router = next(
-        (
-            module
-            for module in block.modules()
-            if module not in inside
-            and (weight := module._parameters.get("weight")) is not None
-            and tuple(weight.shape) == shape
-        ),
-        None,
-    )
-    if router is None or layout.dense:
-        return None
-    bias = next(
-        (
-            tensor
-            for module in block.modules()
-            for tensor in (getattr(module, bias, None) for bias in _SELECTION_BIASES)
-            if isinstance(tensor, torch.Tensor) and tensor.numel() == shape[0]
-        ),
-        None,
-    )
-    counts = [
-        getattr(m, n, None) for n in ("top_k", "num_experts_per_tok") for m in (router, block)
-    ]
-    counts.append(getattr(model.config.get_text_config(), "num_experts_per_tok", None))
-    top_k = next((count for count in counts if isinstance(count, int)), None)
-    if top_k is None:
-        return None
-
-    def predict(hidden_states: torch.Tensor) -> torch.Tensor:
-        weight = router.weight
-        scores = F.linear(hidden_states.to(weight.dtype), weight, getattr(router, "bias", None))
-        if bias is not None:
-            scores = scores.sigmoid() + bias.view(-1)
-        return scores.topk(top_k, dim=-1).indices
-
-    return torch.no_grad()(predict)

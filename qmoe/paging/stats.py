@@ -12,17 +12,11 @@ class LayerStats:
     Attributes:
         hits: experts that were in a slot when they were routed to, once per admission.
         misses: experts that were not.
-        prefetched: pages copied ahead of their layer.
-        prefetch_used: of these, routed to before they were evicted.
-        prefetch_wasted: of these, evicted without having been routed to.
         streamed_bytes: copied for long prompts, past the slots.
     """
 
     hits: int
     misses: int
-    prefetched: int
-    prefetch_used: int
-    prefetch_wasted: int
     streamed_bytes: int
 
 
@@ -60,8 +54,8 @@ class CacheStats:
 
     @property
     def bytes(self) -> int:
-        """Copied to the device: missed, prefetched and streamed."""
+        """Copied to the device: missed and streamed."""
         return sum(
-            (layer.misses + layer.prefetched) * page_bytes + layer.streamed_bytes
+            layer.misses * page_bytes + layer.streamed_bytes
             for layer, page_bytes in zip(self.layers, self.page_bytes, strict=True)
         )

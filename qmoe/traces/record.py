@@ -11,7 +11,6 @@ from torch import nn
 
 from qmoe.experts.layout import ExpertsLayout, describe
 from qmoe.experts.quantized import QuantizedExperts, layer_pages
-from qmoe.paging.expert_cache import Predictor
 from qmoe.traces.trace import NONE, RoutingTrace
 
 # On a GPU the smallest tensor takes 512 bytes: so many are joined to one.
@@ -25,7 +24,6 @@ class Recording:
         self._layouts = layouts
         # For each layer, what came one after the other: (num_tokens, k) each, on its device.
         self._topk_ids: list[list[torch.Tensor]] = [[] for _ in layouts]
-        self._predicted_ids: list[list[torch.Tensor]] = [[] for _ in layouts]
 
     def trace(self, metadata: dict[str, str] | None = None) -> RoutingTrace:
         """Everything recorded so far; waits for the device.
@@ -40,53 +38,37 @@ class Recording:
             raise ValueError("nothing was recorded: the model has not run")
         if len(tokens) > 1:
             raise ValueError(f"layers saw {min(tokens)} to {max(tokens)} tokens, not the same")
-        predicted = self._join(self._predicted_ids, max(tokens))
+        (num_tokens,) = tokens
+        top_k = max(ids.shape[1] for layer in self._topk_ids for ids in layer)
+        joined = torch.full((num_tokens, len(self._topk_ids), top_k), NONE, dtype=torch.int16)
+        for layer, parts in enumerate(self._topk_ids):
+            ids = torch.cat(parts).cpu()
+            joined[:, layer, : ids.shape[1]] = ids
         return RoutingTrace(
-            self._join(self._topk_ids, max(tokens)),
+            joined,
             max(layout.num_experts for layout in self._layouts),
             tuple(layer_pages("", layout, "int8").page_bytes for layout in self._layouts),
-            predicted if any(self._predicted_ids) else None,
             metadata or {},
         )
-
-    def _join(self, recorded: list[list[torch.Tensor]], num_tokens: int) -> torch.Tensor:
-        """As RoutingTrace.topk_ids; rows and columns that are missing are `NONE`."""
-        top_k = max(ids.shape[1] for layer in self._topk_ids for ids in layer)
-        joined = torch.full((num_tokens, len(recorded), top_k), NONE, dtype=torch.int16)
-        for layer, parts in enumerate(recorded):
-            if parts:
-                ids = torch.cat(parts).cpu()[:, :top_k]
-                joined[:, layer, : ids.shape[1]] = ids
-        return joined
 
     def _forget_unfinished(self) -> None:
         """Take back what an interrupted pass left in the layers that it came to."""
         seen = [sum(map(len, ids)) for ids in self._topk_ids]
         if len(set(seen)) == 2 and seen == sorted(seen, reverse=True):
-            for parts in filter(None, (*self._topk_ids, *self._predicted_ids)):
+            for parts in filter(None, self._topk_ids):
                 parts[:] = [torch.cat(parts)[: seen[-1]]]
 
-    def _add(
-        self,
-        layer: int,
-        hidden_states: torch.Tensor,
-        topk_ids: torch.Tensor,
-        predictor: Predictor | None,
-    ) -> None:
-        if topk_ids.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise ValueError(
-                "record_routing: a captured CUDA graph cannot be recorded; run eagerly"
-            )
-        _append(self._topk_ids[layer], _with_pages(topk_ids, self._layouts[layer]))
-        if predictor is not None:
-            ids = predictor(hidden_states.reshape(-1, hidden_states.shape[-1]))
-            _append(self._predicted_ids[layer + 1], _with_pages(ids, self._layouts[layer + 1]))
+    def _add(self, layer: int, topk_ids: torch.Tensor) -> None:
+        """Keep a copy as int16; ids without a page (sentinels, identity experts) are `NONE`."""
+        paged = (topk_ids >= 0) & (topk_ids < self._layouts[layer].num_experts)
+        parts = self._topk_ids[layer]
+        parts.append(torch.where(paged, topk_ids, NONE).to(torch.int16))
+        if len(parts) == _MANY:
+            parts[:] = [torch.cat(parts)]
 
 
 @contextmanager
-def record_routing(
-    model: nn.Module, *, predictors: Sequence[Predictor | None] | None = None
-) -> Iterator[Recording]:
+def record_routing(model: nn.Module) -> Iterator[Recording]:
     """Record the routing of everything that ``model`` runs inside the ``with`` block.
 
     Ids stay on the device until the trace is asked for, so that the model is not held up. If an
@@ -94,12 +76,10 @@ def record_routing(
 
     Args:
         model: a transformers model with experts, quantized or not, paged or not.
-        predictors: for each experts module, what proposes the next one's experts; recorded beside
-            the routing.
 
     Raises:
         ValueError: the model has no experts, or ones that are called without ids (Llama 4 before
-            ``qmoe.patch``); not as many predictors as experts modules.
+            ``qmoe.patch``).
 
     Example:
         >>> import qmoe
@@ -125,14 +105,9 @@ def record_routing(
     if not experts:
         raise ValueError(f"{type(model).__name__} has no experts; there is no routing to record")
     recording = Recording([layout for _, layout in experts])
-    if predictors is None:
-        predictors = [None] * len(experts)
-    if len(predictors) != len(experts):
-        raise ValueError(f"{len(predictors)} predictors for {len(experts)} experts modules")
-    known = [*predictors[:-1], None]  # nothing comes after the last
     hooks = [
-        module.register_forward_pre_hook(_hook(recording, layer, predictor), with_kwargs=True)
-        for layer, ((module, _), predictor) in enumerate(zip(experts, known, strict=True))
+        module.register_forward_pre_hook(_hook(recording, layer), with_kwargs=True)
+        for layer, (module, _) in enumerate(experts)
     ]
     try:
         yield recording
@@ -144,22 +119,9 @@ def record_routing(
             hook.remove()
 
 
-def _hook(recording: Recording, layer: int, predictor: Predictor | None) -> Callable[..., None]:
+def _hook(recording: Recording, layer: int) -> Callable[..., None]:
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Experts are called by position or by the names that transformers gives its own.
-        called = {**dict(zip(("hidden_states", "top_k_index"), args, strict=False)), **kwargs}
-        recording._add(layer, called["hidden_states"], called["top_k_index"], predictor)
+        recording._add(layer, args[1] if len(args) > 1 else kwargs["top_k_index"])
 
     return record
-
-
-def _append(parts: list[torch.Tensor], ids: torch.Tensor) -> None:
-    parts.append(ids)
-    if len(parts) == _MANY:
-        parts[:] = [torch.cat(parts)]
-
-
-def _with_pages(ids: torch.Tensor, layout: ExpertsLayout) -> torch.Tensor:
-    """A copy as int16; ids that have no page (sentinels, identity experts) are `NONE`."""
-    paged = (ids >= 0) & (ids < layout.num_experts)
-    return torch.where(paged, ids, NONE).to(torch.int16)

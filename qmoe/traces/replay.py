@@ -3,7 +3,7 @@
 A step is one token in one layer, as in decode of one sequence. All layers share one pool of slots,
 which is empty at the start. A step's experts are served together: none of them is evicted by it,
 and an expert that it names twice is one page. With ``lru`` this is what `qmoe_kernels.paging.admit`
-does without prefetching, to the slot.
+does, to the slot.
 """
 
 from __future__ import annotations

@@ -29,8 +29,6 @@ class CacheReport:
         warmup: tokens that filled the cache before anything was counted.
         metadata: the trace's.
         reuse: for each layer, the share of a token's experts that the token before used too.
-        recall: for each layer, the share of a token's experts that had been predicted; None for a
-            layer that nothing was predicted for.
         replays: every capacity under LRU, then under LFU, then under Belady.
     """
 
@@ -42,7 +40,6 @@ class CacheReport:
     warmup: int
     metadata: dict[str, str]
     reuse: list[float]
-    recall: list[float | None]
     replays: list[Replay]
 
     @property
@@ -84,19 +81,8 @@ def cache_report(
         warmup=warmup,
         metadata=trace.metadata,
         reuse=trace.reuse().tolist(),
-        recall=_recall(trace),
         replays=replay_curve(trace, sorted(set(slots)), warmup=warmup),
     )
-
-
-def _recall(trace: RoutingTrace) -> list[float | None]:
-    if trace.predicted_ids is None:
-        return [None] * trace.num_layers
-    predicted = trace.predicted_ids.ge(0).any(2).any(0).tolist()
-    return [
-        share if known else None
-        for share, known in zip(trace.recall().tolist(), predicted, strict=True)
-    ]
 
 
 def _slots(capacity: str, trace: RoutingTrace) -> int:

@@ -23,9 +23,6 @@ class RoutingTrace:
             `NONE` where there is no expert.
         num_experts: of one layer; where layers differ, the largest.
         page_bytes: bytes of one expert's page, for each layer.
-        predicted_ids: as topk_ids; what the router of a layer proposes from the hidden state of the
-            layer before it, before that one has run: what a prefetcher knows. `NONE` in the first
-            layer. None where nothing was predicted.
         metadata: anything else, for the reader of the file.
 
     Raises:
@@ -35,7 +32,6 @@ class RoutingTrace:
     topk_ids: torch.Tensor
     num_experts: int
     page_bytes: tuple[int, ...]
-    predicted_ids: torch.Tensor | None = None
     metadata: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -48,21 +44,14 @@ class RoutingTrace:
             raise ValueError(
                 f"page_bytes={self.page_bytes}: one size for each of {self.num_layers} layers"
             )
-        for name in ("topk_ids", "predicted_ids"):
-            ids = getattr(self, name)
-            if ids is None:
-                continue
-            if ids.shape != self.topk_ids.shape or ids.dtype != torch.int16:
-                raise ValueError(
-                    f"{name} is {tuple(ids.shape)} {ids.dtype}; "
-                    f"expected {tuple(self.topk_ids.shape)} torch.int16"
-                )
-            smallest, largest = (int(bound) for bound in ids.aminmax())
-            if smallest < NONE or largest >= self.num_experts:
-                raise ValueError(
-                    f"{name} holds ids from {smallest} to {largest}; "
-                    f"{self.num_experts} experts have {NONE} to {self.num_experts - 1}"
-                )
+        if self.topk_ids.dtype != torch.int16:
+            raise ValueError(f"topk_ids is {self.topk_ids.dtype}; expected torch.int16")
+        smallest, largest = (int(bound) for bound in self.topk_ids.aminmax())
+        if smallest < NONE or largest >= self.num_experts:
+            raise ValueError(
+                f"topk_ids holds ids from {smallest} to {largest}; "
+                f"{self.num_experts} experts have {NONE} to {self.num_experts - 1}"
+            )
 
     @property
     def num_tokens(self) -> int:
@@ -94,23 +83,15 @@ class RoutingTrace:
 
     def reuse(self) -> torch.Tensor:
         """Share of a token's experts that the token before it used too, (num_layers,) fp64."""
-        return _share_found(self.topk_ids[1:], self.topk_ids[:-1])
-
-    def recall(self) -> torch.Tensor:
-        """Share of a token's experts that were predicted, (num_layers,) fp64; 0 in the first layer.
-
-        Raises:
-            ValueError: the trace has no predictions.
-        """
-        if self.predicted_ids is None:
-            raise ValueError("this trace has no predictions")
-        return _share_found(self.topk_ids, self.predicted_ids)
+        ids, before = self.topk_ids[1:], self.topk_ids[:-1]
+        real = ids >= 0
+        found = (ids[..., :, None] == before[..., None, :]).any(-1) & real
+        return found.sum((0, 2)).double() / real.sum((0, 2)).clamp(min=1)
 
     def save(self, path: str | Path) -> None:
         """Write a ``.safetensors`` file."""
-        tensors = {"topk_ids": self.topk_ids, "predicted_ids": self.predicted_ids}
         save_file(
-            {name: ids.contiguous() for name, ids in tensors.items() if ids is not None},
+            {"topk_ids": self.topk_ids.contiguous()},
             path,
             metadata={
                 **self.metadata,
@@ -122,7 +103,9 @@ class RoutingTrace:
 
     @classmethod
     def load(cls, path: str | Path) -> RoutingTrace:
-        """Read what :meth:`save` wrote.
+        """Read what :meth:`save` wrote; what else stands in the file is left there.
+
+        Older files also hold ``predicted_ids``, of a prefetcher that is gone.
 
         Raises:
             ValueError: no such file, or no routing trace.
@@ -136,23 +119,15 @@ class RoutingTrace:
                 metadata = dict(file.metadata() or {})
                 if metadata.pop("format", None) != FORMAT:
                     raise ValueError("no routing trace, though a .safetensors file")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                topk_ids = file.get_tensor("topk_ids")
             return cls(
-                topk_ids=tensors["topk_ids"],
+                topk_ids=topk_ids,
                 num_experts=int(metadata.pop("num_experts")),
                 page_bytes=tuple(map(int, json.loads(metadata.pop("page_bytes")))),
-                predicted_ids=tensors.get("predicted_ids"),
                 metadata=metadata,
             )
         except (SafetensorError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}: no usable routing trace ({error})") from error
-
-
-def _share_found(ids: torch.Tensor, among: torch.Tensor) -> torch.Tensor:
-    """Per layer, the share of ``ids`` that is in the same row of ``among``; both as topk_ids."""
-    real = ids >= 0
-    found = (ids[..., :, None] == among[..., None, :]).any(-1) & real
-    return found.sum((0, 2)).double() / real.sum((0, 2)).clamp(min=1)
 
 
 def synthetic_trace(
@@ -163,7 +138,6 @@ def synthetic_trace(
     *,
     zipf: float = 0.65,
     reuse: float = 0.40,
-    recall: float | None = None,
     page_bytes: int = 0,
     seed: int = 0,
 ) -> RoutingTrace:
@@ -184,8 +158,6 @@ def synthetic_trace(
         top_k: experts per token and layer.
         zipf: the r-th most popular expert's share is proportional to r ** -zipf.
         reuse: share of a token's experts that the token before it used too, in the same layer.
-        recall: with it, predicted_ids are the true ones, each kept with this probability, else
-            replaced by a random expert that the token does not use.
         page_bytes: of every layer.
         seed: the same seed gives the same trace.
 
@@ -197,9 +169,8 @@ def synthetic_trace(
             f"num_tokens={num_tokens}, num_layers={num_layers}, num_experts={num_experts}, "
             f"top_k={top_k}: at least 1, and top_k at most num_experts"
         )
-    for name, share in (("reuse", reuse), ("recall", recall or 0.0)):
-        if not 0 <= share <= 1:
-            raise ValueError(f"{name}={share}: must be from 0 to 1")
+    if not 0 <= reuse <= 1:
+        raise ValueError(f"reuse={reuse}: must be from 0 to 1")
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*shape: int) -> torch.Tensor:
@@ -220,19 +191,11 @@ def synthetic_trace(
             score.scatter_(1, topk_ids[token - 1], torch.where(stays, kept, -kept))
         topk_ids[token] = score.topk(top_k).indices
 
-    predicted_ids = None
-    if recall is not None:
-        score = uniform(num_tokens, num_layers, num_experts).scatter_(2, topk_ids, -1.0)
-        others = score.topk(top_k).indices
-        right = uniform(num_tokens, num_layers, top_k) < recall
-        predicted_ids = torch.where(right, topk_ids, others).to(torch.int16)
-        predicted_ids[:, 0] = NONE
     return RoutingTrace(
         topk_ids.to(torch.int16),
         num_experts,
         (page_bytes,) * num_layers,
-        predicted_ids,
-        {"source": f"synthetic: zipf={zipf} reuse={reuse} recall={recall} seed={seed}"},
+        {"source": f"synthetic: zipf={zipf} reuse={reuse} seed={seed}"},
     )
 
 
@@ -248,12 +211,11 @@ def tile_trace(
     """Lay copies of a small model's trace side by side until they have a larger model's shape.
 
     A layer's experts are ``num_experts / trace.num_experts`` groups, each with the popularity that
-    the small model's experts have. Of every token, each group gets the first
-    ``top_k / groups`` choices of the small model's router (and its predictor's), read at another
-    place of the text: the trace is a ring, and the copies' starting points are spread evenly over
-    it. The first layer is a copy of the trace's first, for which nothing is predicted; the layers
-    after it go through the trace's other layers in turn. So a group's popularity, its reuse between
-    tokens, and the recall of its predictions are the recorded ones, of the router's first choices.
+    the small model's experts have. Of every token, each group gets the first ``top_k / groups``
+    choices of the small model's router, read at another place of the text: the trace is a ring, and
+    the copies' starting points are spread evenly over it. The first layer is a copy of the trace's
+    first; the layers after it go through the trace's other layers in turn. So a group's popularity
+    and its reuse between tokens are the recorded ones, of the router's first choices.
 
     Args:
         trace: the small one.
@@ -287,15 +249,12 @@ def tile_trace(
     start = copy * trace.num_tokens // (int(round_.max()) + 1) // groups
     token = (torch.arange(num_tokens)[:, None, None] + start) % trace.num_tokens
 
-    def tile(ids: torch.Tensor) -> torch.Tensor:
-        tiled = ids[token, source[:, None], :each].long()  # (num_tokens, num_layers, groups, each)
-        offset = (torch.arange(groups) * trace.num_experts)[:, None]
-        return torch.where(tiled < 0, NONE, tiled + offset).flatten(2).to(torch.int16)
-
+    tiled = trace.topk_ids[token, source[:, None], :each].long()
+    offset = (torch.arange(groups) * trace.num_experts)[:, None]
+    tiled = torch.where(tiled < 0, NONE, tiled + offset)  # (num_tokens, num_layers, groups, each)
     return RoutingTrace(
-        tile(trace.topk_ids),
+        tiled.flatten(2).to(torch.int16),
         num_experts,
         (page_bytes,) * num_layers,
-        None if trace.predicted_ids is None else tile(trace.predicted_ids),
         {**trace.metadata, "tiled_from": "x".join(map(str, trace.topk_ids.shape))},
     )

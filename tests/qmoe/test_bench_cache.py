@@ -42,7 +42,7 @@ def test_every_section_runs(results: tuple[Path, dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-def test_without_prefetch_the_cache_hits_what_lru_hits(
+def test_the_cache_hits_what_lru_hits(
     results: tuple[Path, dict[str, Any]],
 ) -> None:
     cells = [c for c in results[1]["sections"]["decode"]["cells"] if c["variant"] == "plain"]

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmoe.experts.pages import LayerPages
-from qmoe.paging.budget import AUTO_FRACTION, Budget, parse_budget, plan
+from qmoe.paging.budget import AUTO_FRACTION, Budget, divide_budget, parse_budget
+from qmoe.sizes import format_size
 
 GIB = 1 << 30
 
@@ -51,8 +52,14 @@ class TestParse:
             parse_budget(written, total=16 * GIB, free=16 * GIB)
 
     def test_more_than_is_free(self):
-        with pytest.raises(ValueError, match=f"hbm_budget='5GiB' is {5 * GIB} bytes.*17.2 GB only"):
+        with pytest.raises(ValueError, match=f"hbm_budget='5GiB' is {5 * GIB} bytes.*16GiB only"):
             parse_budget("5GiB", total=16 * GIB, free=4 * GIB)
+
+
+@given(st.integers(1, 1 << 50))
+def test_a_printed_size_is_enough(num_bytes):
+    printed = parse_budget(format_size(num_bytes), total=1 << 60, free=1 << 60)
+    assert num_bytes <= printed <= max(num_bytes + 1, num_bytes * 1.011)
 
 
 def layer(num_experts: int, size: int) -> LayerPages:
@@ -68,7 +75,7 @@ def workspace(chunk: int) -> int:
 
 def smallest_and_everything(layers, top_k, **sizes) -> tuple[int, int]:
     with pytest.raises(ValueError) as caught:
-        plan(layers, top_k, total=1, workspace=workspace, **sizes)
+        divide_budget(layers, top_k, total=1, workspace=workspace, **sizes)
     smallest = int(re.search(r"\((\d+) bytes\)", str(caught.value))[1])
     pages = sum(p.num_experts * p.page_bytes for p in layers)
     chunk = min(64, sizes["context"])
@@ -88,7 +95,7 @@ def test_any_budget_from_the_smallest_on_is_kept(data):
     )
     smallest, everything = smallest_and_everything(layers, top_k, **sizes)
     total = data.draw(st.integers(smallest, everything + 200_000))
-    budget = plan(layers, top_k, total=total, workspace=workspace, **sizes)
+    budget = divide_budget(layers, top_k, total=total, workspace=workspace, **sizes)
 
     pages = sum(p.num_experts * p.page_bytes for p in layers)
     spent = budget.resident + budget.kv_cache + budget.workspace + budget.staging + budget.slots
@@ -117,18 +124,18 @@ def test_one_byte_less_than_the_smallest_is_refused():
     smallest, everything = smallest_and_everything(layers, [2] * 3, **SIZES)
     # 13 kB that stay, 1640 bytes of workspace at 64 tokens, 3 * 2 pages and two buffers of 2
     assert smallest == 13_000 + 1640 + (6 + 4) * 3 * 64 * 64 < everything
-    plan(layers, [2] * 3, total=smallest, workspace=workspace, **SIZES)
+    divide_budget(layers, [2] * 3, total=smallest, workspace=workspace, **SIZES)
     with pytest.raises(ValueError, match="the 6 experts of one token's cycle and 2 x 2"):
-        plan(layers, [2] * 3, total=smallest - 1, workspace=workspace, **SIZES)
+        divide_budget(layers, [2] * 3, total=smallest - 1, workspace=workspace, **SIZES)
 
 
 def test_where_everything_is_less_than_a_cycle_it_is_the_smallest():
     layers = [layer(4, 64)]
     smallest, everything = smallest_and_everything(layers, [3], **SIZES)
     assert smallest == everything
-    assert plan(layers, [3], total=smallest, workspace=workspace, **SIZES).all_resident
+    assert divide_budget(layers, [3], total=smallest, workspace=workspace, **SIZES).all_resident
     with pytest.raises(ValueError, match="all 4 experts"):
-        plan(layers, [3], total=smallest - 1, workspace=workspace, **SIZES)
+        divide_budget(layers, [3], total=smallest - 1, workspace=workspace, **SIZES)
 
 
 def test_the_largest_batch_needs_no_more_than_every_expert():
@@ -140,7 +147,9 @@ def test_the_largest_batch_needs_no_more_than_every_expert():
 
 def budget_of(total: int, context: int = 100_000) -> Budget:
     layers = [layer(128, 64)] * 10
-    return plan(layers, [8] * 10, total=total, workspace=workspace, **SIZES | {"context": context})
+    return divide_budget(
+        layers, [8] * 10, total=total, workspace=workspace, **SIZES | {"context": context}
+    )
 
 
 def test_larger_budgets_buy_larger_chunks_and_buffers():
@@ -157,4 +166,4 @@ def test_larger_budgets_buy_larger_chunks_and_buffers():
 @pytest.mark.parametrize(("name", "value"), [("context", 0), ("batch_size", -1), ("context", 1.5)])
 def test_no_context_and_no_batch(name, value):
     with pytest.raises(ValueError, match=f"{name}={value}"):
-        plan([layer(8, 64)], [2], total=GIB, workspace=workspace, **SIZES | {name: value})
+        divide_budget([layer(8, 64)], [2], total=GIB, workspace=workspace, **SIZES | {name: value})

@@ -7,9 +7,7 @@ accesses to a slot, a table or a list of copies is checked against the earlier o
 
 from __future__ import annotations
 
-import itertools
 import random
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +19,6 @@ from torch import Tensor
 from qmoe.experts.pages import LayerPages
 from qmoe.paging.expert_cache import ExpertCache
 from qmoe.paging.host_store import HostStore
-from qmoe_kernels.paging import CopyList
 
 Clock = dict["Stream", int]
 
@@ -102,28 +99,38 @@ class WatchedCache(ExpertCache):
 
     streams: Streams
 
-    def _admit(self, copies: CopyList, layer: int, topk_ids: Tensor, **options: Any) -> None:
-        before = self._residency.page_to_slot.clone()
-        super()._admit(copies, layer, topk_ids, **options)
+    def _admit(self, pool: Any, layer: int, topk_ids: Tensor, **options: Any) -> None:
+        before = pool.residency.page_to_slot.clone()
+        super()._admit(pool, layer, topk_ids, **options)
         self.streams.write("stamps")
-        self.streams.write(id(copies))
-        for page in (before != self._residency.page_to_slot).nonzero().flatten().tolist():
+        self.streams.write("copies")
+        for page in (before != pool.residency.page_to_slot).nonzero().flatten().tolist():
             self.streams.write(("page", page))
 
-    def _gather(self, copies: CopyList, layer: int) -> None:
-        self.streams.read(id(copies))
-        for slot in copies.slots[: int(copies.count)].tolist():
+    def _gather(self, pool: Any, layer: int) -> None:
+        self.streams.read("copies")
+        for slot in self._copies.slots[: int(self._copies.count)].tolist():
             self.streams.write(("slot", slot))
-        super()._gather(copies, layer)
+        super()._gather(pool, layer)
 
-    def _stage(self, layer: int, group: int, buffer: int) -> Any:
-        staged = super()._stage(layer, group, buffer)
-        low, high = self._groups(layer)[group]
+    def _stage(self, pool: Any, layer: int, group: int, buffer: int) -> Any:
+        staged = super()._stage(pool, layer, group, buffer)
+        low, high = self._groups(pool, layer)[group]
         first = self.num_slots + buffer * self.num_staging
         for slot in range(first, first + high - low):
             # At the time of the event behind the copies, of what the copies had waited for.
             self.streams.write(("slot", slot), by=self._copy_stream, seen=staged.ready.seen)
         return staged
+
+    def replay(self) -> None:
+        """What a captured graph of one token does in every layer, unseen by the cache."""
+        assert self._pool is not None
+        for layer in range(3):
+            ids = torch.tensor([[layer, 3 + layer]])
+            self._admit(self._pool, layer, ids)
+            self._gather(self._pool, layer)
+            slots = self._pool.expert_to_slot[layer]
+            self.compute(layer)(*self._pool.weights[layer], slots, ids, None)
 
     def compute(self, layer: int) -> Any:
         """Reads the slots of the routed experts and checks what they hold."""
@@ -147,24 +154,24 @@ LAYERS = [LayerPages(f"layers.{i}", NUM_EXPERTS, torch.int8, (8, 8), (8, 8)) for
 
 
 def run(
-    streams: Streams, num_slots: int, num_staging: int, *, num_users: int, **options: Any
+    streams: Streams,
+    num_slots: int,
+    num_staging: int,
+    *,
+    num_users: int,
+    replays: bool = False,
+    **options: Any,
 ) -> WatchedCache:
-    """Forwards of one to many tokens, on one stream or on several in turn."""
+    """Forwards of one to many tokens, on one stream or on several in turn, replays in between."""
     draw, generator = random.Random(0), torch.Generator().manual_seed(0)
     host = HostStore(LAYERS, pin=False)
     for layer in range(3):
         host.pages(layer).copy_(torch.randint(0, 256, (NUM_EXPERTS, 128), generator=generator))
 
-    def predict(hidden: Tensor) -> Tensor:
-        streams.read(("hidden states", int(hidden[0, 0])))
-        return torch.randint(0, NUM_EXPERTS, (1, 2), generator=generator)
-
     WatchedCache.streams = streams
-    predictors = [predict, predict, None]
     sizes = {"num_slots": num_slots, "num_staging": num_staging}
-    cache = WatchedCache(host, "cpu", **sizes, **options, predictors=predictors)
+    cache = WatchedCache(host, "cpu", **sizes, **options)
     users = [Stream() for _ in range(num_users)]
-    number = itertools.count()
     for _ in range(30):
         tokens = draw.choice([1, 1, 2, 5, 20])
         forwards = [[0, 1, 2], [0, 1, 2]][: num_users if draw.random() < 0.5 else 1]
@@ -173,15 +180,11 @@ def run(
             layer, user = forwards[i].pop(0), users[-1 - i]
             ids = torch.randint(-1, NUM_EXPERTS + 1, (tokens, 2), generator=generator)
             with streams.on(user):
-                name = ("hidden states", next(number))
-                hidden = torch.full((tokens, 8), name[1])
-                streams.write(name)
-                if num_users == 1:
-                    # Whoever gets the memory next writes to it on the stream that took it. With two
-                    # users the other one may let go of it: a guess, at worst, from garbage.
-                    weakref.finalize(hidden, streams.write, name, by=user)
-                cache.run(layer, hidden, ids, None, cache.compute(layer))
-                del hidden
+                cache.run(layer, ids, None, cache.compute(layer))
+            if replays and draw.random() < 0.3:
+                with streams.on(users[0]), cache.lock:
+                    cache.take_turn()
+                    cache.replay()
     return cache
 
 
@@ -195,7 +198,33 @@ def test_no_race(monkeypatch, num_slots, num_staging, overlap, num_users) -> Non
     assert streams.num_accesses > 1000 and not streams.races
     stats = cache.read_counters()
     assert stats.misses and bool(num_staging) == any(x.streamed_bytes for x in stats.layers)
-    assert num_slots < 5 or any(layer.prefetched for layer in stats.layers)
+
+
+@pytest.mark.parametrize("num_slots, num_staging", [(5, 0), (9, 3), (16, 8)])
+def test_replays_between_layers(monkeypatch, num_slots, num_staging) -> None:
+    """On one stream, while forwards go on on another; other pages are resident afterwards."""
+    streams = Streams()
+    streams.install(monkeypatch)
+    run(streams, num_slots, num_staging, num_users=2, replays=True)
+    assert streams.num_accesses > 1000 and not streams.races
+
+
+def test_a_replay_voids_what_was_copied_ahead(monkeypatch) -> None:
+    """A pass that streams counts on what was resident; a replay in its middle evicts some."""
+    host = HostStore(LAYERS, pin=False)
+    for layer in range(3):
+        host.pages(layer).copy_(torch.randint(0, 256, (NUM_EXPERTS, 128)))
+    WatchedCache.streams = Streams()
+    WatchedCache.streams.install(monkeypatch)
+    cache = WatchedCache(host, "cpu", num_slots=4, num_staging=8)
+    for experts in ([[0, 1]], [[2, 3]]):
+        cache.run(1, torch.tensor(experts), None, cache.compute(1))
+    everything = torch.arange(NUM_EXPERTS).repeat(4, 1)
+    cache.run(0, everything, None, cache.compute(0))
+    with cache.lock:
+        cache.take_turn()
+        cache.replay()
+    cache.run(1, everything, None, cache.compute(1))
 
 
 class Deaf(Event):
@@ -208,11 +237,10 @@ def test_a_missing_wait_is_seen(monkeypatch) -> None:
     for target, name, broken in (
         (torch.cpu, "Event", Deaf),
         (Stream, "wait_stream", lambda self, other: None),
-        (ExpertCache, "_join_prefetch", lambda self: None),
     ):
         streams = Streams()
         with monkeypatch.context() as patch:
             streams.install(patch)
             patch.setattr(target, name, broken)
-            run(streams, 9, 3, num_users=2)
+            run(streams, 9, 3, num_users=2, overlap=True)
         assert streams.races, name

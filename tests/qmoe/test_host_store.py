@@ -72,7 +72,7 @@ def test_weights_are_views_of_the_pages() -> None:
 
 @pytest.mark.parametrize("run_bytes", [1, 64 << 20])
 def test_files_fill_pages(run_bytes, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(host_store, "_RUN_BYTES", run_bytes)
+    monkeypatch.setattr(host_store, "_BATCH_BYTES", run_bytes)
     reads, pages = reads_of(tmp_path / "shard")
     store = HostStore(LAYERS, pin=False)
     store.fill(reads[::-1])
@@ -82,7 +82,7 @@ def test_files_fill_pages(run_bytes, tmp_path, monkeypatch) -> None:
 
 @pytest.mark.parametrize("run_bytes", [1, 64 << 20])
 def test_a_truncated_file_is_an_error(run_bytes, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(host_store, "_RUN_BYTES", run_bytes)
+    monkeypatch.setattr(host_store, "_BATCH_BYTES", run_bytes)
     file = tmp_path / "shard"
     reads, _ = reads_of(file)
     os.truncate(file, file.stat().st_size - 1)
@@ -92,7 +92,7 @@ def test_a_truncated_file_is_an_error(run_bytes, tmp_path, monkeypatch) -> None:
 
 
 def test_a_file_that_vanishes_midway_is_an_error(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(host_store, "_RUN_BYTES", 1)
+    monkeypatch.setattr(host_store, "_BATCH_BYTES", 1)
     monkeypatch.setattr(host_store, "_NUM_THREADS", 1)
     file = tmp_path / "shard"
     reads, pages = reads_of(file)

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import copy
+import gc
+import random
 import re
+import signal
+import sys
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from functools import partial
+from types import MethodType
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -26,10 +37,14 @@ from transformers import (
 from zoo import SIZES
 
 import qmoe
+from qmoe.experts import quantized
+from qmoe.experts.guard import guard_of
 from qmoe.experts.quantized import QuantizedExperts
 from qmoe.paging import expert_cache, host_store
+from qmoe.paging import model as paging_model
 from qmoe.paging.footprint import _LiveBytes, measure
-from qmoe.paging.model import plan_budget, predictors, resize, stats
+from qmoe.paging.model import budget_for, resize, stats
+from qmoe.paging.options import PagingOptions
 
 EXPERTS = 16
 PAGE = 3 * 64 * 32  # bytes
@@ -118,7 +133,7 @@ def layer_pages(model):
 
 def smallest(model, **sizes) -> int:
     with pytest.raises(ValueError, match="smallest that works") as caught:
-        plan_budget(model, layer_pages(model), 1, "cpu", **sizes)
+        budget_for(model, layer_pages(model), PagingOptions(1, **sizes), "cpu")
     return int(re.search(r"\((\d+) bytes\)", str(caught.value))[1])
 
 
@@ -192,10 +207,66 @@ class TestFootprint:
 
     def test_leaves_the_model_as_it_was(self):
         model = build("qwen3_moe")
-        expected = model(tokens(20)).logits
+        model.train()
+        calls = []
+        for module in model.modules():
+            module.register_forward_hook(lambda *_: calls.append("hook"))
+            module.register_forward_pre_hook(lambda *_: calls.append("hook"))
+        attention = model.model.layers[0].self_attn
+        attention.forward = MethodType(counts_itself, attention)  # sets itself, as some models do
+        before = {name: vars(module).copy() for name, module in model.named_modules()}
+        random = torch.get_rng_state()
         measure(model, layer_pages(model))
+        assert not calls and torch.equal(torch.get_rng_state(), random)
+        assert {name: vars(module) for name, module in model.named_modules()} == before
+
+    @pytest.mark.parametrize("mode", [torch.inference_mode, partial(torch.autocast, "cpu")])
+    def test_is_the_same_in_every_mode(self, mode):
+        model = build("qwen3_moe")
+        expected = measure(model, layer_pages(model))
+        with mode():
+            assert measure(model, layer_pages(model)) == expected
+
+    def test_an_error_on_the_way_changes_nothing(self):
+        model = build("qwen3_moe")
+        attention = model.model.layers[1].self_attn
+        expected = model(tokens(20)).logits
+        attention.forward = MethodType(fails, attention)
+        with pytest.raises(ZeroDivisionError):
+            measure(model, layer_pages(model))
+        del attention.forward
         assert torch.equal(model(tokens(20)).logits, expected)
-        assert not any("forward" in vars(module) for module in model.modules())
+
+    def test_keeps_no_weight(self):
+        model = build("qwen3_moe")
+        weight = weakref.ref(model.lm_head.weight)
+        gc.collect()
+        gc.disable()
+        try:
+            measure(model, layer_pages(model))
+            del model
+            assert weight() is None
+        finally:
+            gc.enable()
+
+    def test_others_may_run_the_model_meanwhile(self):
+        model = build("qwen3_moe")
+        expected = [model(tokens(n)).logits for n in (1, 9, 20)]
+        expected_footprint = measure(model, layer_pages(model))
+        results, footprints = [], []
+
+        def run():
+            with torch.no_grad():
+                for _ in range(4):
+                    results.append([model(tokens(n)).logits for n in (1, 9, 20)])
+
+        def look():
+            footprints.extend(measure(model, layer_pages(model)) for _ in range(6))
+
+        in_threads(run, look, run)
+        assert len(results) == 8 and len(footprints) == 6
+        assert all(map(expected_footprint.__eq__, footprints))
+        assert all(torch.equal(a, b) for r in results for a, b in zip(r, expected, strict=True))
 
     def test_refuses_what_is_offloaded(self):
         model = build("qwen3_moe")
@@ -204,17 +275,18 @@ class TestFootprint:
             measure(model, layer_pages(model))
 
 
-class TestPlan:
+class TestBudget:
     def test_context_is_the_models(self):
         model = build("qwen3_moe")
         model.config.max_position_embeddings = 100
         pages = layer_pages(model)
-        assert plan_budget(model, pages, "1GiB", "cpu").context == 100
-        assert plan_budget(model, pages, "1GiB", "cpu", batch_size=3).batch_size == 3
+        assert budget_for(model, pages, PagingOptions("1GiB"), "cpu").context == 100
+        options = PagingOptions("1GiB", batch_size=3)
+        assert budget_for(model, pages, options, "cpu").batch_size == 3
         with pytest.raises(ValueError, match="context=101: Qwen3MoeForCausalLM takes 100 tokens"):
-            plan_budget(model, pages, "1GiB", "cpu", context=101)
+            budget_for(model, pages, PagingOptions("1GiB", context=101), "cpu")
         model.config.max_position_embeddings = 1 << 20
-        assert plan_budget(model, pages, "1GiB", "cpu").context == 8192
+        assert budget_for(model, pages, PagingOptions("1GiB"), "cpu").context == 8192
 
     def test_larger_contexts_and_batches_cost_more(self):
         model = build("qwen3_moe")
@@ -227,41 +299,9 @@ class TestPlan:
     def test_the_device_is_not_exceeded(self):
         model = build("qwen3_moe")
         with pytest.raises(ValueError, match="are free for this model"):
-            plan_budget(model, layer_pages(model), "900TiB", "cpu")
+            budget_for(model, layer_pages(model), PagingOptions("900TiB"), "cpu")
         with pytest.raises(ValueError, match="hbm_budget='lots'"):
-            plan_budget(model, layer_pages(model), "lots", "cpu")
-
-
-class TestPredictors:
-    @families
-    def test_are_the_next_router(self, family):
-        model = build(family)
-        for name, buffer in model.named_buffers():
-            if "correction_bias" in name:  # zero in a fresh model
-                torch.nn.init.normal_(buffer, std=0.3)
-        proposed = predictors(model)
-        names = [pages.name for pages in layer_pages(model)]
-        assert proposed[-1] is None
-        if family == "llama4":  # its experts see hidden states that are weighted already
-            assert proposed == [None] * len(names)
-            return
-        hidden_states = torch.randn(1, 5, SIZES["hidden_size"])
-        routed = []
-        for predict, following in zip(proposed, names[1:], strict=False):
-            experts = model.get_submodule(following)
-            hook = experts.register_forward_pre_hook(lambda _, args: routed.append(args[1]))
-            with torch.no_grad():
-                model.get_submodule(following.rpartition(".")[0])(hidden_states)
-            hook.remove()
-            ids = predict(hidden_states[0])
-            assert ids.shape == (5, 2)
-            assert torch.equal(ids.sort().values, routed.pop().long().sort().values)
-
-    def test_an_unknown_router_proposes_nothing(self):
-        model = build("qwen3_moe")
-        gate = model.model.layers[1].mlp.gate
-        gate.other = gate._parameters.pop("weight")
-        assert predictors(model) == [None, None]
+            budget_for(model, layer_pages(model), PagingOptions("lots"), "cpu")
 
 
 def state_of(model):
@@ -318,7 +358,6 @@ class TestResize:
         model = build("qwen3_moe")
         least = smallest(model, context=64)
         resize(model, hbm_budget=least + 8 * PAGE, context=64)
-        model.qmoe_paging.cache.prefetch = False
         with torch.no_grad():
             model(tokens(1))
             before = stats(model)
@@ -349,33 +388,154 @@ class TestResize:
         assert state_of(model) == before
         assert torch.equal(model(tokens(20)).logits, expected)
 
-    @pytest.mark.parametrize("start", ["resident", "paged"])
-    def test_running_out_of_device_memory_changes_nothing(self, start, monkeypatch):
+    @pytest.mark.parametrize("lasting", [False, True], ids=["once", "lasting"])
+    @pytest.mark.parametrize(
+        ("start", "target"), [(0, "1GiB"), (0, 4), (4, 0), ("1GiB", 0)], ids=str
+    )
+    def test_out_of_memory_anywhere(self, start, target, lasting):
+        """At the n-th tensor, for every n: the same bits or one refusal, and it can still be done.
+
+        ``start`` and ``target`` are experts above the smallest budget, or a budget.
+        """
         model = build("qwen3_moe")
         least = smallest(model, context=64)
-        if start == "paged":
-            resize(model, hbm_budget=least, context=64)
-        expected, paged_before = model(tokens(20)).logits, state_of(model)[1]
-        with monkeypatch.context() as patched:
-            if start == "paged":
-                patched.setattr(QuantizedExperts, "unpage", out_of_memory)
-                target = "1GiB"
+        start, target = (n if isinstance(n, str) else least + n * PAGE for n in (start, target))
+        expected = model(tokens(20)).logits
+        with OutOfMemory(1 << 30) as counted:
+            budget_for(model, layer_pages(model), PagingOptions(target, 64), "cpu")
+        measuring = (1 << 30) - counted.left
+        number, refused, strikes = measuring // 2, 0, 0
+        while True:
+            resize(model, hbm_budget=start, context=64)
+            model(tokens(20))
+            try:
+                with OutOfMemory(number, lasting):
+                    resize(model, hbm_budget=target)
+            except torch.OutOfMemoryError:
+                strikes += 1
             else:
-                allocate = expert_cache.ExpertCache._allocate
-                patched.setattr(
-                    expert_cache.ExpertCache,
-                    "_allocate",
-                    lambda self, slots, staging: (
-                        allocate(self, slots, staging) if slots == 1 else out_of_memory()
-                    ),
-                )
-                target = least
-            with pytest.raises(torch.OutOfMemoryError):
-                resize(model, hbm_budget=target, context=64)
-        assert state_of(model)[1] == paged_before
+                break
+            try:
+                assert torch.equal(model(tokens(20)).logits, expected), number
+            except RuntimeError as error:
+                assert "call qmoe.resize" in str(error)
+                refused += 1
+            resize(model, hbm_budget=target)
+            assert torch.equal(model(tokens(20)).logits, expected), number
+            number = max(number + 1, measuring)  # nothing is changed before
+        assert strikes > 12
+        assert refused < strikes / 2 and (lasting or not refused)
+
+    @pytest.mark.parametrize(("start", "target"), [(0, "1GiB"), (0, 4), ("1GiB", 0)], ids=str)
+    def test_an_interrupt_anywhere(self, start, target, monkeypatch):
+        """Before every line that changes something: the same bits, and it can still be done."""
+        model = build("qwen3_moe")
+        least = smallest(model, context=64)
+        start, target = (n if isinstance(n, str) else least + n * PAGE for n in (start, target))
+        expected = model(tokens(20)).logits
+        files = {paging_model.__file__, expert_cache.__file__, quantized.__file__}
+        budgets = {size: resize(model, hbm_budget=size, context=64) for size in (start, target)}
+        monkeypatch.setattr(
+            paging_model,
+            "budget_for",
+            lambda model, layers, options, device: budgets[options.hbm_budget],
+        )
+        resize(model, hbm_budget=start)
+        lines = run_lines(lambda: resize(model, hbm_budget=target), files)
+        # Each line where it is first run, and where it is last: loops over pages are long.
+        first = {line: number for number, line in reversed([*enumerate(lines, 1)])}
+        last = {line: number for number, line in enumerate(lines, 1)}
+        for number in sorted({*first.values(), *last.values()}):
+            resize(model, hbm_budget=start)
+            with pytest.raises(KeyboardInterrupt):
+                run_lines(lambda: resize(model, hbm_budget=target), files, number)
+            assert torch.equal(model(tokens(20)).logits, expected), lines[number - 1]
+            resize(model, hbm_budget=target)
+            assert torch.equal(model(tokens(20)).logits, expected), lines[number - 1]
+
+    def test_interrupts_leave_no_lock_held(self):
+        """Ctrl-C at random moments; then other threads do the same."""
+        model = build("qwen3_moe")
+        least = smallest(model, context=64)
+        resize(model, hbm_budget=least, context=64)
+        expected = model(tokens(20)).logits
+        draw = random.Random(0)
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            for _ in range(60):
+                with suppress(KeyboardInterrupt):
+                    signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-4, 0.05))
+                    try:
+                        model(tokens(20))
+                        resize(model, hbm_budget=draw.choice([least, least + 4 * PAGE, "1GiB"]))
+                    finally:
+                        signal.setitimer(signal.ITIMER_REAL, 0)
+        finally:
+            signal.signal(signal.SIGALRM, before)
+        logits = []
+        in_threads(
+            lambda: logits.append(model(tokens(20)).logits), lambda: resize(model, hbm_budget=least)
+        )
+        assert torch.equal(logits[0], expected)
         assert torch.equal(model(tokens(20)).logits, expected)
-        resize(model, hbm_budget=target, context=64)  # and it can still be done
+
+    def test_while_others_run_the_model(self):
+        """Every transition, while two threads generate and one runs plain forwards."""
+        model = build("qwen3_moe")
+        least = smallest(model, context=64, batch_size=2)
+        options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+        ids = [tokens(5), tokens(24, 2), tokens(1)]
+
+        def everything():
+            with torch.no_grad():
+                texts = [
+                    model.generate(x, attention_mask=torch.ones_like(x), **options) for x in ids
+                ]
+                return [*texts, *(model(x).logits for x in ids)]
+
+        expected, results, done = everything(), [], threading.Event()
+
+        def run():
+            while not done.is_set():
+                results.append(everything())
+
+        def change():
+            for size in (least, least + 4 * PAGE, "1GiB", least, "1GiB", least, least) * 2:
+                resize(model, hbm_budget=size, context=64, batch_size=2)
+            done.set()
+
+        in_threads(run, run, change, end=done.set)
+        assert len(results) > 3
+        assert all(torch.equal(a, b) for r in results for a, b in zip(r, expected, strict=True))
+
+    def test_waits_for_what_is_queued_under_the_models_lock(self):
+        model = build("qwen3_moe")
+        guard, version = guard_of(model), guard_of(model).version
+        order = []
+        thread = threading.Thread(
+            target=lambda: (resize(model, hbm_budget="1GiB", context=64), order.append("resized"))
+        )
+        with guard.lock:
+            thread.start()
+            thread.join(0.3)
+            order.append("step")
+        thread.join()
+        assert order == ["step", "resized"] and guard.version > version
+
+    def test_under_inference_mode_and_outside(self):
+        model = build("qwen3_moe")
+        expected = model(tokens(20)).logits
+        with torch.inference_mode():
+            resize(model, hbm_budget=smallest(model, context=64), context=64)
+            assert torch.equal(model(tokens(20)).logits, expected)
         assert torch.equal(model(tokens(20)).logits, expected)
+        with torch.inference_mode():
+            resize(model, hbm_budget="1GiB")
+        assert not any(parameter.is_inference() for parameter in model.parameters())
 
     def test_too_little_host_memory_changes_nothing(self, monkeypatch):
         model = build("qwen3_moe")
@@ -396,8 +556,61 @@ class TestResize:
             resize(MODELS["qwen3_moe"](), hbm_budget="1GiB")
 
 
-def out_of_memory(*args, **options):
-    raise torch.OutOfMemoryError("CUDA out of memory")
+class OutOfMemory(TorchDispatchMode):
+    """The device has no memory for the n-th tensor that this thread makes, or none from it on."""
+
+    def __init__(self, number: int, lasting: bool = False) -> None:
+        super().__init__()
+        self.left, self.lasting = number, lasting
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # What is returned without being an argument, or a view of one.
+        self.left -= all(value.alias_info is None for value in func._schema.returns)
+        if self.left == -1 or (self.lasting and self.left < 0):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return func(*args, **(kwargs or {}))
+
+
+def run_lines(action, files, interrupt=-1):
+    """The lines of some files that ``action`` runs; Ctrl-C before the so-manieth of them."""
+    lines = []
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename not in files:
+            return None
+        if event == "line":
+            lines.append((frame.f_code.co_filename, frame.f_lineno))
+            if len(lines) == interrupt:
+                raise KeyboardInterrupt
+        return trace
+
+    previous = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        action()
+    finally:
+        sys.settrace(previous)
+    return lines
+
+
+def in_threads(*functions, end=lambda: None):
+    """Run functions at once; the first error of one of them."""
+    with ThreadPoolExecutor(len(functions)) as pool:
+        futures = [pool.submit(function) for function in functions]
+        try:
+            for future in as_completed(futures, timeout=300):
+                future.result()
+        finally:
+            end()
+
+
+def counts_itself(self, *args, **kwargs):
+    self.calls = getattr(self, "calls", 0) + 1
+    return type(self).forward(self, *args, **kwargs)
+
+
+def fails(self, *args, **kwargs):
+    self.calls = 1 / 0
 
 
 class TestStats:
@@ -463,7 +676,8 @@ def test_a_gpu_never_holds_more_than_the_budget(attention):
 
     pages = sum(p.num_experts * p.page_bytes for p in layer_pages(model))
     with pytest.raises(ValueError, match="smallest that works") as caught:
-        plan_budget(model, layer_pages(model), 1, "cuda", context, batch_size)
+        options = PagingOptions(1, context, batch_size)
+        budget_for(model, layer_pages(model), options, "cuda")
     least = int(re.search(r"\((\d+) bytes\)", str(caught.value))[1])
     expected = {}
     total = 1 << 40

@@ -23,7 +23,7 @@ drawing = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, rea
 
 @pytest.fixture
 def trace() -> RoutingTrace:
-    return synthetic_trace(60, 3, 8, 2, recall=0.8, page_bytes=1000)
+    return synthetic_trace(60, 3, 8, 2, page_bytes=1000)
 
 
 @pytest.fixture
@@ -52,8 +52,6 @@ class TestReport:
             assert report.missed_bytes_per_token(result) == sum(alone.misses) * 1000 / 50
         assert (report.num_pages, report.cycle) == (24, 6)
         assert report.reuse == trace.reuse().tolist()
-        assert report.recall == [None, *trace.recall()[1:].tolist()]
-        assert cache_report(synthetic_trace(5, 2, 8, 2), ["50%"]).recall == [None, None]
 
     def test_the_eighths_that_one_step_fits_into(self, trace):
         assert [r.capacity for r in cache_report(trace).replays[:8]] == list(range(3, 25, 3))
@@ -151,13 +149,12 @@ class TestCommand:
         assert "60 tokens through 3 layers of 8 experts, top 2: one token asks for 6 pages" in out
         assert f"reuse: {float(trace.reuse().mean()):.1%}" in out
 
-    def test_says_nothing_of_predictions_that_there_are_none_of(self, tmp_path, capsys):
+    def test_says_how_many_tokens_are_not_counted(self, tmp_path, capsys):
         plain = synthetic_trace(9, 2, 8, 2)
         plain.metadata.clear()
         plain.save(tmp_path / "plain.safetensors")
         assert main(["cache-report", str(tmp_path / "plain.safetensors"), "--warmup=3"]) == 0
         out = capsys.readouterr().out
-        assert "recall" not in out
         assert "the first 3 tokens are not counted" in out
 
     @drawing
@@ -177,7 +174,6 @@ class TestCommand:
         document = json.loads(capsys.readouterr().out)
         assert (document["num_tokens"], document["num_pages"], document["warmup"]) == (60, 24, 20)
         assert document["metadata"] == trace.metadata
-        assert document["recall"][0] is None
         assert document["pictures"] == []
         assert [r["policy"] for r in document["replays"]] == list(POLICIES)
         for result in document["replays"]:
