@@ -105,19 +105,19 @@ def generate(folder: Path, layers: int) -> int:
     pool = (0.02 * torch.randn(1 << 26, generator=generator)).to(torch.bfloat16)
     raw = memoryview(pool.view(torch.uint8).numpy())
     shards: list[list[PlannedTensor]] = [[]]
-    offset = 0
+    shard_bytes = 0
     for name, shape in tensor_shapes(layers).items():
         nbytes = 2 * torch.Size(shape).numel()
-        if shards[-1] and offset + nbytes > SHARD_BYTES:
+        if shards[-1] and shard_bytes + nbytes > SHARD_BYTES:
             shards.append([])
-            offset = 0
-        shards[-1].append(PlannedTensor(name, DTYPE_NAMES[torch.bfloat16], shape, offset, nbytes))
-        offset += nbytes
+            shard_bytes = 0
+        shards[-1].append(PlannedTensor(name, DTYPE_NAMES[torch.bfloat16], shape, nbytes))
+        shard_bytes += nbytes
     weight_map = {}
     for i, tensors in enumerate(shards, start=1):
         file = f"model-{i:05}-of-{len(shards):05}.safetensors"
         with (folder / file).open("wb") as stream:
-            stream.write(header_bytes(tensors, 0))
+            stream.write(header_bytes(tensors))
             for tensor in tensors:
                 weight_map[tensor.name] = file
                 left = tensor.nbytes

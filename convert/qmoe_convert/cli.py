@@ -161,7 +161,7 @@ def _exit_code(error: BaseException) -> int:
         return 128 + signal.SIGTERM
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT
-    from qmoe_convert.convert import ConversionError
+    from qmoe_convert import ConversionError
     from qmoe_convert.verify import VerificationError
 
     if isinstance(error, VerificationError):

@@ -14,9 +14,9 @@ import inspect
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,15 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from qmoe.checkpoints.files import DTYPE_NAMES, StoredTensor
 from qmoe.experts.layout import ExpertsLayout, find_experts
+from qmoe_convert import SourceError
 from qmoe_convert.shards import Reader, read_into
+from qmoe_convert.workers import Restored
 
 # Methods whose dequantizing conversions transformers has.
 DEQUANTIZABLE = ("fp8", "mxfp4", "compressed-tensors")
 
 
-class MappingError(ValueError):
+class MappingError(SourceError):
     """A checkpoint whose tensors cannot be told apart; the message names the tensor or file."""
 
 
@@ -60,6 +62,15 @@ class _Group:
     @property
     def operations(self) -> list[Any]:
         return list(getattr(self.transform, "operations", ()))
+
+    @property
+    def names(self) -> list[str]:
+        """All checkpoint names."""
+        return [name for names in self.sources.values() for name in names]
+
+    def read(self, reader: Reader) -> dict[str, list[torch.Tensor]]:
+        """Read all sources whole: source pattern -> tensors."""
+        return {pattern: [reader.read(n) for n in ns] for pattern, ns in self.sources.items()}
 
     @property
     def merges_experts(self) -> bool:
@@ -79,6 +90,11 @@ class _Group:
             if not dims or any(dim in (0, -3) for dim in dims):
                 return False
         return True
+
+    def first_experts(self, num_experts: int) -> _Group:
+        """The same for the first experts only, where each has tensors of its own."""
+        first = {pattern: names[:num_experts] for pattern, names in self.sources.items()}
+        return _Group(self.target, self.transform, first)
 
     def convert(
         self, tensors: dict[str, list[torch.Tensor]], model: Any
@@ -105,14 +121,6 @@ class _Group:
         return tensors
 
 
-@dataclass(frozen=True)
-class ExpertPart:
-    """One 2-D weight of one expert as the checkpoint stores it; ``name`` is without ``.weight``."""
-
-    name: str
-    shape: tuple[int, int]
-
-
 @dataclass
 class Projection:
     """One projection, or bias, of one experts module, and how to read it from the checkpoint."""
@@ -128,7 +136,7 @@ class Projection:
     @cached_property
     def source_names(self) -> list[str]:
         """Every checkpoint tensor that this projection is made of."""
-        return [n for group in self._groups for names in group.sources.values() for n in names]
+        return [name for group in self._groups for name in group.names]
 
     @cached_property
     def dtype(self) -> str:
@@ -187,41 +195,41 @@ class Projection:
         self, reader: Reader, group: _Group, first: int, last: int
     ) -> dict[str, list[torch.Tensor]]:
         if not group.keeps_experts_apart:
-            return {p: [reader.read(n) for n in names] for p, names in group.sources.items()}
+            return group.read(reader)
         if group.merges_experts:
             return {p: [reader.read(n) for n in ns[first:last]] for p, ns in group.sources.items()}
-        collected = {}
-        for pattern, (name,) in group.sources.items():
-            per_expert = self.layout.intermediate_size if self.layout.flat else 1
-            collected[pattern] = [reader.read(name, slice(first * per_expert, last * per_expert))]
-        return collected
+        per_expert = self.layout.intermediate_size if self.layout.flat else 1
+        rows = slice(first * per_expert, last * per_expert)
+        return {p: [reader.read(name, rows)] for p, (name,) in group.sources.items()}
 
     @cached_property
-    def parts(self) -> list[list[ExpertPart]] | None:
+    def parts(self) -> list[dict[str, tuple[int, int]]] | None:
         """For each expert, the stored 2-D weights whose rows make up the projection, in order.
 
-        None if the checkpoint stores the projection otherwise: then a row of ours is not a row of
-        theirs and the weight cannot be quantized under its own name.
+        Name, without ``.weight``, -> shape. None if the checkpoint stores the projection
+        otherwise: then a row of ours is not a row of theirs and the weight cannot be quantized
+        under its own name.
         """
         layout = self.layout
         if layout.transposed or layout.interleaved or layout.flat or len(self._groups) != 1:
             return None
         (group,) = self._groups
-        operations = [op for op in group.operations if not hasattr(op, "hf_quantizer")]
-        if (
-            not operations
-            or not isinstance(operations[0], MergeModulelist)
-            or operations[0].dim != 0
+        merge, *rest = [op for op in group.operations if not hasattr(op, "hf_quantizer")] or [None]
+        if not (isinstance(merge, MergeModulelist) and merge.dim == 0):
+            return None
+        if [(type(op).__name__, getattr(op, "dim", None)) for op in rest] not in (
+            [],
+            [("Concatenate", 1)],
         ):
             return None
-        rest = [(type(op).__name__, getattr(op, "dim", None)) for op in operations[1:]]
-        if rest not in ([], [("Concatenate", 1)]):
-            return None
-        stems = [list(dict.fromkeys(_stem(n) for n in names)) for names in self._by_expert(group)]
         rows, columns = layout.shape(self.name)[1:]
-        if any(rows % len(names) for names in stems):
-            return None
-        return [[ExpertPart(n, (rows // len(names), columns)) for n in names] for names in stems]
+        parts = []
+        for names in zip(*group.sources.values(), strict=True):
+            stems = list(dict.fromkeys(map(_stem, names)))
+            if rows % len(stems):
+                return None
+            parts.append(dict.fromkeys(stems, (rows // len(stems), columns)))
+        return parts
 
     def names_of(self, expert: int) -> list[str]:
         """The checkpoint tensors of one expert, for a projection that has ``parts``."""
@@ -234,19 +242,14 @@ class Projection:
         dequantized = group.dequantize(collected, self._model)
         found = {_stem(group.sources[p][expert]): t[0] for p, t in dequantized.items()}
         assert self.parts is not None
-        weights = []
-        for part in self.parts[expert]:
-            if part.name not in found or tuple(found[part.name].shape) != part.shape:
-                shape = list(found[part.name].shape) if part.name in found else None
+        for name, expected in self.parts[expert].items():
+            shape = tuple(found[name].shape) if name in found else None
+            if shape != expected:
                 raise MappingError(
-                    f"{part.name}.weight: shape {shape}, the model expects {list(part.shape)}"
+                    f"{name}.weight: shape {None if shape is None else list(shape)}, "
+                    f"the model expects {list(expected)}"
                 )
-            weights.append(found[part.name])
-        return weights
-
-    @staticmethod
-    def _by_expert(group: _Group) -> Iterator[tuple[str, ...]]:
-        return zip(*group.sources.values(), strict=True)
+        return [found[name] for name in self.parts[expert]]
 
 
 @dataclass
@@ -257,7 +260,7 @@ class Experts:
     layout: ExpertsLayout
     projections: dict[str, Projection]
 
-    @property
+    @cached_property
     def source_names(self) -> list[str]:
         """Every checkpoint tensor of this module."""
         return list(dict.fromkeys(n for p in self.projections.values() for n in p.source_names))
@@ -268,16 +271,36 @@ class Experts:
         weights = [self.projections[name] for name in self.layout.projections]
         return not self.layout.biases and all(p.parts is not None for p in weights)
 
+    def load_expert(self, reader: Reader, expert: int) -> list[torch.Tensor]:
+        """Read one expert's weights, for a module that is stored per expert."""
+        projections = [self.projections[name] for name in self.layout.projections]
+        return [t for projection in projections for t in projection.load_parts(reader, expert)]
+
+    def load_slice(self, reader: Reader, name: str, first: int, last: int) -> list[torch.Tensor]:
+        """Read experts ``first`` to ``last`` (excluded) of a projection or bias, one tensor."""
+        return [self.projections[name].load(reader, first, last)]
+
+    def bias(self, name: str) -> Kept:
+        """The bias ``name`` of all experts."""
+        bias = self.projections[name]
+        return Kept(
+            f"{self.module}.{name}",
+            bias.dtype,
+            self.layout.shape(name),
+            tuple(bias.source_names),
+            partial(self.load_slice, name=name, first=0, last=self.layout.num_experts),
+        )
+
 
 @dataclass
 class Kept:
-    """A tensor that stays in 16 bit: copied, or dequantized because its quantization goes away."""
+    """A tensor that stays in 16 bit, made of ``source_names``; without ``load`` it is a copy."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     source_names: tuple[str, ...]
-    load: Callable[[Reader], torch.Tensor] | None = None
+    load: Callable[[Reader], Sequence[torch.Tensor]] | None = None
 
 
 @dataclass
@@ -291,12 +314,35 @@ class CheckpointMapping:
     # full names of Linear layers and routers outside of experts modules
     linear_names: list[str]
     warnings: list[str]
-    _keep: Callable[[Iterable[str]], list[Kept]]
+    _tensors: Mapping[str, StoredTensor]
+    _group_of: dict[str, _Group]
+    _quantizer: Any
+    _model: Any
 
     def keep(self, skipped: Iterable[str]) -> list[Kept]:
         """What stays in 16 bit if the experts modules ``skipped`` do, in natural order."""
         names = [n for module in skipped for n in self.experts[module].source_names]
-        return self._keep(sorted([*self.others, *names], key=dot_natural_key))
+        names = natural_order([*self.others, *names])
+        siblings: dict[str, list[str]] = defaultdict(list)
+        for name in names:
+            siblings[_stem(name)].append(name)
+        kept: list[Kept] = []
+        done: set[str] = set()
+        for name in names:
+            if name in done:
+                continue
+            stored, group = self._tensors[name], self._group_of.get(name)
+            companions = [name]
+            if self._quantizer is not None:
+                companions = _companions(name, siblings[_stem(name)], group, self._tensors)
+            done.update(companions)
+            if len(companions) == 1:
+                kept.append(Kept(name, stored.dtype, stored.shape, (name,)))
+            else:
+                kept.append(
+                    _dequantized(companions, group, self._tensors, self._quantizer, self._model)
+                )
+        return kept
 
 
 def map_checkpoint(folder: Path, tensors: Mapping[str, StoredTensor]) -> CheckpointMapping:
@@ -310,7 +356,9 @@ def map_checkpoint(folder: Path, tensors: Mapping[str, StoredTensor]) -> Checkpo
         MappingError: no usable config, an unknown class or one that needs remote code, a model
             without experts, a tensor that it does not know, or an expert with a tensor missing.
     """
-    with _quiet():
+    # transformers' warnings are about loading, not about converting.
+    with _verbosity:
+        transformers.logging.set_verbosity_error()
         config = _load_config(folder)
         quantizer = _dequantizer(config, folder)
         model = _build_meta_model(config, folder, tensors)
@@ -322,79 +370,79 @@ def map_checkpoint(folder: Path, tensors: Mapping[str, StoredTensor]) -> Checkpo
         for transform in transforms:
             _complete_dequantization(transform, quantizer)
     groups, unmapped = _group_by_target(model, transforms, tensors)
-    unknown = [n for n in unmapped if not _is_ignorable(model, n)]
-    if unknown:
-        raise MappingError(
-            f"{tensors[unknown[0]].file}: {type(model).__name__} has no place for {unknown[0]}"
-            + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else "")
-            + "; check that config.json belongs to these weights, or use another transformers"
-        )
+    _check_known(model, unmapped, tensors)
+    experts, unused = _map_experts(layouts, groups, tensors, model)
 
+    group_of = {name: group for group in groups.values() for name in group.names}
+    claimed = {name for one in experts.values() for name in one.source_names}
+    others = [name for name in tensors if name not in claimed and name not in unused]
+    num_experts = {layout.num_experts for layout in layouts.values()}
+    return CheckpointMapping(
+        model_class=type(model).__name__,
+        experts=experts,
+        others=others,
+        linear_names=_linear_names(others, tensors, group_of, model, num_experts),
+        warnings=_warnings(quantizer, unused, _missing_parameters(model, groups), unmapped),
+        _tensors=tensors,
+        _group_of=group_of,
+        _quantizer=quantizer,
+        _model=model,
+    )
+
+
+def _map_experts(
+    layouts: dict[str, ExpertsLayout],
+    groups: dict[str, _Group],
+    tensors: Mapping[str, StoredTensor],
+    model: Any,
+) -> tuple[dict[str, Experts], set[str]]:
+    """The experts modules, and the checkpoint's names of experts that have no weights."""
     experts = {}
-    claimed: set[str] = set()
     unused: set[str] = set()
     for module, layout in layouts.items():
         projections = {}
-        for projection, parameters in layout.sources.items():
+        for name, parameters in layout.sources.items():
             full = [f"{module}.{parameter}" for parameter in parameters]
-            found = [_group_of(name, groups, model) for name in full]
+            found = [_find_group(parameter, groups, model) for parameter in full]
             if layout.num_identity_experts and found[0].merges_experts:
                 # Rows for experts that return their input: no code reads them.
-                found = [_without_identity_experts(g, layout, unused) for g in found]
+                unused.update(n for g in found for ns in g.sources.values()
+                              for n in ns[layout.num_experts :])  # fmt: skip
+                found = [group.first_experts(layout.num_experts) for group in found]
             for group in found:
                 _check_complete(group, layout, tensors)
-            projections[projection] = Projection(
-                module, projection, layout, found, full, tensors, model
-            )
+            projections[name] = Projection(module, name, layout, found, full, tensors, model)
         experts[module] = Experts(module, layout, projections)
-        claimed.update(experts[module].source_names)
+    return experts, unused
 
-    target_of = {n: g for g in groups.values() for names in g.sources.values() for n in names}
-    others = [name for name in tensors if name not in claimed and name not in unused]
+
+def _warnings(
+    quantizer: Any, unused: set[str], missing: list[str], unmapped: list[str]
+) -> list[str]:
+    """What the user should know about the checkpoint."""
     warnings = []
     if unused:
         warnings.append(f"{len(unused)} tensors of experts that return their input are left out")
-    method = quantizer.quantization_config.quant_method if quantizer is not None else None
-    if method is not None:
+    if quantizer is not None:
+        method = quantizer.quantization_config.quant_method
         method = str(getattr(method, "value", method))
         warnings.append(
             f"the checkpoint is quantized already ({method}): quantizing twice adds both errors; "
             "convert the 16-bit original if there is one. Its other layers are dequantized"
         )
-    missing = _missing_parameters(model, groups)
     if missing:
         warnings.append(f"the checkpoint lacks {missing[0]} and {len(missing) - 1} more")
     if unmapped:
         warnings.append(
             f"transformers does not use {unmapped[0]} and {len(unmapped) - 1} more: kept"
         )
-
-    def keep(names: Iterable[str]) -> list[Kept]:
-        return list(_keep(names, tensors, target_of, quantizer, model))
-
-    num_experts = {layout.num_experts for layout in layouts.values()}
-    return CheckpointMapping(
-        model_class=type(model).__name__,
-        experts=experts,
-        others=others,
-        linear_names=_linear_names(others, tensors, target_of, model, num_experts),
-        warnings=warnings,
-        _keep=keep,
-    )
+    return warnings
 
 
 # The model
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' warnings: they are about loading, not about converting."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)
+_verbosity = Restored(transformers.logging.get_verbosity, transformers.logging.set_verbosity)
 
 
 def _load_config(folder: Path) -> Any:
@@ -565,7 +613,18 @@ def _group_by_target(
     return groups, unmapped
 
 
-def _group_of(parameter: str, groups: dict[str, _Group], model: Any) -> _Group:
+def _check_known(model: Any, unmapped: list[str], tensors: Mapping[str, StoredTensor]) -> None:
+    """Raise if the model has no place for a tensor, naming it."""
+    unknown = [name for name in unmapped if not _is_ignorable(model, name)]
+    if unknown:
+        raise MappingError(
+            f"{tensors[unknown[0]].file}: {type(model).__name__} has no place for {unknown[0]}"
+            + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else "")
+            + "; check that config.json belongs to these weights, or use another transformers"
+        )
+
+
+def _find_group(parameter: str, groups: dict[str, _Group], model: Any) -> _Group:
     """The group that yields a parameter: its own, or one that splits its sources over several."""
     if parameter in groups:
         return groups[parameter]
@@ -600,12 +659,6 @@ def _check_complete(
                 )
     for names in group.sources.values():
         _check_numbering(names, layout.num_experts, tensors)
-
-
-def _without_identity_experts(group: _Group, layout: ExpertsLayout, unused: set[str]) -> _Group:
-    sources = {pattern: names[: layout.num_experts] for pattern, names in group.sources.items()}
-    unused.update(n for names in group.sources.values() for n in names[layout.num_experts :])
-    return _Group(group.target, group.transform, sources)
 
 
 def _check_numbering(
@@ -657,7 +710,7 @@ def _missing_parameters(model: Any, groups: dict[str, _Group]) -> list[str]:
 def _linear_names(
     others: list[str],
     tensors: Mapping[str, StoredTensor],
-    target_of: dict[str, _Group],
+    group_of: dict[str, _Group],
     model: Any,
     num_experts: set[int],
 ) -> list[str]:
@@ -667,7 +720,7 @@ def _linear_names(
         stem, _, leaf = name.rpartition(".")
         if leaf not in ("weight", "weight_packed"):
             continue
-        group = target_of.get(name)
+        group = group_of.get(name)
         if group is None:  # transformers ignores it, others may not: multi-token prediction, say
             if len(tensors[name].shape) == 2 and not re.search("embed|norm", name):
                 names.add(stem)
@@ -687,33 +740,6 @@ def _linear_names(
 
 
 # What stays in 16 bit
-
-
-def _keep(
-    names: Iterable[str],
-    tensors: Mapping[str, StoredTensor],
-    target_of: dict[str, _Group],
-    quantizer: Any,
-    model: Any,
-) -> Iterator[Kept]:
-    general = [] if quantizer is None else quantizer.get_weight_conversions()
-    by_stem: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        by_stem[_stem(name)].append(name)
-    done: set[str] = set()
-    for name in names:
-        if name in done:
-            continue
-        stored = tensors[name]
-        group = target_of.get(name)
-        companions = [name]
-        if quantizer is not None:
-            companions = _companions(name, by_stem[_stem(name)], group, tensors)
-        done.update(companions)
-        if len(companions) == 1:
-            yield Kept(name, stored.dtype, stored.shape, (name,))
-        else:
-            yield _dequantized(companions, tensors, group, general, model)
 
 
 # What quantizers put beside a weight, below the same module.
@@ -745,63 +771,71 @@ def _is_fused(group: _Group) -> bool:
 
 def _dequantized(
     names: list[str],
-    tensors: Mapping[str, StoredTensor],
     group: _Group | None,
-    general: list[Any],
+    tensors: Mapping[str, StoredTensor],
+    quantizer: Any,
     model: Any,
 ) -> Kept:
+    """A quantized weight, made of ``names``, brought back to the model's dtype."""
     dtype = model.dtype
-    if group is not None and _is_fused(group):
-        fused = group
-        shape = tuple(model.get_parameter(group.target).shape)
-
-        def load(reader: Reader) -> torch.Tensor:
-            collected = {p: [reader.read(n) for n in ns] for p, ns in fused.sources.items()}
-            return fused.convert(collected, model)[fused.target].to(dtype).contiguous()
-
-        return Kept(group.target, DTYPE_NAMES[dtype], shape, tuple(names), load)
-
     leaves = {name.rpartition(".")[2]: name for name in names}
     stem = _stem(names[0])
-    if group is not None and group.merges_experts:
-        merged = group
-        own = {p: n for p, ns in group.sources.items() for n in ns if n in names}
+    if group is not None and _is_fused(group):
+        name, shape = group.target, tuple(model.get_parameter(group.target).shape)
+        convert = partial(_convert_fused, group=group, model=model)
+    else:
+        name, shape = f"{stem}.weight", _dense_shape(leaves, tensors)
+        if group is not None and group.merges_experts:
+            sources = {p: n for p, ns in group.sources.items() for n in ns if n in names}
+        else:
+            group, sources = _general_dequantization(leaves, group, tensors, quantizer, model)
+        convert = partial(_dequantize_one, group=group, sources=sources, model=model)
+    return Kept(
+        name,
+        DTYPE_NAMES[dtype],
+        shape,
+        tuple(names),
+        lambda reader: [convert(reader).detach().to(dtype).contiguous()],
+    )
 
-        def load_expert(reader: Reader) -> torch.Tensor:
-            collected = {pattern: [reader.read(n)] for pattern, n in own.items()}
-            (tensors,) = merged.dequantize(collected, model).values()
-            result: torch.Tensor = tensors[0].detach().to(dtype).contiguous()
-            return result
 
-        shape = _dense_shape(leaves, tensors)
-        return Kept(f"{stem}.weight", DTYPE_NAMES[dtype], shape, tuple(names), load_expert)
+def _convert_fused(reader: Reader, group: _Group, model: Any) -> torch.Tensor:
+    return group.convert(group.read(reader), model)[group.target]
+
+
+def _dequantize_one(
+    reader: Reader, group: _Group, sources: dict[str, str], model: Any
+) -> torch.Tensor:
+    collected = {pattern: [reader.read(name)] for pattern, name in sources.items()}
+    (found,) = group.dequantize(collected, model).values()
+    return found[0] if isinstance(found, list) else found
+
+
+def _general_dequantization(
+    leaves: dict[str, str],
+    group: _Group | None,
+    tensors: Mapping[str, StoredTensor],
+    quantizer: Any,
+    model: Any,
+) -> tuple[_Group, dict[str, str]]:
+    """The conversion that the quantizer has for any Linear, and its sources: pattern -> name."""
+    general = quantizer.get_weight_conversions()
     if not general:
+        name = next(iter(leaves.values()))
         raise MappingError(
-            f"{tensors[names[0]].file}: {stem} is quantized, and transformers "
+            f"{tensors[name].file}: {_stem(name)} is quantized, and transformers "
             f"{transformers.__version__} cannot dequantize it; a newer version may"
         )
-    # The general conversion is for one module: its patterns are the names below it.
+    # It is for one module: its patterns are the names below it.
     (converter,) = [c for c in general if any(p.rstrip("$") == "weight" for p in c.source_patterns)]
     patterns = {p.rstrip("$"): p for p in converter.source_patterns}
-    if "scale" in leaves:  # DeepSeek V4's name for it
-        leaves["weight_scale_inv"] = leaves.pop("scale")
+    # DeepSeek V4 calls weight_scale_inv "scale".
+    named = {("weight_scale_inv" if k == "scale" else k): name for k, name in leaves.items()}
     # Any parameter of the model's dtype serves where this one has none of its own.
     target = group.target if group is not None else next(iter(model.state_dict()))
-
-    def load_weight(reader: Reader) -> torch.Tensor:
-        collected = {patterns[k]: [reader.read(n)] for k, n in leaves.items() if k in patterns}
-        converted = _Group(target, converter).dequantize(collected, model)
-        (tensor,) = (t[0] if isinstance(t, list) else t for t in converted.values())
-        result: torch.Tensor = tensor.detach().to(dtype).contiguous()
-        return result
-
-    return Kept(
-        f"{stem}.weight",
-        DTYPE_NAMES[dtype],
-        _dense_shape(leaves, tensors),
-        tuple(names),
-        load_weight,
-    )
+    return _Group(target, converter), {
+        patterns[k]: name for k, name in named.items() if k in patterns
+    }
 
 
 def _dense_shape(leaves: dict[str, str], tensors: Mapping[str, StoredTensor]) -> tuple[int, ...]:

@@ -16,12 +16,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import qmoe_convert.convert as convert_module
+import qmoe_convert.workers as workers_module
+import qmoe_convert.write as write_module
 from qmoe.checkpoints.files import open_checkpoint, read_header
 from qmoe.checkpoints.schema import MANIFEST_NAME, Manifest
 from qmoe.experts.layout import find_experts
-from qmoe_convert.convert import ConversionError, convert, with_quantization_config
+from qmoe_convert import ConversionError
+from qmoe_convert.convert import convert
 from qmoe_convert.shards import ShardWriter, sha256_of
+from qmoe_convert.workers import in_order
+from qmoe_convert.write import with_quantization_config
 from qmoe_kernels.quantization import LARGEST, SAMPLED_ROWS, STORAGE_DTYPE, quantize
 
 from .conftest import FAMILIES, PER_EXPERT, build, contents, load, rewrite
@@ -275,7 +279,7 @@ class TestReport:
         report, out = run(folder, dry_run=True, max_shard_size="60kB")
         assert not out.exists() and not out.with_name("out.partial").exists()
         assert report.errors == {} and report.peak_memory_bytes > 0
-        monkeypatch.setattr(convert_module, "quantize_with_squares", None)
+        monkeypatch.setattr(write_module, "quantize_with_squares", None)
         assert sum(report.shards.values()) == report.output_bytes
 
     def test_the_plan_is_what_is_written(self, qwen3_folder: Path, run: Run) -> None:
@@ -512,7 +516,7 @@ class TestFailures:
         self, qwen3_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         usage = type("usage", (), {"free": 1000})()
-        monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda path: usage)
+        monkeypatch.setattr(write_module.shutil, "disk_usage", lambda path: usage)
         with pytest.raises(
             ConversionError, match=r"out\.partial: .* are needed, 1\.00 kB are free"
         ):
@@ -638,7 +642,7 @@ class TestWorkers:
         assert contents(out) == contents(out.with_name("reference"))
 
     def test_pieces_in_flight_are_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(convert_module, "IN_FLIGHT_BYTES", 100)
+        monkeypatch.setattr(workers_module, "IN_FLIGHT_BYTES", 100)
         lock, held, peak = threading.Lock(), 0, 0
 
         class Item:
@@ -654,7 +658,7 @@ class TestWorkers:
 
         items = [Item(i, cost) for i, cost in enumerate([10, 90, 20, 250, 5, 5, 60, 60, 1] * 5)]
         order = []
-        for item in convert_module._in_order(work, items, 3):
+        for item in in_order(work, items, 3):
             order.append(item.index)
             with lock:
                 held -= item.cost
@@ -667,13 +671,13 @@ class TestWorkers:
     ) -> None:
         pools = []
 
-        class Counted(convert_module.BufferPool):
+        class Counted(write_module.BufferPool):
             def __init__(self) -> None:
                 super().__init__()
                 pools.append(self)
 
-        monkeypatch.setattr(convert_module, "BufferPool", Counted)
-        monkeypatch.setattr(convert_module, "IN_FLIGHT_BYTES", 1)
+        monkeypatch.setattr(write_module, "BufferPool", Counted)
+        monkeypatch.setattr(workers_module, "IN_FLIGHT_BYTES", 1)
         run(qwen3_folder)
         (pool,) = pools
         # An expert is 6 kB in 8 bit; everything that was written is 150 kB.
@@ -686,7 +690,7 @@ class TestWorkers:
         def work(item: Item) -> None:
             raise ValueError("bad piece")
 
-        results = convert_module._in_order(work, [Item() for _ in range(50)], 2)
+        results = in_order(work, [Item() for _ in range(50)], 2)
         with pytest.raises(ValueError, match="bad piece"):
             next(results)
         assert not [t for t in threading.enumerate() if t.name.startswith("qmoe-convert")]
