@@ -26,6 +26,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
     ConversionOps,
     MergeModulelist,
     WeightConverter,
@@ -68,9 +69,11 @@ class _Group:
         """All checkpoint names."""
         return [name for names in self.sources.values() for name in names]
 
-    def read(self, reader: Reader) -> dict[str, list[torch.Tensor]]:
-        """Read all sources whole: source pattern -> tensors."""
-        return {pattern: [reader.read(n) for n in ns] for pattern, ns in self.sources.items()}
+    @property
+    def targets(self) -> list[str]:
+        """Every parameter that the transform yields."""
+        first, *_ = patterns = self.transform.target_patterns
+        return [self.target.replace(first, pattern) for pattern in patterns]
 
     @property
     def merges_experts(self) -> bool:
@@ -91,10 +94,18 @@ class _Group:
                 return False
         return True
 
-    def first_experts(self, num_experts: int) -> _Group:
-        """The same for the first experts only, where each has tensors of its own."""
-        first = {pattern: names[:num_experts] for pattern, names in self.sources.items()}
-        return _Group(self.target, self.transform, first)
+    def read(self, reader: Reader) -> dict[str, list[torch.Tensor]]:
+        """Read all sources whole: source pattern -> tensors."""
+        return {pattern: [reader.read(n) for n in ns] for pattern, ns in self.sources.items()}
+
+    def read_experts(
+        self, reader: Reader, first: int, last: int, rows: int = 1
+    ) -> dict[str, list[torch.Tensor]]:
+        """Read experts ``first`` to ``last`` (excluded), of ``rows`` rows if they are not apart."""
+        if self.merges_experts:
+            return {p: [reader.read(n) for n in ns[first:last]] for p, ns in self.sources.items()}
+        some = slice(first * rows, last * rows)
+        return {p: [reader.read(name, some)] for p, (name,) in self.sources.items()}
 
     def convert(
         self, tensors: dict[str, list[torch.Tensor]], model: Any
@@ -173,34 +184,24 @@ class Projection:
         Returns:
             (last - first, out_features, in_features), or (last - first, out_features) for a bias.
         """
+        layout, low, high = self.layout, first, last
         if not self.sliceable:
-            return self._load(reader, 0, self.layout.num_experts)[first:last]
-        return self._load(reader, first, last)
-
-    def _load(self, reader: Reader, first: int, last: int) -> torch.Tensor:
+            low, high = 0, layout.num_experts
+        rows = layout.intermediate_size if layout.flat else 1
         tensors = []
         for parameter, group in zip(self._parameters, self._groups, strict=True):
-            collected = self._collect(reader, group, first, last)
-            tensors.append(group.convert(collected, self._model)[parameter])
-        canonical = self.layout.canonical(self.name, tensors)
-        expected = (last - first, *self.layout.shape(self.name)[1:])
+            read = group.read
+            if group.keeps_experts_apart:
+                read = partial(group.read_experts, first=low, last=high, rows=rows)
+            tensors.append(group.convert(read(reader), self._model)[parameter])
+        canonical = layout.canonical(self.name, tensors)
+        expected = (high - low, *layout.shape(self.name)[1:])
         if tuple(canonical.shape) != expected:
             raise MappingError(
                 f"{self.module}.{self.name}: the checkpoint's tensors have shape "
                 f"{list(canonical.shape)}, the model expects {list(expected)}"
             )
-        return canonical
-
-    def _collect(
-        self, reader: Reader, group: _Group, first: int, last: int
-    ) -> dict[str, list[torch.Tensor]]:
-        if not group.keeps_experts_apart:
-            return group.read(reader)
-        if group.merges_experts:
-            return {p: [reader.read(n) for n in ns[first:last]] for p, ns in group.sources.items()}
-        per_expert = self.layout.intermediate_size if self.layout.flat else 1
-        rows = slice(first * per_expert, last * per_expert)
-        return {p: [reader.read(name, rows)] for p, (name,) in group.sources.items()}
+        return canonical[first - low : last - low]
 
     @cached_property
     def parts(self) -> list[dict[str, tuple[int, int]]] | None:
@@ -214,12 +215,10 @@ class Projection:
         if layout.transposed or layout.interleaved or layout.flat or len(self._groups) != 1:
             return None
         (group,) = self._groups
-        merge, *rest = [op for op in group.operations if not hasattr(op, "hf_quantizer")] or [None]
-        if not (isinstance(merge, MergeModulelist) and merge.dim == 0):
-            return None
-        if [(type(op).__name__, getattr(op, "dim", None)) for op in rest] not in (
-            [],
-            [("Concatenate", 1)],
+        operations = [op for op in group.operations if not hasattr(op, "hf_quantizer")]
+        if [(type(op), getattr(op, "dim", None)) for op in operations] not in (
+            [(MergeModulelist, 0)],
+            [(MergeModulelist, 0), (Concatenate, 1)],
         ):
             return None
         rows, columns = layout.shape(self.name)[1:]
@@ -238,8 +237,7 @@ class Projection:
     def load_parts(self, reader: Reader, expert: int) -> list[torch.Tensor]:
         """Read one expert's weights in the order of ``parts``, dequantized if need be."""
         (group,) = self._groups
-        collected = {p: [reader.read(names[expert])] for p, names in group.sources.items()}
-        dequantized = group.dequantize(collected, self._model)
+        dequantized = group.dequantize(group.read_experts(reader, expert, expert + 1), self._model)
         found = {_stem(group.sources[p][expert]): t[0] for p, t in dequantized.items()}
         assert self.parts is not None
         for name, expected in self.parts[expert].items():
@@ -371,9 +369,17 @@ def map_checkpoint(folder: Path, tensors: Mapping[str, StoredTensor]) -> Checkpo
             _complete_dequantization(transform, quantizer)
     groups, unmapped = _group_by_target(model, transforms, tensors)
     _check_known(model, unmapped, tensors)
-    experts, unused = _map_experts(layouts, groups, tensors, model)
+    # A parameter's own group comes before one that splits its sources over several.
+    by_parameter = {target: group for group in groups for target in group.targets}
+    by_parameter |= {group.target: group for group in groups}
+    experts = {
+        module: _map_experts(module, layout, by_parameter, tensors, model)
+        for module, layout in layouts.items()
+    }
 
-    group_of = {name: group for group in groups.values() for name in group.names}
+    group_of = {name: group for group in groups for name in group.names}
+    # Experts that return their input have weights that no code reads.
+    unused = tensors.keys() - group_of.keys() - set(unmapped)
     claimed = {name for one in experts.values() for name in one.source_names}
     others = [name for name in tensors if name not in claimed and name not in unused]
     num_experts = {layout.num_experts for layout in layouts.values()}
@@ -382,7 +388,7 @@ def map_checkpoint(folder: Path, tensors: Mapping[str, StoredTensor]) -> Checkpo
         experts=experts,
         others=others,
         linear_names=_linear_names(others, tensors, group_of, model, num_experts),
-        warnings=_warnings(quantizer, unused, _missing_parameters(model, groups), unmapped),
+        warnings=_warnings(quantizer, len(unused), _missing(model, by_parameter), unmapped),
         _tensors=tensors,
         _group_of=group_of,
         _quantizer=quantizer,
@@ -391,38 +397,37 @@ def map_checkpoint(folder: Path, tensors: Mapping[str, StoredTensor]) -> Checkpo
 
 
 def _map_experts(
-    layouts: dict[str, ExpertsLayout],
+    module: str,
+    layout: ExpertsLayout,
     groups: dict[str, _Group],
     tensors: Mapping[str, StoredTensor],
     model: Any,
-) -> tuple[dict[str, Experts], set[str]]:
-    """The experts modules, and the checkpoint's names of experts that have no weights."""
-    experts = {}
-    unused: set[str] = set()
-    for module, layout in layouts.items():
-        projections = {}
-        for name, parameters in layout.sources.items():
-            full = [f"{module}.{parameter}" for parameter in parameters]
-            found = [_find_group(parameter, groups, model) for parameter in full]
-            if layout.num_identity_experts and found[0].merges_experts:
-                # Rows for experts that return their input: no code reads them.
-                unused.update(n for g in found for ns in g.sources.values()
-                              for n in ns[layout.num_experts :])  # fmt: skip
-                found = [group.first_experts(layout.num_experts) for group in found]
-            for group in found:
-                _check_complete(group, layout, tensors)
-            projections[name] = Projection(module, name, layout, found, full, tensors, model)
-        experts[module] = Experts(module, layout, projections)
-    return experts, unused
+) -> Experts:
+    projections = {}
+    for name, relative in layout.sources.items():
+        parameters = [f"{module}.{parameter}" for parameter in relative]
+        for parameter in parameters:
+            if parameter not in groups:
+                raise MappingError(
+                    f"the checkpoint holds no tensor for {parameter} of {type(model).__name__}; "
+                    "a shard or an index entry is missing, download it again"
+                )
+        found = [groups[parameter] for parameter in parameters]
+        for group in found:
+            if layout.num_identity_experts and group.merges_experts:
+                group.sources = {p: ns[: layout.num_experts] for p, ns in group.sources.items()}
+            _check_complete(group, layout, tensors)
+        projections[name] = Projection(module, name, layout, found, parameters, tensors, model)
+    return Experts(module, layout, projections)
 
 
 def _warnings(
-    quantizer: Any, unused: set[str], missing: list[str], unmapped: list[str]
+    quantizer: Any, num_unused: int, missing: list[str], unmapped: list[str]
 ) -> list[str]:
     """What the user should know about the checkpoint."""
     warnings = []
-    if unused:
-        warnings.append(f"{len(unused)} tensors of experts that return their input are left out")
+    if num_unused:
+        warnings.append(f"{num_unused} tensors of experts that return their input are left out")
     if quantizer is not None:
         method = quantizer.quantization_config.quant_method
         method = str(getattr(method, "value", method))
@@ -590,8 +595,8 @@ def _complete_dequantization(transform: Any, quantizer: Any) -> None:
 
 def _group_by_target(
     model: Any, transforms: list[Any], tensors: Mapping[str, StoredTensor]
-) -> tuple[dict[str, _Group], list[str]]:
-    """Do what loading does with names: parameter -> its sources, and the names without one."""
+) -> tuple[list[_Group], list[str]]:
+    """Do what loading does with names: the groups, and the names that belong to none."""
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
@@ -610,7 +615,7 @@ def _group_by_target(
             transform = by_pattern[pattern] if pattern else WeightRenaming(name, target)
             groups[target] = _Group(target, transform)
         groups[target].sources.setdefault(pattern or name, []).append(name)
-    return groups, unmapped
+    return list(groups.values()), unmapped
 
 
 def _check_known(model: Any, unmapped: list[str], tensors: Mapping[str, StoredTensor]) -> None:
@@ -622,20 +627,6 @@ def _check_known(model: Any, unmapped: list[str], tensors: Mapping[str, StoredTe
             + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else "")
             + "; check that config.json belongs to these weights, or use another transformers"
         )
-
-
-def _find_group(parameter: str, groups: dict[str, _Group], model: Any) -> _Group:
-    """The group that yields a parameter: its own, or one that splits its sources over several."""
-    if parameter in groups:
-        return groups[parameter]
-    for target, group in groups.items():
-        first, *others = group.transform.target_patterns
-        if any(target.replace(first, other) == parameter for other in others):
-            return group
-    raise MappingError(
-        f"the checkpoint holds no tensor for {parameter} of {type(model).__name__}; "
-        "a shard or an index entry is missing, download it again"
-    )
 
 
 def _check_complete(
@@ -693,11 +684,8 @@ def _is_ignorable(model: Any, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def _missing_parameters(model: Any, groups: dict[str, _Group]) -> list[str]:
-    found = set(groups)
-    for target, group in groups.items():
-        first, *others = group.transform.target_patterns
-        found.update(target.replace(first, other) for other in others)
+def _missing(model: Any, found: Mapping[str, _Group]) -> list[str]:
+    """Parameters that the checkpoint has nothing for, but should."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     return [
