@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
 import qmoe_convert.workers as workers_module
@@ -695,10 +696,61 @@ class TestWorkers:
             next(results)
         assert not [t for t in threading.enumerate() if t.name.startswith("qmoe-convert")]
 
-    def test_torch_threads_come_back(self, qwen3_folder: Path, run: Run) -> None:
+    def test_of_two_that_overlap_the_last_restores_settings(
+        self, qwen3_folder: Path, tmp_path: Path
+    ) -> None:
+        """The first to start is the first to end; what the second found was set by the first."""
+        entered, first_done = threading.Event(), threading.Event()
+        found: list[int] = []
+        verbosity = transformers.logging.get_verbosity()
+
+        def run_second() -> None:
+            def wait(*call: Any) -> None:
+                entered.set()
+                assert first_done.wait(60)
+
+            convert(qwen3_folder, tmp_path / "second", progress=wait)
+
+        second = threading.Thread(target=run_second)
+
+        def start_second(*call: Any) -> None:
+            if not entered.is_set():
+                second.start()
+                assert entered.wait(60)
+
         before = torch.get_num_threads()
-        run(qwen3_folder)
-        assert torch.get_num_threads() == before
+        torch.set_num_threads(3)
+        try:
+            convert(qwen3_folder, tmp_path / "first", progress=start_second)
+            assert torch.get_num_threads() == 3
+            first_done.set()
+            second.join()
+            # A new thread has what the process is set to.
+            new = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+            new.start()
+            new.join()
+        finally:
+            torch.set_num_threads(before)
+        assert found == [3]
+        assert transformers.logging.get_verbosity() == verbosity
+        assert contents(tmp_path / "first") == contents(tmp_path / "second")
+
+    @pytest.mark.parametrize("stage", ["convert", "verify"])
+    def test_an_interrupt_leaves_no_worker_behind(
+        self, qwen3_folder: Path, tmp_path: Path, stage: str
+    ) -> None:
+        def interrupt(at: str, done: int, total: int) -> None:
+            if at == stage:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            try:
+                convert(qwen3_folder, tmp_path / "out", workers=2, progress=interrupt)
+            except KeyboardInterrupt:
+                # While the traceback still holds every frame.
+                assert not [t for t in threading.enumerate() if t.name.startswith("qmoe-convert")]
+                raise
+        assert convert(qwen3_folder, tmp_path / "out", resume=True).verified
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
