@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from qmoe_convert.convert import Report
+    from qmoe_convert.report import Report
 
 USAGE, NOT_CONVERTED, NOT_VERIFIED = 2, 3, 4
 # Without a terminal, a line of progress now and then.

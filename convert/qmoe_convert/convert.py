@@ -11,23 +11,22 @@ from __future__ import annotations
 import errno
 import os
 import re
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 
 from qmoe.checkpoints.files import CheckpointError, StoredTensor, is_hub_id, open_checkpoint
 from qmoe_convert import ConversionError, SourceError
 from qmoe_convert.mapping import map_checkpoint
-from qmoe_convert.plan import Options, Plan, make_plan
+from qmoe_convert.plan import Options, make_plan
+from qmoe_convert.report import Report
 from qmoe_convert.shards import PARTIAL_SUFFIX, parse_size
 from qmoe_convert.verify import verify_shards
-from qmoe_convert.workers import IN_FLIGHT_BYTES, Progress
+from qmoe_convert.workers import Progress
 from qmoe_convert.write import (
     COPIED_NAMES,
     COPIED_SUFFIXES,
@@ -43,68 +42,7 @@ from qmoe_kernels.quantization import WeightFormat
 FORMATS = ("auto", "compressed-tensors", "qmoe")
 WEIGHTS = ("int8", "fp8")
 
-# What Python, torch and transformers take before the first piece is read.
-BASELINE_BYTES = 600 << 20
 DOWNLOADED = ("*.safetensors", "*.json", *(f"*{s}" for s in COPIED_SUFFIXES), *COPIED_NAMES)
-
-
-@dataclass
-class Report:
-    """What a conversion did, or, after a dry run, would do.
-
-    Attributes:
-        out: the new checkpoint.
-        format: ``"compressed-tensors"`` or ``"qmoe"``.
-        weights: ``"int8"`` or ``"fp8"``.
-        source_bytes, output_bytes: of all tensors.
-        bits_per_weight: of the quantized weights on disk, scales included.
-        quantized_modules, skipped_modules: experts modules, by name.
-        num_kept, num_dequantized: other tensors that were copied, and brought back to 16 bit.
-        shards: file name -> bytes.
-        peak_memory_bytes: an estimate from the plan.
-        errors: experts module -> projection -> relative error (Frobenius) over every 16th row;
-            empty after a dry run.
-        warnings: what the user should know.
-        verified: whether everything was read again and compared.
-        seconds: wall time.
-    """
-
-    out: str
-    format: str
-    weights: str
-    source_bytes: int
-    output_bytes: int
-    bits_per_weight: float
-    quantized_modules: list[str]
-    skipped_modules: list[str]
-    num_kept: int
-    num_dequantized: int
-    shards: dict[str, int]
-    peak_memory_bytes: int
-    errors: dict[str, dict[str, float]] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-    verified: bool = False
-    seconds: float = 0.0
-
-    @property
-    def worst_error(self) -> tuple[str, float]:
-        """The tensor with the largest relative error, and that error."""
-        named = [(f"{m}.{p}", e) for m, errors in self.errors.items() for p, e in errors.items()]
-        return max(named, key=lambda pair: pair[1])
-
-    @property
-    def median_error(self) -> float:
-        """The median relative error over layers and projections."""
-        return statistics.median(e for errors in self.errors.values() for e in errors.values())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON types."""
-        result = asdict(self)
-        if self.errors:
-            name, error = self.worst_error
-            result["worst_error"] = {"name": name, "error": error}
-            result["median_error"] = self.median_error
-        return result
 
 
 def convert(
@@ -159,9 +97,9 @@ def convert(
         print(report.bits_per_weight, report.worst_error)
     """
     start = time.monotonic()
-    options = _check_options(weights, format, ignore, max_shard_size, device, workers)
     out = Path(out)
     partial = out.with_name(out.name + PARTIAL_SUFFIX)
+    options = _check_options(out, weights, format, ignore, max_shard_size, device, workers)
     if not dry_run:
         _check_target(out, partial, resume=resume, overwrite=overwrite)
     folder, source_name = _find_source(model, revision)
@@ -170,33 +108,28 @@ def convert(
         tensors = open_checkpoint(folder)
         _read_ahead(tensors)
         plan = make_plan(map_checkpoint(folder, tensors), tensors, options)
-    report = _report(plan, out, options.workers)
-    if dry_run:
-        report.seconds = time.monotonic() - start
-        return report
-
-    progress = progress or (lambda stage, done, total: None)
-    try:
-        with _explained():
-            if not resume:
-                remove(partial)
-            journal = Journal(partial, fingerprint(plan, tensors, source_name))
-            journal.open(plan)
-            write_shards(plan, tensors, journal, options, progress)
-            manifest = write_rest(plan, journal, folder, source_name)
-            report.errors = manifest.errors
-            if verify:
-                verify_shards(plan, tensors, journal, options, progress)
-                report.verified = True
-            _publish(partial, out)
-    except SourceError:
-        # The source has to change first, so there is nothing to go on with.
-        remove(partial)
-        raise
-    if push_to_hub is not None:
-        _push(out, push_to_hub)
-    report.seconds = time.monotonic() - start
-    return report
+    if not dry_run:
+        try:
+            with _explained():
+                if not resume:
+                    remove(partial)
+                journal = Journal(partial, fingerprint(plan, tensors, source_name))
+                journal.open(plan)
+                progress = progress or (lambda stage, done, total: None)
+                write_shards(plan, tensors, journal, options, progress)
+                write_rest(plan, journal, folder, source_name)
+                if verify:
+                    verify_shards(plan, tensors, journal, options, progress)
+                _publish(partial, out)
+        except SourceError:
+            # The source has to change first, so there is nothing to go on with.
+            remove(partial)
+            raise
+        plan.report.errors, plan.report.verified = journal.errors(plan), verify
+        if push_to_hub is not None:
+            _push(out, push_to_hub)
+    plan.report.seconds = time.monotonic() - start
+    return plan.report
 
 
 @contextmanager
@@ -217,30 +150,8 @@ def _explained() -> Iterator[None]:
         raise ConversionError(f"{name}: {text}") from None
 
 
-def _report(plan: Plan, out: Path, workers: int) -> Report:
-    """What would be done, before anything is."""
-    costs = [piece.cost for piece in plan.pieces]
-    in_flight = min(sum(costs), max(IN_FLIGHT_BYTES, max(costs)))
-    # A worker keeps the memory of its largest read.
-    kept = workers * max(piece.source_bytes for piece in plan.pieces)
-    return Report(
-        out=str(out),
-        format=plan.format,
-        weights=plan.weights,
-        source_bytes=plan.source_bytes,
-        output_bytes=plan.output_bytes,
-        bits_per_weight=plan.bits_per_weight,
-        quantized_modules=plan.quantized_modules,
-        skipped_modules=plan.skipped_modules,
-        num_kept=plan.num_kept,
-        num_dequantized=plan.num_dequantized,
-        shards={shard.name: shard.nbytes for shard in plan.shards},
-        peak_memory_bytes=BASELINE_BYTES + in_flight + kept,
-        warnings=plan.warnings,
-    )
-
-
 def _check_options(
+    out: Path,
     weights: str,
     format: str,
     ignore: Sequence[str],
@@ -270,6 +181,7 @@ def _check_options(
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     return Options(
+        str(out),
         cast(WeightFormat, weights),
         format,
         tuple(ignore),

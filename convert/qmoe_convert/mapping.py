@@ -269,6 +269,11 @@ class Experts:
         weights = [self.projections[name] for name in self.layout.projections]
         return not self.layout.biases and all(p.parts is not None for p in weights)
 
+    @property
+    def part_names(self) -> list[str]:
+        """The experts' own Linear layers, if they are stored as such."""
+        return [n for p in self.projections.values() for parts in p.parts or () for n in parts]
+
     def load_expert(self, reader: Reader, expert: int) -> list[torch.Tensor]:
         """Read one expert's weights, for a module that is stored per expert."""
         projections = [self.projections[name] for name in self.layout.projections]

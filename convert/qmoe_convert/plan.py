@@ -19,7 +19,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
@@ -28,13 +28,17 @@ from qmoe.checkpoints.files import SINGLE_NAME, TORCH_DTYPES, StoredTensor
 from qmoe.checkpoints.schema import COMPRESSED_TENSORS, QMOE, QUANTIZED_SUFFIX, SCALE_SUFFIX
 from qmoe_convert import ConversionError
 from qmoe_convert.mapping import CheckpointMapping, Experts, Kept, natural_order
+from qmoe_convert.report import Report
 from qmoe_convert.shards import PlannedTensor, Reader, header_bytes
+from qmoe_convert.workers import IN_FLIGHT_BYTES
 from qmoe_kernels.quantization import WeightFormat
 
 # Bytes of source that one piece reads, unless a single expert takes more.
 PIECE_BYTES = 16 << 20
 # What safetensors calls the dtypes of `qmoe_kernels.quantization.STORAGE_DTYPE`.
 STORED_AS = {"int8": "I8", "fp8": "F8_E4M3"}
+# What Python, torch and transformers take before the first piece is read.
+BASELINE_BYTES = 600 << 20
 
 
 class PlanError(ConversionError):
@@ -45,6 +49,7 @@ class PlanError(ConversionError):
 class Options:
     """What was asked for, checked: `qmoe_convert.convert.convert` explains each."""
 
+    out: str
     weights: WeightFormat
     format: str
     ignore: tuple[str, ...]
@@ -104,28 +109,14 @@ class Shard:
         return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
-    """Everything that a conversion will write, and why."""
+    """Everything that a conversion will write; ``report`` says why, and how much it is."""
 
-    format: str
-    weights: str
+    report: Report
     shards: list[Shard]
-    # experts modules that are quantized, and that stay as they are
-    quantized_modules: list[str]
-    skipped_modules: list[str]
     # Linear layers that stay in 16 bit, by full name
     ignore: list[str]
-    bits_per_weight: float
-    num_kept: int
-    num_dequantized: int
-    source_bytes: int
-    warnings: list[str] = field(default_factory=list)
-
-    @property
-    def output_bytes(self) -> int:
-        """Bytes of all shards."""
-        return sum(shard.nbytes for shard in self.shards)
 
     @property
     def pieces(self) -> list[Piece]:
@@ -144,7 +135,7 @@ class Plan:
 
     def digest(self) -> str:
         """A hash of everything that will be written but the values."""
-        digest = hashlib.sha256(f"{self.format} {self.weights}".encode())
+        digest = hashlib.sha256(f"{self.report.format} {self.report.weights}".encode())
         for shard in self.shards:
             digest.update(shard.name.encode() + shard.header)
         return digest.hexdigest()
@@ -166,54 +157,55 @@ def make_plan(
     chosen, skipped = _choose_modules(mapping, options.ignore)
     _check_dtypes(chosen.values(), tensors)
     format = _choose_format(options.format, chosen, mapping.model_class)
-
     pieces_of = _per_expert if format == COMPRESSED_TENSORS else _fused
     groups = [
         g for experts in chosen.values() for g in pieces_of(experts, tensors, options.weights)
     ]
-    weight_bytes = sum(
-        tensor.nbytes
-        for _, pieces in groups
-        for piece in pieces
-        if piece.projections or piece.load is None
-        for tensor in _begun(piece)
-    )
-    num_weights = sum(
-        math.prod(experts.layout.shape(name))
-        for experts in chosen.values()
-        for name in experts.layout.projections
-    )
+    quantized = [p for _, pieces in groups for p in pieces if p.projections or p.load is None]
+    layouts = [experts.layout for experts in chosen.values()]
+    num_weights = sum(math.prod(each.shape(name)) for each in layouts for name in each.projections)
     kept = mapping.keep(skipped)
     groups += [(natural_order(one.source_names)[0], _kept(one, tensors)) for one in kept]
+    shards = _pack(groups, options.max_shard_size)
 
     warnings = list(mapping.warnings)
     if skipped:
         warnings.append(f"--ignore keeps {len(skipped)} of {len(mapping.experts)} experts modules")
-    skipped_linears = [
-        name
-        for module in skipped
-        for projection in mapping.experts[module].projections.values()
-        for names in projection.parts or ()
-        for name in names
-    ]
-    return Plan(
+    report = Report(
+        out=options.out,
         format=format,
         weights=options.weights,
-        shards=_pack(groups, options.max_shard_size),
+        source_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        output_bytes=sum(shard.nbytes for shard in shards),
+        bits_per_weight=8 * _nbytes(quantized) / num_weights,
         quantized_modules=list(chosen),
         skipped_modules=skipped,
-        ignore=natural_order({*mapping.linear_names, *skipped_linears}),
-        bits_per_weight=8 * weight_bytes / num_weights,
         num_kept=sum(one.load is None for one in kept),
         num_dequantized=sum(one.load is not None for one in kept),
-        source_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        shards={shard.name: shard.nbytes for shard in shards},
+        peak_memory_bytes=_peak_memory(shards, options.workers),
         warnings=warnings,
     )
+    linears = {name for module in skipped for name in mapping.experts[module].part_names}
+    return Plan(report, shards, natural_order(linears | set(mapping.linear_names)))
+
+
+def _peak_memory(shards: list[Shard], workers: int) -> int:
+    pieces = [piece for shard in shards for piece in shard.pieces]
+    costs = [piece.cost for piece in pieces]
+    in_flight = min(sum(costs), max(IN_FLIGHT_BYTES, max(costs)))
+    # A worker keeps the memory of its largest read.
+    return BASELINE_BYTES + in_flight + workers * max(piece.source_bytes for piece in pieces)
 
 
 def _begun(piece: Piece) -> tuple[PlannedTensor, ...]:
     """The tensors whose first byte lies in ``piece``."""
     return () if piece.start else piece.tensors
+
+
+def _nbytes(pieces: Iterable[Piece]) -> int:
+    """Bytes of the tensors that ``pieces`` fill."""
+    return sum(tensor.nbytes for piece in pieces for tensor in _begun(piece))
 
 
 def _choose_modules(
@@ -387,7 +379,7 @@ def _pack(groups: list[Group], max_shard_size: int) -> list[Shard]:
     contents: list[list[Piece]] = [[]]
     size = 0
     for _, pieces in groups:
-        nbytes = sum(tensor.nbytes for piece in pieces for tensor in _begun(piece))
+        nbytes = _nbytes(pieces)
         if contents[-1] and size + nbytes > max_shard_size:
             contents.append([])
             size = 0

@@ -104,7 +104,7 @@ class Journal:
 
     def errors(self, plan: Plan) -> dict[str, dict[str, float]]:
         """Experts module -> projection -> relative error, from the sums that the shards left."""
-        sums: dict[str, dict[str, list[float]]] = {m: {} for m in plan.quantized_modules}
+        sums: dict[str, dict[str, list[float]]] = {m: {} for m in plan.report.quantized_modules}
         for shard in plan.shards:
             for module, projection, error, norm in self.shards[shard.name]["squares"]:
                 pair = sums[module].setdefault(projection, [0.0, 0.0])
@@ -261,7 +261,7 @@ def _first_bad(name: str, first_expert: int, tensor: torch.Tensor) -> str:
     return f"{name} cannot be quantized"
 
 
-def write_rest(plan: Plan, journal: Journal, folder: Path, source_name: str) -> schema.Manifest:
+def write_rest(plan: Plan, journal: Journal, folder: Path, source_name: str) -> None:
     """Write index, config and manifest, and copy the small files of the source ``folder``."""
     from qmoe import __version__
 
@@ -273,16 +273,17 @@ def write_rest(plan: Plan, journal: Journal, folder: Path, source_name: str) -> 
     index = plan.index()
     if index is not None:
         (partial / INDEX_NAME).write_text(index, encoding="utf-8")
-    if plan.format == schema.COMPRESSED_TENSORS:
-        quantization = schema.compressed_tensors_config(plan.weights, plan.ignore)
+    report = plan.report
+    if report.format == schema.COMPRESSED_TENSORS:
+        quantization = schema.compressed_tensors_config(report.weights, plan.ignore)
     else:
-        quantization = schema.qmoe_config(plan.weights, plan.skipped_modules)
+        quantization = schema.qmoe_config(report.weights, report.skipped_modules)
     source_config = (folder / "config.json").read_text(encoding="utf-8")
     config = with_quantization_config(source_config, quantization)
     (partial / "config.json").write_text(config, encoding="utf-8")
     manifest = schema.Manifest(
-        weights=plan.weights,
-        format=plan.format,
+        weights=report.weights,
+        format=report.format,
         source=source_name,
         qmoe_version=__version__,
         shards={
@@ -292,7 +293,6 @@ def write_rest(plan: Plan, journal: Journal, folder: Path, source_name: str) -> 
         errors=journal.errors(plan),
     )
     manifest.write(partial)
-    return manifest
 
 
 def _small_files(folder: Path) -> list[Path]:
