@@ -734,7 +734,6 @@ def _linear_names(
 
 # What stays in 16 bit
 
-
 # What quantizers put beside a weight, below the same module.
 _COMPANION = re.compile(
     r"(weight|weight_packed|weight_scale|weight_scale_inv|weight_shape|weight_zero_point"
@@ -747,8 +746,7 @@ def _companions(
 ) -> list[str]:
     """The tensors that are one quantized weight, ``name`` among them; or ``name`` alone."""
     if group is not None and _is_fused(group):
-        members = [n for names in group.sources.values() for n in names]
-        return members if len(members) > 1 else [name]
+        return group.names
     members = [n for n in siblings if _COMPANION.fullmatch(n.rpartition(".")[2])]
     weight = next((n for n in members if n.endswith((".weight", ".weight_packed"))), None)
     if weight is None or name not in members or len(members) == 1:
@@ -770,48 +768,35 @@ def _dequantized(
     model: Any,
 ) -> Kept:
     """A quantized weight, made of ``names``, brought back to the model's dtype."""
-    dtype = model.dtype
     leaves = {name.rpartition(".")[2]: name for name in names}
-    stem = _stem(names[0])
-    if group is not None and _is_fused(group):
-        name, shape = group.target, tuple(model.get_parameter(group.target).shape)
-        convert = partial(_convert_fused, group=group, model=model)
+    fused = group is not None and _is_fused(group)
+    if group is not None and fused:
+        name, shape, weight = group.target, model.get_parameter(group.target).shape, group
     else:
-        name, shape = f"{stem}.weight", _dense_shape(leaves, tensors)
+        name, shape = f"{_stem(names[0])}.weight", _dense_shape(leaves, tensors)
         if group is not None and group.merges_experts:
-            sources = {p: n for p, ns in group.sources.items() for n in ns if n in names}
+            sources = {p: [n] for p, ns in group.sources.items() for n in ns if n in names}
+            weight = _Group(group.target, group.transform, sources)
         else:
-            group, sources = _general_dequantization(leaves, group, tensors, quantizer, model)
-        convert = partial(_dequantize_one, group=group, sources=sources, model=model)
-    return Kept(
-        name,
-        DTYPE_NAMES[dtype],
-        shape,
-        tuple(names),
-        lambda reader: [convert(reader).detach().to(dtype).contiguous()],
-    )
+            weight = _any_linear(leaves, group, tensors, quantizer, model)
+
+    def load(reader: Reader) -> list[torch.Tensor]:
+        read = weight.read(reader)
+        (found,) = (weight.convert if fused else weight.dequantize)(read, model).values()
+        tensor = found[0] if isinstance(found, list) else found
+        return [tensor.detach().to(model.dtype).contiguous()]
+
+    return Kept(name, DTYPE_NAMES[model.dtype], tuple(shape), tuple(names), load)
 
 
-def _convert_fused(reader: Reader, group: _Group, model: Any) -> torch.Tensor:
-    return group.convert(group.read(reader), model)[group.target]
-
-
-def _dequantize_one(
-    reader: Reader, group: _Group, sources: dict[str, str], model: Any
-) -> torch.Tensor:
-    collected = {pattern: [reader.read(name)] for pattern, name in sources.items()}
-    (found,) = group.dequantize(collected, model).values()
-    return found[0] if isinstance(found, list) else found
-
-
-def _general_dequantization(
+def _any_linear(
     leaves: dict[str, str],
     group: _Group | None,
     tensors: Mapping[str, StoredTensor],
     quantizer: Any,
     model: Any,
-) -> tuple[_Group, dict[str, str]]:
-    """The conversion that the quantizer has for any Linear, and its sources: pattern -> name."""
+) -> _Group:
+    """The quantizer's conversion for any Linear, applied to the tensors of one: leaf -> name."""
     general = quantizer.get_weight_conversions()
     if not general:
         name = next(iter(leaves.values()))
@@ -819,16 +804,13 @@ def _general_dequantization(
             f"{tensors[name].file}: {_stem(name)} is quantized, and transformers "
             f"{transformers.__version__} cannot dequantize it; a newer version may"
         )
-    # It is for one module: its patterns are the names below it.
     (converter,) = [c for c in general if any(p.rstrip("$") == "weight" for p in c.source_patterns)]
     patterns = {p.rstrip("$"): p for p in converter.source_patterns}
-    # DeepSeek V4 calls weight_scale_inv "scale".
-    named = {("weight_scale_inv" if k == "scale" else k): name for k, name in leaves.items()}
+    patterns["scale"] = patterns.get("weight_scale_inv", "")  # DeepSeek V4's name for it
     # Any parameter of the model's dtype serves where this one has none of its own.
     target = group.target if group is not None else next(iter(model.state_dict()))
-    return _Group(target, converter), {
-        patterns[k]: name for k, name in named.items() if k in patterns
-    }
+    sources = {patterns[k]: [name] for k, name in leaves.items() if patterns.get(k)}
+    return _Group(target, converter, sources)
 
 
 def _dense_shape(leaves: dict[str, str], tensors: Mapping[str, StoredTensor]) -> tuple[int, ...]:
