@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -17,16 +17,6 @@ Progress = Callable[[str, int, int], None]
 """Called with the stage ("convert" or "verify"), source bytes done, and source bytes in all."""
 
 T = TypeVar("T")
-
-
-class Costly(Protocol):
-    """Something to work on, and the bytes of memory that it takes meanwhile."""
-
-    @property
-    def cost(self) -> int: ...
-
-
-C = TypeVar("C", bound=Costly)
 
 
 class Restored(Generic[T]):
@@ -69,10 +59,12 @@ def counting(progress: Progress, stage: str, total: int, done: int = 0) -> Calla
     return advance
 
 
-def in_order(work: Callable[[C], T], items: Iterable[C], workers: int) -> Generator[T, None, None]:
+def in_order(
+    work: Callable[[Any], T], items: Iterable[Any], workers: int
+) -> Generator[T, None, None]:
     """Yield ``work(item)`` in order while workers are ahead by at most `IN_FLIGHT_BYTES`.
 
-    An item is let in whatever it costs if it is the only one. Close the generator, or threads go
+    Items have a ``cost`` in bytes; one is let in whatever it costs. Close the generator, or threads go
     on working. They are the parallelism: in each, torch has one thread of its own.
     """
     waiting: deque[tuple[int, Future[T]]] = deque()
