@@ -41,20 +41,17 @@ def measure(source: Path, target: Path, workers: int) -> dict[str, Any]:
 
         setattr(owner, name, wrapper)
 
-    import qmoe_convert.convert
-    import qmoe_convert.mapping
-    import qmoe_convert.shards
+    from qmoe_convert import convert, shards, write
 
     seconds["main: imports"] = time.perf_counter() - start
-    timed(qmoe_convert.mapping, "map_checkpoint", "main: map names")
-    timed(qmoe_convert.convert, "make_plan", "main: plan")
-    timed(qmoe_convert.convert._Job, "write_shards", "main: shards, all of it")
-    timed(qmoe_convert.shards.ShardWriter, "write", "main: hash and write")
-    timed(qmoe_convert.shards.ShardWriter, "finish", "main: fsync")
-    timed(qmoe_convert.convert, "quantize_with_squares", "workers: quantize")
-    timed(qmoe_convert.convert, "read_into", "workers: read what is copied")
-    timed(qmoe_convert.shards, "read_into", "workers: read weights")
-    qmoe_convert.convert.convert(source, target, workers=workers, verify=False, device="cpu")
+    timed(convert, "map_checkpoint", "main: map names")
+    timed(convert, "make_plan", "main: plan")
+    timed(convert, "write_shards", "main: shards, all of it")
+    timed(shards.ShardWriter, "write", "main: hash and write")
+    timed(shards.ShardWriter, "finish", "main: fsync")
+    timed(write, "quantize_with_squares", "workers: quantize")
+    timed(shards, "read_into", "workers: read")
+    convert.convert(source, target, workers=workers, verify=False, device="cpu")
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return {
         "workers": workers,

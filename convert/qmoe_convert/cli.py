@@ -13,41 +13,16 @@ import time
 import warnings as python_warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
-    from qmoe_convert.convert import Report
+    from qmoe_convert.report import Report
 
 USAGE, NOT_CONVERTED, NOT_VERIFIED = 2, 3, 4
 # Without a terminal, a line of progress now and then.
 SECONDS_BETWEEN_LINES = 5.0
-
-
-class WeightFormat(str, Enum):
-    """What experts are quantized to."""
-
-    int8 = "int8"
-    fp8 = "fp8"
-
-
-class Format(str, Enum):
-    """How they are stored."""
-
-    auto = "auto"
-    compressed_tensors = "compressed-tensors"
-    qmoe = "qmoe"
-
-
-class Device(str, Enum):
-    """Where they are quantized."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -57,20 +32,22 @@ def command(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of the checkpoint.")],
     out: Annotated[str, typer.Option("-o", "--out", help="Folder to write.")],
     weights: Annotated[
-        WeightFormat, typer.Option(help="8-bit format of the experts, scaled per output channel.")
-    ] = WeightFormat.int8,
+        Literal["int8", "fp8"],
+        typer.Option(help="8-bit format of the experts, scaled per output channel."),
+    ] = "int8",
     format: Annotated[
-        Format,
+        Literal["auto", "compressed-tensors", "qmoe"],
         typer.Option(help="auto: compressed-tensors if experts are stored one by one, else qmoe."),
-    ] = Format.auto,
+    ] = "auto",
     ignore: Annotated[
         list[str] | None,
         typer.Option(metavar="REGEX", help="Leave experts modules that match as they are."),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file to write.")] = "5GB",
     device: Annotated[
-        Device, typer.Option(help="Where to quantize; the bytes are the same.")
-    ] = Device.auto,
+        Literal["auto", "cpu", "cuda"],
+        typer.Option(help="Where to quantize; the bytes are the same."),
+    ] = "auto",
     workers: Annotated[
         int | None, typer.Option(min=1, help="Threads that read and quantize.")
     ] = None,
@@ -111,11 +88,11 @@ def command(
                 report = convert(
                     model,
                     out,
-                    weights=weights.value,
-                    format=format.value,
+                    weights=weights,
+                    format=format,
                     ignore=ignore or (),
                     max_shard_size=max_shard_size,
-                    device=device.value,
+                    device=device,
                     workers=workers,
                     dry_run=dry_run,
                     resume=resume,
@@ -161,7 +138,7 @@ def _exit_code(error: BaseException) -> int:
         return 128 + signal.SIGTERM
     if isinstance(error, KeyboardInterrupt):
         return 128 + signal.SIGINT
-    from qmoe_convert.convert import ConversionError
+    from qmoe_convert import ConversionError
     from qmoe_convert.verify import VerificationError
 
     if isinstance(error, VerificationError):

@@ -14,9 +14,9 @@ import inspect
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
     ConversionOps,
     MergeModulelist,
     WeightConverter,
@@ -38,13 +39,15 @@ from transformers.quantizers.auto import AutoHfQuantizer
 
 from qmoe.checkpoints.files import DTYPE_NAMES, StoredTensor
 from qmoe.experts.layout import ExpertsLayout, find_experts
+from qmoe_convert import SourceError
 from qmoe_convert.shards import Reader, read_into
+from qmoe_convert.workers import Restored
 
 # Methods whose dequantizing conversions transformers has.
 DEQUANTIZABLE = ("fp8", "mxfp4", "compressed-tensors")
 
 
-class MappingError(ValueError):
+class MappingError(SourceError):
     """A checkpoint whose tensors cannot be told apart; the message names the tensor or file."""
 
 
@@ -60,6 +63,17 @@ class _Group:
     @property
     def operations(self) -> list[Any]:
         return list(getattr(self.transform, "operations", ()))
+
+    @property
+    def names(self) -> list[str]:
+        """All checkpoint names."""
+        return [name for names in self.sources.values() for name in names]
+
+    @property
+    def targets(self) -> list[str]:
+        """Every parameter that the transform yields."""
+        first, *_ = patterns = self.transform.target_patterns
+        return [self.target.replace(first, pattern) for pattern in patterns]
 
     @property
     def merges_experts(self) -> bool:
@@ -79,6 +93,19 @@ class _Group:
             if not dims or any(dim in (0, -3) for dim in dims):
                 return False
         return True
+
+    def read(self, reader: Reader) -> dict[str, list[torch.Tensor]]:
+        """Read all sources whole: source pattern -> tensors."""
+        return {pattern: [reader.read(n) for n in ns] for pattern, ns in self.sources.items()}
+
+    def read_experts(
+        self, reader: Reader, first: int, last: int, rows: int = 1
+    ) -> dict[str, list[torch.Tensor]]:
+        """Read experts ``first`` to ``last`` (excluded), of ``rows`` rows if they are not apart."""
+        if self.merges_experts:
+            return {p: [reader.read(n) for n in ns[first:last]] for p, ns in self.sources.items()}
+        some = slice(first * rows, last * rows)
+        return {p: [reader.read(name, some)] for p, (name,) in self.sources.items()}
 
     def convert(
         self, tensors: dict[str, list[torch.Tensor]], model: Any
@@ -105,14 +132,6 @@ class _Group:
         return tensors
 
 
-@dataclass(frozen=True)
-class ExpertPart:
-    """One 2-D weight of one expert as the checkpoint stores it; ``name`` is without ``.weight``."""
-
-    name: str
-    shape: tuple[int, int]
-
-
 @dataclass
 class Projection:
     """One projection, or bias, of one experts module, and how to read it from the checkpoint."""
@@ -128,7 +147,7 @@ class Projection:
     @cached_property
     def source_names(self) -> list[str]:
         """Every checkpoint tensor that this projection is made of."""
-        return [n for group in self._groups for names in group.sources.values() for n in names]
+        return [name for group in self._groups for name in group.names]
 
     @cached_property
     def dtype(self) -> str:
@@ -165,63 +184,51 @@ class Projection:
         Returns:
             (last - first, out_features, in_features), or (last - first, out_features) for a bias.
         """
+        layout, low, high = self.layout, first, last
         if not self.sliceable:
-            return self._load(reader, 0, self.layout.num_experts)[first:last]
-        return self._load(reader, first, last)
-
-    def _load(self, reader: Reader, first: int, last: int) -> torch.Tensor:
+            low, high = 0, layout.num_experts
+        rows = layout.intermediate_size if layout.flat else 1
         tensors = []
         for parameter, group in zip(self._parameters, self._groups, strict=True):
-            collected = self._collect(reader, group, first, last)
-            tensors.append(group.convert(collected, self._model)[parameter])
-        canonical = self.layout.canonical(self.name, tensors)
-        expected = (last - first, *self.layout.shape(self.name)[1:])
+            read = group.read
+            if group.keeps_experts_apart:
+                read = partial(group.read_experts, first=low, last=high, rows=rows)
+            tensors.append(group.convert(read(reader), self._model)[parameter])
+        canonical = layout.canonical(self.name, tensors)
+        expected = (high - low, *layout.shape(self.name)[1:])
         if tuple(canonical.shape) != expected:
             raise MappingError(
                 f"{self.module}.{self.name}: the checkpoint's tensors have shape "
                 f"{list(canonical.shape)}, the model expects {list(expected)}"
             )
-        return canonical
-
-    def _collect(
-        self, reader: Reader, group: _Group, first: int, last: int
-    ) -> dict[str, list[torch.Tensor]]:
-        if not group.keeps_experts_apart:
-            return {p: [reader.read(n) for n in names] for p, names in group.sources.items()}
-        if group.merges_experts:
-            return {p: [reader.read(n) for n in ns[first:last]] for p, ns in group.sources.items()}
-        collected = {}
-        for pattern, (name,) in group.sources.items():
-            per_expert = self.layout.intermediate_size if self.layout.flat else 1
-            collected[pattern] = [reader.read(name, slice(first * per_expert, last * per_expert))]
-        return collected
+        return canonical[first - low : last - low]
 
     @cached_property
-    def parts(self) -> list[list[ExpertPart]] | None:
+    def parts(self) -> list[dict[str, tuple[int, int]]] | None:
         """For each expert, the stored 2-D weights whose rows make up the projection, in order.
 
-        None if the checkpoint stores the projection otherwise: then a row of ours is not a row of
-        theirs and the weight cannot be quantized under its own name.
+        Name, without ``.weight``, -> shape. None if the checkpoint stores the projection
+        otherwise: then a row of ours is not a row of theirs and the weight cannot be quantized
+        under its own name.
         """
         layout = self.layout
         if layout.transposed or layout.interleaved or layout.flat or len(self._groups) != 1:
             return None
         (group,) = self._groups
         operations = [op for op in group.operations if not hasattr(op, "hf_quantizer")]
-        if (
-            not operations
-            or not isinstance(operations[0], MergeModulelist)
-            or operations[0].dim != 0
+        if [(type(op), getattr(op, "dim", None)) for op in operations] not in (
+            [(MergeModulelist, 0)],
+            [(MergeModulelist, 0), (Concatenate, 1)],
         ):
             return None
-        rest = [(type(op).__name__, getattr(op, "dim", None)) for op in operations[1:]]
-        if rest not in ([], [("Concatenate", 1)]):
-            return None
-        stems = [list(dict.fromkeys(_stem(n) for n in names)) for names in self._by_expert(group)]
         rows, columns = layout.shape(self.name)[1:]
-        if any(rows % len(names) for names in stems):
-            return None
-        return [[ExpertPart(n, (rows // len(names), columns)) for n in names] for names in stems]
+        parts = []
+        for names in zip(*group.sources.values(), strict=True):
+            stems = list(dict.fromkeys(map(_stem, names)))
+            if rows % len(stems):
+                return None
+            parts.append(dict.fromkeys(stems, (rows // len(stems), columns)))
+        return parts
 
     def names_of(self, expert: int) -> list[str]:
         """The checkpoint tensors of one expert, for a projection that has ``parts``."""
@@ -230,23 +237,17 @@ class Projection:
     def load_parts(self, reader: Reader, expert: int) -> list[torch.Tensor]:
         """Read one expert's weights in the order of ``parts``, dequantized if need be."""
         (group,) = self._groups
-        collected = {p: [reader.read(names[expert])] for p, names in group.sources.items()}
-        dequantized = group.dequantize(collected, self._model)
+        dequantized = group.dequantize(group.read_experts(reader, expert, expert + 1), self._model)
         found = {_stem(group.sources[p][expert]): t[0] for p, t in dequantized.items()}
         assert self.parts is not None
-        weights = []
-        for part in self.parts[expert]:
-            if part.name not in found or tuple(found[part.name].shape) != part.shape:
-                shape = list(found[part.name].shape) if part.name in found else None
+        for name, expected in self.parts[expert].items():
+            shape = tuple(found[name].shape) if name in found else None
+            if shape != expected:
                 raise MappingError(
-                    f"{part.name}.weight: shape {shape}, the model expects {list(part.shape)}"
+                    f"{name}.weight: shape {None if shape is None else list(shape)}, "
+                    f"the model expects {list(expected)}"
                 )
-            weights.append(found[part.name])
-        return weights
-
-    @staticmethod
-    def _by_expert(group: _Group) -> Iterator[tuple[str, ...]]:
-        return zip(*group.sources.values(), strict=True)
+        return [found[name] for name in self.parts[expert]]
 
 
 @dataclass
@@ -257,7 +258,7 @@ class Experts:
     layout: ExpertsLayout
     projections: dict[str, Projection]
 
-    @property
+    @cached_property
     def source_names(self) -> list[str]:
         """Every checkpoint tensor of this module."""
         return list(dict.fromkeys(n for p in self.projections.values() for n in p.source_names))
@@ -268,16 +269,41 @@ class Experts:
         weights = [self.projections[name] for name in self.layout.projections]
         return not self.layout.biases and all(p.parts is not None for p in weights)
 
+    @property
+    def part_names(self) -> list[str]:
+        """The experts' own Linear layers, if they are stored as such."""
+        return [n for p in self.projections.values() for parts in p.parts or () for n in parts]
+
+    def load_expert(self, reader: Reader, expert: int) -> list[torch.Tensor]:
+        """Read one expert's weights, for a module that is stored per expert."""
+        projections = [self.projections[name] for name in self.layout.projections]
+        return [t for projection in projections for t in projection.load_parts(reader, expert)]
+
+    def load_slice(self, reader: Reader, name: str, first: int, last: int) -> list[torch.Tensor]:
+        """Read experts ``first`` to ``last`` (excluded) of a projection or bias, one tensor."""
+        return [self.projections[name].load(reader, first, last)]
+
+    def bias(self, name: str) -> Kept:
+        """The bias ``name`` of all experts."""
+        bias = self.projections[name]
+        return Kept(
+            f"{self.module}.{name}",
+            bias.dtype,
+            self.layout.shape(name),
+            tuple(bias.source_names),
+            partial(self.load_slice, name=name, first=0, last=self.layout.num_experts),
+        )
+
 
 @dataclass
 class Kept:
-    """A tensor that stays in 16 bit: copied, or dequantized because its quantization goes away."""
+    """A tensor that stays in 16 bit, made of ``source_names``; without ``load`` it is a copy."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     source_names: tuple[str, ...]
-    load: Callable[[Reader], torch.Tensor] | None = None
+    load: Callable[[Reader], Sequence[torch.Tensor]] | None = None
 
 
 @dataclass
@@ -291,12 +317,35 @@ class CheckpointMapping:
     # full names of Linear layers and routers outside of experts modules
     linear_names: list[str]
     warnings: list[str]
-    _keep: Callable[[Iterable[str]], list[Kept]]
+    _tensors: Mapping[str, StoredTensor]
+    _group_of: dict[str, _Group]
+    _quantizer: Any
+    _model: Any
 
     def keep(self, skipped: Iterable[str]) -> list[Kept]:
         """What stays in 16 bit if the experts modules ``skipped`` do, in natural order."""
         names = [n for module in skipped for n in self.experts[module].source_names]
-        return self._keep(sorted([*self.others, *names], key=dot_natural_key))
+        names = natural_order([*self.others, *names])
+        siblings: dict[str, list[str]] = defaultdict(list)
+        for name in names:
+            siblings[_stem(name)].append(name)
+        kept: list[Kept] = []
+        done: set[str] = set()
+        for name in names:
+            if name in done:
+                continue
+            stored, group = self._tensors[name], self._group_of.get(name)
+            companions = [name]
+            if self._quantizer is not None:
+                companions = _companions(name, siblings[_stem(name)], group, self._tensors)
+            done.update(companions)
+            if len(companions) == 1:
+                kept.append(Kept(name, stored.dtype, stored.shape, (name,)))
+            else:
+                kept.append(
+                    _dequantized(companions, group, self._tensors, self._quantizer, self._model)
+                )
+        return kept
 
 
 def map_checkpoint(folder: Path, tensors: Mapping[str, StoredTensor]) -> CheckpointMapping:
@@ -310,7 +359,9 @@ def map_checkpoint(folder: Path, tensors: Mapping[str, StoredTensor]) -> Checkpo
         MappingError: no usable config, an unknown class or one that needs remote code, a model
             without experts, a tensor that it does not know, or an expert with a tensor missing.
     """
-    with _quiet():
+    # transformers' warnings are about loading, not about converting.
+    with _verbosity:
+        transformers.logging.set_verbosity_error()
         config = _load_config(folder)
         quantizer = _dequantizer(config, folder)
         model = _build_meta_model(config, folder, tensors)
@@ -322,79 +373,86 @@ def map_checkpoint(folder: Path, tensors: Mapping[str, StoredTensor]) -> Checkpo
         for transform in transforms:
             _complete_dequantization(transform, quantizer)
     groups, unmapped = _group_by_target(model, transforms, tensors)
-    unknown = [n for n in unmapped if not _is_ignorable(model, n)]
-    if unknown:
-        raise MappingError(
-            f"{tensors[unknown[0]].file}: {type(model).__name__} has no place for {unknown[0]}"
-            + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else "")
-            + "; check that config.json belongs to these weights, or use another transformers"
-        )
+    _check_known(model, unmapped, tensors)
+    # A parameter's own group comes before one that splits its sources over several.
+    by_parameter = {target: group for group in groups for target in group.targets}
+    by_parameter |= {group.target: group for group in groups}
+    experts = {
+        module: _map_experts(module, layout, by_parameter, tensors, model)
+        for module, layout in layouts.items()
+    }
 
-    experts = {}
-    claimed: set[str] = set()
-    unused: set[str] = set()
-    for module, layout in layouts.items():
-        projections = {}
-        for projection, parameters in layout.sources.items():
-            full = [f"{module}.{parameter}" for parameter in parameters]
-            found = [_group_of(name, groups, model) for name in full]
-            if layout.num_identity_experts and found[0].merges_experts:
-                # Rows for experts that return their input: no code reads them.
-                found = [_without_identity_experts(g, layout, unused) for g in found]
-            for group in found:
-                _check_complete(group, layout, tensors)
-            projections[projection] = Projection(
-                module, projection, layout, found, full, tensors, model
-            )
-        experts[module] = Experts(module, layout, projections)
-        claimed.update(experts[module].source_names)
-
-    target_of = {n: g for g in groups.values() for names in g.sources.values() for n in names}
+    group_of = {name: group for group in groups for name in group.names}
+    # Experts that return their input have weights that no code reads.
+    unused = tensors.keys() - group_of.keys() - set(unmapped)
+    claimed = {name for one in experts.values() for name in one.source_names}
     others = [name for name in tensors if name not in claimed and name not in unused]
+    num_experts = {layout.num_experts for layout in layouts.values()}
+    return CheckpointMapping(
+        model_class=type(model).__name__,
+        experts=experts,
+        others=others,
+        linear_names=_linear_names(others, tensors, group_of, model, num_experts),
+        warnings=_warnings(quantizer, len(unused), _missing(model, by_parameter), unmapped),
+        _tensors=tensors,
+        _group_of=group_of,
+        _quantizer=quantizer,
+        _model=model,
+    )
+
+
+def _map_experts(
+    module: str,
+    layout: ExpertsLayout,
+    groups: dict[str, _Group],
+    tensors: Mapping[str, StoredTensor],
+    model: Any,
+) -> Experts:
+    projections = {}
+    for name, relative in layout.sources.items():
+        parameters = [f"{module}.{parameter}" for parameter in relative]
+        for parameter in parameters:
+            if parameter not in groups:
+                raise MappingError(
+                    f"the checkpoint holds no tensor for {parameter} of {type(model).__name__}; "
+                    "a shard or an index entry is missing, download it again"
+                )
+        found = [groups[parameter] for parameter in parameters]
+        for group in found:
+            if layout.num_identity_experts and group.merges_experts:
+                group.sources = {p: ns[: layout.num_experts] for p, ns in group.sources.items()}
+            _check_complete(group, layout, tensors)
+        projections[name] = Projection(module, name, layout, found, parameters, tensors, model)
+    return Experts(module, layout, projections)
+
+
+def _warnings(
+    quantizer: Any, num_unused: int, missing: list[str], unmapped: list[str]
+) -> list[str]:
+    """What the user should know about the checkpoint."""
     warnings = []
-    if unused:
-        warnings.append(f"{len(unused)} tensors of experts that return their input are left out")
-    method = quantizer.quantization_config.quant_method if quantizer is not None else None
-    if method is not None:
+    if num_unused:
+        warnings.append(f"{num_unused} tensors of experts that return their input are left out")
+    if quantizer is not None:
+        method = quantizer.quantization_config.quant_method
         method = str(getattr(method, "value", method))
         warnings.append(
             f"the checkpoint is quantized already ({method}): quantizing twice adds both errors; "
             "convert the 16-bit original if there is one. Its other layers are dequantized"
         )
-    missing = _missing_parameters(model, groups)
     if missing:
         warnings.append(f"the checkpoint lacks {missing[0]} and {len(missing) - 1} more")
     if unmapped:
         warnings.append(
             f"transformers does not use {unmapped[0]} and {len(unmapped) - 1} more: kept"
         )
-
-    def keep(names: Iterable[str]) -> list[Kept]:
-        return list(_keep(names, tensors, target_of, quantizer, model))
-
-    num_experts = {layout.num_experts for layout in layouts.values()}
-    return CheckpointMapping(
-        model_class=type(model).__name__,
-        experts=experts,
-        others=others,
-        linear_names=_linear_names(others, tensors, target_of, model, num_experts),
-        warnings=warnings,
-        _keep=keep,
-    )
+    return warnings
 
 
 # The model
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' warnings: they are about loading, not about converting."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)
+_verbosity = Restored(transformers.logging.get_verbosity, transformers.logging.set_verbosity)
 
 
 def _load_config(folder: Path) -> Any:
@@ -542,8 +600,8 @@ def _complete_dequantization(transform: Any, quantizer: Any) -> None:
 
 def _group_by_target(
     model: Any, transforms: list[Any], tensors: Mapping[str, StoredTensor]
-) -> tuple[dict[str, _Group], list[str]]:
-    """Do what loading does with names: parameter -> its sources, and the names without one."""
+) -> tuple[list[_Group], list[str]]:
+    """Do what loading does with names: the groups, and the names that belong to none."""
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
@@ -562,21 +620,18 @@ def _group_by_target(
             transform = by_pattern[pattern] if pattern else WeightRenaming(name, target)
             groups[target] = _Group(target, transform)
         groups[target].sources.setdefault(pattern or name, []).append(name)
-    return groups, unmapped
+    return list(groups.values()), unmapped
 
 
-def _group_of(parameter: str, groups: dict[str, _Group], model: Any) -> _Group:
-    """The group that yields a parameter: its own, or one that splits its sources over several."""
-    if parameter in groups:
-        return groups[parameter]
-    for target, group in groups.items():
-        first, *others = group.transform.target_patterns
-        if any(target.replace(first, other) == parameter for other in others):
-            return group
-    raise MappingError(
-        f"the checkpoint holds no tensor for {parameter} of {type(model).__name__}; "
-        "a shard or an index entry is missing, download it again"
-    )
+def _check_known(model: Any, unmapped: list[str], tensors: Mapping[str, StoredTensor]) -> None:
+    """Raise if the model has no place for a tensor, naming it."""
+    unknown = [name for name in unmapped if not _is_ignorable(model, name)]
+    if unknown:
+        raise MappingError(
+            f"{tensors[unknown[0]].file}: {type(model).__name__} has no place for {unknown[0]}"
+            + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else "")
+            + "; check that config.json belongs to these weights, or use another transformers"
+        )
 
 
 def _check_complete(
@@ -600,12 +655,6 @@ def _check_complete(
                 )
     for names in group.sources.values():
         _check_numbering(names, layout.num_experts, tensors)
-
-
-def _without_identity_experts(group: _Group, layout: ExpertsLayout, unused: set[str]) -> _Group:
-    sources = {pattern: names[: layout.num_experts] for pattern, names in group.sources.items()}
-    unused.update(n for names in group.sources.values() for n in names[layout.num_experts :])
-    return _Group(group.target, group.transform, sources)
 
 
 def _check_numbering(
@@ -640,11 +689,8 @@ def _is_ignorable(model: Any, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def _missing_parameters(model: Any, groups: dict[str, _Group]) -> list[str]:
-    found = set(groups)
-    for target, group in groups.items():
-        first, *others = group.transform.target_patterns
-        found.update(target.replace(first, other) for other in others)
+def _missing(model: Any, found: Mapping[str, _Group]) -> list[str]:
+    """Parameters that the checkpoint has nothing for, but should."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
     return [
@@ -657,7 +703,7 @@ def _missing_parameters(model: Any, groups: dict[str, _Group]) -> list[str]:
 def _linear_names(
     others: list[str],
     tensors: Mapping[str, StoredTensor],
-    target_of: dict[str, _Group],
+    group_of: dict[str, _Group],
     model: Any,
     num_experts: set[int],
 ) -> list[str]:
@@ -667,7 +713,7 @@ def _linear_names(
         stem, _, leaf = name.rpartition(".")
         if leaf not in ("weight", "weight_packed"):
             continue
-        group = target_of.get(name)
+        group = group_of.get(name)
         if group is None:  # transformers ignores it, others may not: multi-token prediction, say
             if len(tensors[name].shape) == 2 and not re.search("embed|norm", name):
                 names.add(stem)
@@ -688,34 +734,6 @@ def _linear_names(
 
 # What stays in 16 bit
 
-
-def _keep(
-    names: Iterable[str],
-    tensors: Mapping[str, StoredTensor],
-    target_of: dict[str, _Group],
-    quantizer: Any,
-    model: Any,
-) -> Iterator[Kept]:
-    general = [] if quantizer is None else quantizer.get_weight_conversions()
-    by_stem: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        by_stem[_stem(name)].append(name)
-    done: set[str] = set()
-    for name in names:
-        if name in done:
-            continue
-        stored = tensors[name]
-        group = target_of.get(name)
-        companions = [name]
-        if quantizer is not None:
-            companions = _companions(name, by_stem[_stem(name)], group, tensors)
-        done.update(companions)
-        if len(companions) == 1:
-            yield Kept(name, stored.dtype, stored.shape, (name,))
-        else:
-            yield _dequantized(companions, tensors, group, general, model)
-
-
 # What quantizers put beside a weight, below the same module.
 _COMPANION = re.compile(
     r"(weight|weight_packed|weight_scale|weight_scale_inv|weight_shape|weight_zero_point"
@@ -728,8 +746,7 @@ def _companions(
 ) -> list[str]:
     """The tensors that are one quantized weight, ``name`` among them; or ``name`` alone."""
     if group is not None and _is_fused(group):
-        members = [n for names in group.sources.values() for n in names]
-        return members if len(members) > 1 else [name]
+        return group.names
     members = [n for n in siblings if _COMPANION.fullmatch(n.rpartition(".")[2])]
     weight = next((n for n in members if n.endswith((".weight", ".weight_packed"))), None)
     if weight is None or name not in members or len(members) == 1:
@@ -745,63 +762,55 @@ def _is_fused(group: _Group) -> bool:
 
 def _dequantized(
     names: list[str],
-    tensors: Mapping[str, StoredTensor],
     group: _Group | None,
-    general: list[Any],
+    tensors: Mapping[str, StoredTensor],
+    quantizer: Any,
     model: Any,
 ) -> Kept:
-    dtype = model.dtype
-    if group is not None and _is_fused(group):
-        fused = group
-        shape = tuple(model.get_parameter(group.target).shape)
-
-        def load(reader: Reader) -> torch.Tensor:
-            collected = {p: [reader.read(n) for n in ns] for p, ns in fused.sources.items()}
-            return fused.convert(collected, model)[fused.target].to(dtype).contiguous()
-
-        return Kept(group.target, DTYPE_NAMES[dtype], shape, tuple(names), load)
-
+    """A quantized weight, made of ``names``, brought back to the model's dtype."""
     leaves = {name.rpartition(".")[2]: name for name in names}
-    stem = _stem(names[0])
-    if group is not None and group.merges_experts:
-        merged = group
-        own = {p: n for p, ns in group.sources.items() for n in ns if n in names}
+    fused = group is not None and _is_fused(group)
+    if group is not None and fused:
+        name, shape, weight = group.target, model.get_parameter(group.target).shape, group
+    else:
+        name, shape = f"{_stem(names[0])}.weight", _dense_shape(leaves, tensors)
+        if group is not None and group.merges_experts:
+            sources = {p: [n] for p, ns in group.sources.items() for n in ns if n in names}
+            weight = _Group(group.target, group.transform, sources)
+        else:
+            weight = _any_linear(leaves, group, tensors, quantizer, model)
 
-        def load_expert(reader: Reader) -> torch.Tensor:
-            collected = {pattern: [reader.read(n)] for pattern, n in own.items()}
-            (tensors,) = merged.dequantize(collected, model).values()
-            result: torch.Tensor = tensors[0].detach().to(dtype).contiguous()
-            return result
+    def load(reader: Reader) -> list[torch.Tensor]:
+        read = weight.read(reader)
+        (found,) = (weight.convert if fused else weight.dequantize)(read, model).values()
+        tensor = found[0] if isinstance(found, list) else found
+        return [tensor.detach().to(model.dtype).contiguous()]
 
-        shape = _dense_shape(leaves, tensors)
-        return Kept(f"{stem}.weight", DTYPE_NAMES[dtype], shape, tuple(names), load_expert)
+    return Kept(name, DTYPE_NAMES[model.dtype], tuple(shape), tuple(names), load)
+
+
+def _any_linear(
+    leaves: dict[str, str],
+    group: _Group | None,
+    tensors: Mapping[str, StoredTensor],
+    quantizer: Any,
+    model: Any,
+) -> _Group:
+    """The quantizer's conversion for any Linear, applied to the tensors of one: leaf -> name."""
+    general = quantizer.get_weight_conversions()
     if not general:
+        name = next(iter(leaves.values()))
         raise MappingError(
-            f"{tensors[names[0]].file}: {stem} is quantized, and transformers "
+            f"{tensors[name].file}: {_stem(name)} is quantized, and transformers "
             f"{transformers.__version__} cannot dequantize it; a newer version may"
         )
-    # The general conversion is for one module: its patterns are the names below it.
     (converter,) = [c for c in general if any(p.rstrip("$") == "weight" for p in c.source_patterns)]
     patterns = {p.rstrip("$"): p for p in converter.source_patterns}
-    if "scale" in leaves:  # DeepSeek V4's name for it
-        leaves["weight_scale_inv"] = leaves.pop("scale")
+    patterns["scale"] = patterns.get("weight_scale_inv", "")  # DeepSeek V4's name for it
     # Any parameter of the model's dtype serves where this one has none of its own.
     target = group.target if group is not None else next(iter(model.state_dict()))
-
-    def load_weight(reader: Reader) -> torch.Tensor:
-        collected = {patterns[k]: [reader.read(n)] for k, n in leaves.items() if k in patterns}
-        converted = _Group(target, converter).dequantize(collected, model)
-        (tensor,) = (t[0] if isinstance(t, list) else t for t in converted.values())
-        result: torch.Tensor = tensor.detach().to(dtype).contiguous()
-        return result
-
-    return Kept(
-        f"{stem}.weight",
-        DTYPE_NAMES[dtype],
-        _dense_shape(leaves, tensors),
-        tuple(names),
-        load_weight,
-    )
+    sources = {patterns[k]: [name] for k, name in leaves.items() if patterns.get(k)}
+    return _Group(target, converter, sources)
 
 
 def _dense_shape(leaves: dict[str, str], tensors: Mapping[str, StoredTensor]) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from qmoe.checkpoints.files import CheckpointError, StoredTensor
+from qmoe.checkpoints.files import TORCH_DTYPES, CheckpointError, StoredTensor
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -39,32 +39,38 @@ class Reader:
         self.tensors = tensors
         self._local = threading.local()
 
-    def reserve(self, nbytes: int) -> None:
-        """Forget this thread's tensors and make room for ``nbytes`` bytes of new ones."""
-        buffer: torch.Tensor | None = getattr(self._local, "buffer", None)
-        if buffer is None or buffer.numel() < nbytes:
-            self._local.buffer = torch.empty(nbytes, dtype=torch.uint8)
-        self._local.used = 0
+    def reserve(self, nbytes: int, memory: torch.Tensor | None = None) -> None:
+        """Forget this thread's tensors and make room for ``nbytes`` bytes of new ones.
+
+        They go to ``memory``, uint8, if given: whoever gave it keeps what is read.
+        """
+        if memory is None:
+            memory = getattr(self._local, "own", None)
+            if memory is None or memory.numel() < nbytes:
+                memory = self._local.own = torch.empty(nbytes, dtype=torch.uint8)
+        self._local.memory, self._local.used = memory, 0
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
         """Read a tensor, or a run of rows along its first dimension."""
         tensor = self.tensors[name]
-        shape, offset, nbytes = tensor.shape, tensor.offset, tensor.nbytes
+        shape, start, stop = tensor.shape, 0, tensor.nbytes
         if rows is not None:
-            row_bytes = nbytes // shape[0]
+            row_bytes = tensor.nbytes // shape[0]
             shape = (rows.stop - rows.start, *shape[1:])
-            offset, nbytes = offset + rows.start * row_bytes, shape[0] * row_bytes
-        buffer = self._take(nbytes)
-        read_into(tensor.file, offset, buffer)
-        return buffer.view(tensor.torch_dtype).view(shape)
+            start, stop = rows.start * row_bytes, rows.stop * row_bytes
+        return self.read_bytes(name, start, stop).view(tensor.torch_dtype).view(shape)
 
-    def _take(self, nbytes: int) -> torch.Tensor:
-        buffer: torch.Tensor | None = getattr(self._local, "buffer", None)
-        start: int = getattr(self._local, "used", 0)
-        if buffer is None or start + nbytes > buffer.numel():
-            return torch.empty(nbytes, dtype=torch.uint8)
-        self._local.used = start + -(-nbytes // ALIGNMENT) * ALIGNMENT
-        return buffer[start : start + nbytes]
+    def read_bytes(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Read bytes ``start`` to ``stop`` (excluded) of a tensor, as uint8."""
+        memory: torch.Tensor | None = getattr(self._local, "memory", None)
+        first: int = getattr(self._local, "used", 0)
+        if memory is None or first + stop - start > memory.numel():
+            buffer = torch.empty(stop - start, dtype=torch.uint8)
+        else:
+            buffer = memory[first : first + stop - start]
+            self._local.used = first + -(-(stop - start) // ALIGNMENT) * ALIGNMENT
+        read_into(self.tensors[name].file, self.tensors[name].offset + start, buffer)
+        return buffer
 
 
 class BufferPool:
@@ -121,31 +127,39 @@ def read_into(file: Path, offset: int, buffer: torch.Tensor) -> None:
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor that a shard will hold; ``offset`` counts from the start of the data, in bytes."""
+    """One tensor that a shard will hold; ``dtype`` is safetensors' name for it."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    offset: int
     nbytes: int
 
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element; 0 for dtypes that torch does not know, which need no alignment."""
+        return TORCH_DTYPES[self.dtype].itemsize if self.dtype in TORCH_DTYPES else 0
 
-def header_bytes(tensors: Iterable[PlannedTensor], leading_bytes: int) -> bytes:
-    """The header of a shard.
+
+def header_bytes(tensors: Iterable[PlannedTensor]) -> bytes:
+    """The header of a shard whose data are ``tensors``, one after the other.
 
     Readers map the file and view its bytes, which needs each tensor aligned to its item size. Data
-    start with ``leading_bytes`` bytes of one-byte items, then come wider items: spaces at the
-    header's end bring the first of those to a multiple of 8 in the file.
+    may start with one-byte items, then come wider ones, the widest first: spaces at the header's
+    end bring the first of those to a multiple of 8 in the file.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset, narrow_bytes = 0, None
     for tensor in tensors:
+        if narrow_bytes is None and tensor.itemsize > 1:
+            narrow_bytes = offset
         header[tensor.name] = {
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
-            "data_offsets": [tensor.offset, tensor.offset + tensor.nbytes],
+            "data_offsets": [offset, offset + tensor.nbytes],
         }
+        offset += tensor.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-(8 + len(text) + leading_bytes) % 8)
+    text += b" " * (-(8 + len(text) + (narrow_bytes or 0)) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
@@ -199,9 +213,14 @@ class ShardWriter:
         self.partial.rename(self.file)
         return self.sha256.hexdigest()
 
-    def close(self) -> None:
-        """Give the file up; what was written stays under its partial name."""
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Close the file; one that is not whole keeps its partial name."""
         self._stream.close()
+        if isinstance(error, OSError) and error.filename is None:  # a failed write names none
+            error.filename = str(self.partial)
 
 
 def sha256_of(file: Path) -> str:

@@ -1,18 +1,18 @@
-"""Read a written shard again and compare it with the source."""
+"""Read written shards again and compare them with the source."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from qmoe.checkpoints.files import CheckpointError, StoredTensor, read_header
-from qmoe.checkpoints.schema import Shard
-from qmoe_convert.plan import Copy, Load, Piece, Quantize, Scales, ShardPlan
-from qmoe_convert.shards import Reader, read_into, sha256_of
+from qmoe_convert.plan import Options, Piece, Plan, Shard, scale_name
+from qmoe_convert.shards import Reader, sha256_of
+from qmoe_convert.workers import Progress, counting, in_order
+from qmoe_convert.write import Journal
 from qmoe_kernels.quantization import decode
 
 # Rounding to nearest is off by at most half a step: of 1 for an integer; for e4m3fn, 2**-4 of the
@@ -22,94 +22,97 @@ HALF_STEP = {"int8": (0.0, 0.5), "fp8": (2.0**-4, 2.0**-10)}
 SLACK = 1 + 2.0**-10
 # Elements per block, so that a block stays in cache.
 BLOCK = 1 << 17
+# A piece of work beside the plan's own: hash the whole file.
+WHOLE_FILE = Piece((), load=None)
+REMEDY = "the disk may be failing; write it again with --resume"
 
 
 class VerificationError(ValueError):
     """What was written is not what the source says; the message names the file and the tensor."""
 
 
-@dataclass(frozen=True)
-class _Checksum:
-    """A piece of work beside the plan's own: hash the whole file."""
-
-    source_bytes: int = 0
-    cost: int = 0
-
-
-InOrder = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
-
-
-def verify_shard(
-    file: Path, plan: ShardPlan, expected: Shard, reader: Reader, weights: str, in_order: InOrder
-) -> Iterator[int]:
-    """Check one shard: size, checksum, header, every quantized and every copied value.
-
-    Args:
-        file: the shard.
-        plan: what it should hold.
-        expected: its size and checksum as the manifest has them.
-        reader: of the source.
-        weights: ``"int8"`` or ``"fp8"``.
-        in_order: runs a function over items in worker threads.
-
-    Yields:
-        Source bytes compared since the last time.
+def verify_shards(
+    plan: Plan,
+    tensors: dict[str, StoredTensor],
+    journal: Journal,
+    options: Options,
+    progress: Progress,
+) -> None:
+    """Read every shard again: size, checksum, header, every quantized and every copied value.
 
     Raises:
-        VerificationError: the first thing that differs.
+        VerificationError: something differs; the shard is struck from the journal, so that
+            ``--resume`` writes it again.
     """
-    try:
-        header = read_header(file)
-    except (CheckpointError, OSError) as error:
-        raise VerificationError(f"{file}: cannot be read back ({error}); {REMEDY}") from None
-    wanted = {(t.name, t.dtype, t.shape) for t in plan.tensors}
-    if file.stat().st_size != expected.bytes:
-        raise VerificationError(
-            f"{file}: {file.stat().st_size} bytes, the manifest says {expected.bytes}; {REMEDY}"
-        )
-    if {(t.name, t.dtype, t.shape) for t in header.values()} != wanted:
-        raise VerificationError(f"{file}: its header is not the planned one; {REMEDY}")
-    written = Reader(header)
-
-    def check(item: _Checksum | Piece) -> int:
-        if isinstance(item, _Checksum):
-            if sha256_of(file) != expected.sha256:
-                raise VerificationError(f"{file}: SHA-256 differs from the manifest's; {REMEDY}")
-        elif isinstance(item, Quantize):
-            _check_quantized(file, item, reader, written, weights)
-        elif not isinstance(item, Scales):
-            _check_kept(file, item, reader, header)
-        return item.source_bytes
-
-    yield from in_order(check, [_Checksum(), *plan.pieces])
+    reader = Reader(tensors)
+    advance = counting(progress, "verify", sum(piece.source_bytes for piece in plan.pieces))
+    for shard in plan.shards:
+        try:
+            check = _Check(journal.folder / shard.name, shard, journal, reader, options.weights)
+            pieces = [WHOLE_FILE, *shard.pieces]
+            with closing(in_order(check.piece, pieces, options.workers)) as checked:
+                for source_bytes in checked:
+                    advance(source_bytes)
+        except VerificationError:
+            journal.strike(shard.name)
+            raise
 
 
-REMEDY = "the disk may be failing; write it again with --resume"
+class _Check:
+    """Compares one shard with the source, piece by piece, in workers."""
 
-
-def _check_quantized(
-    file: Path, piece: Quantize, reader: Reader, written: Reader, weights: str
-) -> None:
-    reader.reserve(piece.source_bytes)
-    tensors = piece.load(reader)
-    written.reserve(piece.source_bytes)
-    for weight, source in zip(piece.weights, tensors, strict=True):
-        if source.ndim == 3:
-            rows = slice(weight.first_expert, weight.first_expert + source.shape[0])
-            q = written.read(weight.quantized_name, rows).flatten(0, 1)
-            scale = written.read(weight.scale_name, rows).flatten()
-            source = source.flatten(0, 1)
-        else:
-            q = written.read(weight.quantized_name)
-            scale = written.read(weight.scale_name).flatten()
-        row = first_wrong_row(source, q, scale, weights)
-        if row is not None:
-            expert = weight.first_expert + row // (source.shape[0] // max(1, tensors[0].shape[0]))
-            where = f", expert {expert}" if tensors[0].ndim == 3 else ""
+    def __init__(
+        self, file: Path, shard: Shard, journal: Journal, reader: Reader, weights: str
+    ) -> None:
+        self.file, self.reader, self.weights = file, reader, weights
+        self.sha256 = journal.shards[shard.name]["sha256"]
+        try:
+            header, size = read_header(file), file.stat().st_size
+        except (CheckpointError, OSError) as error:
+            raise VerificationError(f"{file}: cannot be read back ({error}); {REMEDY}") from None
+        if size != shard.nbytes:
             raise VerificationError(
-                f"{file}: {weight.quantized_name}{where}: differs from the source by more than "
-                f"{weights} rounds; {REMEDY}"
+                f"{file}: {size} bytes, the manifest says {shard.nbytes}; {REMEDY}"
             )
+        planned = {(t.name, t.dtype, t.shape) for t in shard.tensors}
+        if {(t.name, t.dtype, t.shape) for t in header.values()} != planned:
+            raise VerificationError(f"{file}: its header is not the planned one; {REMEDY}")
+        self.written = Reader(header)
+
+    def piece(self, piece: Piece) -> int:
+        """Check one piece and return the bytes of the source that it took."""
+        if piece is WHOLE_FILE:
+            if sha256_of(self.file) != self.sha256:
+                raise VerificationError(
+                    f"{self.file}: SHA-256 differs from the manifest's; {REMEDY}"
+                )
+        elif piece.load is not None:
+            self.reader.reserve(piece.source_bytes)
+            self.written.reserve(piece.source_bytes)
+            compare = self._quantized if piece.projections else self._kept
+            compare(piece, piece.load(self.reader))
+        return piece.source_bytes
+
+    def _quantized(self, piece: Piece, sources: Sequence[torch.Tensor]) -> None:
+        first = piece.first_expert
+        for tensor, source in zip(piece.tensors, sources, strict=True):
+            rows = slice(first, first + len(source)) if source.ndim == 3 else None
+            q = self.written.read(tensor.name, rows).flatten(0, -2)
+            scale = self.written.read(scale_name(tensor.name), rows).flatten()
+            row = first_wrong_row(source.flatten(0, -2), q, scale, self.weights)
+            if row is not None:
+                where = f", expert {first + row // source.shape[-2]}" if rows else ""
+                raise VerificationError(
+                    f"{self.file}: {tensor.name}{where}: differs from the source by more than "
+                    f"{self.weights} rounds; {REMEDY}"
+                )
+
+    def _kept(self, piece: Piece, sources: Sequence[torch.Tensor]) -> None:
+        (tensor,), (source,) = piece.tensors, sources
+        expected = source.contiguous().view(-1).view(torch.uint8)
+        stop = piece.start + len(expected)
+        if not expected.equal(self.written.read_bytes(tensor.name, piece.start, stop)):
+            raise VerificationError(f"{self.file}: {tensor.name} differs from the source; {REMEDY}")
 
 
 def first_wrong_row(
@@ -141,28 +144,3 @@ def first_wrong_row(
         if not right.all():
             return start + int((~right).nonzero()[0])
     return None
-
-
-def _check_kept(
-    file: Path, piece: Copy | Load, reader: Reader, header: dict[str, StoredTensor]
-) -> None:
-    if isinstance(piece, Copy):
-        source, target = piece.source, header[piece.source.name]
-        same = _bytes(source, piece.start, piece.stop).equal(
-            _bytes(target, piece.start, piece.stop)
-        )
-        name = source.name
-    else:
-        reader.reserve(piece.source_bytes)
-        expected = piece.load(reader).contiguous().view(-1).view(torch.uint8)
-        target = header[piece.name]
-        same = expected.equal(_bytes(target, 0, target.nbytes))
-        name = piece.name
-    if not same:
-        raise VerificationError(f"{file}: {name} differs from the source; {REMEDY}")
-
-
-def _bytes(tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:
-    buffer = torch.empty(stop - start, dtype=torch.uint8)
-    read_into(tensor.file, tensor.offset + start, buffer)
-    return buffer

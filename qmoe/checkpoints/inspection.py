@@ -15,18 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qmoe.checkpoints.files import StoredTensor, is_hub_id, open_checkpoint
+from qmoe.checkpoints.files import TORCH_DTYPES, StoredTensor, is_hub_id, open_checkpoint
 from qmoe.checkpoints.schema import COMPRESSED_TENSORS, MANIFEST_NAME, QMOE, Manifest
 
 _EXPERT_NAME = re.compile(r"^(?P<module>(?:.*\.)?experts)\.(?:(?:expert_)?(?P<index>\d+)\.)?.+$")
 # What lies beside an expert's weights and is none: scales, zero points, shapes, biases.
 _NO_WEIGHT = re.compile(r"(scale|scales|scale_inv|bias|zero_point|weight_shape|g_idx|qzeros)$")
-_NUM_EXPERTS = (
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "moe_num_experts",
-)
+_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -35,8 +30,6 @@ _TOP_K = (
     "top_k_experts",
     "moe_k",
 )
-_BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "BF16": 16, "F16": 16}
-_BITS |= {"I16": 16, "U16": 16, "F4": 4}
 _CONFIG_BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
 
 
@@ -155,10 +148,17 @@ def _describe(
 ) -> Inspection:
     text = _text_config(config)
     quantization = config.get("quantization_config") or text.get("quantization_config") or {}
-    modules, experts = _find_experts(tensors, _first(_sizes(text), _NUM_EXPERTS))
+    num_experts = _first(_sizes(text), _NUM_EXPERTS)
+    modules, experts = _named_experts(tensors, num_experts)
+    if not experts and num_experts and num_experts > 1:
+        modules, experts = _stacked_experts(tensors, num_experts)
     weights = [t for t in experts if not _NO_WEIGHT.search(t.name)]
     expert_weights = sum(_num_weights(t, quantization) for t in weights)
     expert_bytes = sum(t.nbytes for t in experts)
+    memory_bytes = None
+    if _is_ours(quantization):
+        names = {t.name for t in experts}
+        memory_bytes = _memory_bytes(tensors, names, _loaded_bits(config, text))
     return Inspection(
         path=path,
         architecture=(config.get("architectures") or [config.get("model_type", "unknown")])[0],
@@ -171,7 +171,7 @@ def _describe(
         expert_weights=expert_weights,
         expert_bytes=expert_bytes,
         rest_bytes=sum(t.nbytes for t in tensors) - expert_bytes,
-        memory_bytes=_memory_bytes(config, text, quantization, tensors, {t.name for t in experts}),
+        memory_bytes=memory_bytes,
         bits_per_expert_weight=expert_bytes * 8 / expert_weights if expert_weights else None,
         errors=_errors(manifest) if manifest else None,
         source=manifest.source if manifest else None,
@@ -202,10 +202,10 @@ def _first(config: dict[str, Any], names: Iterable[str]) -> int | None:
     return next((v for v in flat if isinstance(v, int)), None)
 
 
-def _find_experts(
+def _named_experts(
     tensors: list[StoredTensor], num_experts: int | None
 ) -> tuple[dict[str, int], list[StoredTensor]]:
-    """Experts modules with their number of experts, and the tensors that belong to them."""
+    """Experts modules with their number of experts, and their tensors, by the tensors' names."""
     modules: dict[str, int] = {}
     experts = []
     for tensor in tensors:
@@ -221,13 +221,23 @@ def _find_experts(
         else:
             count = 0
         modules[match["module"]] = max(modules.get(match["module"], 0), count)
-    if not experts and num_experts:
-        for tensor in tensors:
-            if len(tensor.shape) == 3 and tensor.shape[0] == num_experts and num_experts > 1:
-                experts.append(tensor)
-                module = tensor.name.removesuffix(".weight").rpartition(".")[0]
-                modules[module] = num_experts
     return modules, experts
+
+
+def _stacked_experts(
+    tensors: list[StoredTensor], num_experts: int
+) -> tuple[dict[str, int], list[StoredTensor]]:
+    """The same by the tensors' shapes."""
+    experts = [t for t in tensors if len(t.shape) == 3 and t.shape[0] == num_experts]
+    stems = [t.name.removesuffix(".weight").rpartition(".")[0] for t in experts]
+    return dict.fromkeys(stems, num_experts), experts
+
+
+def _bits(dtype: str) -> int:
+    """Bits of an element, by safetensors' name of the dtype."""
+    if dtype in TORCH_DTYPES:
+        return 8 * TORCH_DTYPES[dtype].itemsize
+    return 4 if dtype == "F4" else 8
 
 
 def _num_weights(tensor: StoredTensor, quantization: dict[str, Any]) -> int:
@@ -238,7 +248,7 @@ def _num_weights(tensor: StoredTensor, quantization: dict[str, Any]) -> int:
         bits = quantization.get("bits") or next(
             (g["weights"]["num_bits"] for g in quantization.get("config_groups", {}).values()), 4
         )
-        return tensor.numel * (_BITS.get(tensor.dtype, 8) // bits)
+        return tensor.numel * (_bits(tensor.dtype) // bits)
     return tensor.numel
 
 
@@ -247,36 +257,38 @@ def _format(quantization: dict[str, Any], weights: list[StoredTensor]) -> str:
     if method == QMOE:
         return f"{QMOE} {quantization.get('weights')} per channel"
     if method == COMPRESSED_TENSORS:
-        groups: dict[str, Any] = quantization.get("config_groups") or {}
-        group: dict[str, Any] = next(
-            (g["weights"] for g in groups.values() if g.get("weights")), {}
-        )
-        kind = {"int": "int", "float": "fp"}.get(group.get("type", ""), "")
-        return f"{method} {kind}{group.get('num_bits', '')} per {group.get('strategy')}"
+        return f"{method} {_scheme(quantization)}"
     if method is not None:
         return str(method)
     return " and ".join(sorted({t.dtype.lower() for t in weights})) or "empty"
 
 
-def _memory_bytes(
-    config: dict[str, Any],
-    text: dict[str, Any],
-    quantization: dict[str, Any],
-    tensors: list[StoredTensor],
-    experts: set[str],
-) -> int | None:
+def _scheme(quantization: dict[str, Any]) -> str:
+    """How compressed-tensors stores weights, such as ``int8 per channel``."""
+    groups: dict[str, Any] = quantization.get("config_groups") or {}
+    group: dict[str, Any] = next((g["weights"] for g in groups.values() if g.get("weights")), {})
+    kind = {"int": "int", "float": "fp"}.get(group.get("type", ""), "")
+    return f"{kind}{group.get('num_bits', '')} per {group.get('strategy')}"
+
+
+def _is_ours(quantization: dict[str, Any]) -> bool:
+    """Whether qmoe, and not transformers, decides what memory the weights take."""
     method = quantization.get("quant_method")
-    if method not in (None, QMOE, COMPRESSED_TENSORS):
-        return None
-    if method == COMPRESSED_TENSORS and not re.search(
-        r"(int|fp)8 per channel", _format(quantization, [])
-    ):
-        return None
-    names = (c.get(key) for c in (config, text) for key in ("dtype", "torch_dtype"))
-    loaded_bits = next((_CONFIG_BITS[str(n)] for n in names if str(n) in _CONFIG_BITS), None)
+    if method == COMPRESSED_TENSORS:
+        return _scheme(quantization) in ("int8 per channel", "fp8 per channel")
+    return method in (None, QMOE)
+
+
+def _loaded_bits(config: dict[str, Any], text: dict[str, Any]) -> int | None:
+    """Bits of the dtype that 16-bit and 32-bit weights are loaded in, where the config tells."""
+    names = [str(c.get(key)) for c in (config, text) for key in ("dtype", "torch_dtype")]
+    return next((_CONFIG_BITS[name] for name in names if name in _CONFIG_BITS), None)
+
+
+def _memory_bytes(tensors: list[StoredTensor], experts: set[str], loaded_bits: int | None) -> int:
     total = 0
     for tensor in tensors:
-        bits = _BITS.get(tensor.dtype, 8)
+        bits = _bits(tensor.dtype)
         if tensor.name in experts and tensor.name.endswith("scale"):
             bits = 32  # held in fp32 whatever is stored
         elif bits in (16, 32) and not tensor.dtype.startswith(("I", "U")):

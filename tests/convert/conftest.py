@@ -13,7 +13,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from qmoe_convert.convert import Report, convert
+from qmoe_convert.convert import convert
+from qmoe_convert.report import Report
 
 SIZES = {
     "vocab_size": 64,

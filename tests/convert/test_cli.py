@@ -14,7 +14,9 @@ from typer.testing import CliRunner, Result
 
 import qmoe_convert.cli as cli
 import qmoe_convert.convert as convert_module
+import qmoe_convert.workers as workers_module
 from qmoe_convert.verify import VerificationError
+from qmoe_convert.write import _Maker
 
 from .conftest import contents, load, rewrite
 
@@ -207,10 +209,10 @@ def test_verification_failure(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def fail(self: Any, manifest: Any) -> None:
+    def fail(*args: Any) -> None:
         raise VerificationError("model.safetensors: SHA-256 differs")
 
-    monkeypatch.setattr(convert_module._Job, "verify", fail)
+    monkeypatch.setattr(convert_module, "verify_shards", fail)
     assert "SHA-256 differs" in one_line(command(qwen3_folder), 4)
     assert not (tmp_path / "out").exists()
 
@@ -230,7 +232,7 @@ class TestSignals:
         code: int,
         word: str,
     ) -> None:
-        make = convert_module._Job._make
+        make = _Maker.make
         calls = 0
 
         def signalling(self: Any, piece: Any) -> Any:
@@ -242,9 +244,9 @@ class TestSignals:
 
         arguments = [qwen3_folder, "--max-shard-size", "30kB"]
         with monkeypatch.context() as patch:
-            patch.setattr(convert_module._Job, "_make", signalling)
+            patch.setattr(_Maker, "make", signalling)
             # Few pieces at a time, so that some are left when the signal comes.
-            patch.setattr(convert_module, "IN_FLIGHT_BYTES", 1)
+            patch.setattr(workers_module, "IN_FLIGHT_BYTES", 1)
             line = one_line(command(*arguments), code)
         assert word in line and "go on with --resume" in line
         assert not (tmp_path / "out").exists()

@@ -14,14 +14,19 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
-import qmoe_convert.convert as convert_module
+import qmoe_convert.workers as workers_module
+import qmoe_convert.write as write_module
 from qmoe.checkpoints.files import open_checkpoint, read_header
 from qmoe.checkpoints.schema import MANIFEST_NAME, Manifest
 from qmoe.experts.layout import find_experts
-from qmoe_convert.convert import ConversionError, convert, with_quantization_config
+from qmoe_convert import ConversionError
+from qmoe_convert.convert import convert
 from qmoe_convert.shards import ShardWriter, sha256_of
+from qmoe_convert.workers import in_order
+from qmoe_convert.write import with_quantization_config
 from qmoe_kernels.quantization import LARGEST, SAMPLED_ROWS, STORAGE_DTYPE, quantize
 
 from .conftest import FAMILIES, PER_EXPERT, build, contents, load, rewrite
@@ -275,7 +280,7 @@ class TestReport:
         report, out = run(folder, dry_run=True, max_shard_size="60kB")
         assert not out.exists() and not out.with_name("out.partial").exists()
         assert report.errors == {} and report.peak_memory_bytes > 0
-        monkeypatch.setattr(convert_module, "quantize_with_squares", None)
+        monkeypatch.setattr(write_module, "quantize_with_squares", None)
         assert sum(report.shards.values()) == report.output_bytes
 
     def test_the_plan_is_what_is_written(self, qwen3_folder: Path, run: Run) -> None:
@@ -512,7 +517,7 @@ class TestFailures:
         self, qwen3_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         usage = type("usage", (), {"free": 1000})()
-        monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda path: usage)
+        monkeypatch.setattr(write_module.shutil, "disk_usage", lambda path: usage)
         with pytest.raises(
             ConversionError, match=r"out\.partial: .* are needed, 1\.00 kB are free"
         ):
@@ -638,7 +643,7 @@ class TestWorkers:
         assert contents(out) == contents(out.with_name("reference"))
 
     def test_pieces_in_flight_are_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(convert_module, "IN_FLIGHT_BYTES", 100)
+        monkeypatch.setattr(workers_module, "IN_FLIGHT_BYTES", 100)
         lock, held, peak = threading.Lock(), 0, 0
 
         class Item:
@@ -654,7 +659,7 @@ class TestWorkers:
 
         items = [Item(i, cost) for i, cost in enumerate([10, 90, 20, 250, 5, 5, 60, 60, 1] * 5)]
         order = []
-        for item in convert_module._in_order(work, items, 3):
+        for item in in_order(work, items, 3):
             order.append(item.index)
             with lock:
                 held -= item.cost
@@ -667,13 +672,13 @@ class TestWorkers:
     ) -> None:
         pools = []
 
-        class Counted(convert_module.BufferPool):
+        class Counted(write_module.BufferPool):
             def __init__(self) -> None:
                 super().__init__()
                 pools.append(self)
 
-        monkeypatch.setattr(convert_module, "BufferPool", Counted)
-        monkeypatch.setattr(convert_module, "IN_FLIGHT_BYTES", 1)
+        monkeypatch.setattr(write_module, "BufferPool", Counted)
+        monkeypatch.setattr(workers_module, "IN_FLIGHT_BYTES", 1)
         run(qwen3_folder)
         (pool,) = pools
         # An expert is 6 kB in 8 bit; everything that was written is 150 kB.
@@ -686,15 +691,66 @@ class TestWorkers:
         def work(item: Item) -> None:
             raise ValueError("bad piece")
 
-        results = convert_module._in_order(work, [Item() for _ in range(50)], 2)
+        results = in_order(work, [Item() for _ in range(50)], 2)
         with pytest.raises(ValueError, match="bad piece"):
             next(results)
         assert not [t for t in threading.enumerate() if t.name.startswith("qmoe-convert")]
 
-    def test_torch_threads_come_back(self, qwen3_folder: Path, run: Run) -> None:
+    def test_of_two_that_overlap_the_last_restores_settings(
+        self, qwen3_folder: Path, tmp_path: Path
+    ) -> None:
+        """The first to start is the first to end; what the second found was set by the first."""
+        entered, first_done = threading.Event(), threading.Event()
+        found: list[int] = []
+        verbosity = transformers.logging.get_verbosity()
+
+        def run_second() -> None:
+            def wait(*call: Any) -> None:
+                entered.set()
+                assert first_done.wait(60)
+
+            convert(qwen3_folder, tmp_path / "second", progress=wait)
+
+        second = threading.Thread(target=run_second)
+
+        def start_second(*call: Any) -> None:
+            if not entered.is_set():
+                second.start()
+                assert entered.wait(60)
+
         before = torch.get_num_threads()
-        run(qwen3_folder)
-        assert torch.get_num_threads() == before
+        torch.set_num_threads(3)
+        try:
+            convert(qwen3_folder, tmp_path / "first", progress=start_second)
+            assert torch.get_num_threads() == 3
+            first_done.set()
+            second.join()
+            # A new thread has what the process is set to.
+            new = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+            new.start()
+            new.join()
+        finally:
+            torch.set_num_threads(before)
+        assert found == [3]
+        assert transformers.logging.get_verbosity() == verbosity
+        assert contents(tmp_path / "first") == contents(tmp_path / "second")
+
+    @pytest.mark.parametrize("stage", ["convert", "verify"])
+    def test_an_interrupt_leaves_no_worker_behind(
+        self, qwen3_folder: Path, tmp_path: Path, stage: str
+    ) -> None:
+        def interrupt(at: str, done: int, total: int) -> None:
+            if at == stage:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            try:
+                convert(qwen3_folder, tmp_path / "out", workers=2, progress=interrupt)
+            except KeyboardInterrupt:
+                # While the traceback still holds every frame.
+                assert not [t for t in threading.enumerate() if t.name.startswith("qmoe-convert")]
+                raise
+        assert convert(qwen3_folder, tmp_path / "out", resume=True).verified
 
     @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")

@@ -177,30 +177,28 @@ class TestWriting:
         dtypes = {name: dtype for dtype, name in DTYPE_NAMES.items()}
         others.sort(key=lambda other: -dtypes[other[0]].itemsize)
         expected = {"q": torch.randint(-9, 9, (leading,), dtype=torch.int8)}
-        planned = [PlannedTensor("q", "I8", (leading,), 0, leading)]
-        offset = leading
+        planned = [PlannedTensor("q", "I8", (leading,), leading)]
         for i, (dtype, size) in enumerate(others):
             tensor = torch.randint(-9, 9, (size, 3)).to(dtypes[dtype])
             expected[f"t{i}"] = tensor
-            planned.append(PlannedTensor(f"t{i}", dtype, (size, 3), offset, tensor.nbytes))
-            offset += tensor.nbytes
-        header = header_bytes(planned, leading)
+            planned.append(PlannedTensor(f"t{i}", dtype, (size, 3), tensor.nbytes))
+        header = header_bytes(planned)
         file = tmp_path / "model.safetensors"
-        writer = ShardWriter(file, len(header) + offset)
-        writer.write(header)
-        for name in expected:
-            writer.write(expected[name])
-        assert not file.exists() or file.stat().st_ino != writer.partial.stat().st_ino
-        assert writer.finish() == hashlib.sha256(file.read_bytes()).hexdigest() == sha256_of(file)
+        with ShardWriter(file, len(header) + sum(t.nbytes for t in planned)) as writer:
+            writer.write(header)
+            for name in expected:
+                writer.write(expected[name])
+            assert not file.exists() or file.stat().st_ino != writer.partial.stat().st_ino
+            sha256 = writer.finish()
+        assert sha256 == hashlib.sha256(file.read_bytes()).hexdigest() == sha256_of(file)
         for name, tensor in load_file(file).items():
             assert torch.equal(tensor, expected[name])
         for name, stored in read_header(file).items():
             assert stored.offset % expected[name].itemsize == 0
 
     def test_a_file_has_its_name_only_when_whole(self, tmp_path: Path) -> None:
-        writer = ShardWriter(tmp_path / "x.safetensors", 4)
-        writer.write(b"ab")
-        writer.close()
+        with ShardWriter(tmp_path / "x.safetensors", 4) as writer:
+            writer.write(b"ab")
         assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors.partial"]
 
 

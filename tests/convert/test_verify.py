@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+import qmoe_convert.convert as convert_module
 from qmoe.checkpoints.files import read_header
-from qmoe_convert.convert import _Job, convert
-from qmoe_convert.verify import VerificationError, first_wrong_row
+from qmoe_convert.convert import convert
+from qmoe_convert.shards import sha256_of
+from qmoe_convert.verify import VerificationError, first_wrong_row, verify_shards
 from qmoe_kernels.quantization import quantize
 
 from .conftest import contents
@@ -62,24 +63,20 @@ def damage(monkeypatch: pytest.MonkeyPatch, name: str, byte: int = 0, fix: bool 
 
     ``fix``: put the checksum right, so that only the values can tell.
     """
-    verify = _Job.verify
 
-    def damaged(self: _Job, manifest: Any) -> None:
-        for file in self.partial.glob("*.safetensors"):
-            if name in (tensors := read_header(file)):
+    def damaged(plan: Any, tensors: Any, journal: Any, *options: Any) -> None:
+        for file in journal.folder.glob("*.safetensors"):
+            if name in (tensors_of_file := read_header(file)):
                 with file.open("r+b") as stream:
-                    stream.seek(tensors[name].offset + byte)
+                    stream.seek(tensors_of_file[name].offset + byte)
                     value = stream.read(1)[0]
-                    stream.seek(tensors[name].offset + byte)
+                    stream.seek(tensors_of_file[name].offset + byte)
                     stream.write(bytes([value ^ 0x70]))
                 if fix:
-                    from qmoe.checkpoints.schema import Shard
-                    from qmoe_convert.shards import sha256_of
+                    journal.shards[file.name]["sha256"] = sha256_of(file)
+        verify_shards(plan, tensors, journal, *options)
 
-                    manifest.shards[file.name] = Shard(sha256_of(file), file.stat().st_size)
-        verify(self, manifest)
-
-    monkeypatch.setattr(_Job, "verify", damaged)
+    monkeypatch.setattr(convert_module, "verify_shards", damaged)
 
 
 AT = "model.layers.1.mlp.experts"
@@ -127,7 +124,7 @@ class TestDamage:
     def test_without_verify_nothing_is_read_again(
         self, qwen3_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(_Job, "verify", None)
+        monkeypatch.setattr(convert_module, "verify_shards", None)
         report = convert(qwen3_folder, tmp_path / "out", verify=False)
         assert not report.verified and report.errors
 
@@ -139,17 +136,15 @@ class TestDamage:
         monkeypatch: pytest.MonkeyPatch,
         what: str,
     ) -> None:
-        verify: Callable[..., None] = _Job.verify
-
-        def damaged(self: _Job, manifest: Any) -> None:
-            (file,) = self.partial.glob("*.safetensors")
+        def damaged(plan: Any, tensors: Any, journal: Any, *options: Any) -> None:
+            (file,) = journal.folder.glob("*.safetensors")
             data = file.read_bytes()
             if what == "gone":
                 file.unlink()
             else:
                 file.write_bytes(data[:-1] if what == "truncated" else data + b"x")
-            verify(self, manifest)
+            verify_shards(plan, tensors, journal, *options)
 
-        monkeypatch.setattr(_Job, "verify", damaged)
+        monkeypatch.setattr(convert_module, "verify_shards", damaged)
         with pytest.raises(VerificationError, match=r"model\.safetensors: "):
             convert(qwen3_folder, tmp_path / "out")

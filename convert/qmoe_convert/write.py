@@ -1,0 +1,340 @@
+"""Write what a plan says: workers read and quantize its pieces, the calling thread writes them.
+
+A journal of the shards that are whole lies beside them, so that an interrupted run can be gone on
+with. Pieces in flight are bounded in bytes: memory does not depend on the checkpoint's size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qmoe.checkpoints import schema
+from qmoe.checkpoints.files import INDEX_NAME, StoredTensor
+from qmoe.sizes import format_size
+from qmoe_convert import ConversionError, SourceError
+from qmoe_convert.plan import Options, Piece, Plan, Shard, scale_name
+from qmoe_convert.shards import BufferPool, Reader, ShardWriter
+from qmoe_convert.workers import Progress, counting, in_order
+from qmoe_kernels.quantization import STORAGE_DTYPE, quantize_with_squares
+
+JOURNAL_NAME = "journal.json"
+
+# Small files that belong to a checkpoint; weights, code and whatever could run code do not.
+COPIED_SUFFIXES = (
+    ".json",
+    ".txt",
+    ".model",
+    ".jinja",
+    ".md",
+    ".tiktoken",
+    ".vocab",
+    ".merges",
+    ".spm",
+)
+COPIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY", "COPYING")
+
+
+class Journal:
+    """The shards that are whole, on disk beside them; what `--resume` goes by."""
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder, self.fingerprint = folder, fingerprint
+        # shard -> {"sha256": ..., "squares": [[module, projection, error, norm], ...]}
+        self.shards: dict[str, dict[str, Any]] = {}
+
+    def open(self, plan: Plan) -> None:
+        """Take over what an earlier run finished, and remove what it did not.
+
+        Raises:
+            ConversionError: that run had another source or other options.
+        """
+        if self.folder.exists():
+            self._read()
+            if not self.shards:
+                shutil.rmtree(self.folder)
+        self.folder.mkdir(exist_ok=True)
+        for path in self.folder.iterdir():
+            if path.name not in (JOURNAL_NAME, *self.shards):
+                remove(path)
+        sizes = {shard.name: shard.nbytes for shard in plan.shards}
+        for name in list(self.shards):
+            file = self.folder / name
+            if not file.exists() or file.stat().st_size != sizes.get(name):
+                del self.shards[name]
+        self.write()
+
+    def _read(self) -> None:
+        try:
+            stored = json.loads((self.folder / JOURNAL_NAME).read_text(encoding="utf-8"))
+            fingerprint, shards = stored["fingerprint"], dict(stored["shards"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return  # interrupted before the first shard was whole
+        if fingerprint != self.fingerprint:
+            raise ConversionError(
+                f"{self.folder} was made from another source or with other options; "
+                "start afresh with --overwrite"
+            )
+        self.shards = shards
+
+    def strike(self, shard: str) -> None:
+        """Forget a shard, so that ``--resume`` writes it again."""
+        del self.shards[shard]
+        self.write()
+
+    def write(self) -> None:
+        """Replace the journal on disk in one step."""
+        text = json.dumps({"fingerprint": self.fingerprint, "shards": self.shards})
+        new = self.folder / f"{JOURNAL_NAME}.new"
+        with new.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        new.rename(self.folder / JOURNAL_NAME)
+
+    def errors(self, plan: Plan) -> dict[str, dict[str, float]]:
+        """Experts module -> projection -> relative error, from the sums that the shards left."""
+        sums: dict[str, dict[str, list[float]]] = {m: {} for m in plan.report.quantized_modules}
+        for shard in plan.shards:
+            for module, projection, error, norm in self.shards[shard.name]["squares"]:
+                pair = sums[module].setdefault(projection, [0.0, 0.0])
+                pair[0] += error
+                pair[1] += norm
+        # Five digits: more would depend on the order in which a device adds.
+        return {
+            module: {
+                name: float(f"{math.sqrt(error / norm) if norm else 0.0:.5g}")
+                for name, (error, norm) in projections.items()
+            }
+            for module, projections in sums.items()
+        }
+
+
+def write_shards(
+    plan: Plan,
+    tensors: dict[str, StoredTensor],
+    journal: Journal,
+    options: Options,
+    progress: Progress,
+) -> None:
+    """Write every shard of ``plan`` that ``journal`` has not, from the source's ``tensors``."""
+    todo = [shard for shard in plan.shards if shard.name not in journal.shards]
+    _check_space(journal.folder, sum(shard.nbytes for shard in todo))
+    pieces = [piece for shard in todo for piece in shard.pieces]
+    total = sum(piece.source_bytes for piece in plan.pieces)
+    left = sum(piece.source_bytes for piece in pieces)
+    advance = counting(progress, "convert", total, done=total - left)
+    maker = _Maker(Reader(tensors), BufferPool(), options)
+    with closing(in_order(maker.make, pieces, options.workers)) as results:
+        for shard in todo:
+            file = journal.folder / shard.name
+            journal.shards[shard.name] = _write_shard(file, shard, results, maker.buffers, advance)
+            journal.write()
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ConversionError(
+            f"{folder}: {format_size(needed)} are needed, {format_size(free)} are free; "
+            "the disk is full, make room or choose another"
+        )
+
+
+@dataclass
+class _Made:
+    """What a worker made of a piece."""
+
+    # its bytes, and the buffer that they lie in, to be used again once they are written
+    data: list[torch.Tensor] = field(default_factory=list)
+    buffer: torch.Tensor | None = None
+    scales: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    # (module, projection, squared error, squared norm)
+    squares: list[tuple[str, str, float, float]] = field(default_factory=list)
+
+
+def _write_shard(
+    file: Path,
+    shard: Shard,
+    results: Iterator[_Made],
+    buffers: BufferPool,
+    advance: Callable[[int], None],
+) -> dict[str, Any]:
+    """Write one file and return what the journal keeps of it."""
+    scales: dict[str, list[torch.Tensor]] = defaultdict(list)
+    squares: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    with ShardWriter(file, shard.nbytes) as writer:
+        writer.write(shard.header)
+        for piece in shard.pieces:
+            made = next(results)
+            if piece.load is None:
+                writer.write(torch.cat(scales.pop(piece.tensors[0].name)))
+            for data in made.data:
+                writer.write(data)
+            if made.buffer is not None:
+                buffers.give(made.buffer)
+            for name, scale in made.scales:
+                # A copy: what a worker allocated and we keep would pin its heap.
+                scales[name].append(scale.clone())
+            for module, projection, error, norm in made.squares:
+                squares[module, projection][0] += error
+                squares[module, projection][1] += norm
+            advance(piece.source_bytes)
+        sha256 = writer.finish()
+    return {"sha256": sha256, "squares": [[*key, *sums] for key, sums in squares.items()]}
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes pieces, in workers."""
+
+    reader: Reader
+    buffers: BufferPool
+    options: Options
+
+    def make(self, piece: Piece) -> _Made:
+        """Read a piece, and quantize it if need be."""
+        if piece.load is None:
+            return _Made()
+        if piece.projections:
+            self.reader.reserve(piece.source_bytes)
+            return self._quantize(piece, piece.load(self.reader))
+        buffer = self.buffers.take(piece.source_bytes)
+        self.reader.reserve(piece.source_bytes, buffer)
+        return _Made(list(piece.load(self.reader)), buffer)
+
+    def _quantize(self, piece: Piece, tensors: Sequence[torch.Tensor]) -> _Made:
+        buffer = self.buffers.take(sum(tensor.numel() for tensor in tensors))
+        made, offset = _Made(buffer=buffer), 0
+        for planned, projection, tensor in zip(
+            piece.tensors, piece.projections, tensors, strict=True
+        ):
+            out = buffer[offset : offset + tensor.numel()]
+            out = out.view(STORAGE_DTYPE[self.options.weights]).view(tensor.shape)
+            offset += tensor.numel()
+            try:
+                scale, error, norm = self._quantize_into(out, tensor)
+            except ValueError:
+                bad = _first_bad(planned.name, piece.first_expert, tensor)
+                folder = next(iter(self.reader.tensors.values())).file.parent
+                raise SourceError(
+                    f"{folder}: {bad}; fix the checkpoint or keep its layer in 16 bit with --ignore"
+                ) from None
+            made.data.append(out)
+            made.scales.append((scale_name(planned.name), scale))
+            made.squares.append((piece.module, projection, error, norm))
+        return made
+
+    def _quantize_into(
+        self, out: torch.Tensor, tensor: torch.Tensor
+    ) -> tuple[torch.Tensor, float, float]:
+        """Fill ``out``; return the scales and the squares of error and norm."""
+        device, weights = self.options.device, self.options.weights
+        if device.type == "cpu":
+            _, *rest = quantize_with_squares(tensor, weights, out=out)
+        else:
+            q, scale, *squares = quantize_with_squares(tensor.to(device), weights)
+            out.copy_(q)
+            rest = [scale.cpu(), *squares]
+        return tuple(rest)
+
+
+def _first_bad(name: str, first_expert: int, tensor: torch.Tensor) -> str:
+    """Name the tensor, the expert and the row of the first NaN or infinity."""
+    name = name.removesuffix(schema.QUANTIZED_SUFFIX)
+    for i, matrix in enumerate(tensor if tensor.ndim == 3 else tensor[None]):
+        bad = ~matrix.isfinite().all(dim=1)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            kind = "NaN" if bool(matrix[row].isnan().any()) else "infinity"
+            return f"{kind} in {name}, expert {first_expert + i}, row {row}"
+    return f"{name} cannot be quantized"
+
+
+def write_rest(plan: Plan, journal: Journal, folder: Path, source_name: str) -> None:
+    """Write index, config and manifest, and copy the small files of the source ``folder``."""
+    from qmoe import __version__
+
+    partial = journal.folder
+    for file in _small_files(folder):
+        target = partial / file.relative_to(folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
+    index = plan.index()
+    if index is not None:
+        (partial / INDEX_NAME).write_text(index, encoding="utf-8")
+    report = plan.report
+    if report.format == schema.COMPRESSED_TENSORS:
+        quantization = schema.compressed_tensors_config(report.weights, plan.ignore)
+    else:
+        quantization = schema.qmoe_config(report.weights, report.skipped_modules)
+    source_config = (folder / "config.json").read_text(encoding="utf-8")
+    config = with_quantization_config(source_config, quantization)
+    (partial / "config.json").write_text(config, encoding="utf-8")
+    manifest = schema.Manifest(
+        weights=report.weights,
+        format=report.format,
+        source=source_name,
+        qmoe_version=__version__,
+        shards={
+            shard.name: schema.Shard(journal.shards[shard.name]["sha256"], shard.nbytes)
+            for shard in plan.shards
+        },
+        errors=journal.errors(plan),
+    )
+    manifest.write(partial)
+
+
+def _small_files(folder: Path) -> list[Path]:
+    found = [*folder.iterdir(), *folder.glob("additional_chat_templates/*.jinja")]
+    return sorted(
+        file
+        for file in found
+        if file.is_file()
+        and (file.suffix in COPIED_SUFFIXES or file.name.startswith(COPIED_NAMES))
+        and not file.name.endswith(".index.json")
+        and not file.name.startswith(".")
+        and file.name not in ("config.json", schema.MANIFEST_NAME)
+    )
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def fingerprint(plan: Plan, tensors: dict[str, StoredTensor], source_name: str) -> str:
+    """What decides the output's bytes: the plan, and the source files by size and time."""
+    from qmoe import __version__
+
+    digest = hashlib.sha256(f"{__version__} {source_name} {plan.digest()}".encode())
+    for file in sorted({tensor.file for tensor in tensors.values()}):
+        stat = file.stat()
+        digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+    return digest.hexdigest()
+
+
+def with_quantization_config(source: str, quantization: dict[str, Any]) -> str:
+    """The text of a config.json with ``quantization_config`` set and everything else verbatim."""
+    parsed = json.loads(source)
+    if "quantization_config" in parsed:
+        parsed["quantization_config"] = quantization
+        return json.dumps(parsed, indent=2, ensure_ascii=False) + "\n"
+    value = json.dumps(quantization, indent=2, ensure_ascii=False).replace("\n", "\n  ")
+    body = source.rstrip()[:-1].rstrip()
+    comma = "," if parsed else ""
+    return f'{body}{comma}\n  "quantization_config": {value}\n}}\n'
