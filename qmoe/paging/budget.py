@@ -136,17 +136,17 @@ def divide_budget(
         num_staging = 0
         chunk = _largest(chunks, workspace, total - resident - kv_cache)
     elif total < least + paged:
-        smallest = least + min(paged, experts)
         raise ValueError(
             f"an HBM budget of {total} bytes is too small; the smallest that works is "
-            f"{format_size(smallest)} ({smallest} bytes): {format_size(resident)} of weights that "
-            f"stay, {format_size(kv_cache)} of KV cache (context={context}, "
-            f"batch_size={batch_size}), {format_size(workspace(chunks[0]))} of workspace, "
-            f"{format_size(min(paged, experts))} for "
-            + (
-                f"the {cycle} experts of one token's cycle and 2 x {num_staging} to stream"
-                if paged < experts
-                else f"all {num_pages} experts"
+            + _smallest(
+                {
+                    "weights that stay": resident,
+                    f"KV cache (context={context}, batch_size={batch_size})": kv_cache,
+                    "workspace": workspace(chunks[0]),
+                    f"the {cycle} experts of one token's cycle and 2 x {num_staging} to stream"
+                    if paged < experts
+                    else f"all {num_pages} experts": min(paged, experts),
+                }
             )
         )
     else:
@@ -170,6 +170,14 @@ def divide_budget(
         chunk=chunk,
         all_resident=all_resident,
     )
+
+
+def _smallest(parts: dict[str, int]) -> str:
+    """The sum of a budget's parts, and what each of them is for; the last one are experts."""
+    total = sum(parts.values())
+    *spent, experts = (f"{format_size(nbytes)} of {what}" for what, nbytes in parts.items())
+    listed = ", ".join([*spent, experts.replace(" of ", " for ", 1)])
+    return f"{format_size(total)} ({total} bytes): {listed}"
 
 
 def _chunks(context: int) -> list[int]:
