@@ -18,7 +18,7 @@ from transformers import Qwen3MoeForCausalLM
 
 from benchmarks.model import Shape, experts_of, time_each
 from qmoe.decoding.graph import capture
-from qmoe.decoding.step import DecodeStep
+from qmoe.decoding.step import step_of
 from qmoe.paging.expert_cache import ExpertCache
 from qmoe.paging.host_store import HostStore, PageRead
 from qmoe.traces.trace import RoutingTrace
@@ -170,7 +170,7 @@ class Residents:
 
 
 class Decoder:
-    """Greedy decoding of one text by `qmoe.decoding.step`, with a trace for its routing.
+    """Greedy decoding of one text by a step of qmoe's, with a trace for its routing.
 
     On a GPU the step can be captured into a CUDA graph; `advance` then replays it.
 
@@ -182,7 +182,7 @@ class Decoder:
         self, model: Qwen3MoeForCausalLM, replay: Replay, context: int, num_tokens: int
     ) -> None:
         self.replay, self.context = replay, context
-        self.decode = DecodeStep(model, 1, context + num_tokens)
+        self.decode = step_of(model, 1, context + num_tokens)
         self.decode.rounds_prompts = False  # a trace has as many rows as there are tokens
         self.device = replay.token.device
         self.graph: Any = None
@@ -194,7 +194,8 @@ class Decoder:
 
     def read(self) -> None:
         """Fill the context, once."""
-        ids = torch.arange(self.context, device=self.device)[None] % self.decode.model.vocab_size
+        vocab_size = self.decode.shadows.config.vocab_size
+        ids = torch.arange(self.context, device=self.device)[None] % vocab_size
         mask = torch.ones_like(ids)
         self.replay.token.zero_()
         self.replay.begin(self.context)
@@ -205,7 +206,7 @@ class Decoder:
         """Go back to the end of the context, and to a token of the trace."""
         if not self.has_read:
             self.read()
-        self.decode.cache.begin_decoding(self.context)
+        self.decode.cache.columns.begin_decoding(self.context)
         self.decode.position_ids.fill_(self.context)
         self.decode.input_ids.fill_(1)
         self.replay.token.fill_(token)
