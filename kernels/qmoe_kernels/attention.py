@@ -24,6 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qmoe_kernels.tensors import is_plain
+
 try:
     import triton
     import triton.language as tl
@@ -79,7 +81,8 @@ def decode_attention(
         raise ValueError(f"softcap={softcap}; a positive number works, or None")
     arguments = (query, keys, values, start, end, scale, sliding_window, sinks, softcap)
     dims = (query.shape[-1], values.shape[-1])
-    if triton is None or query.device.type != "cuda" or max(dims) > MAX_DIM:
+    plain = is_plain(query, keys, values, start, end, sinks)
+    if triton is None or not (plain and query.is_cuda) or max(dims) > MAX_DIM:
         return decode_attention_reference(*arguments)
     with torch.cuda.device(query.device):
         return launch_decode_attention(*arguments, early=early)
@@ -124,7 +127,7 @@ def store_kv(
     _check_integers("column", column, (1,))
     if any(t.device != keys.device for t in (key, value, values, column)):
         raise ValueError(f"all tensors have to be on {keys.device}, as keys are")
-    if triton is None or keys.device.type != "cuda":
+    if triton is None or not (keys.is_cuda and is_plain(key, value, keys, values, column)):
         columns = column.long() + torch.arange(key.shape[2], device=keys.device)
         exists = (columns >= 0) & (columns < keys.shape[1])
         for new, cache in ((key, keys), (value, values)):
@@ -321,6 +324,8 @@ def launch_decode_attention(
         maxima, totals = sums.new_empty(2, num_rows, num_heads, num_splits)
     if sinks is not None:
         sinks = sinks.contiguous()
+    # A copy is made by the operation just before this one: it has to be waited for.
+    early = early and start.is_contiguous() and end.is_contiguous()
     start, end = start.contiguous(), end.contiguous()
     pdl = has_dependent_launch(query.device)
     options = launch_options(True, query.device)

@@ -269,7 +269,8 @@ def _scratch(*shape: int, device: torch.device) -> torch.Tensor:
     size = math.prod(shape)
     kept: torch.Tensor | None = getattr(_of_thread, "scratch", None)
     if kept is None or kept.numel() < size:
-        kept = _of_thread.scratch = torch.empty(size)
+        with torch.inference_mode(False):  # in which later calls could not write
+            kept = _of_thread.scratch = torch.empty(size, device=device)
     return kept[:size].view(shape)
 
 
