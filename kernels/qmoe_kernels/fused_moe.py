@@ -62,7 +62,7 @@ def fused_moe(
     Args:
         hidden_states, gate_up_proj, gate_up_proj_scale, down_proj, down_proj_scale: see the
             signature. Without a gate ``gate_up_proj`` has ``intermediate_size`` rows.
-        topk_ids: ids outside [0, num_experts) contribute nothing.
+        topk_ids: ids outside [0, num_experts) contribute nothing, whatever their weights are.
         topk_weights: None returns the experts' outputs one by one, zeros where an id is skipped;
             see `weighted_sum`.
         activation: an `Activation`, or a callable from rows ``(..., 2 * intermediate_size)`` to
@@ -159,7 +159,10 @@ def fused_moe(
     rows = _grouped_linear(
         hidden, down_proj, down_proj_scale, down_proj_bias, topk_ids, expert_to_slot, activations
     )
-    return rows if topk_weights is None else _weighted_sum(rows, topk_weights)
+    if topk_weights is None:
+        return rows
+    num_experts = _num_experts(down_proj, down_proj_scale, expert_to_slot)
+    return _weighted_sum(rows, _routed_weights(topk_weights, topk_ids, num_experts))
 
 
 def grouped_linear(
@@ -294,16 +297,17 @@ def _fused_moe(
     )
     num_tokens, top_k = topk_ids.shape
     rows = hidden_states.new_zeros(num_tokens * top_k, down_proj.shape[1])
-    dtype = hidden_states.dtype
     num_experts = _num_experts(gate_up_proj, gate_up_proj_scale, expert_to_slot)
     to = _row_format(activations, gate_up_proj, num_tokens * top_k, num_experts)
-    up = _CPULinear(gate_up_proj, gate_up_proj_scale, gate_up_proj_bias, dtype, to)
-    down = _CPULinear(down_proj, down_proj_scale, down_proj_bias, dtype, to)
+    up = _CPULinear(gate_up_proj, gate_up_proj_scale, gate_up_proj_bias, to)
+    down = _CPULinear(down_proj, down_proj_scale, down_proj_bias, to)
     for expert, slot, pairs in _routed_experts(topk_ids, num_experts, expert_to_slot):
         hidden = _activations.apply(activation, up(hidden_states[pairs // top_k], expert, slot))
         rows[pairs] = down(hidden.to(hidden_states.dtype), expert, slot).to(rows.dtype)
     rows = rows.view(num_tokens, top_k, down_proj.shape[1])
-    return rows if topk_weights is None else _weighted_sum_cpu(rows, topk_weights)
+    if topk_weights is None:
+        return rows
+    return _weighted_sum_cpu(rows, _routed_weights(topk_weights, topk_ids, num_experts))
 
 
 @_fused_moe.register_fake
@@ -340,7 +344,7 @@ def _grouped_linear(
     rows = x.new_zeros(num_tokens * top_k, weight.shape[1])
     num_experts = _num_experts(weight, scale, expert_to_slot)
     to = _row_format(activations, weight, num_tokens * top_k, num_experts)
-    linear = _CPULinear(weight, scale, bias, x.dtype, to)
+    linear = _CPULinear(weight, scale, bias, to)
     for expert, slot, pairs in _routed_experts(topk_ids, num_experts, expert_to_slot):
         rows[pairs] = linear(x[pairs // pairs_per_row], expert, slot).to(rows.dtype)
     return rows.view(num_tokens, top_k, weight.shape[1])
@@ -450,33 +454,30 @@ def _(rows: Tensor, topk_weights: Tensor) -> Tensor:
 
 
 class _CPULinear:
-    """One projection of every expert; an expert's weight is converted when it is asked for."""
+    """One projection of every expert, in fp32; a weight is widened when it is asked for."""
 
     def __init__(
         self,
         weight: Tensor,
         scale: Tensor | None,
         bias: Tensor | None,
-        dtype: torch.dtype,
         row_format: WeightFormat | None,
     ) -> None:
         self.weight, self.scale, self.bias, self.row_format = weight, scale, bias, row_format
-        # An fp16 sum of unscaled products would overflow.
-        self.dtype = torch.float32 if dtype == torch.float16 else dtype
         self.scratch: Tensor | None = None
 
     def __call__(self, x: Tensor, expert: int, slot: int) -> Tensor:
         """(num_rows, in_features) -> (num_rows, out_features) fp32."""
         weight = self.weight[slot]
-        if weight.dtype != self.dtype:
+        if weight.dtype != torch.float32:
             if self.scratch is None:
-                self.scratch = torch.empty_like(weight, dtype=self.dtype)
+                self.scratch = torch.empty_like(weight, dtype=torch.float32)
             weight = decode(weight, out=self.scratch)
         x_scale = None
         if self.row_format is not None:
             q, x_scale = quantize_rows(x, self.row_format)
-            x = decode(q, out=torch.empty_like(q, dtype=self.dtype))
-        y = (x.to(self.dtype) @ weight.t()).float()
+            x = decode(q, out=torch.empty_like(q, dtype=torch.float32))
+        y = x.float() @ weight.t()
         if self.scale is not None:
             y = y.mul_(self.scale[expert])
         if x_scale is not None:
@@ -500,6 +501,11 @@ def _routed_experts(
                 f"expert {expert} is routed to but has no slot (expert_to_slot is {slot})"
             )
         yield expert, slot, routing.sorted_pair_ids[start:end]
+
+
+def _routed_weights(topk_weights: Tensor, topk_ids: Tensor, num_experts: int) -> Tensor:
+    """Return the weights with zeros, which NaN times zero is not, where an id is skipped."""
+    return topk_weights.masked_fill((topk_ids < 0) | (topk_ids >= num_experts), 0.0)
 
 
 def _weighted_sum_cpu(rows: Tensor, topk_weights: Tensor) -> Tensor:

@@ -177,6 +177,8 @@ def launch_gemv(
 ) -> torch.Tensor:
     """Fill the routed rows of ``out`` and return it; with ``topk_weights``, sums over experts.
 
+    All tensors but weights are contiguous; see `qmoe_kernels.layer`.
+
     ``next_weight`` (num_slots, ...) is what the next kernel reads: as much as L2 keeps of it is
     prefetched at the end of this one.
     """
@@ -184,7 +186,6 @@ def launch_gemv(
     if out.numel() == 0:
         return out
     in_features = x.shape[1]
-    x = x.contiguous()
     gated = activation is not None and activation.gated
     pdl = has_dependent_launch(x.device)
     tiles_n = triton.cdiv(out_features * (2 if gated else 1), tile.block_n)
@@ -196,11 +197,11 @@ def launch_gemv(
     gemv_kernel[(topk_ids.numel() // pairs, tiles_n)](
         x,
         weight_bits(weight, x),
-        None if scale is None else scale.contiguous(),
-        None if bias is None else bias.contiguous(),
+        scale,
+        bias,
         out,
-        topk_ids.contiguous(),
-        None if topk_weights is None else topk_weights.contiguous(),
+        topk_ids,
+        topk_weights,
         expert_to_slot,
         None if next_weight is None else weight_bits(next_weight, x),
         num_experts,

@@ -83,7 +83,7 @@ def grouped_gemm_kernel(
     ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid: (max_tiles_m * cdiv(channels, BLOCK_N),); programs without rows leave at once.
+    """Grid: (max_tiles_m * cdiv(channels, BLOCK_N),); programs without rows only wait.
 
     With GATED, channels are gate and up ones together, 2 * N.
 
@@ -113,6 +113,7 @@ def grouped_gemm_kernel(
         last_tiles = tl.cumsum(tiles, 0)
         expert = tl.sum((last_tiles <= tile_m).to(tl.int32), 0)
         if expert >= BLOCK_IDS:
+            _wait_late(PREFETCH_LINES)
             return
         this = ids == expert
         first_tile = tl.sum(tl.where(this, last_tiles - tiles, 0), 0)
@@ -124,10 +125,12 @@ def grouped_gemm_kernel(
         all_experts = tl.load(ids_ptr + ids, mask=ids < num_pairs, other=-1).to(tl.int32)
         expert = tl.sum(tl.where(ids == tile_m, all_experts, 0), 0)
         if (expert < 0) | (expert >= num_experts):
+            _wait_late(PREFETCH_LINES)
             return
         rank = tl.cumsum((all_experts == expert).to(tl.int32), 0) - 1
         first = tl.sum(tl.where(ids == tile_m, rank, 0), 0)
         if first % BLOCK_M != 0:
+            _wait_late(PREFETCH_LINES)
             return
         # Pairs of other experts get a rank that nobody has.
         rank = tl.where(all_experts == expert, rank, -1)
@@ -150,8 +153,7 @@ def grouped_gemm_kernel(
     if PREFETCH_LINES > 0:
         prefetched = tl.minimum(tile_n * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
         prefetch(weight_ptr, prefetched.to(tl.int64) * stride_weight_n, K, PREFETCH_LINES)
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    _wait_late(PREFETCH_LINES)
 
     if TAIL_M > 0:  # noqa: SIM102 (one is known when compiling)
         if num_rows <= TAIL_M:
@@ -178,6 +180,17 @@ def grouped_gemm_kernel(
         SORTED, GATHER, SCATTER, FP8, NAME, GATED, ALPHA, UP_SHIFT, LIMIT, LIMIT_AFTER,
         GATE_SOFTCAP, UP_SOFTCAP, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, TWO_LEVEL, ASM,
     )  # fmt: skip
+
+
+@triton.jit
+def _wait_late(PREFETCH_LINES: tl.constexpr):
+    """Wait for the kernel before this one, unless that was done first thing.
+
+    A program that has nothing to do waits as well: the launch must not end before that kernel.
+    """
+    if PREFETCH_LINES > 0:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -320,6 +333,8 @@ def launch_grouped_gemm(
 ) -> torch.Tensor:
     """Fill the routed rows of ``out`` and return it; the others are left as they are.
 
+    All tensors but weights are contiguous; see `qmoe_kernels.layer`.
+
     Args:
         routing: sorted pairs; None: programs look for their rows in ``topk_ids``, and rows of
             ``x`` and ``out`` are in the order of pairs.
@@ -338,7 +353,6 @@ def launch_grouped_gemm(
     if num_pairs == 0 or out_features == 0:
         return out
     in_features = x.shape[1]
-    x = x.contiguous()
     gated = activation is not None and activation.gated
     max_tiles_m = num_pairs
     if routing is not None:
@@ -353,10 +367,10 @@ def launch_grouped_gemm(
         x,
         x_scale,
         weight_bits(weight, x),
-        None if scale is None else scale.contiguous(),
-        None if bias is None else bias.contiguous(),
+        scale,
+        bias,
         out,
-        topk_ids.contiguous() if routing is None else routing.sorted_pair_ids,
+        topk_ids if routing is None else routing.sorted_pair_ids,
         None if routing is None else routing.expert_offsets,
         expert_to_slot,
         num_pairs,

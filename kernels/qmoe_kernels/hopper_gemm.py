@@ -207,7 +207,7 @@ if gluon is not None:
         NUM_STAGES: gl.constexpr,
         GROUP_M: gl.constexpr,
     ):
-        """Grid: (max_tiles * cdiv(channels, BLOCK_N),); programs without rows leave at once.
+        """Grid: (max_tiles * cdiv(channels, BLOCK_N),); programs without rows only wait.
 
         The kernel before this one must not have written the table or weights.
         """
@@ -220,6 +220,8 @@ if gluon is not None:
         row_n = (pid % (GROUP_M * tiles_n)) // group_m * BLOCK_OUT
 
         if tile_m >= gl.load(table_ptr + 4 * max_tiles):
+            # The launch must not end before the kernel that it follows.
+            tl.extra.cuda.gdc_wait()
             return
         expert = gl.load(table_ptr + 4 * tile_m)
         slot = gl.load(table_ptr + 4 * tile_m + 1)
@@ -615,9 +617,8 @@ def launch_sort_rows(x: torch.Tensor, positions: torch.Tensor, top_k: int) -> to
 
     K is in the order that the module's docstring says, padded with zeros. Like
     `launch_quantize_sorted_rows`, for a place after the kernel that wrote ``positions`` and did
-    not write ``x``.
+    not write ``x``, which is contiguous.
     """
-    x = x.contiguous()
     num_tokens, in_features = x.shape
     width = triton.cdiv(in_features, BLOCK_K_16) * BLOCK_K_16
     out = x.new_empty(num_tokens * top_k, width)
@@ -645,7 +646,6 @@ def launch_quantize_sorted_rows(
 
     Returns that, (num_tokens * top_k, K), and its scales.
     """
-    x = x.contiguous()
     num_tokens, in_features = x.shape
     out = x.new_empty(num_tokens * top_k, in_features, dtype=dtype)
     scale = x.new_empty(num_tokens * top_k, dtype=torch.float32)
@@ -722,8 +722,8 @@ def launch_hopper_gemm(
         TensorDescriptor(bits, shape, strides, box, weight_layout),
         TensorDescriptor(x, list(x.shape), list(x.stride()), [block_m, block_k], x_layout),
         x_scale,
-        scale.contiguous(),
-        None if bias is None else bias.contiguous(),
+        scale,
+        bias,
         out,
         table,
         routing.sorted_pair_ids,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 
 from qmoe_kernels.activations import Activation
@@ -48,8 +51,12 @@ def fused_moe_triton(
     x_dtype = activations or hidden_states.dtype
     if tiles is None:
         tiles = choose_tiles(shape, num_tokens, gate_up_proj.dtype, x_dtype, hidden_states.device)
-    # Copies come before the kernels: one that starts early waits for no copy of what it reads then.
-    hidden_states, topk_ids = hidden_states.contiguous(), topk_ids.contiguous()
+    hidden_states, topk_ids, topk_weights, expert_to_slot = _contiguous(
+        hidden_states, topk_ids, topk_weights, expert_to_slot
+    )
+    gate_up_proj_scale, gate_up_proj_bias, down_proj_scale, down_proj_bias = _contiguous(
+        gate_up_proj_scale, gate_up_proj_bias, down_proj_scale, down_proj_bias
+    )
     if tiles.tma:
         weights = (gate_up_proj, gate_up_proj_scale, down_proj, down_proj_scale)
         if not two_level_sums and hopper_supports(
@@ -159,6 +166,15 @@ def fused_moe_triton(
     return launch_weighted_sum(rows, topk_weights, topk_ids, num_experts, dependent=True)
 
 
+def _contiguous(*tensors: torch.Tensor | None) -> Iterator[Any]:
+    """Copy what kernels index without strides, if it has some.
+
+    Before the first kernel: one that starts early does not wait for a copy, if that is what runs
+    just before it.
+    """
+    return (None if t is None else t.contiguous() for t in tensors)
+
+
 def grouped_linear_triton(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -175,8 +191,10 @@ def grouped_linear_triton(
     num_pairs = num_tokens * top_k
     out = x.new_zeros(num_pairs, weight.shape[1])
     pairs_per_row = top_k if x.ndim == 2 else 1
-    # Before the kernels, as in fused_moe_triton.
-    x, x_scale = x.flatten(0, -2).contiguous(), None
+    x, topk_ids, expert_to_slot, scale, bias = _contiguous(
+        x.flatten(0, -2), topk_ids, expert_to_slot, scale, bias
+    )
+    x_scale = None
     routing = ExpertRouting.from_topk_ids(topk_ids, num_experts)
     if activations is not None:
         x, x_scale = launch_quantize_rows(x, activations, dependent=True, early=True)

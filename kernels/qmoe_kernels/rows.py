@@ -33,11 +33,13 @@ def weighted_sum_kernel(
     for k in tl.static_range(TOP_K):
         pair = token * TOP_K + k
         mask_row = mask
+        weight = tl.load(topk_weights_ptr + pair).to(tl.float32)
         if topk_ids_ptr is not None:
             expert = tl.load(topk_ids_ptr + pair)
-            mask_row = mask & (expert >= 0) & (expert < num_experts)
+            routed = (expert >= 0) & (expert < num_experts)
+            mask_row = mask & routed
+            weight = tl.where(routed, weight, 0.0)  # it may be NaN
         row = tl.load(rows_ptr + pair * hidden_size + offsets, mask=mask_row, other=0.0)
-        weight = tl.load(topk_weights_ptr + pair).to(tl.float32)
         acc = tl.fma(row.to(tl.float32), tl.zeros_like(acc) + weight, acc)
     tl.store(out_ptr + token * hidden_size + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -105,9 +107,9 @@ def launch_quantize_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize each row of ``x`` (num_rows, K) to int8 or e4m3fn; returns that and its scales.
 
-    ``early``: the kernel before this one does not write ``x``, which is read without waiting.
+    ``x`` is contiguous. ``early``: the kernel before this one does not write it, and it is read
+    without waiting.
     """
-    x = x.contiguous()
     num_rows, in_features = x.shape
     out = torch.empty_like(x, dtype=dtype)
     scale = x.new_empty(num_rows, dtype=torch.float32)

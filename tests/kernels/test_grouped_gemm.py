@@ -61,6 +61,17 @@ def test_formats(weights: str | None, dtype: torch.dtype, tiles: LayerTiles) -> 
     assert_close(out, layer.reference())
 
 
+@ALL_PATHS
+def test_the_weight_of_a_skipped_id_does_not_count(tiles: LayerTiles) -> None:
+    layer = random_layer(num_tokens=3, dtype=torch.float16)
+    layer.topk_ids[0, 0], layer.topk_ids[1, 1] = -1, layer.num_experts
+    expected = layer.triton(tiles=tiles)
+    assert expected.isfinite().all()
+    layer.topk_weights[0, 0], layer.topk_weights[1, 1] = torch.nan, torch.inf
+    assert torch.equal(layer.triton(tiles=tiles), expected)
+    assert_close(expected, layer.reference())
+
+
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_sorting_changes_no_bit(weights: str | None) -> None:
     layer = random_layer(weights=weights, dtype=torch.float16)
