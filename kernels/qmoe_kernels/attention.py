@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -327,8 +328,6 @@ def launch_decode_attention(
     # A copy is made by the operation just before this one: it has to be waited for.
     early = early and start.is_contiguous() and end.is_contiguous()
     start, end = start.contiguous(), end.contiguous()
-    pdl = has_dependent_launch(query.device)
-    options = launch_options(True, query.device)
     columns = (start, end, max_length, sliding_window)
     decode_attention_kernel[(num_programs, num_splits)](
         query,
@@ -356,13 +355,26 @@ def launch_decode_attention(
         BLOCK_V=block_v,
         NUM_STAGES=tile.num_stages,
         EARLY=early,
-        PDL=pdl,
+        PDL=has_dependent_launch(query.device),
         num_warps=tile.num_warps,
-        **options,
+        **launch_options(True, query.device),
     )
-    if num_splits == 1:
-        return out
+    if num_splits > 1:
+        _launch_combine_splits(sums, maxima, totals, out, columns)
+    return out
+
+
+def _launch_combine_splits(
+    sums: Tensor,
+    maxima: Tensor | None,
+    totals: Tensor | None,
+    out: Tensor,
+    columns: tuple[Any, ...],
+) -> None:
+    """Run `combine_splits_kernel`, whose arguments these are."""
+    num_rows, num_heads, num_splits, value_dim = sums.shape
     splits_block = triton.next_power_of_2(num_splits)
+    block_v = max(16, triton.next_power_of_2(value_dim))
     block_v = min(block_v, max(16, COMBINED_ELEMENTS // splits_block))
     combine_splits_kernel[(num_rows * num_heads, triton.cdiv(value_dim, block_v))](
         sums,
@@ -371,16 +383,15 @@ def launch_decode_attention(
         out,
         *columns,
         num_splits,
-        SHARED_END=end.numel() == 1,
+        SHARED_END=columns[1].numel() == 1,
         NUM_HEADS=num_heads,
         VALUE_DIM=value_dim,
         SPLITS_BLOCK=splits_block,
         BLOCK_V=block_v,
-        PDL=pdl,
+        PDL=has_dependent_launch(out.device),
         num_warps=4,
-        **options,
+        **launch_options(True, out.device),
     )
-    return out
 
 
 def launch_store_kv(

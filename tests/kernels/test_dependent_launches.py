@@ -63,6 +63,7 @@ import torch
 from compiling import compiling_for
 from random_layer import random_layer
 from qmoe_kernels.attention import launch_decode_attention, launch_store_kv
+from qmoe_kernels.heuristic import hopper_tiles
 from qmoe_kernels.hopper_gemm import gluon, hopper_fused_moe
 from qmoe_kernels.linear import launch_linear
 from qmoe_kernels.norm import launch_rms_norm
@@ -82,7 +83,10 @@ with compiling_for(90) as compiled:
     if gluon is not None:
         layer = random_layer(num_tokens=64, weights="int8", **sizes)
         for activations in (None, torch.int8):
-            hopper_fused_moe(**layer.arguments(), num_experts=8, activations=activations)
+            hopper_fused_moe(
+                layer.hidden_states, layer.experts(), layer.topk_ids, layer.topk_weights,
+                hopper_tiles(128, activations or bf16).gate_up, activations=activations,
+            )
     launch_routing(torch.zeros(600, 8, dtype=torch.int32), 8)
     x = torch.zeros(1, 2048, dtype=bf16)
     launch_linear(x, x.expand(4096, 2048).contiguous(), None)
