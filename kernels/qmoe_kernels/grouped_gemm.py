@@ -251,6 +251,10 @@ def _tile(
     widened, and rows come by the eight rather than by the sixty-four. What lies beyond the rows
     or the channels reads the last one again, and is not stored.
     """
+    # Triton 3.6 hands on what is declared a constant, not a constant's attribute.
+    ACTIVATION: tl.constexpr = PRODUCT.activation
+    FP8: tl.constexpr = PRODUCT.fp8
+    ASM: tl.constexpr = PRODUCT.asm
     GATED: tl.constexpr = PRODUCT.gated
     BLOCK_N: tl.constexpr = TILE.block_n
     BLOCK_K: tl.constexpr = TILE.block_k
@@ -287,7 +291,7 @@ def _tile(
             mask_k = offsets_k < K - k
             x = tl.load(x_ptrs, mask=mask_k[:, None], other=0.0)
             weight = tl.load(weight_ptrs, mask=mask_k[None, :], other=0.0)
-        weight = widen_weights(weight, x.dtype, PRODUCT.fp8, PRODUCT.asm)
+        weight = widen_weights(weight, x.dtype, FP8, ASM)
         if PRODUCT.two_level:
             acc = tl.dot(weight, x, acc, max_num_imprecise_acc=32 if BLOCK_K == 32 else 64)
         else:
@@ -298,21 +302,21 @@ def _tile(
     acc = acc.to(tl.float32)
     if weights.scale_ptr is not None:
         scale = tl.load(weights.scale_ptr + channels)
-        if PRODUCT.fp8:
+        if FP8:
             scale = scale * 256.0  # what widen_weights left out
         acc = acc * scale[:, None]
     if rows.scale_ptr is not None:
         acc = acc * tl.load(rows.scale_ptr + x_rows)[None, :]
     if weights.bias_ptr is not None:
         acc = acc + tl.load(weights.bias_ptr + channels).to(tl.float32)[:, None]
-    if PRODUCT.activation is not None:
+    if ACTIVATION is not None:
         up = acc
         if GATED:
             acc = tl.reshape(acc, (BLOCK_N // (2 * GATE_ROWS), 2, GATE_ROWS, BLOCK_M))
             acc, up = tl.split(tl.permute(acc, (0, 2, 3, 1)))
             acc = tl.reshape(acc, (BLOCK_OUT, BLOCK_M))
             up = tl.reshape(up, (BLOCK_OUT, BLOCK_M))
-        acc = apply_triton(acc, up, PRODUCT.activation)
+        acc = apply_triton(acc, up, ACTIVATION)
     # Weights that are not there must not pass for some.
     acc = tl.where(weights.absent, float("nan"), acc)
     columns = tile_n * BLOCK_OUT + tl.arange(0, BLOCK_OUT)

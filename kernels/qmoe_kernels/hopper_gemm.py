@@ -292,6 +292,8 @@ if gluon is not None:
         BLOCK_M: gl.constexpr,  # TILE's, or its tail's
     ):
         """One tile, transposed: (channels, rows). Its first steps are on the way already."""
+        # Triton 3.6 hands on what is declared a constant, not a constant's attribute.
+        ACTIVATION: gl.constexpr = PRODUCT.activation
         GATED: gl.constexpr = PRODUCT.gated
         PERMUTE: gl.constexpr = PRODUCT.permute
         BLOCK_N: gl.constexpr = TILE.block_n
@@ -363,14 +365,14 @@ if gluon is not None:
         if scales.bias_ptr is not None:
             bias = gl.load(scales.bias_ptr + place.expert * all_channels + channels)
             acc = acc + gl.expand_dims(bias.to(gl.float32), 1)
-        if PRODUCT.activation is not None:
+        if ACTIVATION is not None:
             up = acc
             if GATED:
                 acc = gl.reshape(acc, [BLOCK_N // (2 * GATE_ROWS), 2, GATE_ROWS, BLOCK_M])
                 acc, up = gl.split(gl.permute(acc, [0, 2, 3, 1]))
                 acc = gl.reshape(acc, [BLOCK_OUT, BLOCK_M])
                 up = gl.reshape(up, [BLOCK_OUT, BLOCK_M])
-            acc = apply_triton(acc, up, PRODUCT.activation)
+            acc = apply_triton(acc, up, ACTIVATION)
         # Weights that are not there must not pass for some.
         out = gl.where(place.absent, float("nan"), acc).to(out_place.ptr.dtype.element_ty)
         if PERMUTE > 0:
@@ -458,6 +460,7 @@ if gluon is not None:
         """A step's weights in registers, as wgmma's first operand."""
         BLOCK_N: gl.constexpr = TILE.block_n
         BLOCK_K: gl.constexpr = TILE.block_k
+        FP8: gl.constexpr = PRODUCT.fp8
         LOADED: gl.constexpr = gl.DistributedLinearLayout(
             reg_bases=_register_bases(BLOCK_K),
             lane_bases=[[0, BLOCK_K // 4], [0, BLOCK_K // 2], [1, 0], [2, 0], [4, 0]],
@@ -466,7 +469,7 @@ if gluon is not None:
             shape=[BLOCK_N, BLOCK_K],
         )
         weight = _weight_tile(stages, step, TILE).load(LOADED)
-        weight = widen_weights(weight, stages.x_desc.dtype, PRODUCT.fp8, True)
+        weight = widen_weights(weight, stages.x_desc.dtype, FP8, True)
         weight = gl.reshape(weight, [BLOCK_N, 4, BLOCK_K // 16, 2, 2])
         weight = gl.reshape(gl.permute(weight, [0, 2, 3, 1, 4]), [BLOCK_N, BLOCK_K])
         return gl.convert_layout(weight, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
