@@ -13,7 +13,7 @@ from qmoe_convert.plan import Options, Piece, Plan, Shard, scale_name
 from qmoe_convert.shards import Reader, sha256_of
 from qmoe_convert.workers import Progress, counting, in_order
 from qmoe_convert.write import Journal
-from qmoe_kernels.quantization import decode
+from qmoe_kernels.quantization import widen
 
 # Rounding to nearest is off by at most half a step: of 1 for an integer; for e4m3fn, 2**-4 of the
 # value, or half of its smallest subnormal, 2**-9. Both in units of the scale. The factor covers
@@ -135,7 +135,7 @@ def first_wrong_row(
         count = len(scale[rows])
         w, e = exact[:count], close[:count]
         w.copy_(source[rows])
-        decode(q[rows], out=e)
+        widen(q[rows], out=e)
         e.mul_(scale[rows, None]).sub_(w).abs_()
         if relative:
             e.sub_(w.abs_().mul_(relative * SLACK))

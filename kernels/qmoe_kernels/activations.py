@@ -120,16 +120,17 @@ if triton is not None:
     def apply_triton(
         gate,  # fp32; the whole input without a gate
         up,  # fp32; not read without a gate
-        NAME: tl.constexpr,
-        GATED: tl.constexpr,
-        ALPHA: tl.constexpr,
-        UP_SHIFT: tl.constexpr,
-        LIMIT: tl.constexpr,
-        LIMIT_AFTER: tl.constexpr,
-        GATE_SOFTCAP: tl.constexpr,
-        UP_SOFTCAP: tl.constexpr,
+        ACTIVATION: tl.constexpr,  # an `Activation`
     ):
-        """`apply` on fp32 registers; the constants are `Activation`'s fields, in order."""
+        """`apply` on fp32 registers."""
+        NAME: tl.constexpr = ACTIVATION.name
+        GATED: tl.constexpr = ACTIVATION.gated
+        ALPHA: tl.constexpr = ACTIVATION.alpha
+        UP_SHIFT: tl.constexpr = ACTIVATION.up_shift
+        LIMIT: tl.constexpr = ACTIVATION.limit
+        LIMIT_AFTER: tl.constexpr = ACTIVATION.limit_after
+        GATE_SOFTCAP: tl.constexpr = ACTIVATION.gate_softcap
+        UP_SOFTCAP: tl.constexpr = ACTIVATION.up_softcap
         if GATED and LIMIT is not None:
             up = _clamp_max(-_clamp_max(-up, LIMIT), LIMIT)
             if not LIMIT_AFTER:

@@ -20,9 +20,12 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from qmoe_kernels.tensors import is_plain
 
 try:
     import triton
@@ -79,7 +82,8 @@ def decode_attention(
         raise ValueError(f"softcap={softcap}; a positive number works, or None")
     arguments = (query, keys, values, start, end, scale, sliding_window, sinks, softcap)
     dims = (query.shape[-1], values.shape[-1])
-    if triton is None or query.device.type != "cuda" or max(dims) > MAX_DIM:
+    plain = is_plain(query, keys, values, start, end, sinks)
+    if triton is None or not (plain and query.is_cuda) or max(dims) > MAX_DIM:
         return decode_attention_reference(*arguments)
     with torch.cuda.device(query.device):
         return launch_decode_attention(*arguments, early=early)
@@ -124,7 +128,7 @@ def store_kv(
     _check_integers("column", column, (1,))
     if any(t.device != keys.device for t in (key, value, values, column)):
         raise ValueError(f"all tensors have to be on {keys.device}, as keys are")
-    if triton is None or keys.device.type != "cuda":
+    if triton is None or not (keys.is_cuda and is_plain(key, value, keys, values, column)):
         columns = column.long() + torch.arange(key.shape[2], device=keys.device)
         exists = (columns >= 0) & (columns < keys.shape[1])
         for new, cache in ((key, keys), (value, values)):
@@ -321,9 +325,9 @@ def launch_decode_attention(
         maxima, totals = sums.new_empty(2, num_rows, num_heads, num_splits)
     if sinks is not None:
         sinks = sinks.contiguous()
+    # A copy is made by the operation just before this one: it has to be waited for.
+    early = early and start.is_contiguous() and end.is_contiguous()
     start, end = start.contiguous(), end.contiguous()
-    pdl = has_dependent_launch(query.device)
-    options = launch_options(True, query.device)
     columns = (start, end, max_length, sliding_window)
     decode_attention_kernel[(num_programs, num_splits)](
         query,
@@ -351,13 +355,26 @@ def launch_decode_attention(
         BLOCK_V=block_v,
         NUM_STAGES=tile.num_stages,
         EARLY=early,
-        PDL=pdl,
+        PDL=has_dependent_launch(query.device),
         num_warps=tile.num_warps,
-        **options,
+        **launch_options(True, query.device),
     )
-    if num_splits == 1:
-        return out
+    if num_splits > 1:
+        _launch_combine_splits(sums, maxima, totals, out, columns)
+    return out
+
+
+def _launch_combine_splits(
+    sums: Tensor,
+    maxima: Tensor | None,
+    totals: Tensor | None,
+    out: Tensor,
+    columns: tuple[Any, ...],
+) -> None:
+    """Run `combine_splits_kernel`, whose arguments these are."""
+    num_rows, num_heads, num_splits, value_dim = sums.shape
     splits_block = triton.next_power_of_2(num_splits)
+    block_v = max(16, triton.next_power_of_2(value_dim))
     block_v = min(block_v, max(16, COMBINED_ELEMENTS // splits_block))
     combine_splits_kernel[(num_rows * num_heads, triton.cdiv(value_dim, block_v))](
         sums,
@@ -366,16 +383,15 @@ def launch_decode_attention(
         out,
         *columns,
         num_splits,
-        SHARED_END=end.numel() == 1,
+        SHARED_END=columns[1].numel() == 1,
         NUM_HEADS=num_heads,
         VALUE_DIM=value_dim,
         SPLITS_BLOCK=splits_block,
         BLOCK_V=block_v,
-        PDL=pdl,
+        PDL=has_dependent_launch(out.device),
         num_warps=4,
-        **options,
+        **launch_options(True, out.device),
     )
-    return out
 
 
 def launch_store_kv(

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from qmoe_kernels import activations as _activations
 from qmoe_kernels.activations import SWIGLU, Activation, ActivationName
+from qmoe_kernels.experts import Experts, Projection
 from qmoe_kernels.operators import operator
-from qmoe_kernels.quantization import FORMAT_OF, STORAGE_DTYPE, WeightFormat, decode, quantize_rows
+from qmoe_kernels.quantization import FORMAT_OF, STORAGE_DTYPE, WeightFormat, quantize_rows, widen
 from qmoe_kernels.routing import ExpertRouting
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -62,7 +63,7 @@ def fused_moe(
     Args:
         hidden_states, gate_up_proj, gate_up_proj_scale, down_proj, down_proj_scale: see the
             signature. Without a gate ``gate_up_proj`` has ``intermediate_size`` rows.
-        topk_ids: ids outside [0, num_experts) contribute nothing.
+        topk_ids: ids outside [0, num_experts) contribute nothing, whatever their weights are.
         topk_weights: None returns the experts' outputs one by one, zeros where an id is skipped;
             see `weighted_sum`.
         activation: an `Activation`, or a callable from rows ``(..., 2 * intermediate_size)`` to
@@ -90,15 +91,9 @@ def fused_moe(
     """
     _check_activations(activations, gate_up_proj)
     _check_hidden_states(hidden_states, topk_ids)
-    num_rows = _check_linear(
-        "gate_up_proj",
-        gate_up_proj,
-        gate_up_proj_scale,
-        gate_up_proj_bias,
-        expert_to_slot,
-        hidden_states,
-        in_features=hidden_states.shape[-1],
-    )
+    gate_up = Projection(gate_up_proj, gate_up_proj_scale, gate_up_proj_bias, expert_to_slot)
+    down = Projection(down_proj, down_proj_scale, down_proj_bias, expert_to_slot)
+    num_rows = _check_projection("gate_up_proj", gate_up, hidden_states, hidden_states.shape[-1])
     in_features = None
     if isinstance(activation, Activation):
         if activation.gated and num_rows % 2:
@@ -107,15 +102,7 @@ def fused_moe(
                 "rows and as many up rows"
             )
         in_features = num_rows // 2 if activation.gated else num_rows
-    _check_linear(
-        "down_proj",
-        down_proj,
-        down_proj_scale,
-        down_proj_bias,
-        expert_to_slot,
-        hidden_states,
-        in_features,
-    )
+    _check_projection("down_proj", down, hidden_states, in_features)
     if topk_weights is not None:
         _check_topk_weights(topk_weights, tuple(topk_ids.shape), hidden_states.device)
     if isinstance(activation, Activation):
@@ -159,7 +146,9 @@ def fused_moe(
     rows = _grouped_linear(
         hidden, down_proj, down_proj_scale, down_proj_bias, topk_ids, expert_to_slot, activations
     )
-    return rows if topk_weights is None else _weighted_sum(rows, topk_weights)
+    if topk_weights is None:
+        return rows
+    return _weighted_sum(rows, _routed_weights(topk_weights, topk_ids, down.num_experts))
 
 
 def grouped_linear(
@@ -186,7 +175,8 @@ def grouped_linear(
     """
     _check_activations(activations, weight)
     _check_hidden_states(x, topk_ids, per_pair=True)
-    _check_linear("weight", weight, scale, bias, expert_to_slot, x, x.shape[-1])
+    projection = Projection(weight, scale, bias, expert_to_slot)
+    _check_projection("weight", projection, x, x.shape[-1])
     return _grouped_linear(x, weight, scale, bias, topk_ids, expert_to_slot, activations)
 
 
@@ -242,14 +232,13 @@ def _multiplies_fp8(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def _row_format(
-    activations: str, weight: Tensor, num_pairs: int, num_experts: int
-) -> WeightFormat | None:
+def _row_format(activations: str, projection: Projection, num_pairs: int) -> WeightFormat | None:
     """What rows are quantized to before a product, or None; of shapes, dtypes and device only."""
     if activations == "bf16":
         return None
     if activations == "auto":
-        if weight.device.type != "cuda" or num_pairs < ARITHMETIC_BOUND_ROWS * num_experts:
+        weight, few = projection.weight, ARITHMETIC_BOUND_ROWS * projection.num_experts
+        if weight.device.type != "cuda" or num_pairs < few:
             return None
         found = FORMAT_OF.get(weight.dtype)
         return None if found == "fp8" and not _multiplies_fp8(weight.device) else found
@@ -294,16 +283,17 @@ def _fused_moe(
     )
     num_tokens, top_k = topk_ids.shape
     rows = hidden_states.new_zeros(num_tokens * top_k, down_proj.shape[1])
-    dtype = hidden_states.dtype
-    num_experts = _num_experts(gate_up_proj, gate_up_proj_scale, expert_to_slot)
-    to = _row_format(activations, gate_up_proj, num_tokens * top_k, num_experts)
-    up = _CPULinear(gate_up_proj, gate_up_proj_scale, gate_up_proj_bias, dtype, to)
-    down = _CPULinear(down_proj, down_proj_scale, down_proj_bias, dtype, to)
-    for expert, slot, pairs in _routed_experts(topk_ids, num_experts, expert_to_slot):
+    gate_up = Projection(gate_up_proj, gate_up_proj_scale, gate_up_proj_bias, expert_to_slot)
+    to = _row_format(activations, gate_up, num_tokens * top_k)
+    up = _CPULinear(gate_up, to)
+    down = _CPULinear(Projection(down_proj, down_proj_scale, down_proj_bias), to)
+    for expert, slot, pairs in _routed_experts(topk_ids, gate_up):
         hidden = _activations.apply(activation, up(hidden_states[pairs // top_k], expert, slot))
         rows[pairs] = down(hidden.to(hidden_states.dtype), expert, slot).to(rows.dtype)
     rows = rows.view(num_tokens, top_k, down_proj.shape[1])
-    return rows if topk_weights is None else _weighted_sum_cpu(rows, topk_weights)
+    if topk_weights is None:
+        return rows
+    return _weighted_sum_cpu(rows, _routed_weights(topk_weights, topk_ids, gate_up.num_experts))
 
 
 @_fused_moe.register_fake
@@ -338,10 +328,9 @@ def _grouped_linear(
     pairs_per_row = top_k if x.ndim == 2 else 1
     x = x.flatten(0, -2)
     rows = x.new_zeros(num_tokens * top_k, weight.shape[1])
-    num_experts = _num_experts(weight, scale, expert_to_slot)
-    to = _row_format(activations, weight, num_tokens * top_k, num_experts)
-    linear = _CPULinear(weight, scale, bias, x.dtype, to)
-    for expert, slot, pairs in _routed_experts(topk_ids, num_experts, expert_to_slot):
+    projection = Projection(weight, scale, bias, expert_to_slot)
+    linear = _CPULinear(projection, _row_format(activations, projection, num_tokens * top_k))
+    for expert, slot, pairs in _routed_experts(topk_ids, projection):
         rows[pairs] = linear(x[pairs // pairs_per_row], expert, slot).to(rows.dtype)
     return rows.view(num_tokens, top_k, weight.shape[1])
 
@@ -390,22 +379,15 @@ def _(
     from qmoe_kernels.layer import fused_moe_triton
 
     *activation, activations, two_level_sums = rest
-    num_experts = _num_experts(gate_up_proj, gate_up_proj_scale, expert_to_slot)
-    to = _row_format(activations, gate_up_proj, topk_ids.numel(), num_experts)
+    gate_up = Projection(gate_up_proj, gate_up_proj_scale, gate_up_proj_bias, expert_to_slot)
+    down = Projection(down_proj, down_proj_scale, down_proj_bias, expert_to_slot)
+    to = _row_format(activations, gate_up, topk_ids.numel())
     with torch.cuda.device(hidden_states.device):
         return fused_moe_triton(
             hidden_states,
-            gate_up_proj,
-            gate_up_proj_scale,
-            gate_up_proj_bias,
-            down_proj,
-            down_proj_scale,
-            down_proj_bias,
+            Experts(gate_up, down, Activation(*activation)),
             topk_ids,
             topk_weights,
-            expert_to_slot,
-            Activation(*activation),
-            num_experts,
             activations=None if to is None else STORAGE_DTYPE[to],
             two_level_sums=two_level_sums,
         )
@@ -423,19 +405,11 @@ def _(
 ) -> Tensor:
     from qmoe_kernels.layer import grouped_linear_triton
 
-    num_experts = _num_experts(weight, scale, expert_to_slot)
-    to = _row_format(activations, weight, topk_ids.numel(), num_experts)
+    projection = Projection(weight, scale, bias, expert_to_slot)
+    to = _row_format(activations, projection, topk_ids.numel())
+    dtype = None if to is None else STORAGE_DTYPE[to]
     with torch.cuda.device(x.device):
-        return grouped_linear_triton(
-            x,
-            weight,
-            scale,
-            bias,
-            topk_ids,
-            expert_to_slot,
-            num_experts,
-            activations=None if to is None else STORAGE_DTYPE[to],
-        )
+        return grouped_linear_triton(x, projection, topk_ids, activations=dtype)
 
 
 @_weighted_sum.register_kernel("cuda")
@@ -450,47 +424,38 @@ def _(rows: Tensor, topk_weights: Tensor) -> Tensor:
 
 
 class _CPULinear:
-    """One projection of every expert; an expert's weight is converted when it is asked for."""
+    """One projection of every expert, in fp32; a weight is widened when it is asked for."""
 
-    def __init__(
-        self,
-        weight: Tensor,
-        scale: Tensor | None,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-        row_format: WeightFormat | None,
-    ) -> None:
-        self.weight, self.scale, self.bias, self.row_format = weight, scale, bias, row_format
-        # An fp16 sum of unscaled products would overflow.
-        self.dtype = torch.float32 if dtype == torch.float16 else dtype
+    def __init__(self, projection: Projection, row_format: WeightFormat | None) -> None:
+        self.projection, self.row_format = projection, row_format
         self.scratch: Tensor | None = None
 
     def __call__(self, x: Tensor, expert: int, slot: int) -> Tensor:
         """(num_rows, in_features) -> (num_rows, out_features) fp32."""
-        weight = self.weight[slot]
-        if weight.dtype != self.dtype:
+        weight = self.projection.weight[slot]
+        if weight.dtype != torch.float32:
             if self.scratch is None:
-                self.scratch = torch.empty_like(weight, dtype=self.dtype)
-            weight = decode(weight, out=self.scratch)
+                self.scratch = torch.empty_like(weight, dtype=torch.float32)
+            weight = widen(weight, out=self.scratch)
         x_scale = None
         if self.row_format is not None:
             q, x_scale = quantize_rows(x, self.row_format)
-            x = decode(q, out=torch.empty_like(q, dtype=self.dtype))
-        y = (x.to(self.dtype) @ weight.t()).float()
-        if self.scale is not None:
-            y = y.mul_(self.scale[expert])
+            x = widen(q, out=torch.empty_like(q, dtype=torch.float32))
+        y = x.float() @ weight.t()
+        if self.projection.scale is not None:
+            y = y.mul_(self.projection.scale[expert])
         if x_scale is not None:
             y = y.mul_(x_scale[:, None])
-        return y if self.bias is None else y.add_(self.bias[expert])
+        return y if self.projection.bias is None else y.add_(self.projection.bias[expert])
 
 
-def _routed_experts(
-    topk_ids: Tensor, num_experts: int, expert_to_slot: Tensor | None
-) -> Iterator[tuple[int, int, Tensor]]:
+def _routed_experts(topk_ids: Tensor, projection: Projection) -> Iterator[tuple[int, int, Tensor]]:
     """Yield (expert, slot, its pairs) of every expert that a token is routed to, in order."""
-    routing = ExpertRouting.from_topk_ids(topk_ids, num_experts)
+    routing = ExpertRouting.from_topk_ids(topk_ids, projection.num_experts)
     offsets = routing.expert_offsets.tolist()
-    slots = range(num_experts) if expert_to_slot is None else expert_to_slot.tolist()
+    slots = range(projection.num_experts)
+    if projection.expert_to_slot is not None:
+        slots = projection.expert_to_slot.tolist()
     for expert, slot in enumerate(slots):
         start, end = offsets[expert], offsets[expert + 1]
         if start == end:
@@ -502,6 +467,11 @@ def _routed_experts(
         yield expert, slot, routing.sorted_pair_ids[start:end]
 
 
+def _routed_weights(topk_weights: Tensor, topk_ids: Tensor, num_experts: int) -> Tensor:
+    """Return the weights with zeros, which NaN times zero is not, where an id is skipped."""
+    return topk_weights.masked_fill((topk_ids < 0) | (topk_ids >= num_experts), 0.0)
+
+
 def _weighted_sum_cpu(rows: Tensor, topk_weights: Tensor) -> Tensor:
     total = rows.new_zeros(rows.shape[0], rows.shape[2], dtype=torch.float32)
     for k in range(rows.shape[1]):
@@ -510,13 +480,6 @@ def _weighted_sum_cpu(rows: Tensor, topk_weights: Tensor) -> Tensor:
 
 
 # ---- validation --------------------------------------------------------------------------------
-
-
-def _num_experts(weight: Tensor, scale: Tensor | None, expert_to_slot: Tensor | None) -> int:
-    for per_expert in (scale, expert_to_slot):
-        if per_expert is not None:
-            return per_expert.shape[0]
-    return weight.shape[0]
 
 
 def _check_hidden_states(x: Tensor, topk_ids: Tensor, *, per_pair: bool = False) -> None:
@@ -546,16 +509,10 @@ def _check_topk_weights(topk_weights: Tensor, rows: tuple[int, ...], device: tor
         raise ValueError(f"topk_weights are on {topk_weights.device}, hidden_states on {device}")
 
 
-def _check_linear(
-    name: str,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    expert_to_slot: Tensor | None,
-    x: Tensor,
-    in_features: int | None,
-) -> int:
-    """Check one projection against the rows ``x`` that it meets and return its out_features."""
+def _check_projection(name: str, projection: Projection, x: Tensor, in_features: int | None) -> int:
+    """Check a projection against the rows ``x`` that it meets and return its out_features."""
+    weight, scale, bias = projection.weight, projection.scale, projection.bias
+    expert_to_slot = projection.expert_to_slot
     if weight.ndim != 3 or (in_features is not None and weight.shape[-1] != in_features):
         raise ValueError(
             f"{name} has shape {tuple(weight.shape)}; expected (num_experts, rows, "
@@ -576,7 +533,7 @@ def _check_linear(
             f"{name} is {weight.dtype} and {name}_scale is {'missing' if quantized else 'given'}; "
             "8-bit weights need a scale, others take none"
         )
-    num_experts = _num_experts(weight, scale, expert_to_slot)
+    num_experts = projection.num_experts
     shape = (num_experts, weight.shape[1])
     if scale is not None and (tuple(scale.shape) != shape or scale.dtype != torch.float32):
         raise ValueError(

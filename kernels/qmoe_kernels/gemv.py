@@ -7,17 +7,17 @@ import triton
 import triton.language as tl
 
 from qmoe_kernels.activations import Activation, apply_triton
-from qmoe_kernels.decoding import decode_weights
+from qmoe_kernels.experts import Projection
 from qmoe_kernels.launching import (
     COMPILED,
-    activation_constants,
     has_dependent_launch,
-    is_decoded_fp8,
+    is_widened_fp8,
     launch_options,
     prefetch,
     weight_bits,
 )
 from qmoe_kernels.tiles import TileConfig
+from qmoe_kernels.widening import widen_weights
 
 # Of the second product's weights, while the first one ends: a good part of a large GPU's L2.
 PREFETCHED_BYTES = 16 << 20
@@ -47,18 +47,9 @@ def gemv_kernel(
     PAIRS: tl.constexpr,  # per program
     PAIRS_BLOCK: tl.constexpr,  # power of two, at least PAIRS
     FP8: tl.constexpr,
-    NAME: tl.constexpr,
-    GATED: tl.constexpr,
-    ALPHA: tl.constexpr,
-    UP_SHIFT: tl.constexpr,
-    LIMIT: tl.constexpr,
-    LIMIT_AFTER: tl.constexpr,
-    GATE_SOFTCAP: tl.constexpr,
-    UP_SOFTCAP: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # an Activation, or None
     EVEN_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
+    TILE: tl.constexpr,  # a TileConfig
     PREFETCH_LINES: tl.constexpr,  # per program
     ASM: tl.constexpr,
     PDL: tl.constexpr,
@@ -70,6 +61,9 @@ def gemv_kernel(
 
     The kernel before this one must not have written ids or slots.
     """
+    GATED: tl.constexpr = ACTIVATION is not None and ACTIVATION.gated
+    BLOCK_N: tl.constexpr = TILE.block_n
+    BLOCK_K: tl.constexpr = TILE.block_k
     BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     order = tl.arange(0, PAIRS_BLOCK)
     pairs = tl.program_id(0) * PAIRS + order
@@ -106,14 +100,14 @@ def gemv_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     acc = tl.zeros((PAIRS_BLOCK, BLOCK_N, BLOCK_K), dtype=tl.float32)
-    for k in tl.range(0, K, BLOCK_K, num_stages=NUM_STAGES):
+    for k in tl.range(0, K, BLOCK_K, num_stages=TILE.num_stages):
         mask_k = mask
         if not EVEN_K:
             mask_k = mask & (offsets_k < K - k)[None, None, :]
         x = tl.load(x_ptrs + k, mask=mask_k, other=0.0)
         weight = tl.load(weight_ptrs + k, mask=mask_k, other=0.0)
         if weight.dtype == tl.int8:
-            weight = decode_weights(weight, tl.float16, FP8, ASM)
+            weight = widen_weights(weight, tl.float16, FP8, ASM)
         acc += weight.to(tl.float32) * x.to(tl.float32)
     if PREFETCH_LINES > 0:
         # What is left of this kernel leaves the memory idle.
@@ -128,17 +122,15 @@ def gemv_kernel(
     if scale_ptr is not None:
         scale = tl.load(scale_ptr + scale_rows)
         if FP8:
-            scale = scale * 256.0  # what decode_weights left out
+            scale = scale * 256.0  # what widen_weights left out
         y = y * scale
     if bias_ptr is not None:
         y = y + tl.load(bias_ptr + scale_rows).to(tl.float32)
     up = y
     if GATED:
         y, up = tl.split(tl.permute(tl.reshape(y, (PAIRS_BLOCK, 2, BLOCK_OUT)), (0, 2, 1)))
-    if NAME is not None:
-        y = apply_triton(
-            y, up, NAME, GATED, ALPHA, UP_SHIFT, LIMIT, LIMIT_AFTER, GATE_SOFTCAP, UP_SOFTCAP
-        )  # fmt: skip
+    if ACTIVATION is not None:
+        y = apply_triton(y, up, ACTIVATION)
     y = tl.where(absent[:, None], float("nan"), y).to(out_ptr.dtype.element_ty)
     exists = columns < N
     if topk_weights_ptr is None:
@@ -160,16 +152,12 @@ def gemv_kernel(
 
 def launch_gemv(
     x: torch.Tensor,  # (num_tokens, in_features), or (num_pairs, in_features) if per_pair
-    weight: torch.Tensor,  # (num_slots, rows, in_features)
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    projection: Projection,
     topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor | None,
-    num_experts: int,
-    expert_to_slot: torch.Tensor | None,
     out: torch.Tensor,  # (num_pairs, out_features), or (num_tokens, out_features) if summed
     tile: TileConfig,
     *,
+    topk_weights: torch.Tensor | None = None,
     activation: Activation | None = None,
     per_pair: bool = False,
     next_weight: torch.Tensor | None = None,
@@ -177,14 +165,16 @@ def launch_gemv(
 ) -> torch.Tensor:
     """Fill the routed rows of ``out`` and return it; with ``topk_weights``, sums over experts.
 
+    All tensors but weights are contiguous; see `qmoe_kernels.layer`.
+
     ``next_weight`` (num_slots, ...) is what the next kernel reads: as much as L2 keeps of it is
     prefetched at the end of this one.
     """
+    weight = projection.weight
     out_features = out.shape[1]
     if out.numel() == 0:
         return out
     in_features = x.shape[1]
-    x = x.contiguous()
     gated = activation is not None and activation.gated
     pdl = has_dependent_launch(x.device)
     tiles_n = triton.cdiv(out_features * (2 if gated else 1), tile.block_n)
@@ -196,14 +186,14 @@ def launch_gemv(
     gemv_kernel[(topk_ids.numel() // pairs, tiles_n)](
         x,
         weight_bits(weight, x),
-        None if scale is None else scale.contiguous(),
-        None if bias is None else bias.contiguous(),
+        projection.scale,
+        projection.bias,
         out,
-        topk_ids.contiguous(),
-        None if topk_weights is None else topk_weights.contiguous(),
-        expert_to_slot,
+        topk_ids,
+        topk_weights,
+        projection.expert_to_slot,
         None if next_weight is None else weight_bits(next_weight, x),
-        num_experts,
+        projection.num_experts,
         out_features,
         in_features,
         x.stride(0),
@@ -215,12 +205,10 @@ def launch_gemv(
         PER_PAIR=per_pair,
         PAIRS=pairs,
         PAIRS_BLOCK=triton.next_power_of_2(pairs),
-        FP8=is_decoded_fp8(weight, x),
-        **activation_constants(activation),
+        FP8=is_widened_fp8(weight, x),
+        ACTIVATION=activation,
         EVEN_K=in_features % tile.block_k == 0,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        NUM_STAGES=tile.num_stages,
+        TILE=tile,
         PREFETCH_LINES=next_bytes
         and triton.next_power_of_2(triton.cdiv(next_bytes, 128 * tiles_n)),
         ASM=COMPILED,

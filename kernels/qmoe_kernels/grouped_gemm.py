@@ -15,27 +15,78 @@ and lie in that order between the two products: the first one gathers tokens, th
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from qmoe_kernels.activations import Activation, apply_triton
-from qmoe_kernels.decoding import decode_weights
+from qmoe_kernels.experts import Projection
 from qmoe_kernels.launching import (
     COMPILED,
-    activation_constants,
     has_dependent_launch,
-    is_decoded_fp8,
+    is_widened_fp8,
     launch_options,
     prefetch,
     weight_bits,
 )
 from qmoe_kernels.routing import ExpertRouting
 from qmoe_kernels.tiles import TileConfig
+from qmoe_kernels.widening import widen_weights
 
 # Of 16 neighbouring rows in a tile of a gated product, 8 are gate channels and 8 the same up
 # channels: a thread of the tensor cores' layout holds rows i and i + 8, so both meet there.
 GATE_ROWS = tl.constexpr(8)
+
+
+@dataclass(frozen=True)
+class Product:
+    """What a kernel is compiled for, its tile apart.
+
+    Attributes:
+        sorted: ids are pairs sorted by expert; else ``topk_ids``.
+        gather: rows are read by token or pair, rather than by sorted position.
+        scatter: rows are written by pair, rather than by sorted position.
+        fp8: weights are e4m3fn, given as int8, and rows are wider.
+        even_k: tiles divide K.
+        two_level: FP8 with FP8: sum up in fp32 what few products give.
+        activation: fused into the epilogue, or None.
+        asm: widen weights by inline assembly.
+    """
+
+    sorted: bool
+    gather: bool
+    scatter: bool
+    fp8: bool
+    even_k: bool
+    two_level: bool
+    activation: Activation | None
+    asm: bool = COMPILED
+
+    @property
+    def gated(self) -> bool:
+        return self.activation is not None and self.activation.gated
+
+
+class Rows(NamedTuple):
+    """What is multiplied, as `_tile` takes it."""
+
+    ptr: Any  # (num_rows, K)
+    scale_ptr: Any  # (num_rows,) fp32, or None
+    stride: Any
+    per_row: Any  # how many pairs share one row, if gathered
+
+
+class Weights(NamedTuple):
+    """One expert's weights, as `_tile` takes them."""
+
+    ptr: Any  # (N or 2 * N, K)
+    scale_ptr: Any  # (N or 2 * N,) fp32, or None
+    bias_ptr: Any  # (N or 2 * N,), or None
+    stride: Any
+    absent: Any  # they are not there
 
 
 # Not specialized: they vary with the number of tokens, which must not compile anything.
@@ -47,45 +98,28 @@ def grouped_gemm_kernel(
     scale_ptr,  # (num_experts, N or 2 * N) fp32, or None
     bias_ptr,  # (num_experts, N or 2 * N), or None
     out_ptr,  # (num_pairs, N)
-    ids_ptr,  # (num_pairs,) int32: sorted pairs if SORTED, else topk_ids, any int
-    expert_offsets_ptr,  # (num_experts + 1,) int32 if SORTED
+    ids_ptr,  # (num_pairs,) int32: sorted pairs if sorted, else topk_ids, any int
+    expert_offsets_ptr,  # (num_experts + 1,) int32 if sorted
     expert_to_slot_ptr,  # (num_experts,) int32, or None
     num_pairs,
     num_experts,
     max_tiles_m,
-    pairs_per_row,  # how many pairs share one row of x, if GATHER
+    pairs_per_row,  # how many pairs share one row of x, if gathered
     N,  # out_features
     K,  # in_features
     stride_x,
     stride_weight_slot,
     stride_weight_n,
-    SORTED: tl.constexpr,
-    GATHER: tl.constexpr,  # read x by token or pair, rather than by sorted position
-    SCATTER: tl.constexpr,  # write out by pair, rather than by sorted position
-    FP8: tl.constexpr,  # weights are e4m3fn, given as int8, and rows are wider
-    NAME: tl.constexpr,  # None: no activation; else Activation's fields
-    GATED: tl.constexpr,
-    ALPHA: tl.constexpr,
-    UP_SHIFT: tl.constexpr,
-    LIMIT: tl.constexpr,
-    LIMIT_AFTER: tl.constexpr,
-    GATE_SOFTCAP: tl.constexpr,
-    UP_SOFTCAP: tl.constexpr,
-    BLOCK_IDS: tl.constexpr,  # power of two, at least num_experts if SORTED, else num_pairs
-    EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TAIL_M: tl.constexpr,  # an expert's last tile with no more rows is this high
+    PRODUCT: tl.constexpr,  # a Product
+    TILE: tl.constexpr,  # a TileConfig
+    BLOCK_IDS: tl.constexpr,  # power of two, at least num_experts if sorted, else num_pairs
     GROUP_M: tl.constexpr,
     PREFETCH_LINES: tl.constexpr,
-    TWO_LEVEL: tl.constexpr,  # FP8 with FP8: sum up in fp32 what few products give
-    ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid: (max_tiles_m * cdiv(channels, BLOCK_N),); programs without rows leave at once.
+    """Grid: (max_tiles_m * cdiv(channels, BLOCK_N),); programs without rows only wait.
 
-    With GATED, channels are gate and up ones together, 2 * N.
+    With a gate, channels are gate and up ones together, 2 * N.
 
     PREFETCH_LINES: ask for so many cache lines of each row of weights before waiting for the
     kernel before this one, which must not have written ids, offsets or slots.
@@ -93,9 +127,12 @@ def grouped_gemm_kernel(
     if PDL and PREFETCH_LINES == 0:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    BLOCK_M: tl.constexpr = TILE.block_m
+    BLOCK_N: tl.constexpr = TILE.block_n
+    TAIL_M: tl.constexpr = TILE.tail_m
     # Neighbouring programs share weights (same expert, same channels) and then rows: L2 serves
     # both.
-    BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+    BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if PRODUCT.gated else BLOCK_N
     tiles_n = tl.cdiv(N, BLOCK_OUT)
     pid = tl.program_id(0)
     group = pid // (GROUP_M * tiles_n)
@@ -104,7 +141,7 @@ def grouped_gemm_kernel(
     tile_n = (pid % (GROUP_M * tiles_n)) // group_m
 
     ids = tl.arange(0, BLOCK_IDS)
-    if SORTED:
+    if PRODUCT.sorted:
         # Which expert tile_m belongs to, and which of its tiles it is.
         exists = ids < num_experts
         starts = tl.load(expert_offsets_ptr + ids, mask=exists, other=0)
@@ -113,6 +150,7 @@ def grouped_gemm_kernel(
         last_tiles = tl.cumsum(tiles, 0)
         expert = tl.sum((last_tiles <= tile_m).to(tl.int32), 0)
         if expert >= BLOCK_IDS:
+            _wait_late(PREFETCH_LINES)
             return
         this = ids == expert
         first_tile = tl.sum(tl.where(this, last_tiles - tiles, 0), 0)
@@ -124,10 +162,12 @@ def grouped_gemm_kernel(
         all_experts = tl.load(ids_ptr + ids, mask=ids < num_pairs, other=-1).to(tl.int32)
         expert = tl.sum(tl.where(ids == tile_m, all_experts, 0), 0)
         if (expert < 0) | (expert >= num_experts):
+            _wait_late(PREFETCH_LINES)
             return
         rank = tl.cumsum((all_experts == expert).to(tl.int32), 0) - 1
         first = tl.sum(tl.where(ids == tile_m, rank, 0), 0)
         if first % BLOCK_M != 0:
+            _wait_late(PREFETCH_LINES)
             return
         # Pairs of other experts get a rank that nobody has.
         rank = tl.where(all_experts == expert, rank, -1)
@@ -140,7 +180,7 @@ def grouped_gemm_kernel(
     # int64: slots times a page pass 2**31.
     weight_ptr += tl.maximum(slot, 0).to(tl.int64) * stride_weight_slot
     channels = N
-    if GATED:
+    if PRODUCT.gated:
         channels = 2 * N
     if scale_ptr is not None:
         scale_ptr += expert * channels
@@ -150,34 +190,38 @@ def grouped_gemm_kernel(
     if PREFETCH_LINES > 0:
         prefetched = tl.minimum(tile_n * BLOCK_N + tl.arange(0, BLOCK_N), N - 1)
         prefetch(weight_ptr, prefetched.to(tl.int64) * stride_weight_n, K, PREFETCH_LINES)
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    _wait_late(PREFETCH_LINES)
 
+    x = Rows(x_ptr, x_scale_ptr, stride_x, pairs_per_row)
+    weights = Weights(weight_ptr, scale_ptr, bias_ptr, stride_weight_n, absent)
     if TAIL_M > 0:  # noqa: SIM102 (one is known when compiling)
         if num_rows <= TAIL_M:
             rows = tl.arange(0, TAIL_M)
-            if SORTED:
+            if PRODUCT.sorted:
                 pairs = first + tl.minimum(rows, num_rows - 1)
             else:
                 pairs = _pairs_of_ranks(rank, first + tl.minimum(rows, num_rows - 1), ids)
-            _tile(
-                x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, ids_ptr, pairs,
-                rows < num_rows, tile_n, absent, pairs_per_row, N, K, stride_x, stride_weight_n,
-                SORTED, GATHER, SCATTER, FP8, NAME, GATED, ALPHA, UP_SHIFT, LIMIT, LIMIT_AFTER,
-                GATE_SOFTCAP, UP_SOFTCAP, EVEN_K, TAIL_M, BLOCK_N, BLOCK_K, TWO_LEVEL, ASM,
-            )  # fmt: skip
+            inside = rows < num_rows
+            _tile(x, weights, out_ptr, ids_ptr, pairs, inside, tile_n, N, K, PRODUCT, TILE, TAIL_M)
             return
     rows = tl.arange(0, BLOCK_M)
-    if SORTED:
+    if PRODUCT.sorted:
         pairs = first + tl.minimum(rows, num_rows - 1)
     else:
         pairs = _pairs_of_ranks(rank, first + tl.minimum(rows, num_rows - 1), ids)
-    _tile(
-        x_ptr, x_scale_ptr, weight_ptr, scale_ptr, bias_ptr, out_ptr, ids_ptr, pairs,
-        rows < num_rows, tile_n, absent, pairs_per_row, N, K, stride_x, stride_weight_n,
-        SORTED, GATHER, SCATTER, FP8, NAME, GATED, ALPHA, UP_SHIFT, LIMIT, LIMIT_AFTER,
-        GATE_SOFTCAP, UP_SOFTCAP, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, TWO_LEVEL, ASM,
-    )  # fmt: skip
+    inside = rows < num_rows
+    _tile(x, weights, out_ptr, ids_ptr, pairs, inside, tile_n, N, K, PRODUCT, TILE, BLOCK_M)
+
+
+@triton.jit
+def _wait_late(PREFETCH_LINES: tl.constexpr):
+    """Wait for the kernel before this one, unless that was done first thing.
+
+    A program that has nothing to do waits as well: the launch must not end before that kernel.
+    """
+    if PREFETCH_LINES > 0:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
@@ -188,56 +232,41 @@ def _pairs_of_ranks(rank, wanted, ids):
 
 @triton.jit
 def _tile(
-    x_ptr,
-    x_scale_ptr,
-    weight_ptr,  # of the expert, as scale_ptr and bias_ptr
-    scale_ptr,
-    bias_ptr,
-    out_ptr,
+    rows,  # Rows
+    weights,  # Weights
+    out_ptr,  # (num_pairs, N)
     ids_ptr,
-    positions,  # (BLOCK_M,) sorted positions if SORTED, else pairs; the last is repeated
+    positions,  # (BLOCK_M,) sorted positions if sorted, else pairs; the last is repeated
     mask_m,  # (BLOCK_M,)
     tile_n,
-    absent,
-    pairs_per_row,
     N,
     K,
-    stride_x,
-    stride_weight_n,
-    SORTED: tl.constexpr,
-    GATHER: tl.constexpr,
-    SCATTER: tl.constexpr,
-    FP8: tl.constexpr,
-    NAME: tl.constexpr,
-    GATED: tl.constexpr,
-    ALPHA: tl.constexpr,
-    UP_SHIFT: tl.constexpr,
-    LIMIT: tl.constexpr,
-    LIMIT_AFTER: tl.constexpr,
-    GATE_SOFTCAP: tl.constexpr,
-    UP_SOFTCAP: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TWO_LEVEL: tl.constexpr,
-    ASM: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # TILE's, or its tail's
 ):
     """One tile, transposed: (channels, rows).
 
     Hopper's tensor cores take their first operand from registers, where weights have just been
-    decoded, and rows come by the eight rather than by the sixty-four. What lies beyond the rows
+    widened, and rows come by the eight rather than by the sixty-four. What lies beyond the rows
     or the channels reads the last one again, and is not stored.
     """
+    # Triton 3.6 hands on what is declared a constant, not a constant's attribute.
+    ACTIVATION: tl.constexpr = PRODUCT.activation
+    FP8: tl.constexpr = PRODUCT.fp8
+    ASM: tl.constexpr = PRODUCT.asm
+    GATED: tl.constexpr = PRODUCT.gated
+    BLOCK_N: tl.constexpr = TILE.block_n
+    BLOCK_K: tl.constexpr = TILE.block_k
     BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     pairs = positions
-    if SORTED and (GATHER or SCATTER):
+    if PRODUCT.sorted and (PRODUCT.gather or PRODUCT.scatter):
         pairs = tl.load(ids_ptr + positions)
     x_rows = positions
-    if GATHER:
-        x_rows = pairs // pairs_per_row
+    if PRODUCT.gather:
+        x_rows = pairs // rows.per_row
     out_rows = positions
-    if SCATTER:
+    if PRODUCT.scatter:
         out_rows = pairs
 
     tile_rows = tl.arange(0, BLOCK_N)
@@ -250,20 +279,20 @@ def _tile(
 
     offsets_k = tl.arange(0, BLOCK_K)
     # int64: rows times their length pass 2**31.
-    x_ptrs = x_ptr + x_rows.to(tl.int64)[None, :] * stride_x + offsets_k[:, None]
-    weight_ptrs = weight_ptr + channels.to(tl.int64)[:, None] * stride_weight_n + offsets_k[None, :]
-    INTEGER: tl.constexpr = x_ptr.dtype.element_ty == tl.int8
+    x_ptrs = rows.ptr + x_rows.to(tl.int64)[None, :] * rows.stride + offsets_k[:, None]
+    weight_ptrs = weights.ptr + channels.to(tl.int64)[:, None] * weights.stride + offsets_k[None, :]
+    INTEGER: tl.constexpr = rows.ptr.dtype.element_ty == tl.int8
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32 if INTEGER else tl.float32)
     for k in range(0, K, BLOCK_K):
-        if EVEN_K:
+        if PRODUCT.even_k:
             x = tl.load(x_ptrs)
             weight = tl.load(weight_ptrs)
         else:
             mask_k = offsets_k < K - k
             x = tl.load(x_ptrs, mask=mask_k[:, None], other=0.0)
             weight = tl.load(weight_ptrs, mask=mask_k[None, :], other=0.0)
-        weight = decode_weights(weight, x.dtype, FP8, ASM)
-        if TWO_LEVEL:
+        weight = widen_weights(weight, x.dtype, FP8, ASM)
+        if PRODUCT.two_level:
             acc = tl.dot(weight, x, acc, max_num_imprecise_acc=32 if BLOCK_K == 32 else 64)
         else:
             acc = tl.dot(weight, x, acc, input_precision="ieee", out_dtype=acc.dtype)
@@ -271,27 +300,25 @@ def _tile(
         weight_ptrs += BLOCK_K
 
     acc = acc.to(tl.float32)
-    if scale_ptr is not None:
-        scale = tl.load(scale_ptr + channels)
+    if weights.scale_ptr is not None:
+        scale = tl.load(weights.scale_ptr + channels)
         if FP8:
-            scale = scale * 256.0  # what decode_weights left out
+            scale = scale * 256.0  # what widen_weights left out
         acc = acc * scale[:, None]
-    if x_scale_ptr is not None:
-        acc = acc * tl.load(x_scale_ptr + x_rows)[None, :]
-    if bias_ptr is not None:
-        acc = acc + tl.load(bias_ptr + channels).to(tl.float32)[:, None]
-    if NAME is not None:
+    if rows.scale_ptr is not None:
+        acc = acc * tl.load(rows.scale_ptr + x_rows)[None, :]
+    if weights.bias_ptr is not None:
+        acc = acc + tl.load(weights.bias_ptr + channels).to(tl.float32)[:, None]
+    if ACTIVATION is not None:
         up = acc
         if GATED:
             acc = tl.reshape(acc, (BLOCK_N // (2 * GATE_ROWS), 2, GATE_ROWS, BLOCK_M))
             acc, up = tl.split(tl.permute(acc, (0, 2, 3, 1)))
             acc = tl.reshape(acc, (BLOCK_OUT, BLOCK_M))
             up = tl.reshape(up, (BLOCK_OUT, BLOCK_M))
-        acc = apply_triton(
-            acc, up, NAME, GATED, ALPHA, UP_SHIFT, LIMIT, LIMIT_AFTER, GATE_SOFTCAP, UP_SOFTCAP
-        )  # fmt: skip
+        acc = apply_triton(acc, up, ACTIVATION)
     # Weights that are not there must not pass for some.
-    acc = tl.where(absent, float("nan"), acc)
+    acc = tl.where(weights.absent, float("nan"), acc)
     columns = tile_n * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     out_ptrs = out_ptr + out_rows.to(tl.int64)[None, :] * N + columns[:, None]
     mask = (columns < N)[:, None] & mask_m[None, :]
@@ -300,13 +327,9 @@ def _tile(
 
 def launch_grouped_gemm(
     x: torch.Tensor,  # (num_rows, in_features)
-    weight: torch.Tensor,  # (num_slots, rows, in_features)
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    projection: Projection,
     topk_ids: torch.Tensor,
-    num_experts: int,
     routing: ExpertRouting | None,
-    expert_to_slot: torch.Tensor | None,
     out: torch.Tensor,  # (num_pairs, out_features)
     tile: TileConfig,
     *,
@@ -319,6 +342,8 @@ def launch_grouped_gemm(
     prefetch: bool = False,
 ) -> torch.Tensor:
     """Fill the routed rows of ``out`` and return it; the others are left as they are.
+
+    All tensors but weights are contiguous; see `qmoe_kernels.layer`.
 
     Args:
         routing: sorted pairs; None: programs look for their rows in ``topk_ids``, and rows of
@@ -337,9 +362,17 @@ def launch_grouped_gemm(
     num_pairs, out_features = out.shape
     if num_pairs == 0 or out_features == 0:
         return out
+    weight, num_experts = projection.weight, projection.num_experts
     in_features = x.shape[1]
-    x = x.contiguous()
-    gated = activation is not None and activation.gated
+    product = Product(
+        sorted=routing is not None,
+        gather=pairs_per_row is not None,
+        scatter=scatter,
+        fp8=is_widened_fp8(weight, x),
+        even_k=in_features % tile.block_k == 0,
+        two_level=two_level_sums and x.dtype == torch.float8_e4m3fn,
+        activation=activation,
+    )
     max_tiles_m = num_pairs
     if routing is not None:
         # Every expert but one may leave its last tile nearly empty.
@@ -348,17 +381,17 @@ def launch_grouped_gemm(
     pdl = has_dependent_launch(x.device)
     # Few: they bridge the microseconds between two kernels, and all have to stay in L2.
     lines = min(2, triton.cdiv(in_features * weight.element_size(), 128))
-    grid = (max_tiles_m * triton.cdiv(out_features * (2 if gated else 1), tile.block_n),)
+    grid = (max_tiles_m * triton.cdiv(out_features * (2 if product.gated else 1), tile.block_n),)
     grouped_gemm_kernel[grid](
         x,
         x_scale,
         weight_bits(weight, x),
-        None if scale is None else scale.contiguous(),
-        None if bias is None else bias.contiguous(),
+        projection.scale,
+        projection.bias,
         out,
-        topk_ids.contiguous() if routing is None else routing.sorted_pair_ids,
+        topk_ids if routing is None else routing.sorted_pair_ids,
         None if routing is None else routing.expert_offsets,
-        expert_to_slot,
+        projection.expert_to_slot,
         num_pairs,
         num_experts,
         max_tiles_m,
@@ -368,21 +401,11 @@ def launch_grouped_gemm(
         x.stride(0),
         weight.stride(0),
         weight.stride(1),
-        SORTED=routing is not None,
-        GATHER=pairs_per_row is not None,
-        SCATTER=scatter,
-        FP8=is_decoded_fp8(weight, x),
-        **activation_constants(activation),
+        PRODUCT=product,
+        TILE=tile,
         BLOCK_IDS=_block_ids(num_experts if routing is not None else num_pairs),
-        EVEN_K=in_features % tile.block_k == 0,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        TAIL_M=tile.tail_m,
         GROUP_M=8,
         PREFETCH_LINES=triton.next_power_of_2(lines) if prefetch and pdl else 0,
-        TWO_LEVEL=two_level_sums and x.dtype == torch.float8_e4m3fn,
-        ASM=COMPILED,
         PDL=pdl,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

@@ -15,17 +15,26 @@ as they are: thread t's quarter of the columns are then its operands, of one ste
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from qmoe_kernels.activations import Activation, apply_triton
-from qmoe_kernels.decoding import decode_weights
-from qmoe_kernels.launching import activation_constants, has_dependent_launch, launch_options
-from qmoe_kernels.quantization import FORMAT_OF, LARGEST, SMALLEST_SCALE
+from qmoe_kernels.experts import Experts, Projection
+from qmoe_kernels.launching import (
+    has_dependent_launch,
+    is_widened_fp8,
+    launch_options,
+    weight_bits,
+)
 from qmoe_kernels.routing import ExpertRouting
-from qmoe_kernels.rows import launch_quantize_rows, launch_weighted_sum, round_to
+from qmoe_kernels.rows import launch_quantize_rows, launch_weighted_sum
+from qmoe_kernels.tiles import TileConfig
 from qmoe_kernels.tuning import is_hopper
+from qmoe_kernels.widening import widen_weights
 
 try:
     from triton.experimental import gluon
@@ -45,6 +54,66 @@ BLOCK_N = 128  # weight rows of a tile: two warpgroups' 64
 BLOCK_K_16, BLOCK_K_8 = 64, 128  # columns of a tile, by the bits of rows: 128 bytes of rows
 GATE_ROWS = tl.constexpr(8)  # as in grouped_gemm
 SHARED_MEMORY = 227 << 10  # bytes that a program may take
+
+
+@dataclass(frozen=True)
+class HopperProduct:
+    """What a kernel is compiled for, its tile apart.
+
+    Attributes:
+        scatter: rows are written by pair, rather than by sorted position.
+        fp8: weights are e4m3fn, given as int8, and rows are wider.
+        permute: so many columns of the result change places; 0: none do.
+        activation: fused into the epilogue, or None.
+    """
+
+    scatter: bool
+    fp8: bool
+    permute: int
+    activation: Activation | None
+
+    @property
+    def gated(self) -> bool:
+        return self.activation is not None and self.activation.gated
+
+
+class Stages(NamedTuple):
+    """What a program reads, step by step, and the shared memory that it comes to."""
+
+    weight_desc: Any
+    x_desc: Any
+    weights: Any  # (num_stages, as weight_desc's box)
+    rows: Any  # (num_stages, as x_desc's box)
+    full: Any  # (num_stages, 1) barriers
+    num_steps: Any
+
+
+class Place(NamedTuple):
+    """Where a program's tile is."""
+
+    expert: Any
+    slot: Any
+    absent: Any  # there is no slot
+    first: Any  # sorted position
+    num_rows: Any
+    row_n: Any  # of weights; of gates alone, if gated
+
+
+class Scales(NamedTuple):
+    """What sums are multiplied by, and what is added."""
+
+    rows_ptr: Any  # (num_pairs,) fp32, or None
+    weights_ptr: Any  # (num_experts, N or 2 * N) fp32
+    bias_ptr: Any  # (num_experts, N or 2 * N), or None
+
+
+class Out(NamedTuple):
+    """Where the result goes."""
+
+    ptr: Any  # (num_pairs, stride)
+    sorted_pair_ids_ptr: Any  # (num_pairs,) int32
+    num_columns: Any
+    stride: Any
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_experts", "max_tiles"])
@@ -132,41 +201,6 @@ def sort_rows_kernel(
         tl.store(out_ptr + position * out_words + offsets, x, mask=offsets < out_words)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
-def quantize_sorted_rows_kernel(
-    x_ptr,  # (num_tokens, K)
-    positions_ptr,  # (num_tokens, TOP_K) int32
-    out_ptr,  # (num_tokens * TOP_K, K) int8 | e4m3fn, sorted
-    scale_ptr,  # (num_tokens * TOP_K,) fp32, sorted
-    num_tokens,
-    K,
-    LARGEST_VALUE: tl.constexpr,  # 127 or 448
-    SMALLEST: tl.constexpr,  # a scale is not below
-    TOP_K: tl.constexpr,
-    ROWS: tl.constexpr,  # tokens per program
-    BLOCK: tl.constexpr,  # power of two, at least K
-    PDL: tl.constexpr,
-):
-    """Grid: (cdiv(num_tokens, ROWS),). `quantize_rows_kernel`, each row to where its pairs are."""
-    tokens = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    columns = tl.arange(0, BLOCK)
-    exists = tokens < num_tokens
-    mask = exists[:, None] & (columns < K)[None, :]
-    x = tl.load(x_ptr + tokens[:, None] * K + columns[None, :], mask=mask, other=0.0)
-    x = x.to(tl.float32)
-    # A maximum passes over NaN, a sum does not.
-    scale = tl.maximum(tl.max(tl.abs(x), 1) / LARGEST_VALUE, SMALLEST) + tl.sum(x * 0.0, 1)
-    x = round_to(x * (1.0 / scale)[:, None], out_ptr.dtype.element_ty, LARGEST_VALUE)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    for k in tl.static_range(TOP_K):
-        positions = tl.load(positions_ptr + tokens * TOP_K + k, mask=exists, other=0)
-        tl.store(scale_ptr + positions, scale, mask=exists)
-        out_ptrs = out_ptr + positions.to(tl.int64)[:, None] * K + columns[None, :]
-        tl.store(out_ptrs, x, mask=mask)
-
-
 if gluon is not None:
 
     @gluon.constexpr_function
@@ -177,7 +211,7 @@ if gluon is not None:
 
     @gluon.jit(do_not_specialize=["max_tiles"])
     def hopper_gemm_kernel(
-        weight_desc,  # (slots, N, K), or (slots, N / 8, 2, 8, K) if GATED
+        weight_desc,  # (slots, N, K), or (slots, N / 8, 2, 8, K) if gated
         x_desc,  # (num_pairs, K), sorted
         x_scale_ptr,  # (num_pairs,) fp32, sorted, or None
         scale_ptr,  # (num_experts, N or 2 * N) fp32
@@ -189,29 +223,18 @@ if gluon is not None:
         N,
         K,
         stride_out,
-        SCATTER: gl.constexpr,  # write by pair, rather than by sorted position
-        FP8: gl.constexpr,  # weights are e4m3fn, given as int8, and rows are wider
-        NAME: gl.constexpr,  # None: no activation; else Activation's fields
-        GATED: gl.constexpr,
-        ALPHA: gl.constexpr,
-        UP_SHIFT: gl.constexpr,
-        LIMIT: gl.constexpr,
-        LIMIT_AFTER: gl.constexpr,
-        GATE_SOFTCAP: gl.constexpr,
-        UP_SOFTCAP: gl.constexpr,
-        PERMUTE: gl.constexpr,  # so many columns of out change places; 0: none do
-        BLOCK_M: gl.constexpr,
-        BLOCK_N: gl.constexpr,
-        BLOCK_K: gl.constexpr,
-        TAIL_M: gl.constexpr,  # an expert's last tile with no more rows is this high; or 0
-        NUM_STAGES: gl.constexpr,
+        PRODUCT: gl.constexpr,  # a HopperProduct
+        TILE: gl.constexpr,  # a TileConfig
         GROUP_M: gl.constexpr,
     ):
-        """Grid: (max_tiles * cdiv(channels, BLOCK_N),); programs without rows leave at once.
+        """Grid: (max_tiles * cdiv(channels, block_n),); programs without rows only wait.
 
         The kernel before this one must not have written the table or weights.
         """
-        BLOCK_OUT: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
+        BLOCK_OUT: gl.constexpr = TILE.block_n // 2 if PRODUCT.gated else TILE.block_n
+        BLOCK_M: gl.constexpr = TILE.block_m
+        TAIL_M: gl.constexpr = TILE.tail_m
+        NUM_STAGES: gl.constexpr = TILE.num_stages
         tiles_n = gl.cdiv(N, BLOCK_OUT)
         pid = gl.program_id(0)
         group = pid // (GROUP_M * tiles_n)
@@ -220,6 +243,8 @@ if gluon is not None:
         row_n = (pid % (GROUP_M * tiles_n)) // group_m * BLOCK_OUT
 
         if tile_m >= gl.load(table_ptr + 4 * max_tiles):
+            # The launch must not end before the kernel that it follows.
+            tl.extra.cuda.gdc_wait()
             return
         expert = gl.load(table_ptr + 4 * tile_m)
         slot = gl.load(table_ptr + 4 * tile_m + 1)
@@ -234,127 +259,86 @@ if gluon is not None:
             weight_desc.layout,
         )
         rows = gl.allocate_shared_memory(
-            x_desc.dtype, [NUM_STAGES, BLOCK_M, BLOCK_K], x_desc.layout
+            x_desc.dtype, [NUM_STAGES, BLOCK_M, TILE.block_k], x_desc.layout
         )  # fmt: skip
         full = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(NUM_STAGES):
             mbarrier.init(full.index(i), count=1)
 
-        num_steps = gl.cdiv(K, BLOCK_K)
+        stages = Stages(weight_desc, x_desc, weights, rows, full, gl.cdiv(K, TILE.block_k))
+        place = Place(expert, slot, absent, first, num_rows, row_n)
+        scales = Scales(x_scale_ptr, scale_ptr, bias_ptr)
+        out = Out(out_ptr, sorted_pair_ids_ptr, N, stride_out)
         for i in gl.static_range(NUM_STAGES - 1):
-            _fetch_weights(
-                weight_desc, x_desc, weights, full, slot, row_n, i, num_steps,
-                GATED, BLOCK_K, NUM_STAGES,
-            )  # fmt: skip
+            _fetch_weights(stages, place, i, PRODUCT, TILE)
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
         for i in gl.static_range(NUM_STAGES - 1):
-            _fetch_rows(x_desc, rows, full, first, i, num_steps, BLOCK_K, NUM_STAGES)
+            _fetch_rows(stages, place, i, TILE)
         if TAIL_M > 0:  # noqa: SIM102 (one is known when compiling)
             if num_rows <= TAIL_M:
-                _tile(
-                    weight_desc, x_desc, x_scale_ptr, scale_ptr, bias_ptr, out_ptr,
-                    sorted_pair_ids_ptr, weights, rows, full, expert, slot, absent, first,
-                    num_rows, row_n, num_steps, N, stride_out,
-                    SCATTER, FP8, NAME, GATED, ALPHA, UP_SHIFT, LIMIT, LIMIT_AFTER, GATE_SOFTCAP,
-                    UP_SOFTCAP, PERMUTE, TAIL_M, BLOCK_N, BLOCK_K, NUM_STAGES,
-                )  # fmt: skip
+                _tile(stages, place, scales, out, PRODUCT, TILE, TAIL_M)
                 return
-        _tile(
-            weight_desc, x_desc, x_scale_ptr, scale_ptr, bias_ptr, out_ptr,
-            sorted_pair_ids_ptr, weights, rows, full, expert, slot, absent, first,
-            num_rows, row_n, num_steps, N, stride_out,
-            SCATTER, FP8, NAME, GATED, ALPHA, UP_SHIFT, LIMIT, LIMIT_AFTER, GATE_SOFTCAP,
-            UP_SOFTCAP, PERMUTE, BLOCK_M, BLOCK_N, BLOCK_K, NUM_STAGES,
-        )  # fmt: skip
+        _tile(stages, place, scales, out, PRODUCT, TILE, BLOCK_M)
 
     @gluon.jit
     def _tile(
-        weight_desc,
-        x_desc,
-        x_scale_ptr,
-        scale_ptr,
-        bias_ptr,
-        out_ptr,
-        sorted_pair_ids_ptr,
-        weights,  # (NUM_STAGES, as weight_desc's box), shared
-        rows,  # (NUM_STAGES, as x_desc's box), shared
-        full,  # (NUM_STAGES, 1) barriers
-        expert,
-        slot,
-        absent,
-        first,
-        num_rows,
-        row_n,
-        num_steps,
-        N,
-        stride_out,
-        SCATTER: gl.constexpr,
-        FP8: gl.constexpr,
-        NAME: gl.constexpr,
-        GATED: gl.constexpr,
-        ALPHA: gl.constexpr,
-        UP_SHIFT: gl.constexpr,
-        LIMIT: gl.constexpr,
-        LIMIT_AFTER: gl.constexpr,
-        GATE_SOFTCAP: gl.constexpr,
-        UP_SOFTCAP: gl.constexpr,
-        PERMUTE: gl.constexpr,
-        BLOCK_M: gl.constexpr,  # at most x_desc's
-        BLOCK_N: gl.constexpr,
-        BLOCK_K: gl.constexpr,
-        NUM_STAGES: gl.constexpr,
+        stages,
+        place,
+        scales,
+        out_place,  # Out
+        PRODUCT: gl.constexpr,
+        TILE: gl.constexpr,
+        BLOCK_M: gl.constexpr,  # TILE's, or its tail's
     ):
-        """One tile, transposed: (channels, rows). The first NUM_STAGES - 1 steps are on the way."""
+        """One tile, transposed: (channels, rows). Its first steps are on the way already."""
+        # Triton 3.6 hands on what is declared a constant, not a constant's attribute.
+        ACTIVATION: gl.constexpr = PRODUCT.activation
+        GATED: gl.constexpr = PRODUCT.gated
+        PERMUTE: gl.constexpr = PRODUCT.permute
+        BLOCK_N: gl.constexpr = TILE.block_n
+        NUM_STAGES: gl.constexpr = TILE.num_stages
         BLOCK_OUT: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
         # wgmma: 16 rows of weights per warp, and 32 bytes of rows at a time.
-        X_BITS: gl.constexpr = x_desc.dtype.primitive_bitwidth
-        INTEGER: gl.constexpr = x_desc.dtype == gl.int8
+        X_BITS: gl.constexpr = stages.x_desc.dtype.primitive_bitwidth
+        INTEGER: gl.constexpr = stages.x_desc.dtype == gl.int8
         # Triton knows no product of integers with 256 rows.
         MMA_M: gl.constexpr = 128 if INTEGER and BLOCK_M > 128 else BLOCK_M
         MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, MMA_M, 256 // X_BITS])
+        N = out_place.num_columns
+        num_steps = stages.num_steps
         if X_BITS == 8:
             acc = gl.zeros([BLOCK_N, BLOCK_M], gl.int32 if INTEGER else gl.float32, MMA)
             for step in range(num_steps):
-                _wait_for(full, step, num_steps, NUM_STAGES)
-                weight = _weight_tile(weights, step, BLOCK_N, BLOCK_K, NUM_STAGES)
-                x = _row_tile(rows, step, BLOCK_M, BLOCK_K, NUM_STAGES)
+                _wait_for(stages, step, TILE)
+                weight = _weight_tile(stages, step, TILE)
+                x = _row_tile(stages, step, BLOCK_M, TILE)
                 acc = warpgroup_mma(weight, x, acc, is_async=True)
                 # This product may run on; the one before it is over, and so its stage is free.
                 acc = warpgroup_mma_wait(1, deps=[acc])
                 tl.debug_barrier()
-                _fetch(
-                    weight_desc, x_desc, weights, rows, full, slot, row_n, first,
-                    step + NUM_STAGES - 1, num_steps, GATED, BLOCK_K, NUM_STAGES,
-                )  # fmt: skip
+                _fetch(stages, place, step + NUM_STAGES - 1, PRODUCT, TILE)
         else:
             acc = warpgroup_mma_init(gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA))
-            mbarrier.wait(full.index(0), 0)
+            mbarrier.wait(stages.full.index(0), 0)
             # Two steps at a time, because the tensor cores read one step's weights from their
             # registers while those of the next are being written.
             for pair in range(num_steps // 2):
                 for odd in gl.static_range(2):
                     step = 2 * pair + odd
-                    weight = _decoded_weights(
-                        weights, step, x_desc.dtype, FP8, MMA, BLOCK_N, BLOCK_K, NUM_STAGES
-                    )  # fmt: skip
-                    # Early: a branch keeps the assembler from decoding after the wait for wgmma.
-                    _wait_for(full, step + 1, num_steps, NUM_STAGES)
+                    weight = _wide_weights(stages, step, PRODUCT, TILE, MMA)
+                    # Early: a branch keeps the assembler from widening after the wait for wgmma.
+                    _wait_for(stages, step + 1, TILE)
                     acc, weight = warpgroup_mma_wait(0, deps=[acc, weight])
-                    x = _row_tile(rows, step, BLOCK_M, BLOCK_K, NUM_STAGES)
+                    x = _row_tile(stages, step, BLOCK_M, TILE)
                     acc = warpgroup_mma(weight, x, acc, is_async=True)
                     tl.debug_barrier()
-                    _fetch(
-                        weight_desc, x_desc, weights, rows, full, slot, row_n, first,
-                        step + NUM_STAGES - 1, num_steps, GATED, BLOCK_K, NUM_STAGES,
-                    )  # fmt: skip
+                    _fetch(stages, place, step + NUM_STAGES - 1, PRODUCT, TILE)
             acc = warpgroup_mma_wait(0, deps=[acc])
             if num_steps % 2 == 1:
                 step = num_steps - 1
-                weight = _decoded_weights(
-                    weights, step, x_desc.dtype, FP8, MMA, BLOCK_N, BLOCK_K, NUM_STAGES
-                )  # fmt: skip
-                x = _row_tile(rows, step, BLOCK_M, BLOCK_K, NUM_STAGES)
+                weight = _wide_weights(stages, step, PRODUCT, TILE, MMA)
+                x = _row_tile(stages, step, BLOCK_M, TILE)
                 acc = warpgroup_mma(weight, x, acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=[acc])
         acc = warpgroup_mma_wait(0, deps=[acc])
@@ -366,33 +350,31 @@ if gluon is not None:
             all_channels = 2 * N
             halves = (tile_rows // GATE_ROWS) % 2
             channels = tile_rows // (2 * GATE_ROWS) * GATE_ROWS + tile_rows % GATE_ROWS
-            channels = gl.minimum(row_n + channels, N - 1) + halves * N
+            channels = gl.minimum(place.row_n + channels, N - 1) + halves * N
         else:
-            channels = gl.minimum(row_n + tile_rows, N - 1)
-        scale = gl.load(scale_ptr + expert * all_channels + channels)
-        if FP8:
-            scale = scale * 256.0  # what decode_weights left out
+            channels = gl.minimum(place.row_n + tile_rows, N - 1)
+        scale = gl.load(scales.weights_ptr + place.expert * all_channels + channels)
+        if PRODUCT.fp8:
+            scale = scale * 256.0  # what widen_weights left out
         acc = acc * gl.expand_dims(scale, 1)
-        if x_scale_ptr is not None:
+        if scales.rows_ptr is not None:
             tile_columns = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))
-            inside = tile_columns < num_rows
-            x_scale = gl.load(x_scale_ptr + first + tile_columns, mask=inside, other=0.0)
+            inside = tile_columns < place.num_rows
+            x_scale = gl.load(scales.rows_ptr + place.first + tile_columns, mask=inside, other=0.0)
             acc = acc * gl.expand_dims(x_scale, 0)
-        if bias_ptr is not None:
-            bias = gl.load(bias_ptr + expert * all_channels + channels).to(gl.float32)
-            acc = acc + gl.expand_dims(bias, 1)
-        if NAME is not None:
+        if scales.bias_ptr is not None:
+            bias = gl.load(scales.bias_ptr + place.expert * all_channels + channels)
+            acc = acc + gl.expand_dims(bias.to(gl.float32), 1)
+        if ACTIVATION is not None:
             up = acc
             if GATED:
                 acc = gl.reshape(acc, [BLOCK_N // (2 * GATE_ROWS), 2, GATE_ROWS, BLOCK_M])
                 acc, up = gl.split(gl.permute(acc, [0, 2, 3, 1]))
                 acc = gl.reshape(acc, [BLOCK_OUT, BLOCK_M])
                 up = gl.reshape(up, [BLOCK_OUT, BLOCK_M])
-            acc = apply_triton(
-                acc, up, NAME, GATED, ALPHA, UP_SHIFT, LIMIT, LIMIT_AFTER, GATE_SOFTCAP, UP_SOFTCAP
-            )  # fmt: skip
+            acc = apply_triton(acc, up, ACTIVATION)
         # Weights that are not there must not pass for some.
-        out = gl.where(absent, float("nan"), acc).to(out_ptr.dtype.element_ty)
+        out = gl.where(place.absent, float("nan"), acc).to(out_place.ptr.dtype.element_ty)
         if PERMUTE > 0:
             out = gl.reshape(out, [BLOCK_OUT // PERMUTE, 4, PERMUTE // 16, 2, 2, BLOCK_M])
             out = gl.reshape(gl.permute(out, [0, 2, 3, 1, 4, 5]), [BLOCK_OUT, BLOCK_M])
@@ -402,11 +384,11 @@ if gluon is not None:
         )  # fmt: skip
         out = gl.convert_layout(out, STORE)
         tile_columns = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, STORE))
-        inside = tile_columns < num_rows
-        out_rows = first + tile_columns
-        if SCATTER:
-            out_rows = gl.load(sorted_pair_ids_ptr + out_rows, mask=inside, other=0)
-        columns = row_n + gl.arange(0, BLOCK_OUT, layout=gl.SliceLayout(1, STORE))
+        inside = tile_columns < place.num_rows
+        out_rows = place.first + tile_columns
+        if PRODUCT.scatter:
+            out_rows = gl.load(out_place.sorted_pair_ids_ptr + out_rows, mask=inside, other=0)
+        columns = place.row_n + gl.arange(0, BLOCK_OUT, layout=gl.SliceLayout(1, STORE))
         if PERMUTE > 0:
             # What lies beyond N meets weights that are zeros, and must not be NaN.
             phase = columns % PERMUTE
@@ -414,121 +396,71 @@ if gluon is not None:
             past = columns // PERMUTE * PERMUTE + phase + columns % 2 >= N
             out = gl.where(gl.expand_dims(past, 1), gl.zeros_like(out), out)
         # int64: rows times their length pass 2**31.
-        offsets = gl.expand_dims(out_rows.to(gl.int64) * stride_out, 0)
-        mask = gl.expand_dims(inside, 0) & gl.expand_dims(columns < stride_out, 1)
-        gl.store(out_ptr + (offsets + gl.expand_dims(columns, 1)), out, mask=mask)
+        offsets = gl.expand_dims(out_rows.to(gl.int64) * out_place.stride, 0)
+        mask = gl.expand_dims(inside, 0) & gl.expand_dims(columns < out_place.stride, 1)
+        gl.store(out_place.ptr + (offsets + gl.expand_dims(columns, 1)), out, mask=mask)
 
     @gluon.jit
-    def _fetch(
-        weight_desc,
-        x_desc,
-        weights,
-        rows,
-        full,
-        slot,
-        row_n,
-        first,
-        step,
-        num_steps,
-        GATED: gl.constexpr,
-        BLOCK_K: gl.constexpr,
-        NUM_STAGES: gl.constexpr,
-    ):
+    def _fetch(stages, place, step, PRODUCT: gl.constexpr, TILE: gl.constexpr):
         """Start to read the tiles of ``step``, if there is one; zeros beyond the tensors."""
-        _fetch_weights(
-            weight_desc, x_desc, weights, full, slot, row_n, step, num_steps,
-            GATED, BLOCK_K, NUM_STAGES,
-        )  # fmt: skip
-        _fetch_rows(x_desc, rows, full, first, step, num_steps, BLOCK_K, NUM_STAGES)
+        _fetch_weights(stages, place, step, PRODUCT, TILE)
+        _fetch_rows(stages, place, step, TILE)
 
     @gluon.jit
-    def _fetch_weights(
-        weight_desc,
-        x_desc,
-        weights,
-        full,
-        slot,
-        row_n,
-        step,
-        num_steps,
-        GATED: gl.constexpr,
-        BLOCK_K: gl.constexpr,
-        NUM_STAGES: gl.constexpr,
-    ):
+    def _fetch_weights(stages, place, step, PRODUCT: gl.constexpr, TILE: gl.constexpr):
         """Start to read weights, and expect rows with them."""
-        exists = step < num_steps
-        stage = step % NUM_STAGES
-        barrier = full.index(stage)
-        num_bytes: gl.constexpr = weight_desc.block_type.nbytes + x_desc.block_type.nbytes
+        desc = stages.weight_desc
+        exists = step < stages.num_steps
+        stage = step % TILE.num_stages
+        barrier = stages.full.index(stage)
+        num_bytes: gl.constexpr = desc.block_type.nbytes + stages.x_desc.block_type.nbytes
         mbarrier.expect(barrier, num_bytes, pred=exists)
-        k = step * BLOCK_K
-        tile = weights.index(stage)
-        if GATED:
+        k = step * TILE.block_k
+        tile = stages.weights.index(stage)
+        if PRODUCT.gated:
             # 8 rows of gates, 8 of the same ups, and so on.
             tma.async_copy_global_to_shared(
-                weight_desc, [slot, row_n // GATE_ROWS, 0, 0, k], barrier, tile, pred=exists
+                desc, [place.slot, place.row_n // GATE_ROWS, 0, 0, k], barrier, tile, pred=exists
             )  # fmt: skip
         else:
             tma.async_copy_global_to_shared(
-                weight_desc, [slot, row_n, k], barrier, tile, pred=exists
+                desc, [place.slot, place.row_n, k], barrier, tile, pred=exists
             )  # fmt: skip
 
     @gluon.jit
-    def _fetch_rows(
-        x_desc,
-        rows,
-        full,
-        first,
-        step,
-        num_steps,
-        BLOCK_K: gl.constexpr,
-        NUM_STAGES: gl.constexpr,
-    ):
-        stage = step % NUM_STAGES
+    def _fetch_rows(stages, place, step, TILE: gl.constexpr):
+        stage = step % TILE.num_stages
         tma.async_copy_global_to_shared(
-            x_desc, [first, step * BLOCK_K], full.index(stage), rows.index(stage),
-            pred=step < num_steps,
+            stages.x_desc, [place.first, step * TILE.block_k], stages.full.index(stage),
+            stages.rows.index(stage), pred=step < stages.num_steps,
         )  # fmt: skip
 
     @gluon.jit
-    def _wait_for(full, step, num_steps, NUM_STAGES: gl.constexpr):
+    def _wait_for(stages, step, TILE: gl.constexpr):
         """Wait until the tiles of ``step``, if there is one, have come."""
-        stage = step % NUM_STAGES
-        mbarrier.wait(full.index(stage), (step // NUM_STAGES) & 1, pred=step < num_steps)
+        barrier = stages.full.index(step % TILE.num_stages)
+        mbarrier.wait(barrier, (step // TILE.num_stages) & 1, pred=step < stages.num_steps)
 
     @gluon.jit
-    def _weight_tile(
-        weights,
-        step,
-        BLOCK_N: gl.constexpr,
-        BLOCK_K: gl.constexpr,
-        NUM_STAGES: gl.constexpr,
-    ):
-        # The boxes' leading dimensions have the bytes of BLOCK_N rows, one after another.
-        LAYOUT: gl.constexpr = gl.NVMMASharedLayout(BLOCK_K, 8, rank=2)
-        return weights.index(step % NUM_STAGES)._reinterpret(
-            weights.dtype, [BLOCK_N, BLOCK_K], LAYOUT
+    def _weight_tile(stages, step, TILE: gl.constexpr):
+        # The boxes' leading dimensions have the bytes of block_n rows, one after another.
+        LAYOUT: gl.constexpr = gl.NVMMASharedLayout(TILE.block_k, 8, rank=2)
+        return stages.weights.index(step % TILE.num_stages)._reinterpret(
+            stages.weights.dtype, [TILE.block_n, TILE.block_k], LAYOUT
         )  # fmt: skip
 
     @gluon.jit
-    def _row_tile(
-        rows, step, BLOCK_M: gl.constexpr, BLOCK_K: gl.constexpr, NUM_STAGES: gl.constexpr
-    ):
-        tile = rows.index(step % NUM_STAGES)
-        return tile._reinterpret(rows.dtype, [BLOCK_M, BLOCK_K], rows.layout).permute([1, 0])
+    def _row_tile(stages, step, BLOCK_M: gl.constexpr, TILE: gl.constexpr):
+        rows = stages.rows
+        tile = rows.index(step % TILE.num_stages)
+        return tile._reinterpret(rows.dtype, [BLOCK_M, TILE.block_k], rows.layout).permute([1, 0])
 
     @gluon.jit
-    def _decoded_weights(
-        weights,
-        step,
-        dtype: gl.constexpr,
-        FP8: gl.constexpr,
-        MMA: gl.constexpr,
-        BLOCK_N: gl.constexpr,
-        BLOCK_K: gl.constexpr,
-        NUM_STAGES: gl.constexpr,
-    ):
+    def _wide_weights(stages, step, PRODUCT: gl.constexpr, TILE: gl.constexpr, MMA: gl.constexpr):
         """A step's weights in registers, as wgmma's first operand."""
+        BLOCK_N: gl.constexpr = TILE.block_n
+        BLOCK_K: gl.constexpr = TILE.block_k
+        FP8: gl.constexpr = PRODUCT.fp8
         LOADED: gl.constexpr = gl.DistributedLinearLayout(
             reg_bases=_register_bases(BLOCK_K),
             lane_bases=[[0, BLOCK_K // 4], [0, BLOCK_K // 2], [1, 0], [2, 0], [4, 0]],
@@ -536,8 +468,8 @@ if gluon is not None:
             block_bases=[],
             shape=[BLOCK_N, BLOCK_K],
         )
-        weight = _weight_tile(weights, step, BLOCK_N, BLOCK_K, NUM_STAGES).load(LOADED)
-        weight = decode_weights(weight, dtype, FP8, True)
+        weight = _weight_tile(stages, step, TILE).load(LOADED)
+        weight = widen_weights(weight, stages.x_desc.dtype, FP8, True)
         weight = gl.reshape(weight, [BLOCK_N, 4, BLOCK_K // 16, 2, 2])
         weight = gl.reshape(gl.permute(weight, [0, 2, 3, 1, 4]), [BLOCK_N, BLOCK_K])
         return gl.convert_layout(weight, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
@@ -545,35 +477,30 @@ if gluon is not None:
 
 def hopper_supports(
     hidden_states: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    gate_up_proj_scale: torch.Tensor | None,
-    down_proj: torch.Tensor,
-    down_proj_scale: torch.Tensor | None,
+    experts: Experts,
     topk_ids: torch.Tensor,
-    activation: Activation,
-    num_experts: int,
     *,
     activations: torch.dtype | None = None,
 ) -> bool:
     """Return whether `hopper_fused_moe` takes these, which are otherwise as it takes them."""
-    weights = (gate_up_proj, down_proj)
-    dtype = gate_up_proj.dtype
+    projections = (experts.gate_up, experts.down)
+    weights = [projection.weight for projection in projections]
+    dtype = weights[0].dtype
     return (
         gluon is not None
         and is_hopper(hidden_states.device)
         and hidden_states.dtype in (torch.bfloat16, torch.float16)
         and dtype in (torch.int8, torch.float8_e4m3fn)
         and activations in (None, dtype)
-        and gate_up_proj_scale is not None
-        and down_proj_scale is not None
+        and all(projection.scale is not None for projection in projections)
         and topk_ids.numel() > 0
-        and num_experts <= 2048
+        and experts.num_experts <= 2048
         # TMA's addresses and strides are multiples of 16 bytes; 8 rows of gates alternate with 8
         # of ups.
         and all(weight.shape[2] % 16 == 0 for weight in weights)
         and all(weight.data_ptr() % 16 == 0 and weight.stride(2) == 1 for weight in weights)
         and all(weight.stride(d) % 16 == 0 for weight in weights for d in (0, 1))
-        and gate_up_proj.shape[1] % (2 * 8 if activation.gated else 1) == 0
+        and weights[0].shape[1] % (2 * 8 if experts.activation.gated else 1) == 0
     )
 
 
@@ -613,11 +540,10 @@ def launch_tile_table(
 def launch_sort_rows(x: torch.Tensor, positions: torch.Tensor, top_k: int) -> torch.Tensor:
     """Return rows of ``x`` (num_tokens, K), 16 bits wide, K even, at their pairs' positions.
 
-    K is in the order that the module's docstring says, padded with zeros. Like
-    `launch_quantize_sorted_rows`, for a place after the kernel that wrote ``positions`` and did
-    not write ``x``.
+    K is in the order that the module's docstring says, padded with zeros. For a
+    place after the kernel that wrote ``positions`` and did
+    not write ``x``, which is contiguous.
     """
-    x = x.contiguous()
     num_tokens, in_features = x.shape
     width = triton.cdiv(in_features, BLOCK_K_16) * BLOCK_K_16
     out = x.new_empty(num_tokens * top_k, width)
@@ -638,49 +564,14 @@ def launch_sort_rows(x: torch.Tensor, positions: torch.Tensor, top_k: int) -> to
     return out
 
 
-def launch_quantize_sorted_rows(
-    x: torch.Tensor, positions: torch.Tensor, top_k: int, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize rows of ``x`` (num_tokens, K) to int8 or e4m3fn, at their pairs' positions.
-
-    Returns that, (num_tokens * top_k, K), and its scales.
-    """
-    x = x.contiguous()
-    num_tokens, in_features = x.shape
-    out = x.new_empty(num_tokens * top_k, in_features, dtype=dtype)
-    scale = x.new_empty(num_tokens * top_k, dtype=torch.float32)
-    block = max(16, triton.next_power_of_2(in_features))
-    rows = max(1, 2048 // block)
-    quantize_sorted_rows_kernel[(triton.cdiv(num_tokens, rows),)](
-        x,
-        positions,
-        out,
-        scale,
-        num_tokens,
-        in_features,
-        LARGEST_VALUE=LARGEST[FORMAT_OF[dtype]],
-        SMALLEST=SMALLEST_SCALE,
-        TOP_K=top_k,
-        ROWS=rows,
-        BLOCK=block,
-        PDL=has_dependent_launch(x.device),
-        num_warps=min(32, max(4, block // 1024)),
-        **launch_options(True, x.device),
-    )
-    return out, scale
-
-
 def launch_hopper_gemm(
     x: torch.Tensor,  # (num_pairs, K), sorted; 16-bit: launch_sort_rows's order of K, padded
-    weight: torch.Tensor,  # (num_slots, rows, K)
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
+    projection: Projection,  # with a scale
     routing: ExpertRouting,
     table: torch.Tensor,  # launch_tile_table's
     out: torch.Tensor,  # (num_pairs, at least out_features)
+    tile: TileConfig,
     *,
-    block_m: int,
-    num_stages: int,
     out_features: int,
     x_scale: torch.Tensor | None = None,
     activation: Activation | None = None,
@@ -690,25 +581,36 @@ def launch_hopper_gemm(
     """Fill the routed rows of ``out`` and return it; the others are left as they are.
 
     Args:
-        block_m: rows of a tile, as of ``table``.
-        num_stages: steps in flight and in use, at least 3, at most what fits.
+        tile: see `hopper_fused_moe`; ``table`` was made with its block_m.
         x_scale: (num_pairs,) fp32, sorted, for 8-bit rows.
         activation: fused into the epilogue.
         scatter: write in the order of pairs instead of the sorted order.
         permute: columns of ``out`` in the order of `launch_sort_rows`, zeros beyond
             ``out_features``.
     """
-    gated = activation is not None and activation.gated
+    weight, block_m = projection.weight, tile.block_m
     num_slots, in_features = weight.shape[0], weight.shape[2]
     wide = x.element_size() == 2
     block_k = BLOCK_K_16 if wide else BLOCK_K_8
+    product = HopperProduct(
+        scatter=scatter,
+        fp8=is_widened_fp8(weight, x),
+        permute=BLOCK_K_16 if permute else 0,
+        activation=activation,
+    )
     # The epilogue's tile goes through shared memory as well, not more than two stages of it.
     stage_bytes = BLOCK_N * block_k + block_m * 128
-    num_stages = max(3, min(num_stages, SHARED_MEMORY // stage_bytes))
-    bits = weight.view(torch.int8) if wide else weight
+    tile = TileConfig(
+        block_m,
+        BLOCK_N,
+        block_k,
+        num_warps=8,
+        num_stages=max(3, min(tile.num_stages, SHARED_MEMORY // stage_bytes)),
+        tail_m=block_m // 2 if block_m > 64 else 0,
+    )
     shape, box = [num_slots, out_features, in_features], [1, BLOCK_N, block_k]
     strides = list(weight.stride())
-    if gated:
+    if product.gated:
         half = out_features * strides[1]
         shape = [num_slots, out_features // 8, 2, 8, in_features]
         strides = [strides[0], 8 * strides[1], half, strides[1], 1]
@@ -717,13 +619,13 @@ def launch_hopper_gemm(
     weight_layout = gl.NVMMASharedLayout(block_k, 8, rank=len(box))
     x_layout = gl.NVMMASharedLayout(128, 8 * x.element_size(), rank=2)
     max_tiles = table.shape[0] - 1
-    tiles_n = triton.cdiv(out_features * (2 if gated else 1), BLOCK_N)
+    tiles_n = triton.cdiv(out_features * (2 if product.gated else 1), BLOCK_N)
     hopper_gemm_kernel[(max_tiles * tiles_n,)](
-        TensorDescriptor(bits, shape, strides, box, weight_layout),
+        TensorDescriptor(weight_bits(weight, x), shape, strides, box, weight_layout),
         TensorDescriptor(x, list(x.shape), list(x.stride()), [block_m, block_k], x_layout),
         x_scale,
-        scale.contiguous(),
-        None if bias is None else bias.contiguous(),
+        projection.scale,
+        projection.bias,
         out,
         table,
         routing.sorted_pair_ids,
@@ -731,17 +633,10 @@ def launch_hopper_gemm(
         out_features,
         in_features,
         out.stride(0),
-        SCATTER=scatter,
-        FP8=wide and weight.dtype == torch.float8_e4m3fn,
-        **activation_constants(activation),
-        PERMUTE=BLOCK_K_16 if permute else 0,
-        BLOCK_M=block_m,
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=block_k,
-        TAIL_M=block_m // 2 if block_m > 64 else 0,
-        NUM_STAGES=num_stages,
+        PRODUCT=product,
+        TILE=tile,
         GROUP_M=8,
-        num_warps=8,
+        num_warps=tile.num_warps,
         # Two programs share the registers: one stores while the other multiplies.
         maxnreg=128 if block_m <= 128 else None,
         **launch_options(True, x.device),
@@ -751,83 +646,70 @@ def launch_hopper_gemm(
 
 def hopper_fused_moe(
     hidden_states: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    gate_up_proj_scale: torch.Tensor,
-    gate_up_proj_bias: torch.Tensor | None,
-    down_proj: torch.Tensor,
-    down_proj_scale: torch.Tensor,
-    down_proj_bias: torch.Tensor | None,
+    experts: Experts,
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor | None,
-    expert_to_slot: torch.Tensor | None,
-    activation: Activation,
-    num_experts: int,
+    tile: TileConfig,
     *,
     activations: torch.dtype | None = None,
-    block_m: int = 128,
-    num_stages: int = 4,
 ) -> torch.Tensor:
     """Run a layer for which `hopper_supports` holds.
 
-    Arguments and result as of `qmoe_kernels.layer.fused_moe_triton`, but for these.
+    Arguments and result as of `qmoe_kernels.layer.fused_moe_triton`, all contiguous, but for:
 
     Args:
-        block_m: rows of a tile: 64, 128 or 256.
-        num_stages: steps in flight and in use, at least 3, at most what fits. One takes 128 bytes
-            times block_m and 8 KiB more, 16 KiB with 8-bit rows, of shared memory. Two programs
-            run at a time where each takes half of it: block_m=128 with 4 stages, or 3 with 8-bit
-            rows.
+        tile: of both products. block_m is 64, 128 or 256. num_stages are the steps in flight and
+            in use, at least 3, at most what fits: one takes 128 bytes times block_m and 8 KiB more,
+            16 KiB with 8-bit rows, of shared memory. Two programs run at a time where each takes
+            half of it: block_m=128 with 4 stages, or 3 with 8-bit rows. The rest is given.
     """
     num_tokens, top_k = topk_ids.shape
     num_pairs = num_tokens * top_k
-    hidden_size = down_proj.shape[1]
-    intermediate_size = gate_up_proj.shape[1] // (2 if activation.gated else 1)
     wide = activations is None
     # Rows of skipped ids are written by nobody: zeros if the caller sees them. Before the kernels,
     # each of which starts while the one before it ends.
     new_rows = hidden_states.new_zeros if topk_weights is None else hidden_states.new_empty
-    out = new_rows(num_pairs, hidden_size)
-    width = triton.cdiv(intermediate_size, BLOCK_K_16) * BLOCK_K_16 if wide else intermediate_size
+    out = new_rows(num_pairs, experts.hidden_size)
+    width = experts.intermediate_size
+    if wide:
+        width = triton.cdiv(width, BLOCK_K_16) * BLOCK_K_16
     hidden = hidden_states.new_empty(num_pairs, width)
 
-    routing = ExpertRouting.from_topk_ids(topk_ids, num_experts)
-    table, positions = launch_tile_table(routing, expert_to_slot, block_m)
+    routing = ExpertRouting.from_topk_ids(topk_ids, experts.num_experts)
+    slots = experts.gate_up.expert_to_slot
+    table, positions = launch_tile_table(routing, slots, tile.block_m)
     x_scale = None
     if activations is None:
         x = launch_sort_rows(hidden_states, positions, top_k)
     else:
-        x, x_scale = launch_quantize_sorted_rows(hidden_states, positions, top_k, activations)
+        x, x_scale = launch_quantize_rows(
+            hidden_states, activations, places=positions, dependent=True, early=True
+        )
     launch_hopper_gemm(
         x,
-        gate_up_proj,
-        gate_up_proj_scale,
-        gate_up_proj_bias,
+        experts.gate_up,
         routing,
         table,
         hidden,
-        block_m=block_m,
-        num_stages=num_stages,
-        out_features=intermediate_size,
+        tile,
+        out_features=experts.intermediate_size,
         x_scale=x_scale,
-        activation=activation,
+        activation=experts.activation,
         permute=wide,
     )
     if activations is not None:
         hidden, x_scale = launch_quantize_rows(hidden, activations, dependent=True)
     rows = launch_hopper_gemm(
         hidden,
-        down_proj,
-        down_proj_scale,
-        down_proj_bias,
+        experts.down,
         routing,
         table,
         out,
-        block_m=block_m,
-        num_stages=num_stages,
-        out_features=hidden_size,
+        tile,
+        out_features=experts.hidden_size,
         x_scale=x_scale,
         scatter=True,
-    ).view(num_tokens, top_k, hidden_size)
+    ).view(num_tokens, top_k, experts.hidden_size)
     if topk_weights is None:
         return rows
-    return launch_weighted_sum(rows, topk_weights, topk_ids, num_experts, dependent=True)
+    return launch_weighted_sum(rows, topk_weights, topk_ids, experts.num_experts, dependent=True)

@@ -8,8 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-from qmoe_kernels.activations import Activation
-
 
 @triton.jit
 def prefetch(ptr, offsets, length, LINES: tl.constexpr):
@@ -38,25 +36,10 @@ def launch_options(dependent: bool, device: torch.device) -> dict[str, bool]:
 
 
 def weight_bits(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Return weights as kernels take them: FP8 that is to be decoded as int8."""
-    return weight.view(torch.int8) if is_decoded_fp8(weight, x) else weight
+    """Return weights as kernels take them: FP8 that is to be widened as int8."""
+    return weight.view(torch.int8) if is_widened_fp8(weight, x) else weight
 
 
-def is_decoded_fp8(weight: torch.Tensor, x: torch.Tensor) -> bool:
+def is_widened_fp8(weight: torch.Tensor, x: torch.Tensor) -> bool:
     """Return whether FP8 weights meet rows of another dtype."""
     return weight.dtype == torch.float8_e4m3fn and x.dtype != weight.dtype
-
-
-def activation_constants(activation: Activation | None) -> dict[str, object]:
-    """Return `apply_triton`'s constants by name; without an activation NAME is None."""
-    a = activation or Activation(gated=False)
-    return {
-        "NAME": None if activation is None else a.name,
-        "GATED": a.gated,
-        "ALPHA": a.alpha,
-        "UP_SHIFT": a.up_shift,
-        "LIMIT": a.limit,
-        "LIMIT_AFTER": a.limit_after,
-        "GATE_SOFTCAP": a.gate_softcap,
-        "UP_SOFTCAP": a.up_softcap,
-    }

@@ -1,10 +1,15 @@
-"""The launches of a layer, in order."""
+"""The launches of a layer, in order.
+
+Copies come before the kernels. A kernel that starts early, while the one before it ends, has not
+waited for a copy that was made just before it, and may read what the copy is yet to write.
+"""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from qmoe_kernels.activations import Activation
+from qmoe_kernels.experts import Experts, Projection
 from qmoe_kernels.gemv import launch_gemv
 from qmoe_kernels.grouped_gemm import launch_grouped_gemm
 from qmoe_kernels.heuristic import heuristic_tile, heuristic_tiles
@@ -16,23 +21,15 @@ from qmoe_kernels.tuning import choose_tiles
 
 
 def fused_moe_triton(
-    hidden_states: torch.Tensor,
-    gate_up_proj: torch.Tensor,
-    gate_up_proj_scale: torch.Tensor | None,
-    gate_up_proj_bias: torch.Tensor | None,
-    down_proj: torch.Tensor,
-    down_proj_scale: torch.Tensor | None,
-    down_proj_bias: torch.Tensor | None,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor | None,
-    expert_to_slot: torch.Tensor | None,
-    activation: Activation,
-    num_experts: int,
+    hidden_states: Tensor,  # (num_tokens, hidden_size)
+    experts: Experts,
+    topk_ids: Tensor,  # (num_tokens, top_k)
+    topk_weights: Tensor | None,  # (num_tokens, top_k)
     *,
     activations: torch.dtype | None = None,
     two_level_sums: bool = False,
     tiles: LayerTiles | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Run the kernels of `qmoe_kernels.fused_moe`; arguments and result as there, but for these.
 
     Args:
@@ -41,97 +38,102 @@ def fused_moe_triton(
         tiles: instead of `choose_tiles`'s.
     """
     num_tokens, top_k = topk_ids.shape
-    num_pairs = num_tokens * top_k
-    hidden_size = down_proj.shape[1]
-    intermediate_size = gate_up_proj.shape[1] // (2 if activation.gated else 1)
-    shape = LayerShape(num_experts, top_k, hidden_size, intermediate_size, activation.gated)
-    x_dtype = activations or hidden_states.dtype
+    shape = LayerShape(
+        experts.num_experts,
+        top_k,
+        experts.hidden_size,
+        experts.intermediate_size,
+        experts.activation.gated,
+    )
+    dtypes = (experts.gate_up.weight.dtype, activations or hidden_states.dtype)
     if tiles is None:
-        tiles = choose_tiles(shape, num_tokens, gate_up_proj.dtype, x_dtype, hidden_states.device)
-    # Copies come before the kernels: one that starts early waits for no copy of what it reads then.
+        tiles = choose_tiles(shape, num_tokens, *dtypes, hidden_states.device)
+    experts = experts.contiguous()
     hidden_states, topk_ids = hidden_states.contiguous(), topk_ids.contiguous()
+    if topk_weights is not None:
+        topk_weights = topk_weights.contiguous()
+    arguments = (hidden_states, experts, topk_ids, topk_weights)
     if tiles.tma:
-        weights = (gate_up_proj, gate_up_proj_scale, down_proj, down_proj_scale)
         if not two_level_sums and hopper_supports(
-            hidden_states, *weights, topk_ids, activation, num_experts, activations=activations
+            hidden_states, experts, topk_ids, activations=activations
         ):
-            return hopper_fused_moe(
-                hidden_states,
-                gate_up_proj,
-                gate_up_proj_scale,
-                gate_up_proj_bias,
-                down_proj,
-                down_proj_scale,
-                down_proj_bias,
-                topk_ids,
-                topk_weights,
-                expert_to_slot,
-                activation,
-                num_experts,
-                activations=activations,
-                block_m=tiles.gate_up.block_m,
-                num_stages=tiles.gate_up.num_stages,
-            )
-        tiles = heuristic_tiles(shape, num_tokens, gate_up_proj.dtype, x_dtype)
-    hidden = hidden_states.new_empty(num_pairs, intermediate_size)
-    if tiles.gate_up.block_m == 1:
-        if activations is not None:
-            raise ValueError(f"{tiles}: without tensor cores rows stay as they are, not 8 bits")
-        launch_gemv(
-            hidden_states,
-            gate_up_proj,
-            gate_up_proj_scale,
-            gate_up_proj_bias,
-            topk_ids,
-            None,
-            num_experts,
-            expert_to_slot,
-            hidden,
-            tiles.gate_up,
-            activation=activation,
-            next_weight=down_proj,
-            dependent=False,
-        )
-        summed = topk_weights is not None
-        out_rows = num_tokens if summed else num_pairs
-        new_rows = hidden_states.new_empty if summed else hidden_states.new_zeros
-        out = launch_gemv(
-            hidden,
-            down_proj,
-            down_proj_scale,
-            down_proj_bias,
-            topk_ids,
-            topk_weights,
-            num_experts,
-            expert_to_slot,
-            new_rows(out_rows, hidden_size),
-            tiles.down,
-            per_pair=True,
-            dependent=summed,
-        )
-        return out if summed else out.view(num_tokens, top_k, hidden_size)
+            return hopper_fused_moe(*arguments, tiles.gate_up, activations=activations)
+        tiles = heuristic_tiles(shape, num_tokens, *dtypes)
+    if tiles.gate_up.block_m > 1:
+        return _by_grouped_gemm(*arguments, tiles, activations, two_level_sums)
+    if activations is not None:
+        raise ValueError(f"{tiles}: without tensor cores rows stay as they are, not 8 bits")
+    return _by_gemv(*arguments, tiles)
 
+
+def _by_gemv(
+    hidden_states: Tensor,
+    experts: Experts,
+    topk_ids: Tensor,
+    topk_weights: Tensor | None,
+    tiles: LayerTiles,
+) -> Tensor:
+    """Two launches; the second one sums over a token's experts."""
+    num_tokens, top_k = topk_ids.shape
+    hidden = hidden_states.new_empty(num_tokens * top_k, experts.intermediate_size)
+    launch_gemv(
+        hidden_states,
+        experts.gate_up,
+        topk_ids,
+        hidden,
+        tiles.gate_up,
+        activation=experts.activation,
+        next_weight=experts.down.weight,
+        dependent=False,
+    )
+    summed = topk_weights is not None
+    if summed:
+        out = hidden_states.new_empty(num_tokens, experts.hidden_size)
+    else:
+        out = hidden_states.new_zeros(num_tokens * top_k, experts.hidden_size)
+    launch_gemv(
+        hidden,
+        experts.down,
+        topk_ids,
+        out,
+        tiles.down,
+        topk_weights=topk_weights,
+        per_pair=True,
+        dependent=summed,
+    )
+    return out if summed else out.view(num_tokens, top_k, experts.hidden_size)
+
+
+def _by_grouped_gemm(
+    hidden_states: Tensor,
+    experts: Experts,
+    topk_ids: Tensor,
+    topk_weights: Tensor | None,
+    tiles: LayerTiles,
+    activations: torch.dtype | None,
+    two_level_sums: bool,
+) -> Tensor:
+    """Both products by tensor cores, rows quantized before each of them if they are to be."""
+    num_tokens, top_k = topk_ids.shape
+    num_pairs = num_tokens * top_k
+    hidden = hidden_states.new_empty(num_pairs, experts.intermediate_size)
     # Rows of skipped ids are written by nobody: zeros if the caller sees them, never read
     # otherwise. Before the kernels, each of which starts while the one before it ends.
     new_rows = hidden_states.new_zeros if topk_weights is None else hidden_states.new_empty
-    out = new_rows(num_pairs, hidden_size)
-    routing = ExpertRouting.from_topk_ids(topk_ids, num_experts) if tiles.sort else None
+    out = new_rows(num_pairs, experts.hidden_size)
+    routing = ExpertRouting.from_topk_ids(topk_ids, experts.num_experts) if tiles.sort else None
     x, x_scale = hidden_states, None
     if activations is not None:
         x, x_scale = launch_quantize_rows(x, activations, dependent=tiles.sort, early=True)
     launch_grouped_gemm(
         x,
-        gate_up_proj,
-        gate_up_proj_scale,
-        gate_up_proj_bias,
+        experts.gate_up,
         topk_ids,
-        num_experts,
         routing,
-        expert_to_slot,
         hidden,
         tiles.gate_up,
         x_scale=x_scale,
-        activation=activation,
+        activation=experts.activation,
         two_level_sums=two_level_sums,
         pairs_per_row=top_k,
     )
@@ -140,59 +142,47 @@ def fused_moe_triton(
         hidden, x_scale = launch_quantize_rows(hidden, activations, dependent=True)
     rows = launch_grouped_gemm(
         hidden,
-        down_proj,
-        down_proj_scale,
-        down_proj_bias,
+        experts.down,
         topk_ids,
-        num_experts,
         routing,
-        expert_to_slot,
         out,
         tiles.down,
         x_scale=x_scale,
         two_level_sums=two_level_sums,
         scatter=tiles.sort,
         prefetch=tiles.down.block_m <= 32,
-    ).view(num_tokens, top_k, hidden_size)
+    ).view(num_tokens, top_k, experts.hidden_size)
     if topk_weights is None:
         return rows
-    return launch_weighted_sum(rows, topk_weights, topk_ids, num_experts, dependent=True)
+    return launch_weighted_sum(rows, topk_weights, topk_ids, experts.num_experts, dependent=True)
 
 
 def grouped_linear_triton(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    topk_ids: torch.Tensor,
-    expert_to_slot: torch.Tensor | None,
-    num_experts: int,
+    x: Tensor,
+    projection: Projection,
+    topk_ids: Tensor,
     *,
     activations: torch.dtype | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Run the kernel of `qmoe_kernels.grouped_linear`; ``activations`` as in `fused_moe_triton`."""
     num_tokens, top_k = topk_ids.shape
     num_pairs = num_tokens * top_k
-    out = x.new_zeros(num_pairs, weight.shape[1])
+    out = x.new_zeros(num_pairs, projection.weight.shape[1])
     pairs_per_row = top_k if x.ndim == 2 else 1
-    # Before the kernels, as in fused_moe_triton.
-    x, x_scale = x.flatten(0, -2).contiguous(), None
-    routing = ExpertRouting.from_topk_ids(topk_ids, num_experts)
+    projection = projection.contiguous()
+    x, topk_ids, x_scale = x.flatten(0, -2).contiguous(), topk_ids.contiguous(), None
+    routing = ExpertRouting.from_topk_ids(topk_ids, projection.num_experts)
     if activations is not None:
         x, x_scale = launch_quantize_rows(x, activations, dependent=True, early=True)
     rows = launch_grouped_gemm(
         x,
-        weight,
-        scale,
-        bias,
+        projection,
         topk_ids,
-        num_experts,
         routing,
-        expert_to_slot,
         out,
-        heuristic_tile(num_pairs / num_experts, weight.dtype, x.dtype),
+        heuristic_tile(num_pairs / projection.num_experts, projection.weight.dtype, x.dtype),
         x_scale=x_scale,
         pairs_per_row=pairs_per_row,
         scatter=True,
     )
-    return rows.view(num_tokens, top_k, weight.shape[1])
+    return rows.view(num_tokens, top_k, projection.weight.shape[1])

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qmoe_kernels.tensors import is_plain
+
 try:
     import triton
     import triton.language as tl
@@ -62,6 +64,7 @@ def _is_known(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Return whether the kernels can do it: of anything else torch knows, or what is wrong."""
     return (
         triton is not None
+        and is_plain(x, weight, bias)
         and x.is_cuda
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and x.dtype == weight.dtype
@@ -107,7 +110,7 @@ class LinearTile:
         block_n: outputs of a program for each row, at least 16 with ``dot``.
         block_k: columns at once; with ``dot`` those of one warp, at least 16.
         num_warps: of a program.
-        num_stages: of the loop over columns.
+        num_stages: of the loop over columns; 1 keeps nothing in shared memory.
         prefetch: ask for all of a program's weights before waiting.
     """
 
@@ -123,8 +126,11 @@ class LinearTile:
 @functools.cache
 def choose_tile(
     num_rows: int, out_features: int, in_features: int, itemsize: int, shared_memory: int
-) -> LinearTile:
-    """Choose by shapes alone.
+) -> LinearTile | None:
+    """Choose by shapes alone; None where nothing fits.
+
+    A loop over columns keeps all of its stages but one in shared memory, a block of weights and a
+    block of rows each.
 
     Args:
         num_rows: may be rounded up to a power of two.
@@ -143,13 +149,17 @@ def choose_tile(
             block_n = min((32 << 10) // (block_k * itemsize), out_features // 128)
             block_m, block_n = min(4, block_m), 1 << max(1, block_n).bit_length() - 1
         num_warps = max(4, min(8, block_n * block_k // 4096))
-        return LinearTile(False, block_m, block_n, block_k, num_warps)
+        stage_bytes = block_k * (block_n + block_m) * itemsize
+        num_stages = min(3, 1 + shared_memory // stage_bytes)
+        return LinearTile(False, block_m, block_n, block_k, num_warps, num_stages)
     block_m, block_n = max(8, min(16, block_m)), 16
     num_warps, block_k = (4, min(128, block_k // 4)) if small else (8, min(64, block_k // 8))
     block_k = max(16, block_k)
     stage_bytes = num_warps * block_k * (block_n + block_m) * itemsize
+    if stage_bytes > shared_memory:  # which a product takes without a loop, too
+        return None
     num_stages = 1 + triton.cdiv(in_features, num_warps * block_k)
-    num_stages = max(2, min(5 if small else 6, num_stages, 1 + shared_memory // stage_bytes))
+    num_stages = min(5 if small else 6, num_stages, 1 + shared_memory // stage_bytes)
     return LinearTile(True, block_m, block_n, block_k, num_warps, num_stages, prefetch=small)
 
 
@@ -165,7 +175,7 @@ def shared_memory(device: torch.device) -> int:
 def launch_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, tile: LinearTile | None = None
 ) -> Tensor:
-    """Run a kernel; arguments and result as those of `linear`.
+    """Run a kernel, or torch where no tile fits; arguments and result as those of `linear`.
 
     ``tile``: instead of `choose_tile`'s.
     """
@@ -173,15 +183,16 @@ def launch_linear(
     out = x.new_empty(*x.shape[:-1], out_features)
     if not out.numel():
         return out
+    if tile is None:
+        rows = triton.next_power_of_2(x.numel() // in_features)
+        limit = shared_memory(x.device)
+        tile = choose_tile(rows, out_features, in_features, x.element_size(), limit)
+    if tile is None:
+        return F.linear(x, weight, bias)
     if x.stride(-1) != 1:
         x = x.contiguous()
     x = x.reshape(-1, in_features)
     num_rows = x.shape[0]
-    if tile is None:
-        rows = triton.next_power_of_2(num_rows)
-        tile = choose_tile(
-            rows, out_features, in_features, x.element_size(), shared_memory(x.device)
-        )
     pdl = has_dependent_launch(x.device)
     kernel = linear_dot_kernel if tile.dot else linear_fma_kernel
     kernel[(triton.cdiv(out_features, tile.block_n), triton.cdiv(num_rows, tile.block_m))](

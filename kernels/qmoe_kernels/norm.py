@@ -21,6 +21,8 @@ import functools
 import torch
 from torch import Tensor
 
+from qmoe_kernels.tensors import is_plain
+
 try:
     import triton
     import triton.language as tl
@@ -66,7 +68,8 @@ def rms_norm(
         raise ValueError(f"weight is on {weight.device}, not on {hidden_states.device}")
     if round_before_weight and weight_offset:
         raise ValueError(f"weight_offset={weight_offset} needs round_before_weight=False")
-    if triton is None or not hidden_states.is_cuda:
+    plain = is_plain(hidden_states, weight)
+    if triton is None or not (plain and hidden_states.is_cuda):
         return _rms_norm(hidden_states, weight, epsilon, weight_offset, round_before_weight)
     with torch.cuda.device_of(hidden_states):
         return launch_rms_norm(hidden_states, weight, epsilon, weight_offset, round_before_weight)

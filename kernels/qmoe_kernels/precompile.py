@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from qmoe_kernels.activations import Activation
+from qmoe_kernels.experts import Experts, Projection
 from qmoe_kernels.quantization import STORAGE_DTYPE
 from qmoe_kernels.tile_search import Cell
 from qmoe_kernels.tile_tables import LayerKind, sizes_from_dict, tiles_from_dict
@@ -141,25 +142,25 @@ def compile_layer(cell: Cell, tiles: LayerTiles, device: str) -> None:
     hidden, intermediate = shape.hidden_size, shape.intermediate_size
     dtype = STORAGE_DTYPE.get(cell.kind.weights, torch.bfloat16)
 
-    def projection(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def projection(rows: int, columns: int) -> Projection:
         weight = torch.empty(1, rows, columns, dtype=dtype, device=device)
         scale = torch.empty(shape.num_experts, rows, device=device) if dtype.itemsize == 1 else None
-        return weight.expand(shape.num_experts, rows, columns), scale
+        return Projection(weight.expand(shape.num_experts, rows, columns), scale)
+
+    experts = Experts(
+        projection(intermediate * (2 if shape.gated else 1), hidden),
+        projection(hidden, intermediate),
+        activation_of(shape),
+    )
 
     launch = triton.JITFunction.run
     triton.JITFunction.run = partialmethod(_compile_only, launch)
     try:
         fused_moe_triton(
             torch.empty(cell.num_tokens, hidden, dtype=torch.bfloat16, device=device),
-            *projection(intermediate * (2 if shape.gated else 1), hidden),
-            None,
-            *projection(hidden, intermediate),
-            None,
+            experts,
             torch.zeros(cell.num_tokens, shape.top_k, dtype=torch.int64, device=device),
             torch.empty(cell.num_tokens, shape.top_k, device=device),
-            None,
-            activation_of(shape),
-            shape.num_experts,
             activations=rows_dtype(cell.kind.activations),
             tiles=tiles,
         )

@@ -83,7 +83,7 @@ def quantize_with_squares(
     exact, off = _scratch(2, *sampled.shape, device=weight.device)
     # In units of the row's scale: squares neither overflow nor vanish.
     norm = torch.linalg.vector_norm(exact.copy_(sampled).div_(unit), dim=-1, keepdim=True)
-    decode(q.view(matrix)[rows], out=off).sub_(exact)
+    widen(q.view(matrix)[rows], out=off).sub_(exact)
     error = torch.linalg.vector_norm(off, dim=-1, keepdim=True)
     squares = [float((values.double() * unit).square().sum()) for values in (error, norm)]
     return q, scale, squares[0], squares[1]
@@ -102,11 +102,12 @@ def quantize_rows(x: torch.Tensor, to: WeightFormat) -> tuple[torch.Tensor, torc
     Returns:
         ``q``, (..., in_features) int8 or float8_e4m3fn, and ``scale``, (...) fp32.
     """
-    rows = x.float()
-    absmax = rows.abs().amax(-1) if x.shape[-1] else rows.sum(-1)
-    scale = (absmax / LARGEST[to]).clamp_(min=SMALLEST_SCALE)
-    rows = rows / scale[..., None]
-    return (rows.round() if to == "int8" else rows).to(STORAGE_DTYPE[to]), scale
+    q = torch.empty(x.shape, dtype=STORAGE_DTYPE[to], device=x.device)
+    scale = x.new_full(x.shape[:-1], SMALLEST_SCALE, dtype=torch.float32)
+    if x.numel():
+        matrix = x.detach().reshape(-1, x.shape[-1])
+        _quantize_rows(matrix, q.view(matrix.shape), scale.view(-1), LARGEST[to])
+    return q, scale
 
 
 def dequantize(
@@ -139,7 +140,7 @@ def dequantize(
     scratch = torch.empty_like(q_rows[:num_rows], dtype=wide_dtype)
     for start in range(0, q_rows.shape[0], num_rows):
         rows = slice(start, start + num_rows)
-        wide = decode(q_rows[rows], out=scratch[: q_rows.shape[0] - start])
+        wide = widen(q_rows[rows], out=scratch[: q_rows.shape[0] - start])
         result_rows[rows] = wide.mul_(scale_rows[rows])
     return result
 
@@ -170,7 +171,7 @@ def relative_error(q: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor) -
     return math.sqrt(error / norm) if norm else 0.0
 
 
-def decode(q: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+def widen(q: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
     """Copy int8 or float8_e4m3fn values into ``out``, a tensor of a wider float dtype; exact.
 
     torch converts float8 on a CPU one value at a time. An e4m3fn number ``seeeemmm`` whose bits
@@ -269,7 +270,8 @@ def _scratch(*shape: int, device: torch.device) -> torch.Tensor:
     size = math.prod(shape)
     kept: torch.Tensor | None = getattr(_of_thread, "scratch", None)
     if kept is None or kept.numel() < size:
-        kept = _of_thread.scratch = torch.empty(size)
+        with torch.inference_mode(False):  # in which later calls could not write
+            kept = _of_thread.scratch = torch.empty(size, device=device)
     return kept[:size].view(shape)
 
 

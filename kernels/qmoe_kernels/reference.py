@@ -59,7 +59,11 @@ def fused_moe_reference(
     )
     if topk_weights is None:
         return rows
-    return (rows * topk_weights.double().unsqueeze(-1)).sum(1)
+    per_expert = (down_proj_scale, expert_to_slot, down_proj)
+    num_experts = next(t.shape[0] for t in per_expert if t is not None)
+    skipped = (topk_ids < 0) | (topk_ids >= num_experts)
+    weights = topk_weights.double().masked_fill(skipped, 0.0)  # NaN times zero would be NaN
+    return (rows * weights.unsqueeze(-1)).sum(1)
 
 
 def grouped_linear_reference(

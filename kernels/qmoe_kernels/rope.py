@@ -24,6 +24,8 @@ import functools
 import torch
 from torch import Tensor
 
+from qmoe_kernels.tensors import is_plain
+
 try:
     import triton
     import triton.language as tl
@@ -60,7 +62,7 @@ def rotate(
         ValueError: shapes, strides, dtypes or devices that do not fit.
     """
     _check(query, key, cos, sin, half_angles)
-    if triton is None or not query.is_cuda:
+    if triton is None or not (query.is_cuda and is_plain(query, key, cos, sin)):
         return (
             _rotate(query, cos, sin, interleaved, half_angles),
             _rotate(key, cos, sin, interleaved, half_angles),

@@ -33,11 +33,13 @@ def weighted_sum_kernel(
     for k in tl.static_range(TOP_K):
         pair = token * TOP_K + k
         mask_row = mask
+        weight = tl.load(topk_weights_ptr + pair).to(tl.float32)
         if topk_ids_ptr is not None:
             expert = tl.load(topk_ids_ptr + pair)
-            mask_row = mask & (expert >= 0) & (expert < num_experts)
+            routed = (expert >= 0) & (expert < num_experts)
+            mask_row = mask & routed
+            weight = tl.where(routed, weight, 0.0)  # it may be NaN
         row = tl.load(rows_ptr + pair * hidden_size + offsets, mask=mask_row, other=0.0)
-        weight = tl.load(topk_weights_ptr + pair).to(tl.float32)
         acc = tl.fma(row.to(tl.float32), tl.zeros_like(acc) + weight, acc)
     tl.store(out_ptr + token * hidden_size + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -45,14 +47,17 @@ def weighted_sum_kernel(
 @triton.jit(do_not_specialize=["num_rows"])
 def quantize_rows_kernel(
     x_ptr,  # (num_rows, K)
-    out_ptr,  # (num_rows, K) int8 | e4m3fn
-    scale_ptr,  # (num_rows,) fp32
+    places_ptr,  # (num_rows, COPIES) int32: where in out each row goes; or None: where it is in x
+    out_ptr,  # (num_rows * COPIES, K) int8 | e4m3fn
+    scale_ptr,  # (num_rows * COPIES,) fp32
     num_rows,
     K,
     LARGEST_VALUE: tl.constexpr,  # 127 or 448
     SMALLEST: tl.constexpr,  # a scale is not below
+    COPIES: tl.constexpr,
     ROWS: tl.constexpr,  # per program
-    BLOCK: tl.constexpr,  # power of two; rows that are longer are read twice
+    BLOCK: tl.constexpr,  # power of two
+    LONG: tl.constexpr,  # rows are longer than BLOCK, and read twice
     EARLY: tl.constexpr,  # the kernel before this one did not write x
     PDL: tl.constexpr,
 ):
@@ -61,34 +66,42 @@ def quantize_rows_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    exists = rows < num_rows
     columns = tl.arange(0, BLOCK)
     x_ptrs = x_ptr + rows[:, None] * K + columns[None, :]
-    out_ptrs = out_ptr + rows[:, None] * K + columns[None, :]
-    mask = (rows < num_rows)[:, None]
-    x = tl.load(x_ptrs, mask=mask & (columns < K)[None, :], other=0.0).to(tl.float32)
+    mask = exists[:, None] & (columns < K)[None, :]
+    x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
     absmax = tl.max(tl.abs(x), 1)
     not_finite = tl.sum(x * 0.0, 1)
-    for k in range(BLOCK, K, BLOCK):
-        other = tl.load(x_ptrs + k, mask=mask & (columns < K - k)[None, :], other=0.0)
-        absmax = tl.maximum(absmax, tl.max(tl.abs(other.to(tl.float32)), 1))
-        not_finite += tl.sum(other.to(tl.float32) * 0.0, 1)
+    if LONG:
+        for k in range(BLOCK, K, BLOCK):
+            mask_k = exists[:, None] & (columns < K - k)[None, :]
+            other = tl.load(x_ptrs + k, mask=mask_k, other=0.0).to(tl.float32)
+            absmax = tl.maximum(absmax, tl.max(tl.abs(other), 1))
+            not_finite += tl.sum(other * 0.0, 1)
     # A maximum passes over NaN, a sum does not.
     scale = tl.maximum(absmax / LARGEST_VALUE, SMALLEST) + not_finite
-    if PDL and EARLY:
-        # What is written now may have been that kernel's memory.
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    tl.store(scale_ptr + rows, scale, mask=rows < num_rows)
     # Times the inverse: where that rounds another way than a division, it is by one unit of a
     # number half-way between two.
     inverse = (1.0 / scale)[:, None]
     x = round_to(x * inverse, out_ptr.dtype.element_ty, LARGEST_VALUE)
-    tl.store(out_ptrs, x, mask=mask & (columns < K)[None, :])
-    for k in range(BLOCK, K, BLOCK):
-        mask_k = mask & (columns < K - k)[None, :]
-        other = tl.load(x_ptrs + k, mask=mask_k, other=0.0).to(tl.float32)
-        other = round_to(other * inverse, out_ptr.dtype.element_ty, LARGEST_VALUE)
-        tl.store(out_ptrs + k, other, mask=mask_k)
+    if PDL and EARLY:
+        # What is written now may have been that kernel's memory.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    for copy in tl.static_range(COPIES):
+        places = rows
+        if places_ptr is not None:
+            places = tl.load(places_ptr + rows * COPIES + copy, mask=exists, other=0)
+        out_ptrs = out_ptr + places.to(tl.int64)[:, None] * K + columns[None, :]
+        tl.store(scale_ptr + places, scale, mask=exists)
+        tl.store(out_ptrs, x, mask=mask)
+        if LONG:
+            for k in range(BLOCK, K, BLOCK):
+                mask_k = exists[:, None] & (columns < K - k)[None, :]
+                other = tl.load(x_ptrs + k, mask=mask_k, other=0.0).to(tl.float32)
+                other = round_to(other * inverse, out_ptr.dtype.element_ty, LARGEST_VALUE)
+                tl.store(out_ptrs + k, other, mask=mask_k)
 
 
 @triton.jit
@@ -101,29 +114,43 @@ def round_to(x, dtype: tl.constexpr, LARGEST_VALUE: tl.constexpr):
 
 
 def launch_quantize_rows(
-    x: torch.Tensor, dtype: torch.dtype, *, dependent: bool, early: bool = False
+    x: torch.Tensor,  # (num_rows, K)
+    dtype: torch.dtype,
+    *,
+    places: torch.Tensor | None = None,  # (num_rows * copies,) int32
+    dependent: bool,
+    early: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize each row of ``x`` (num_rows, K) to int8 or e4m3fn; returns that and its scales.
+    """Quantize each row of ``x``, which is contiguous, to int8 or e4m3fn.
 
-    ``early``: the kernel before this one does not write ``x``, which is read without waiting.
+    Args:
+        places: where row ``i // copies`` of ``x`` goes, for each ``i``; None: where it is.
+        dependent: start while the kernel before this one ends.
+        early: that kernel does not write ``x``, which is read without waiting.
+
+    Returns:
+        (num_rows * copies, K) and its scales, (num_rows * copies,) fp32.
     """
-    x = x.contiguous()
     num_rows, in_features = x.shape
-    out = torch.empty_like(x, dtype=dtype)
-    scale = x.new_empty(num_rows, dtype=torch.float32)
+    num_out = num_rows if places is None else places.shape[0]
+    out = x.new_empty(num_out, in_features, dtype=dtype)
+    scale = x.new_empty(num_out, dtype=torch.float32)
     if out.numel():
         block = min(16384, max(16, triton.next_power_of_2(in_features)))
-        rows = max(1, 4096 // block)
+        rows = max(1, (4096 if places is None else 2048) // block)
         quantize_rows_kernel[(triton.cdiv(num_rows, rows),)](
             x,
+            places,
             out,
             scale,
             num_rows,
             in_features,
             LARGEST_VALUE=LARGEST[FORMAT_OF[dtype]],
             SMALLEST=SMALLEST_SCALE,
+            COPIES=num_out // num_rows,
             ROWS=rows,
             BLOCK=block,
+            LONG=in_features > block,
             EARLY=early,
             PDL=has_dependent_launch(x.device),
             num_warps=max(4, block // 1024),

@@ -19,7 +19,7 @@ Effort = Literal["quick", "full"]
 
 # Of one program, on the GPUs with the most (compute capability 9.0 and 10.0).
 SHARED_MEMORY = 227 * 1024
-# 32-bit registers of a thread that accumulators and decoded weights may take; it has 255.
+# 32-bit registers of a thread that accumulators and widened weights may take; it has 255.
 REGISTERS = 176
 # Between these numbers of pairs, sorting them first is tried as well as not sorting them. Fewer
 # are never sorted and more always.
@@ -37,7 +37,7 @@ SHARES = {"layers": 1.0, "gate_up": 0.5, "down": 0.95, "sort": 1.0}
 BYTES = {"int8": 1, "fp8": 1, "bf16": 2}
 
 # block_n, bytes of weights along k, warps, stages. Likely ones first.
-_DECODE = (
+_FEW_ROWS = (
     (128, 128, 4, 4),
     (64, 256, 4, 4),
     (128, 256, 8, 3),
@@ -56,9 +56,9 @@ _DECODE = (
     (64, 512, 8, 3),
     (32, 512, 4, 3),
 )
-# With 16-bit rows and weights to decode: two warps multiply by instructions that take rows of
+# With 16-bit rows and weights to widen: two warps multiply by instructions that take rows of
 # weights as threads hold them, four take wgmma, for which bytes are shuffled.
-_DECODE_WIDE = (
+_FEW_ROWS_WIDE = (
     (64, 128, 2, 4),
     (64, 128, 2, 3),
     (32, 256, 2, 4),
@@ -66,7 +66,7 @@ _DECODE_WIDE = (
     (32, 128, 2, 5),
 )
 # block_n, bytes of rows along k, warps, stages.
-_PREFILL = (
+_MANY_ROWS = (
     (128, 128, 8, 4),
     (128, 128, 4, 4),
     (128, 128, 8, 3),
@@ -183,7 +183,7 @@ def candidates(cell: Cell, effort: Effort = "quick", *, hopper: bool = False) ->
     """Return what to try: with tensor cores, without them for few tokens, and by TMA.
 
     All of them fit in 227 KiB of shared memory and in registers, by this estimate: every stage
-    holds a tile of weights and one of rows, a sum is one register, and so are two decoded 16-bit
+    holds a tile of weights and one of rows, a sum is one register, and so are two widened 16-bit
     weights.
 
     Args:
@@ -229,12 +229,12 @@ def shared_memory(tile: TileConfig, kind: LayerKind) -> int:
 
 
 def registers(tile: TileConfig, kind: LayerKind) -> float:
-    """Estimate a thread's 32-bit registers for sums and decoded weights."""
+    """Estimate a thread's 32-bit registers for sums and widened weights."""
     threads = 32 * tile.num_warps
     if tile.block_m == 1:  # a sum for each weight, and what is loaded of the next ones
         return tile.block_n * tile.block_k * (1 + BYTES[kind.weights] / 4) / threads
-    decoded = BYTES[kind.weights] < BYTES[kind.activations]
-    weights = tile.block_n * tile.block_k / 2 if decoded else 0
+    widened = BYTES[kind.weights] < BYTES[kind.activations]
+    weights = tile.block_n * tile.block_k / 2 if widened else 0
     return (tile.block_m * tile.block_n + weights) / threads
 
 
@@ -278,28 +278,28 @@ def _tensor_core(cell: Cell, effort: Effort) -> list[TileConfig]:
     # Half as many again: some experts get more than the mean.
     block_m = next((size for size in (16, 32, 64) if 1.5 * rows <= size), 128)
     other = {16: 32 if rows > 4 else 8, 32: 16, 64: 32, 128: 256 if rows >= 256 else 64}[block_m]
-    decode = rows < 32
-    width = BYTES[cell.kind.weights if decode else cell.kind.activations]
-    grid = [(n, size // width, warps, stages) for n, size, warps, stages in _DECODE]
-    if not decode:
-        grid = [(n, size // width, warps, stages) for n, size, warps, stages in _PREFILL]
+    few = rows < 32
+    width = BYTES[cell.kind.weights if few else cell.kind.activations]
+    grid = [(n, size // width, warps, stages) for n, size, warps, stages in _FEW_ROWS]
+    if not few:
+        grid = [(n, size // width, warps, stages) for n, size, warps, stages in _MANY_ROWS]
     tiles = [TileConfig(block_m, *sizes) for sizes in grid]
-    tiles += [TileConfig(other, *sizes) for sizes in (grid[:4] if decode else grid)]
+    tiles += [TileConfig(other, *sizes) for sizes in (grid[:4] if few else grid)]
     if BYTES[cell.kind.weights] < BYTES[cell.kind.activations] and 4 <= rows < 64:
-        wide = [TileConfig(m, *sizes) for m in (block_m, other) for sizes in _DECODE_WIDE]
+        wide = [TileConfig(m, *sizes) for m in (block_m, other) for sizes in _FEW_ROWS_WIDE]
         tiles = wide + tiles[: len(tiles) - 6]
-    if not decode:  # where the last rows of an expert are few
+    if not few:  # where the last rows of an expert are few
         tiles += [
             TileConfig(block_m, *sizes, tail_m=tail) for sizes in grid[:2] for tail in (16, 32)
         ]
     if effort == "full":
-        tiles += [TileConfig(*sizes) for sizes in _full_grid(decode)]
+        tiles += [TileConfig(*sizes) for sizes in _full_grid(few)]
     fitting = [tile for tile in dict.fromkeys(tiles) if _fits(tile, cell.kind)]
     return [tile for tile in fitting if tile.tail_m < tile.block_m]
 
 
-def _full_grid(decode: bool) -> chain[tuple[int, ...]]:
-    if decode:
+def _full_grid(few: bool) -> chain[tuple[int, ...]]:
+    if few:
         return chain(
             product((8, 16, 32), (32, 64, 128, 256), (64, 128, 256, 512), (2, 4, 8), range(2, 7))
         )

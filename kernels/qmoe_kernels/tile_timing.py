@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from qmoe_kernels.experts import Experts, Projection
 from qmoe_kernels.precompile import activation_of, rows_dtype
 from qmoe_kernels.tile_search import Cell, Measure
 from qmoe_kernels.tiles import LayerShape, LayerTiles
@@ -126,19 +127,11 @@ def _call(
     activations: torch.dtype | None,
     tiles: LayerTiles,
 ) -> torch.Tensor:
-    return fused_moe_triton(
-        hidden_states,
-        layer.gate_up_proj,
-        layer.gate_up_proj_scale,
-        None,
-        layer.down_proj,
-        layer.down_proj_scale,
-        None,
-        topk_ids,
-        topk_weights,
-        None,
+    experts = Experts(
+        Projection(layer.gate_up_proj, layer.gate_up_proj_scale),
+        Projection(layer.down_proj, layer.down_proj_scale),
         activation_of(shape),
-        shape.num_experts,
-        activations=activations,
-        tiles=tiles,
+    )
+    return fused_moe_triton(
+        hidden_states, experts, topk_ids, topk_weights, activations=activations, tiles=tiles
     )

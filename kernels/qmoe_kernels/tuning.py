@@ -1,7 +1,7 @@
 """Which tiles a layer runs with: measured ones by GPU, shape and size, else a heuristic.
 
 Tables lie in ``configs`` beside this file, and in the folder that the environment variable
-``QMOE_CONFIGS`` names, which is asked first. ``qmoe bench tune`` writes them; nothing here
+``QMOE_CONFIGS`` names, which is asked first. ``qmoe tune`` writes them; nothing here
 measures while a model runs.
 """
 

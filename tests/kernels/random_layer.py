@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qmoe_kernels import Activation, fused_moe, quantize
+from qmoe_kernels.experts import Experts, Projection
 from qmoe_kernels.quantization import STORAGE_DTYPE
 from qmoe_kernels.reference import fused_moe_reference
 from qmoe_kernels.tiles import LayerTiles
@@ -76,6 +77,15 @@ class Layer:
     def arguments(self) -> dict[str, object]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
+    def experts(self) -> Experts:
+        assert isinstance(self.activation, Activation)
+        slots = self.expert_to_slot
+        return Experts(
+            Projection(self.gate_up_proj, self.gate_up_proj_scale, self.gate_up_proj_bias, slots),
+            Projection(self.down_proj, self.down_proj_scale, self.down_proj_bias, slots),
+            self.activation,
+        )
+
     def fused_moe(self, *, activations: str = "auto") -> torch.Tensor:
         skip_without_fp8(self.hidden_states.device, activations)
         return fused_moe(**self.arguments(), activations=activations)
@@ -91,9 +101,12 @@ class Layer:
         from qmoe_kernels.layer import fused_moe_triton
 
         skip_without_fp8(DEVICE, activations)
+        layer = self.to(DEVICE)
         return fused_moe_triton(
-            **self.to(DEVICE).arguments(),
-            num_experts=self.num_experts,
+            layer.hidden_states,
+            layer.experts(),
+            layer.topk_ids,
+            layer.topk_weights,
             activations=None if activations is None else STORAGE_DTYPE[activations],
             two_level_sums=two_level_sums,
             tiles=tiles,

@@ -75,44 +75,26 @@ def apply_kernel(
     gate_up_ptr,  # (num_rows, 2 or 1)
     out_ptr,  # (num_rows,)
     num_rows,
-    NAME: tl.constexpr,
-    GATED: tl.constexpr,
-    ALPHA: tl.constexpr,
-    UP_SHIFT: tl.constexpr,
-    LIMIT: tl.constexpr,
-    LIMIT_AFTER: tl.constexpr,
-    GATE_SOFTCAP: tl.constexpr,
-    UP_SOFTCAP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     rows = tl.arange(0, BLOCK)
-    columns: tl.constexpr = 2 if GATED else 1
+    columns: tl.constexpr = 2 if ACTIVATION.gated else 1
     gate = tl.load(gate_up_ptr + rows * columns, mask=rows < num_rows, other=0.0)
     up = tl.load(gate_up_ptr + rows * columns + columns - 1, mask=rows < num_rows, other=0.0)
-    out = apply_triton(
-        gate, up, NAME, GATED, ALPHA, UP_SHIFT, LIMIT, LIMIT_AFTER, GATE_SOFTCAP, UP_SOFTCAP
-    )
-    tl.store(out_ptr + rows, out, mask=rows < num_rows)
+    tl.store(out_ptr + rows, apply_triton(gate, up, ACTIVATION), mask=rows < num_rows)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=repr)
 def test_triton_follows_the_formula(activation: Activation) -> None:
-    a = activation
-    gate_up, expected = grid(a)
+    gate_up, expected = grid(activation)
     gate_up = torch.cat([gate_up, torch.full_like(gate_up[:1], math.nan)]).to(DEVICE)
     out = torch.empty(len(gate_up), device=DEVICE)
     apply_kernel[(1,)](
         gate_up,
         out,
         len(gate_up),
-        NAME=a.name,
-        GATED=a.gated,
-        ALPHA=a.alpha,
-        UP_SHIFT=a.up_shift,
-        LIMIT=a.limit,
-        LIMIT_AFTER=a.limit_after,
-        GATE_SOFTCAP=a.gate_softcap,
-        UP_SOFTCAP=a.up_softcap,
+        ACTIVATION=activation,
         BLOCK=triton.next_power_of_2(len(gate_up)),
     )
     torch.testing.assert_close(out[:-1].cpu(), expected[:, 0], rtol=1e-5, atol=1e-5)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from trained_layer import trained_layer
 
 import qmoe_kernels
 from qmoe_kernels import Activation, fused_moe, grouped_linear, weighted_sum
+from qmoe_kernels.activations import apply
 from qmoe_kernels.fused_moe import ARITHMETIC_BOUND_ROWS, check_activations
 from qmoe_kernels.reference import grouped_linear_reference
 
@@ -191,6 +193,48 @@ def test_routing_dtypes(ids_dtype: torch.dtype, weights_dtype: torch.dtype, devi
     layer.topk_ids = layer.topk_ids.to(ids_dtype)
     layer.topk_weights = layer.topk_weights.to(weights_dtype)
     assert_close(layer.fused_moe(), layer.reference())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "callable"])
+def test_the_weight_of_a_skipped_id_does_not_count(fused: bool, device: str) -> None:
+    layer = random_layer(bias=True).to(device)
+    if not fused:
+        layer.activation = partial(apply, Activation())
+    layer.topk_ids[0, 0], layer.topk_ids[1, 1] = -1, layer.num_experts
+    expected = layer.fused_moe()
+    assert expected.isfinite().all()
+    layer.topk_weights[0, 0], layer.topk_weights[1, 1] = torch.nan, torch.inf
+    assert torch.equal(layer.fused_moe(), expected)
+    assert_close(expected, layer.reference())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("weights", ["int8", None])
+def test_sums_are_not_rounded_before_the_bias(weights: str | None, device: str) -> None:
+    layer = random_layer(num_tokens=2, weights=weights, dtype=torch.bfloat16, hidden_size=256)
+    ids = torch.zeros(2, 1, dtype=torch.int64)
+    product = partial(
+        grouped_linear_reference,
+        layer.hidden_states,
+        layer.gate_up_proj,
+        layer.gate_up_proj_scale,
+        ids,
+    )
+    # What is left of the first token's sums is what a rounding before the bias would have lost.
+    bias = torch.zeros(layer.gate_up_proj.shape[:2])
+    bias[0] = -product()[0, 0].bfloat16().float()
+    expected = product(bias=bias)
+    out = grouped_linear(
+        layer.hidden_states.to(device),
+        layer.gate_up_proj.to(device),
+        None if layer.gate_up_proj_scale is None else layer.gate_up_proj_scale.to(device),
+        ids.to(device),
+        bias=bias.to(device),
+        activations="bf16",
+    )
+    assert relative_error(out[0], expected[0]) < 0.01
+    assert_close(out, expected.to(out.device))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -23,7 +23,7 @@ from random_layer import (
 from trained_layer import trained_layer
 
 from qmoe_kernels import Activation, ExpertRouting, quantize, weighted_sum
-from qmoe_kernels.decoding import decode_weights
+from qmoe_kernels.experts import Projection
 from qmoe_kernels.grouped_gemm import launch_grouped_gemm
 from qmoe_kernels.heuristic import heuristic_tiles
 from qmoe_kernels.launching import COMPILED
@@ -32,6 +32,7 @@ from qmoe_kernels.quantization import SMALLEST_SCALE, STORAGE_DTYPE, dequantize,
 from qmoe_kernels.reference import grouped_linear_reference
 from qmoe_kernels.rows import launch_quantize_rows, launch_weighted_sum
 from qmoe_kernels.tiles import LayerShape, LayerTiles, TileConfig
+from qmoe_kernels.widening import widen_weights
 
 # What numpy says of poisoned rows in the interpreter.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -59,6 +60,17 @@ def test_formats(weights: str | None, dtype: torch.dtype, tiles: LayerTiles) -> 
     out = layer.triton(tiles=tiles)
     assert out.dtype == dtype
     assert_close(out, layer.reference())
+
+
+@ALL_PATHS
+def test_the_weight_of_a_skipped_id_does_not_count(tiles: LayerTiles) -> None:
+    layer = random_layer(num_tokens=3, dtype=torch.float16)
+    layer.topk_ids[0, 0], layer.topk_ids[1, 1] = -1, layer.num_experts
+    expected = layer.triton(tiles=tiles)
+    assert expected.isfinite().all()
+    layer.topk_weights[0, 0], layer.topk_weights[1, 1] = torch.nan, torch.inf
+    assert torch.equal(layer.triton(tiles=tiles), expected)
+    assert_close(expected, layer.reference())
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -188,13 +200,9 @@ def test_tiles_fit_any_routing(sort: bool) -> None:
         weight = torch.randn(4, 5, 8, device=DEVICE)
         out = launch_grouped_gemm(
             x,
-            weight,
-            None,
-            None,
+            Projection(weight),
             ids,
-            4,
             ExpertRouting.from_topk_ids(ids, 4) if sort else None,
-            None,
             torch.full((len(ids), 5), torch.nan, device=DEVICE),
             tile,
             pairs_per_row=1,
@@ -218,12 +226,8 @@ def test_grouped_linear(weights: str | None, per_pair: bool) -> None:
         skip_without_fp8(DEVICE, activations)
         out = grouped_linear_triton(
             x,
-            weight,
-            scale,
-            bias,
+            Projection(weight, scale, bias),
             layer.topk_ids,
-            None,
-            layer.num_experts,
             activations=None if activations is None else STORAGE_DTYPE[activations],
         )
         expected = grouped_linear_reference(
@@ -385,12 +389,8 @@ def test_two_level_sums_are_closer() -> None:
         relative_error(
             launch_grouped_gemm(
                 x_q,
-                weight_q,
-                scale,
-                None,
+                Projection(weight_q, scale),
                 ids,
-                1,
-                None,
                 None,
                 torch.empty(32, 64, device="cuda"),
                 TILE,
@@ -416,12 +416,8 @@ def test_rows_of_any_magnitude() -> None:
     outs = [
         grouped_linear_triton(
             rows.to(DEVICE),
-            weight.to(DEVICE),
-            scale.to(DEVICE),
-            None,
+            Projection(weight.to(DEVICE), scale.to(DEVICE)),
             ids.to(DEVICE),
-            None,
-            2,
             activations=torch.int8,
         ).cpu()
         for rows in (x, x * factors[:, None])
@@ -486,22 +482,22 @@ def test_rows_that_are_not_finite_show(bad: float, to: str) -> None:
 
 
 @triton.jit
-def decode_kernel(codes_ptr, out_ptr, FP8: tl.constexpr, ASM: tl.constexpr):
+def widen_kernel(codes_ptr, out_ptr, FP8: tl.constexpr, ASM: tl.constexpr):
     """Grid: (1,)."""
     codes = tl.arange(0, 256)
     weight = tl.load(codes_ptr + codes)
-    tl.store(out_ptr + codes, decode_weights(weight, out_ptr.dtype.element_ty, FP8, ASM))
+    tl.store(out_ptr + codes, widen_weights(weight, out_ptr.dtype.element_ty, FP8, ASM))
 
 
 @pytest.mark.parametrize("dtype", TRITON_DTYPES)
 @pytest.mark.parametrize("weights", ["int8", "fp8"])
 @pytest.mark.parametrize("asm", [False, pytest.param(True, marks=pytest.mark.gpu)])
-def test_decoding_is_exact(weights: str, dtype: torch.dtype, asm: bool) -> None:
+def test_widening_is_exact(weights: str, dtype: torch.dtype, asm: bool) -> None:
     assert COMPILED or not asm
     # Not in order: four neighbours differ in every bit.
     codes = (torch.arange(256) * 37 % 256).to(torch.uint8).view(torch.int8)
     out = torch.full((256,), torch.nan, dtype=dtype, device=DEVICE)
-    decode_kernel[(1,)](codes.to(DEVICE), out, FP8=weights == "fp8", ASM=asm, num_warps=1)
+    widen_kernel[(1,)](codes.to(DEVICE), out, FP8=weights == "fp8", ASM=asm, num_warps=1)
     expected = codes.view(STORAGE_DTYPE[weights]).double()
     numbers = expected.isfinite()
     assert numbers.sum() == (254 if weights == "fp8" else 256)
@@ -630,7 +626,7 @@ def test_compiles(capability: int) -> None:
         assert kernel["spilled"] == 0, kernel
         assert kernel["shared"] <= SHARED_MEMORY[capability] * 1024, kernel
         assert kernel["waits"] == (capability >= 90), kernel
-        # Weights are decoded without conversion instructions.
+        # Weights are widened without conversion instructions.
         if name == "gemv" or (name == "grouped_gemm" and eight_bit is None):
             slow = [c for c in kernel["conversions"] if ".s8" in c or "e4m3" in c]
             slow += [c for c in kernel["conversions"] if c.startswith("cvt.rn.f32.")]

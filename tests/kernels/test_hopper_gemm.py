@@ -12,6 +12,7 @@ from random_layer import DEVICE, Layer, assert_close, random_layer, relative_err
 
 from qmoe_kernels import Activation, ExpertRouting
 from qmoe_kernels import hopper_gemm as hopper
+from qmoe_kernels.heuristic import hopper_tiles
 from qmoe_kernels.quantization import STORAGE_DTYPE
 from qmoe_kernels.rows import launch_quantize_rows
 
@@ -68,7 +69,7 @@ def test_quantize_sorted_rows(in_features: int, dtype: torch.dtype) -> None:
     x[3] = 0.0
     x[5, 3] = float("nan")
     _, positions = hopper.launch_tile_table(routing, None, block_m=16)
-    out, scale = hopper.launch_quantize_sorted_rows(x, positions, 2, dtype)
+    out, scale = launch_quantize_rows(x, dtype, places=positions, dependent=True, early=True)
     expected, expected_scale = launch_quantize_rows(x, dtype, dependent=False)
     tokens = routing.sorted_token_ids
     assert torch.equal(scale.isnan(), tokens == 5)
@@ -115,6 +116,8 @@ import torch
 from compiling import compiling_for, spilled_bytes
 from qmoe_kernels import Activation, ExpertRouting
 from qmoe_kernels import hopper_gemm as hopper
+from qmoe_kernels.experts import Projection
+from qmoe_kernels.heuristic import hopper_tiles
 
 STORAGE = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 routing = ExpertRouting(torch.zeros(512, dtype=torch.int32), torch.zeros(9, dtype=torch.int32), 2)
@@ -134,11 +137,13 @@ with compiling_for(90) as compiled:
         features = 512
         hopper.launch_hopper_gemm(
             torch.zeros(512, 1024, dtype=dtype),
-            torch.zeros(8, features * 2 if gated else features, 1024, dtype=STORAGE[weights]),
-            torch.zeros(8, features * 2 if gated else features),
-            torch.zeros(8, features * 2 if gated else features, dtype=torch.bfloat16),
+            Projection(
+                torch.zeros(8, features * 2 if gated else features, 1024, dtype=STORAGE[weights]),
+                torch.zeros(8, features * 2 if gated else features),
+                torch.zeros(8, features * 2 if gated else features, dtype=torch.bfloat16),
+            ),
             routing, table, torch.zeros(512, features, dtype=out_dtype),
-            block_m=block_m, num_stages=num_stages, out_features=features,
+            hopper_tiles(block_m, dtype, num_stages).gate_up, out_features=features,
             x_scale=None if wide else torch.zeros(512), activation=limited if gated else None,
             scatter=not gated, permute=wide and gated,
         )
@@ -183,23 +188,10 @@ def run(
     layer = layer.to("cuda")
     storage = None if activations is None else STORAGE_DTYPE[activations]
     assert hopper.hopper_supports(
-        layer.hidden_states,
-        layer.gate_up_proj,
-        layer.gate_up_proj_scale,
-        layer.down_proj,
-        layer.down_proj_scale,
-        layer.topk_ids,
-        layer.activation,
-        layer.num_experts,
-        activations=storage,
+        layer.hidden_states, layer.experts(), layer.topk_ids, activations=storage
     )
-    return hopper.hopper_fused_moe(
-        **layer.arguments(),
-        num_experts=layer.num_experts,
-        activations=storage,
-        block_m=block_m,
-        num_stages=num_stages,
-    )
+    tiles = hopper_tiles(block_m, storage or layer.hidden_states.dtype, num_stages)
+    return layer.triton(activations=activations, tiles=tiles)
 
 
 def moe(**sizes: object) -> Layer:
@@ -264,3 +256,35 @@ class TestOnHopper:
         uses_it = (layer.topk_ids == 4).any(1)
         assert out[uses_it].isnan().all()
         assert_close(out[~uses_it], layer.reference()[~uses_it])
+
+    @pytest.mark.parametrize("activations", [None, "int8"])
+    def test_small_tensors_may_have_strides(self, activations: str | None) -> None:
+        layer = moe(bias=True).to("cuda")
+        slots = torch.tensor([3, 0, 5, 1, 4, 2], device="cuda")
+        place = slots.argsort()
+        layer.gate_up_proj, layer.down_proj = layer.gate_up_proj[place], layer.down_proj[place]
+        layer.expert_to_slot = slots.int()
+        expected = run(layer, activations)
+        for name in (
+            "expert_to_slot",
+            "gate_up_proj_scale",
+            "gate_up_proj_bias",
+            "down_proj_scale",
+            "down_proj_bias",
+            "topk_ids",
+            "topk_weights",
+            "hidden_states",
+        ):
+            tensor = getattr(layer, name)
+            apart = torch.stack((tensor, torch.full_like(tensor, 5)), -1)[..., 0]
+            assert torch.equal(run(replace(layer, **{name: apart}), activations), expected), name
+
+    def test_skipped_ids_count_for_nothing(self) -> None:
+        layer = moe(bias=True)
+        layer.topk_ids[0, 0], layer.topk_ids[1, 1] = -1, layer.num_experts
+        expected = run(layer)
+        layer.topk_weights[0, 0], layer.topk_weights[1, 1] = torch.nan, torch.inf
+        assert torch.equal(run(layer), expected)
+        layer.topk_ids.fill_(-1)
+        for _ in range(20):  # programs only wait
+            assert run(layer).eq(0).all()

@@ -11,6 +11,7 @@ from compiling import ARCHITECTURES, SHARED_MEMORY, run_compiler
 from graphs import capture, no_synchronization
 from random_layer import DEVICE, TRITON_DTYPES
 
+from qmoe_kernels import linear as linear_module
 from qmoe_kernels.linear import LinearTile, choose_tile, launch_linear, linear, linear_pays
 
 NUM_ROWS = [1, 2, 3, 5, 8, 16, 33, 64]
@@ -224,6 +225,33 @@ def test_a_chain_in_a_cuda_graph_without_synchronization(num_rows: int) -> None:
         assert torch.equal(y, expected)
 
 
+# ---- memory ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [48, 64, 99, 163, 227])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_tiles_fit_in_shared_memory(itemsize: int, limit: int) -> None:
+    dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
+    for num_rows in (1, 2, 4, 8, 16, 64):
+        for out_features in (8, 512, 2048, 32768):
+            weight = torch.empty(out_features, 1, dtype=dtype, device="meta")
+            if not linear_pays(num_rows, weight):
+                continue
+            for in_features in (64, 2880, 8192, 8200, 12288, 16384):
+                tile = choose_tile(num_rows, out_features, in_features, itemsize, limit << 10)
+                assert tile is not None
+                stage = tile.block_k * (tile.block_m + tile.block_n) * itemsize
+                stage *= tile.num_warps if tile.dot else 1
+                assert stage * (tile.num_stages - 1) <= limit << 10, tile
+
+
+def test_torch_multiplies_where_no_tile_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_module, "shared_memory", lambda device: 16 << 10)
+    x, weight, b = random_product(16, 64, 2048, HALF, True)
+    assert choose_tile(16, 64, 2048, 2, 16 << 10) is None
+    assert torch.equal(launch_linear(x, weight, b), F.linear(x, weight, b))
+
+
 # ---- compilation without a GPU -----------------------------------------------------------------
 
 COMPILE = """
@@ -279,3 +307,38 @@ def test_compiles_for_every_architecture() -> None:
         assert kernel["dot"] == kernel["tensor_cores"], kernel
         assert kernel["waits"] == (kernel["capability"] >= 90), kernel
         assert kernel["early"] == (kernel["waits"] and kernel["prefetches"]), kernel
+
+
+COMPILE_WIDE = """
+import json
+import torch
+from compiling import compiling_for
+from qmoe_kernels import linear
+from qmoe_kernels.launching import has_dependent_launch
+
+for capability in (86, 89):
+    has_dependent_launch.cache_clear()
+    linear.shared_memory = lambda device: SHARED_MEMORY[capability] << 10
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for num_rows, out_features in ((8, 512), (2, 4096), (16, 2048)):
+            for in_features in (8192, 8200, 16384):
+                weight = torch.zeros(out_features, in_features, dtype=dtype)
+                if not linear.linear_pays(num_rows, weight):
+                    continue
+                x = torch.zeros(num_rows, in_features, dtype=dtype)
+                with compiling_for(capability) as compiled:
+                    linear.launch_linear(x, weight, None)
+                print(json.dumps({
+                    "case": f"{capability} {dtype} {num_rows} {out_features} {in_features}",
+                    "shared": compiled[0].metadata.shared,
+                }))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
+def test_many_columns_fit_on_consumer_gpus() -> None:
+    kernels = run_compiler(f"SHARED_MEMORY = {SHARED_MEMORY}\n" + COMPILE_WIDE)
+    assert len(kernels) == 2 * (6 + 9 + 9)
+    for kernel in kernels:
+        assert kernel["shared"] <= SHARED_MEMORY[86] * 1024, kernel

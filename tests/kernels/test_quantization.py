@@ -11,12 +11,12 @@ from qmoe_kernels.quantization import (
     LARGEST,
     SMALLEST_SCALE,
     STORAGE_DTYPE,
-    decode,
     dequantize,
     quantize,
     quantize_rows,
     quantize_with_squares,
     relative_error,
+    widen,
 )
 
 FORMATS = ["int8", "fp8"]
@@ -172,13 +172,13 @@ def test_error_of_zeros_is_zero() -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_decode_is_exact_for_every_fp8_value(dtype: torch.dtype) -> None:
+def test_widening_is_exact_for_every_fp8_value(dtype: torch.dtype) -> None:
     codes = torch.arange(-128, 128, dtype=torch.int16).to(torch.int8).view(torch.float8_e4m3fn)
     values = torch.tensor([float(c) for c in codes.to(torch.float64)], dtype=dtype)
     numbers = values.isfinite()  # 0x7f and 0xff are NaN
     assert numbers.sum() == 254
-    decoded = decode(codes, out=torch.empty(256, dtype=dtype))
-    assert torch.equal(decoded[numbers], values[numbers])
+    wide = widen(codes, out=torch.empty(256, dtype=dtype))
+    assert torch.equal(wide[numbers], values[numbers])
 
 
 @pytest.mark.parametrize("to", FORMATS)

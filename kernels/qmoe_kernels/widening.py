@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 @triton.jit
-def decode_weights(weight, dtype: tl.constexpr, FP8: tl.constexpr, ASM: tl.constexpr):
+def widen_weights(weight, dtype: tl.constexpr, FP8: tl.constexpr, ASM: tl.constexpr):
     """Convert a tile of weights to ``dtype``; e4m3fn comes as int8 and leaves as 2**-8 of itself.
 
     The bits ``seeeemmm`` put into a half as ``s0eeeemmm0000000`` are the number times 2**-8,
