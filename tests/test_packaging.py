@@ -80,7 +80,7 @@ def test_the_folder_is_no_package(folder) -> None:
         "qmoe.loading.load",
         "qmoe.paging.model",
         "qmoe.loading.patch",
-        "qmoe.loading.quantizer",
+        "qmoe.loading.config",
     ],
 )
 def test_examples_in_docstrings_run(module, monkeypatch) -> None:
