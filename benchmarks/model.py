@@ -14,6 +14,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from qmoe.experts.layout import find_experts
 from qmoe.experts.quantized import QuantizedExperts, install
+from qmoe.loading.side_by_side import lay_side_by_side
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,8 @@ def build_model(
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
     # Its buffers were computed on the meta device, that is, not at all.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
+    if experts != "bf16":
+        lay_side_by_side(model)  # as a model that was loaded
     return model
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from qmoe.loading.config import QmoeConfig
 from qmoe.loading.patch import patch, unpatch
-from qmoe.loading.quantizer import QmoeConfig
+from qmoe.loading.register import register as _register
+from qmoe.paging.options import PagingOptions
 
 if TYPE_CHECKING:
     from qmoe.decoding.decoder import release
@@ -28,10 +30,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+_register()
+
 __all__ = [
     "GenerationInterrupted",
     "GenerationResult",
     "GenerationStatistics",
+    "PagingOptions",
     "QmoeConfig",
     "__version__",
     "decode",

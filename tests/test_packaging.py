@@ -81,7 +81,7 @@ def test_the_folder_is_no_package(folder) -> None:
         "qmoe.paging.model",
         "qmoe.progress",
         "qmoe.loading.patch",
-        "qmoe.loading.quantizer",
+        "qmoe.loading.config",
     ],
 )
 def test_examples_in_docstrings_run(module, monkeypatch) -> None:

@@ -19,17 +19,12 @@ one.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
-from typing import Any, get_args
 
 import torch
 from torch import nn
-
-from qmoe_kernels import Activation
-from qmoe_kernels.activations import ActivationName
-from qmoe_kernels.activations import apply as apply_activation
+from torch.nn.utils import parametrize
 
 # Experts that are no 3-D weights behind one call; refused by name rather than left in 16 bit
 # silently.
@@ -146,8 +141,9 @@ def find_experts(model: nn.Module) -> dict[str, ExpertsLayout]:
         model: any model; meta tensors suffice.
 
     Raises:
-        ValueError: the model has no experts, has experts that qmoe does not support (named), or an
-            experts module holds a parameter that no layout accounts for.
+        ValueError: the model has no experts, has experts that qmoe does not support (named), ties
+            them, has an adapter on them, or an experts module holds a parameter that no layout
+            accounts for.
     """
     layouts: dict[str, ExpertsLayout] = {}
     for name, module in model.named_modules():
@@ -159,6 +155,7 @@ def find_experts(model: nn.Module) -> dict[str, ExpertsLayout]:
             )
         layout = describe(module)
         if layout is not None:
+            _check_no_adapter(name, module)
             _check_all_parameters_accounted_for(name, module, layout)
             layouts[name] = layout
     if not layouts:
@@ -166,12 +163,13 @@ def find_experts(model: nn.Module) -> dict[str, ExpertsLayout]:
             f"{type(model).__name__} holds no experts that qmoe can quantize; "
             "it takes Mixture-of-Experts models, docs/models.md lists them"
         )
+    _check_not_tied(model, layouts)
     return layouts
 
 
 def describe(module: nn.Module) -> ExpertsLayout | None:
     """The layout of one module, or None if it is no experts module."""
-    down = module._parameters.get("down_proj")
+    down = _weight(module, "down_proj")
     if down is not None and down.ndim == 3:
         return _describe_fused(module, down)
     mlp = module._modules.get("mlp")
@@ -180,15 +178,22 @@ def describe(module: nn.Module) -> ExpertsLayout | None:
     return None
 
 
-def _describe_fused(module: nn.Module, down: nn.Parameter) -> ExpertsLayout | None:
-    up_name = next(
-        (n for n in ("gate_up_proj", "up_proj") if module._parameters.get(n) is not None), None
-    )
-    if up_name is None:
+def _weight(module: nn.Module, name: str) -> torch.Tensor | None:
+    """A parameter of the module's own, also one that torch computes by a parametrization."""
+    if parametrize.is_parametrized(module, name):
+        return getattr(module, name)
+    return module._parameters.get(name)
+
+
+def _describe_fused(module: nn.Module, down: torch.Tensor) -> ExpertsLayout | None:
+    ups = {name: _weight(module, name) for name in ("gate_up_proj", "up_proj")}
+    up_name, up = next(((n, w) for n, w in ups.items() if w is not None), ("", None))
+    if up is None or up.ndim != 3:
         return None
-    up = module._parameters[up_name]
-    assert up is not None
-    if up.ndim != 3:
+    inputs = list(inspect.signature(type(module).forward).parameters)[1:]
+    # Routed experts take ids and weights of the experts, or (Llama 4) weighted tokens alone. Shared
+    # experts that lie in one tensor as well (Inkling) run for every token and stay in 16 bit.
+    if len(inputs) == 2:
         return None
     gated = up_name == "gate_up_proj"
     # With a gate the shapes alone tell: (2I, H) and (H, I) against (H, 2I) and (I, H).
@@ -201,7 +206,6 @@ def _describe_fused(module: nn.Module, down: nn.Parameter) -> ExpertsLayout | No
     for projection in (up_name, "down_proj"):
         if module._parameters.get(f"{projection}_bias") is not None:
             sources[f"{projection}_bias"] = (f"{projection}_bias",)
-    parameters = inspect.signature(type(module).forward).parameters
     return ExpertsLayout(
         num_experts=num_experts,
         hidden_size=hidden,
@@ -211,7 +215,7 @@ def _describe_fused(module: nn.Module, down: nn.Parameter) -> ExpertsLayout | No
         transposed=bool(transposed),
         interleaved=gated and not getattr(module, "is_concatenated", True),
         num_identity_experts=up.shape[0] - num_experts,
-        dense=list(parameters) == ["self", "hidden_states"],
+        dense=inputs == ["hidden_states"],
     )
 
 
@@ -242,82 +246,33 @@ def _check_all_parameters_accounted_for(
             )
 
 
+def _check_no_adapter(name: str, module: nn.Module) -> None:
+    # PEFT keeps what it wraps as `base_layer`, and computes a parameter by a parametrization.
+    if name.rpartition(".")[2] == "base_layer" or parametrize.is_parametrized(module):
+        raise ValueError(
+            f"{name.replace('.base_layer', '')} has an adapter on its experts, and 8-bit experts "
+            "take none; merge it into the model first (model.merge_and_unload() of PEFT)"
+        )
+
+
+def _check_not_tied(model: nn.Module, layouts: dict[str, ExpertsLayout]) -> None:
+    """Refuse experts that stand in two places: quantizing one of them would untie them."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        layout = layouts.get(name) or describe(module)
+        for source in (s for sources in layout.sources.values() for s in sources) if layout else ():
+            parameter = f"{name}.{source}"
+            owner = tied.get(parameter) or owners.setdefault(
+                id(module.get_parameter(source)), parameter
+            )
+            if owner != parameter:
+                raise ValueError(
+                    f"{type(model).__name__} ties its experts ({parameter} is {owner}), "
+                    "which qmoe does not support; docs/models.md lists what works"
+                )
+
+
 def kept_modules(module: nn.Module) -> tuple[str, ...]:
     """Children of an experts module that stay in 16 bit and keep their names."""
     return ("post_expert_norm",) if getattr(module, "has_post_expert_norm", False) else ()
-
-
-def identify_activation(module: nn.Module, layout: ExpertsLayout) -> Activation | None:
-    """Find the :class:`Activation` that computes what the module computes between its products.
-
-    The module's own gate is evaluated on the CPU over a grid that reaches past every clamp, and
-    compared with each candidate, so a match is a measurement and not a guess from a class name.
-
-    Returns:
-        None if the module computes something else; its own gate must then be called.
-    """
-    grid = torch.linspace(-30, 30, 121, device="cpu", dtype=torch.float32)
-    if layout.gated:
-        gate, up = (t.flatten() for t in torch.meshgrid(grid, grid, indexing="ij"))
-        canonical = torch.stack((gate, up), dim=1)  # (points, 2): intermediate_size 1
-    else:
-        canonical = grid[:, None]
-    with torch.no_grad():
-        expected = apply_own_gate(module, layout, canonical)
-        for activation in _candidates(module, layout.gated):
-            if torch.allclose(
-                apply_activation(activation, canonical), expected, rtol=1e-5, atol=1e-6
-            ):
-                return activation
-    return None
-
-
-def apply_own_gate(module: nn.Module, layout: ExpertsLayout, up: torch.Tensor) -> torch.Tensor:
-    """Call the module's own nonlinearity on canonical rows.
-
-    Args:
-        up: (rows, 2 * intermediate_size), gate then up; or (rows, intermediate_size) without a
-        gate.
-
-    Returns:
-        (rows, intermediate_size)
-    """
-    owner: Any = module.mlp if layout.flat else module
-    function = next(
-        (f for n in ("act_fn", "activation_fn") if (f := getattr(owner, n, None)) is not None), None
-    )
-    if not layout.gated:
-        assert function is not None
-        return function(up)
-    if hasattr(owner, "_apply_gate"):
-        if layout.interleaved:
-            up = torch.stack(up.chunk(2, dim=-1), dim=-1).flatten(-2)
-        return owner._apply_gate(up)
-    if function is None:
-        raise ValueError(
-            f"{type(module).__name__} has neither _apply_gate nor act_fn; "
-            "qmoe cannot tell what its experts compute"
-        )
-    gate, linear = up.chunk(2, dim=-1)
-    return function(gate) * linear
-
-
-def _candidates(module: nn.Module, gated: bool) -> Iterator[Activation]:
-    """Every activation that the module's own numbers allow, simplest first."""
-    names = get_args(ActivationName)
-    numbers = {k: float(v) for k, v in vars(module).items() if isinstance(v, (int, float))}
-    alphas = [1.0, 1.702, *(v for k, v in numbers.items() if "alpha" in k)]
-    yield from (Activation(name, gated) for name in names)
-    yield from (Activation("silu", gated, alpha) for alpha in alphas[1:])
-    if not gated:
-        return
-    limits = [v for k, v in numbers.items() if "limit" in k and 0 < v < float("inf")]
-    for limit, limit_after in product(limits, (False, True)):
-        yield from (Activation(n, limit=limit, limit_after=limit_after) for n in names)
-        for alpha in alphas:
-            yield Activation("silu", True, alpha, 1.0, limit, limit_after)
-    function = getattr(module, "act_fn", None)
-    gate_softcap = getattr(getattr(function, "gate_softcap", None), "softcap", None)
-    up_softcap = getattr(getattr(function, "up_softcap", None), "softcap", None)
-    if gate_softcap or up_softcap:
-        yield Activation("silu", gate_softcap=gate_softcap, up_softcap=up_softcap)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +12,9 @@ import torch
 from torch import nn
 
 from qmoe.checkpoints.schema import BIAS_SUFFIX, QUANTIZED_SUFFIX, SCALE_SUFFIX
-from qmoe.experts.layout import (
-    ExpertsLayout,
-    apply_own_gate,
-    describe,
-    identify_activation,
-    kept_modules,
-)
+from qmoe.experts.gate import apply_own_gate, identify_activation
+from qmoe.experts.layout import ExpertsLayout, describe, kept_modules
+from qmoe.experts.llama4 import WeightedInputMoe
 from qmoe.experts.pages import LayerPages
 from qmoe_kernels import Activation, fused_moe, weighted_sum
 from qmoe_kernels.fused_moe import check_activations
@@ -25,6 +22,30 @@ from qmoe_kernels.quantization import STORAGE_DTYPE, WeightFormat, dequantize, q
 
 if TYPE_CHECKING:
     from qmoe.paging.expert_cache import ExpertCache
+
+# Where a module keeps what was registered on it: torch's own names.
+_HOOKS = tuple(name for name in vars(nn.Module()) if "hook" in name)
+
+
+@dataclass
+class Change:
+    """A change of all layers of a model, shared by the experts modules that it has reached.
+
+    Attributes:
+        what: the function to call again: ``"qmoe.patch"``.
+        finished: whether it has reached all of them. Until then nothing runs and nothing is saved.
+    """
+
+    what: str
+    finished: bool = False
+
+    def check_finished(self) -> None:
+        """Raise RuntimeError if the change was cut off."""
+        if not self.finished:
+            raise RuntimeError(
+                f"{self.what} was cut off before it had done all layers of this model; "
+                f"call {self.what} again to finish it, or load the model again"
+            )
 
 
 class QuantizedExperts(nn.Module):
@@ -54,7 +75,11 @@ class QuantizedExperts(nn.Module):
         products.
         paged: the cache that holds the weights and the layer's index in it; None where they are
         parameters.
+        change: the change that made this module or is about to undo it, if any.
+        source: the model's own module, without its weights once this one is installed.
     """
+
+    source: nn.Module
 
     def __init__(
         self,
@@ -64,11 +89,11 @@ class QuantizedExperts(nn.Module):
         *,
         paged: bool = False,
     ) -> None:
-        """Describe ``source`` and take its place, with parameters on the meta device.
+        """Describe ``source`` and take over what is registered on it; parameters are meta.
 
         Args:
-            source: a model's experts module; its weights are dropped, the rest of it is kept so
-                that :meth:`restore` can give it back.
+            source: a model's experts module; unchanged until :func:`install`. It is kept so that
+                :meth:`restore` can give it back.
             weights: ``"int8"`` or ``"fp8"``.
             activations: see :func:`qmoe_kernels.fused_moe`.
             paged: leave the weights out; :meth:`page` or :meth:`unpage` brings them.
@@ -85,6 +110,7 @@ class QuantizedExperts(nn.Module):
         self.weights = weights
         self.activations = activations
         self.paged: tuple[ExpertCache, int] | None = None
+        self.change: Change | None = None
         self.num_experts = layout.num_experts
         self.activation = identify_activation(source, layout)
         for name in kept_modules(source):
@@ -99,12 +125,11 @@ class QuantizedExperts(nn.Module):
         for bias in layout.biases:
             (name,) = layout.sources[bias]
             self._register(bias, layout.shape(bias), source.get_parameter(name).dtype)
-        # Not a submodule: its weights are gone, only its class, config and gate are still wanted.
+        # Not a submodule: only its class, config and gate are still wanted, not its weights.
         self.__dict__["source"] = source
-        for names in layout.sources.values():
-            for name in names:
-                owner, _, leaf = name.rpartition(".")
-                setattr(source.get_submodule(owner), leaf, None)
+        # The same dictionaries: a handle removes its hook from here, and `source` has them again.
+        self.__dict__.update({hooks: vars(source)[hooks] for hooks in _HOOKS})
+        self.training = source.training
         self._is_hf_initialized = True  # nothing here is ever drawn at random
 
     def _register(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -124,13 +149,13 @@ class QuantizedExperts(nn.Module):
         """Quantize the weights of ``source`` where they are.
 
         Args:
-            source: a model's experts module with real weights; emptied.
+            source: a model's experts module with real weights; unchanged until :func:`install`.
             weights: ``"int8"`` or ``"fp8"``.
             activations: see :func:`qmoe_kernels.fused_moe`.
             name: the module's name, for errors.
 
         Raises:
-            ValueError: a weight holds NaN or infinity; ``source`` is untouched.
+            ValueError: a weight holds NaN or infinity.
         """
         layout = describe(source)
         if layout is None:
@@ -157,7 +182,7 @@ class QuantizedExperts(nn.Module):
     @torch.no_grad()
     def restore(self, dtype: torch.dtype) -> nn.Module:
         """Give the model's own module back, with the dequantized weights in ``dtype``."""
-        source: nn.Module = self.source
+        source = self.source
         quantized = dict(zip(self.layout.projections, self.quantized_weights(), strict=True))
         for projection, names in self.layout.sources.items():
             if projection.endswith(BIAS_SUFFIX):
@@ -168,7 +193,15 @@ class QuantizedExperts(nn.Module):
             for name, tensor in zip(names, self.layout.restore(projection, canonical), strict=True):
                 owner, _, leaf = name.rpartition(".")
                 setattr(source.get_submodule(owner), leaf, nn.Parameter(tensor))
+        source.training, source._is_full_backward_hook = self.training, self._is_full_backward_hook
         return source
+
+    def empty_source(self) -> None:
+        """Let go of the 16-bit weights; this module has taken their place."""
+        for names in self.layout.sources.values():
+            for name in names:
+                owner, _, leaf = name.rpartition(".")
+                setattr(self.source.get_submodule(owner), leaf, None)
 
     # ---- weights -------------------------------------------------------------------------------
 
@@ -187,10 +220,23 @@ class QuantizedExperts(nn.Module):
         return self._resident_weights()
 
     def _resident_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.has_weights:
+            raise ValueError(
+                f"{type(self.source).__name__} has no weights: loading or paging them was cut off; "
+                "load the model again"
+            )
         first, second = (getattr(self, p + QUANTIZED_SUFFIX) for p in self.layout.projections)
-        if first is None or second is None:
-            raise ValueError(f"{type(self.source).__name__}: its pages have not been loaded yet")
         return first, second
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the 8-bit weights are parameters of the module."""
+        return None not in (getattr(self, p + QUANTIZED_SUFFIX) for p in self.layout.projections)
+
+    def drop_weights(self) -> None:
+        """Let go of the weights that are parameters; pages hold them now."""
+        for projection in self.layout.projections:
+            setattr(self, projection + QUANTIZED_SUFFIX, None)
 
     def layer_pages(self, name: str) -> LayerPages:
         """What this module's pages look like.
@@ -204,8 +250,7 @@ class QuantizedExperts(nn.Module):
         """Compute with the pages of a cache from now on; the weights as parameters are dropped."""
         # Always one of both is there: an interrupt or another thread may come in between.
         self.paged = (cache, layer)
-        for projection in self.layout.projections:
-            setattr(self, projection + QUANTIZED_SUFFIX, None)
+        self.drop_weights()
 
     def unpage(self, gate_up: torch.Tensor, down: torch.Tensor) -> None:
         """Take the weights as parameters from now on, and let go of the cache.
@@ -226,13 +271,62 @@ class QuantizedExperts(nn.Module):
             getattr(self, p + SCALE_SUFFIX).nbytes for p in self.layout.projections
         )
 
+    def check_usable(self) -> None:
+        """Raise RuntimeError if a change of the model was cut off."""
+        if self.change is not None:
+            self.change.check_finished()
+
+    # ---- state ---------------------------------------------------------------------------------
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.check_usable()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.paged is None:
+            if not self.down_proj_scale.is_meta:
+                self.quantized_weights()  # raises where they were lost or never loaded
             return
         for name, weight in zip(self.layout.projections, self.quantized_weights(), strict=True):
             # Copies: pages interleave the two projections, and files want each by itself.
             destination[prefix + name + QUANTIZED_SUFFIX] = weight.contiguous()
+
+    def check_state(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Refuse tensors that are no weights of this module in its form; nothing is copied.
+
+        Args:
+            state_dict: as of ``load_state_dict``; may lack tensors.
+            prefix: of this module's names in it.
+
+        Raises:
+            ValueError: 16-bit experts, another format, other sizes, or any weights at all while
+                this module is paged.
+            RuntimeError: a change of the model was cut off.
+        """
+        self.check_usable()
+        own = dict(self.named_parameters())
+        kept = tuple(f"{prefix}{child}." for child in kept_modules(self.source))
+        for key, tensor in state_dict.items():
+            if not key.startswith(prefix) or key.startswith(kept):
+                continue
+            mine = own.get(key.removeprefix(prefix))
+            if self.paged is not None:
+                why = "these experts are paged; load it into a model without hbm_budget"
+            elif mine is None:
+                why = f"these experts are {self.weights}; convert or patch that model the same way"
+            elif (mine.dtype.itemsize == 1 or tensor.dtype.itemsize == 1) and (
+                mine.dtype != tensor.dtype
+            ):
+                why = f"these experts are {self.weights}; it must hold {mine.dtype}"
+            elif mine.shape != tensor.shape:
+                why = f"it must have the shape {list(mine.shape)}"
+            else:
+                continue
+            raise ValueError(
+                f"load_state_dict: {key} is {tensor.dtype} of shape {list(tensor.shape)}; {why}"
+            )
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        self.check_state(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     # ---- the layer -----------------------------------------------------------------------------
 
@@ -252,7 +346,11 @@ class QuantizedExperts(nn.Module):
 
         Returns:
             as hidden_states
+
+        Raises:
+            RuntimeError: a change of the model was cut off.
         """
+        self.check_usable()
         shape = hidden_states.shape
         hidden_states = hidden_states.reshape(-1, shape[-1])
         norm = getattr(self, "post_expert_norm", None)
@@ -312,19 +410,28 @@ class QuantizedExperts(nn.Module):
     def _own_gate(self, up: torch.Tensor) -> torch.Tensor:
         return apply_own_gate(self.source, self.layout, up)
 
+    def check_move(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Raise ValueError if ``fn``, given to ``_apply``, would move paged experts."""
+        if self.paged is None:
+            return
+        device = self.paged[0].device
+        to = fn(torch.empty(0, device=device)).device
+        if to != device:
+            raise ValueError(
+                f"the experts are paged on {device} and cannot move to {to}; "
+                f"load the model with device={str(to)!r} instead"
+            )
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         # ``model.half()`` and ``model.to(dtype)`` would turn FP8 weights and fp32 scales into
         # something else; here they only move.
         names = (p + s for p in self.layout.projections for s in (QUANTIZED_SUFFIX, SCALE_SUFFIX))
         fixed = {id(getattr(self, name)) for name in names}
 
+        self.check_move(fn)
+
         def move(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
-            if self.paged is not None and moved.device != self.paged[0].device:
-                raise ValueError(
-                    f"the experts are paged on {self.paged[0].device} and cannot move to "
-                    f"{moved.device}; load the model with device={str(moved.device)!r} instead"
-                )
             cast = moved.dtype != tensor.dtype
             return tensor.to(moved.device) if cast and id(tensor) in fixed else moved
 
@@ -357,39 +464,40 @@ def quantized_modules(model: nn.Module) -> dict[str, QuantizedExperts]:
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedExperts)}
 
 
-def install(model: nn.Module, name: str, experts: nn.Module) -> None:
-    """Put quantized experts, or the model's own back, where ``model`` has its module ``name``."""
-    model.set_submodule(name, experts)
-    block = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(experts, QuantizedExperts) and experts.layout.dense:
-        family = type(block)
-        block.__class__ = type(f"Quantized{family.__name__}", (_WeightedInputMoe, family), {})
-    elif isinstance(block, _WeightedInputMoe):
-        block.__class__ = type(block).__bases__[1]
+def check_replaceable(model: nn.Module, name: str, layout: ExpertsLayout) -> None:
+    """Refuse experts on which something stands that 8-bit ones cannot take over.
 
-
-class _WeightedInputMoe(nn.Module):
-    """A Llama 4 block that sends each token to its own experts only.
-
-    transformers' block runs every expert on every token, zeroed where the router did not choose it,
-    and weights the experts' input rather than their output. This one computes the same sum over the
-    chosen experts alone.
+    Raises:
+        ValueError: a forward method of their own, or hooks on inputs that they no longer get.
     """
+    modules = [model.get_submodule(name)]
+    if layout.dense:
+        if any(vars(modules[0])[hooks] for hooks in _HOOKS if hooks.startswith("_forward")):
+            raise ValueError(
+                f"{name} has forward hooks on inputs that 8-bit experts do not get; remove them"
+            )
+        modules.append(model.get_submodule(name.rpartition(".")[0]))
+    for module in modules:
+        # accelerate's hooks replace `forward` too; those of the blocks around serve as well.
+        if "forward" in vars(module) and not hasattr(module, "_hf_hook"):
+            raise ValueError(
+                f"{name}: {type(module).__name__} has a forward method of its own instead of its "
+                "class's, which 8-bit experts cannot call; remove it"
+            )
 
-    hidden_dim: int
-    router: nn.Module
-    shared_expert: nn.Module
-    experts: QuantizedExperts
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden_states = hidden_states.reshape(-1, self.hidden_dim)  # (num_tokens, hidden_size)
-        scores, router_logits = self.router(hidden_states)  # (num_tokens, num_experts)
-        top_k = self.router.top_k
-        topk_ids = torch.topk(router_logits, top_k, dim=1).indices
-        topk_weights = scores.gather(1, topk_ids)
-        routed = (hidden_states[:, None] * topk_weights[..., None]).flatten(0, 1)
-        output = self.experts(
-            routed, topk_ids.view(-1, 1), torch.ones_like(topk_weights).view(-1, 1)
-        )
-        output = output.unflatten(0, (-1, top_k)).sum(1)
-        return output + self.shared_expert(hidden_states), router_logits
+def install(model: nn.Module, name: str, experts: nn.Module) -> None:
+    """Put quantized experts, or the model's own back, where ``model`` has its module ``name``.
+
+    One assignment changes the model; what the quantized ones stand in for then loses its weights.
+    """
+    parent, _, leaf = name.rpartition(".")
+    block = model.get_submodule(parent)
+    if isinstance(experts, QuantizedExperts) and experts.layout.dense:
+        model.set_submodule(parent, WeightedInputMoe(block, experts))
+    elif isinstance(block, WeightedInputMoe):
+        model.set_submodule(parent, block.restore(experts))
+    else:
+        setattr(block, leaf, experts)
+    if isinstance(experts, QuantizedExperts):
+        experts.empty_source()

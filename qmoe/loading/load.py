@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +11,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from qmoe.checkpoints.files import is_hub_id
 from qmoe.checkpoints.schema import COMPRESSED_TENSORS, QMOE
 from qmoe.experts.quantized import quantized_modules
-from qmoe.loading.pages import choose_device
+from qmoe.loading.devices import choose_device
 from qmoe.loading.patch import patch
 from qmoe.paging.options import PagingOptions
 from qmoe_kernels.fused_moe import check_activations
 from qmoe_kernels.quantization import STORAGE_DTYPE
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from qmoe_kernels.quantization import WeightFormat
 
@@ -70,46 +69,75 @@ def load(
     path_or_repo = str(path_or_repo)
     check_activations(activations, weights)
     device = choose_device(device)
-    if isinstance(dtype, str) and dtype != "auto":
-        named = getattr(torch, dtype, None)
-        if not isinstance(named, torch.dtype):
-            raise ValueError(
-                f"dtype={dtype!r} is no torch dtype; use 'auto', 'bfloat16' or 'float16'"
-            )
-        dtype = named
+    dtype = _choose_dtype(dtype)
+    config = _read_config(path_or_repo, revision)
+    # What is yet to be quantized need not fit on the device before it is paged.
+    load_on = device
+    if hbm_budget is not None and weights is None:
+        _ask_for_paging(config, PagingOptions(hbm_budget, context, batch_size), path_or_repo)
+    elif hbm_budget is not None:
+        load_on = torch.device("cpu")
+    model = _auto_class(config).from_pretrained(
+        path_or_repo, config=config, dtype=dtype, device_map=load_on, revision=revision
+    )
+    if weights is None:
+        _choose_activations(model, activations, path_or_repo)
+        return model
+    return patch(
+        model,
+        weights,
+        activations=activations,
+        hbm_budget=hbm_budget,
+        device=device,
+        context=context,
+        batch_size=batch_size,
+    )
+
+
+def _choose_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    """A torch dtype for its name; ``"auto"`` stays."""
+    if not isinstance(dtype, str) or dtype == "auto":
+        return dtype
+    named = getattr(torch, dtype, None)
+    if not isinstance(named, torch.dtype):
+        raise ValueError(f"dtype={dtype!r} is no torch dtype; use 'auto', 'bfloat16' or 'float16'")
+    return named
+
+
+def _read_config(path_or_repo: str, revision: str | None) -> PreTrainedConfig:
     if not Path(path_or_repo).is_dir() and not is_hub_id(path_or_repo):
         raise ValueError(f"{path_or_repo}: no such folder, and no Hub id of the form owner/name")
     try:
-        config = AutoConfig.from_pretrained(path_or_repo, revision=revision)
+        return AutoConfig.from_pretrained(path_or_repo, revision=revision)
     except OSError as error:
         first_line = str(error).strip().splitlines()[0]
         raise ValueError(f"{path_or_repo}: no model here ({first_line})") from None
-    auto = AutoModelForCausalLM
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        auto = AutoModelForImageTextToText
-    paging: dict[str, Any] = {}
-    if hbm_budget is not None:
-        paging = asdict(PagingOptions(hbm_budget, context, batch_size))
-    if paging and weights is None:
-        quantization: dict[str, Any] = (
-            getattr(config, "quantization_config", None)
-            or getattr(config.get_text_config(decoder=True), "quantization_config", None)
-            or {}
-        )
-        method = quantization.get("quant_method")
-        if method not in (QMOE, COMPRESSED_TENSORS):
-            raise ValueError(
-                f"{path_or_repo}: hbm_budget pages experts in 8 bit, and these are "
-                + (f"quantized otherwise ({method})" if method else "not: add weights='int8'")
-            )
-        config.quantization_config = {**quantization, **paging}
-    # What is yet to be quantized need not fit on the device before it is paged.
-    load_on = torch.device("cpu") if paging and weights is not None else device
-    model = auto.from_pretrained(
-        path_or_repo, config=config, dtype=dtype, device_map=load_on, revision=revision
+
+
+def _auto_class(config: PreTrainedConfig) -> Any:
+    """The class of transformers that makes text with such a model."""
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText
+
+
+def _ask_for_paging(config: PreTrainedConfig, options: PagingOptions, path_or_repo: str) -> None:
+    """Let the quantizer of a checkpoint in 8 bit know that its experts are to be paged."""
+    quantization: dict[str, Any] = (
+        getattr(config, "quantization_config", None)
+        or getattr(config.get_text_config(decoder=True), "quantization_config", None)
+        or {}
     )
-    if weights is not None:
-        return patch(model, weights, activations=activations, device=device, **paging)
+    method = quantization.get("quant_method")
+    if method not in (QMOE, COMPRESSED_TENSORS):
+        raise ValueError(
+            f"{path_or_repo}: hbm_budget pages experts in 8 bit, and these are "
+            + (f"quantized otherwise ({method})" if method else "not: add weights='int8'")
+        )
+    config.quantization_config = {**quantization, "paging": options}
+
+
+def _choose_activations(model: PreTrainedModel, activations: str, path_or_repo: str) -> None:
     modules = quantized_modules(model).values()
     if not modules and activations in STORAGE_DTYPE:
         raise ValueError(
@@ -119,4 +147,3 @@ def load(
     for experts in modules:
         check_activations(activations, experts.weights)
         experts.activations = activations
-    return model

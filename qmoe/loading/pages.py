@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from qmoe.checkpoints.files import StoredTensor
-from qmoe.checkpoints.schema import QUANTIZED_SUFFIX
 from qmoe.experts.pages import LayerPages
 from qmoe.experts.quantized import quantized_modules
 from qmoe.paging.budget import Budget
@@ -25,28 +24,6 @@ from qmoe.paging.model import (
 )
 from qmoe.paging.options import PagingOptions
 from qmoe.progress import progress as progress_bar
-
-
-def choose_device(device: str | int | torch.device) -> torch.device:
-    """The device that is meant, a GPU with its index; ``"auto"`` is the GPU where there is one.
-
-    Raises:
-        ValueError: no torch device, or a GPU where there is none.
-    """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise ValueError(
-            f"device={device!r} is no torch device; use 'auto', 'cpu' or 'cuda'"
-        ) from None
-    if chosen.type != "cuda":
-        return chosen
-    if not torch.cuda.is_available():
-        raise ValueError(f"device={str(device)!r}: this machine has no CUDA GPU; use 'cpu'")
-    index = torch.cuda.current_device() if chosen.index is None else chosen.index
-    return torch.device("cuda", index)
 
 
 def load_pages(
@@ -111,25 +88,30 @@ def page_quantized(model: nn.Module, budget: Budget, device: torch.device) -> No
         torch.OutOfMemoryError: something else has taken the device's memory; the same holds.
     """
     if budget.all_resident:
-        model.to(device)
+        try:
+            model.to(device)
+        except BaseException:
+            model.to("cpu")
+            raise
         keep_resident(model, budget, device)
         return
     modules = quantized_modules(model)
-    layers = pages_of(modules)
-    store = host_store(layers, device)
+    store = host_store(pages_of(modules), device)
     try:
         for layer, experts in enumerate(modules.values()):
             fill_layer(store, layer, experts)
-            for projection in experts.layout.projections:
-                setattr(experts, projection + QUANTIZED_SUFFIX, None)
+            experts.drop_weights()
         model.to(device)
         page_experts(model, store, budget, device)
     except BaseException:
-        for layer, experts in enumerate(modules.values()):
-            if experts.paged is not None or experts.down_proj_q is None:
-                experts.unpage(*(weights.contiguous() for weights in store.weights(layer)))
-        model.to("cpu")
-        store.close()
+        # Where this fails too, modules stay without weights, and say so instead of computing.
+        try:
+            for layer, experts in enumerate(modules.values()):
+                if experts.paged is not None or not experts.has_weights:
+                    experts.unpage(*(weights.contiguous() for weights in store.weights(layer)))
+            model.to("cpu")
+        finally:
+            store.close()
         raise
 
 

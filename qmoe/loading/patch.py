@@ -6,16 +6,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qmoe.experts.layout import find_experts
-from qmoe.experts.quantized import layer_pages
-from qmoe.loading.pages import choose_device, page_quantized
-from qmoe.loading.quantizer import (
-    QmoeConfig,
-    QmoeQuantizer,
-    quantize_experts,
-    quantized_modules,
-    restore_experts,
+from qmoe.experts.guard import guard_of
+from qmoe.experts.quantized import layer_pages, quantized_modules
+from qmoe.loading.config import QmoeConfig
+from qmoe.loading.devices import choose_device
+from qmoe.loading.layers import (
+    cut_off_change,
+    layers_to_quantize,
+    quantize_layers,
+    restore_layers,
 )
+from qmoe.loading.pages import page_quantized
+from qmoe.loading.quantizer import QmoeQuantizer
+from qmoe.loading.side_by_side import lay_side_by_side
 from qmoe.paging.model import budget_for
 from qmoe.paging.options import PagingOptions
 from qmoe_kernels.fused_moe import check_activations
@@ -57,9 +60,14 @@ def patch(
 
     Raises:
         ValueError: the model is patched already, is quantized otherwise, has no experts, holds NaN
-            or infinity in an expert's weight, or the budget cannot work. The model is then
+            or infinity in an expert's weight, has something on its experts that 8-bit ones cannot
+            take over (an adapter, a forward method), or the budget cannot work. The model is then
             unchanged. Too little host memory, when the experts have been quantized: they then
             stay where they are, on the CPU.
+        RuntimeError: the model is generating text.
+
+    Out of memory or Ctrl-C midway leaves some layers quantized. Such a model refuses to run or to
+    be saved; call ``patch`` again to go on where it stopped, or load the model again.
 
     Example:
         >>> import qmoe
@@ -73,35 +81,52 @@ def patch(
     """
     config = QmoeConfig(weights, activations=activations)
     check_activations(activations, weights)
-    if quantized_modules(model):
-        raise ValueError(
-            f"{type(model).__name__} is patched already; call qmoe.unpatch(model) first"
-        )
-    if getattr(model, "hf_quantizer", None) is not None:
-        method = model.hf_quantizer.quantization_config.quant_method
-        raise ValueError(
-            f"{type(model).__name__} is quantized already ({getattr(method, 'value', method)}); "
-            "qmoe.patch takes a bf16, fp16 or fp32 model"
-        )
-    layouts = find_experts(model)
-    if hbm_budget is None:
-        quantize_experts(model, layouts, weights, activations)
-        QmoeQuantizer(config, pre_quantized=True).mark(model)
-        return model
+    options = None if hbm_budget is None else PagingOptions(hbm_budget, context, batch_size)
+    with guard_of(model).changing("qmoe.patch"):
+        _check_not_quantized(model)
+        layouts = layers_to_quantize(model, weights)
+        budget = None
+        if options is not None:
+            _check_on_cpu(model)
+            target = choose_device(device)
+            layers = [layer_pages(name, layout, weights) for name, layout in layouts.items()]
+            budget = budget_for(model, layers, options, target)
+        change = cut_off_change(model)
+        quantizer = QmoeQuantizer(config, pre_quantized=True)
+        quantizer.change = change
+        try:
+            model.hf_quantizer = quantizer  # refuses to save until the change is finished
+            quantize_layers(model, layouts, weights, activations, change)
+        except BaseException:
+            if not quantized_modules(model):
+                vars(model).pop("hf_quantizer", None)
+            raise
+        quantizer.mark(model)
+        change.finished = True
+        if budget is not None:
+            page_quantized(model, budget, target)
+        lay_side_by_side(model)
+    return model
+
+
+def _check_not_quantized(model: PreTrainedModel) -> None:
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or isinstance(quantizer, QmoeQuantizer):
+        return
+    method = quantizer.quantization_config.quant_method
+    raise ValueError(
+        f"{type(model).__name__} is quantized already ({getattr(method, 'value', method)}); "
+        "qmoe.patch takes a bf16, fp16 or fp32 model"
+    )
+
+
+def _check_on_cpu(model: PreTrainedModel) -> None:
     on = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
     if on != {"cpu"}:
         raise ValueError(
             f"{type(model).__name__} is on {', '.join(sorted(on))}; hbm_budget takes a model on "
             "the CPU and brings it to the device itself"
         )
-    target = choose_device(device)
-    options = PagingOptions(hbm_budget, context, batch_size)
-    layers = [layer_pages(name, layout, weights) for name, layout in layouts.items()]
-    budget = budget_for(model, layers, options, target)
-    quantize_experts(model, layouts, weights, activations)
-    QmoeQuantizer(config, pre_quantized=True).mark(model)
-    page_quantized(model, budget, target)
-    return model
 
 
 def unpatch(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -118,8 +143,8 @@ def unpatch(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrai
 
     Raises:
         ValueError: the model is not patched, or its experts are offloaded.
+        RuntimeError: the model is generating text.
+
+    Cut off midway, it is to be called again, as :func:`patch` is.
     """
-    restore_experts(model, dtype)
-    if hasattr(model, "hf_quantizer"):
-        model.hf_quantizer.remove_quantization_config(model)
-    return model
+    return restore_layers(model, dtype)

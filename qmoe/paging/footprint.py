@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from qmoe.checkpoints.schema import BIAS_SUFFIX, QUANTIZED_SUFFIX, SCALE_SUFFIX
-from qmoe.experts.layout import describe, identify_activation
+from qmoe.experts.gate import identify_activation
+from qmoe.experts.layout import describe
 from qmoe.experts.pages import LayerPages
 from qmoe.experts.quantized import QuantizedExperts
 

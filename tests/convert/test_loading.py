@@ -10,8 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 import qmoe
-from qmoe.loading import pages
-from qmoe.loading.quantizer import quantized_modules
+from qmoe.experts.quantized import quantized_modules
 from qmoe.paging.budget import Budget
 from qmoe.paging.model import stats
 
@@ -76,7 +75,7 @@ def test_converted_is_paged(
     """Pages filled from the shards hold what an ordinary load holds, with three slots as well."""
     _, out = run(source(family), weights="int8", format=form, max_shard_size=20_000)
     expected = load(out)
-    monkeypatch.setattr(pages, "budget_for", lambda model, layers, options, device: THREE_SLOTS)
+    monkeypatch.setattr("qmoe.loading.pages.budget_for", lambda *of: THREE_SLOTS)
     paged = qmoe.load(out, dtype="float32", device="cpu", hbm_budget="auto")
     assert stats(paged).num_slots == 3
     assert torch.equal(logits(paged), logits(expected))
@@ -98,7 +97,7 @@ def test_ignored_layers_load_in_16_bit(
     assert list(quantized_modules(loaded)) == ["model.layers.1.mlp.experts"]
     kept = loaded.model.layers[0].mlp.experts.gate_up_proj
     assert torch.equal(kept, original.model.layers[0].mlp.experts.gate_up_proj)
-    monkeypatch.setattr(pages, "budget_for", lambda model, layers, options, device: THREE_SLOTS)
+    monkeypatch.setattr("qmoe.loading.pages.budget_for", lambda *of: THREE_SLOTS)
     paged = qmoe.load(out, dtype="float32", device="cpu", hbm_budget="auto")
     assert len(stats(paged).layers) == 1
     assert torch.equal(logits(paged), logits(loaded))

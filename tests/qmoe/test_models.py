@@ -10,9 +10,12 @@ import torch
 import transformers
 import zoo
 from torch import nn
+from transformers import PreTrainedModel
 
-from qmoe.experts.layout import describe, find_experts, identify_activation
-from qmoe.experts.quantized import QuantizedExperts, install
+import qmoe
+from qmoe.experts.gate import identify_activation
+from qmoe.experts.layout import describe, find_experts
+from qmoe.experts.quantized import QuantizedExperts, install, quantized_modules
 
 CLASSES = zoo.experts_classes()
 
@@ -113,15 +116,16 @@ def test_llama4_block(weights, top_k) -> None:
     restored = copy.deepcopy(quantized).restore(torch.float32)
     hidden = torch.randn(2, 9, zoo.HIDDEN, device=device())
     install(model, name, restored)
-    expected, expected_logits = block(hidden)
-    assert type(block) is Llama4TextMoe
+    expected, expected_logits = model["moe"](hidden)
+    assert model["moe"] is block
     install(model, name, quantized)
-    assert isinstance(block, Llama4TextMoe) and type(block) is not Llama4TextMoe
-    actual, logits = block(hidden)
+    names = [name for name, _ in block.named_children()]
+    assert [name for name, _ in model["moe"].named_children()] == names
+    actual, logits = model["moe"](hidden)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits, expected_logits)
     install(model, name, restored)
-    assert type(block) is Llama4TextMoe
+    assert model["moe"] is block and block.experts is restored
 
 
 @pytest.mark.parametrize("model", sorted(zoo.REFUSED))
@@ -131,6 +135,86 @@ def test_experts_that_qmoe_does_not_support_are_refused_by_name(model) -> None:
     assert hasattr(zoo.ExpertsClass(model, name, False).module, name), "transformers renamed it"
     with pytest.raises(ValueError, match=model):
         find_experts(nn.ModuleDict({"experts": stand_in}))
+
+
+TEXT = zoo.SIZES | dict(moe_intermediate_size=32, max_position_embeddings=64)
+
+
+def qwen3_omni_thinker() -> PreTrainedModel:
+    from transformers.models.qwen3_omni_moe import configuration_qwen3_omni_moe as configuration
+    from transformers.models.qwen3_omni_moe import modeling_qwen3_omni_moe as modeling
+
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10_000.0}
+    vision = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64)
+    audio = dict(d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=32)
+    config = configuration.Qwen3OmniMoeThinkerConfig(
+        text_config=TEXT | dict(num_experts=4, rope_parameters=rope),
+        vision_config=vision | dict(deepstack_visual_indexes=[]),
+        audio_config=audio | dict(num_mel_bins=16, output_dim=64, downsample_hidden_size=16),
+    )
+    return modeling.Qwen3OmniMoeThinkerForConditionalGeneration(config)
+
+
+def inkling() -> PreTrainedModel:
+    if not hasattr(transformers, "InklingForCausalLM"):
+        pytest.skip("this transformers has no Inkling")
+    attention = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    config = transformers.InklingTextConfig(
+        **TEXT,
+        **{f"swa_{name}": value for name, value in attention.items()},
+        d_rel=4,
+        rel_extent=16,
+        sliding_window_size=8,
+        n_routed_experts=4,
+        mlp_layer_types=["sparse", "sparse"],
+        local_layer_ids=[0],
+    )
+    return transformers.InklingForCausalLM(config)
+
+
+@pytest.mark.parametrize("make", [qwen3_omni_thinker, inkling])
+def test_a_whole_model_is_patched_saved_and_loaded(make, tmp_path) -> None:
+    torch.manual_seed(0)
+    model = make().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".experts." in name:
+                parameter.normal_(std=0.2)
+    model.save_pretrained(tmp_path / "16 bit")
+    qmoe.patch(model)
+    assert len(quantized_modules(model)) == 2
+    expected = zoo.logits(model)
+    model.save_pretrained(tmp_path / "patched")
+    loaded = type(model).from_pretrained(tmp_path / "patched")
+    assert torch.equal(zoo.logits(loaded), expected)
+    on_load = type(model).from_pretrained(
+        tmp_path / "16 bit", quantization_config=qmoe.QmoeConfig()
+    )
+    assert torch.equal(zoo.logits(on_load), expected)
+    on_load.save_pretrained(tmp_path / "again")
+    loaded = type(model).from_pretrained(tmp_path / "again")
+    assert torch.equal(zoo.logits(loaded), expected)
+    torch.testing.assert_close(zoo.logits(qmoe.unpatch(loaded)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_tied_experts_are_refused_before_anything_changes(tmp_path) -> None:
+    if not hasattr(transformers, "DiffusionGemmaForBlockDiffusion"):
+        pytest.skip("this transformers has no DiffusionGemma")
+    config = transformers.DiffusionGemmaConfig(
+        text_config=TEXT | dict(num_experts=4, top_k_experts=2), canvas_length=8
+    )
+    model = transformers.DiffusionGemmaForBlockDiffusion(config)
+    refusal = r"DiffusionGemmaForBlockDiffusion ties its experts .*does not support"
+    with pytest.raises(ValueError, match=refusal):
+        qmoe.patch(model)
+    assert not quantized_modules(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=refusal):
+        type(model).from_pretrained(tmp_path, quantization_config=qmoe.QmoeConfig())
+    shared = zoo.build("qwen3_moe")
+    shared.model.layers[1].mlp.experts = shared.model.layers[0].mlp.experts
+    with pytest.raises(ValueError, match="Qwen3MoeForCausalLM ties its experts"):
+        qmoe.patch(shared)
 
 
 def test_an_unknown_gate_is_called_between_the_products() -> None:

@@ -28,6 +28,7 @@ from qmoe.loading.pages import page_reads
 from qmoe.paging import host_store
 from qmoe.paging.host_store import HostStore
 from qmoe.paging.model import stats
+from qmoe.paging.options import PagingOptions
 
 FAMILIES = ["qwen3_moe", "mixtral", "gpt_oss"]
 # Enough that a budget can be too small for all of them and large enough for a token's cycle.
@@ -86,14 +87,14 @@ def test_a_paged_model_is_the_model(family, weights, form, tmp_path, caplog) -> 
 @pytest.mark.parametrize("form", ["qmoe", "compressed-tensors", "no package"])
 def test_from_pretrained_takes_the_budget_from_the_config(form, tmp_path, monkeypatch) -> None:
     if form == "no package":
-        monkeypatch.setattr("qmoe.loading.quantizer.is_compressed_tensors_available", lambda: False)
+        monkeypatch.setattr("qmoe.loading.config.is_compressed_tensors_available", lambda: False)
         form = "compressed-tensors"
     expected = saved("qwen3_moe", "int8", form, tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
-    config.quantization_config |= {"hbm_budget": smallest_budget(tmp_path), "context": CONTEXT}
+    config.quantization_config["paging"] = PagingOptions(smallest_budget(tmp_path), CONTEXT)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, config=config, device_map="cpu")
     assert is_paged(model) and torch.equal(logits(model), expected)
-    assert "hbm_budget" not in json.dumps(model.config.to_dict())
+    assert "paging" not in json.dumps(model.config.to_dict())
     with pytest.raises(ValueError, match=r"device_map=.*one device"):
         AutoModelForCausalLM.from_pretrained(
             tmp_path, config=config, device_map={"model": "cpu", "lm_head": "disk"}
@@ -102,9 +103,8 @@ def test_from_pretrained_takes_the_budget_from_the_config(form, tmp_path, monkey
 
 def test_from_pretrained_takes_the_budget_as_an_argument(tmp_path) -> None:
     expected = saved("qwen3_moe", "int8", "qmoe", tmp_path)
-    asked = qmoe.QmoeConfig(
-        hbm_budget=smallest_budget(tmp_path), context=CONTEXT, activations="bf16"
-    )
+    paging = PagingOptions(smallest_budget(tmp_path), CONTEXT)
+    asked = qmoe.QmoeConfig(paging=paging, activations="bf16")
     with pytest.warns(UserWarning, match="loading attributes"):
         model = AutoModelForCausalLM.from_pretrained(
             tmp_path, quantization_config=asked, device_map="cpu"
@@ -122,7 +122,7 @@ def test_a_16_bit_checkpoint_is_quantized_and_paged(tmp_path) -> None:
         load(tmp_path, budget, weights="fp8"),
         AutoModelForCausalLM.from_pretrained(
             tmp_path,
-            quantization_config=qmoe.QmoeConfig("fp8", hbm_budget=budget, context=CONTEXT),
+            quantization_config=qmoe.QmoeConfig("fp8", paging=PagingOptions(budget, CONTEXT)),
             device_map="cpu",
         ),
         qmoe.patch(
@@ -152,7 +152,7 @@ def test_a_paged_model_is_saved_as_it_was_loaded(family, form, tmp_path) -> None
         assert tensor.dtype == after[name].dtype, name
         assert torch.equal(tensor.view(torch.uint8), after[name].view(torch.uint8)), name
     config = json.loads((tmp_path / "again" / "config.json").read_text())
-    assert not {"hbm_budget", "context", "batch_size"} & config["quantization_config"].keys()
+    assert "paging" not in config["quantization_config"]
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert torch.equal(logits(again), logits(model))
 

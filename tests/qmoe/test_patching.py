@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from zoo import SIZES, TOKENS, build, logits
 
 import qmoe
-from qmoe.loading.quantizer import quantized_modules
+from qmoe.experts.quantized import quantized_modules
 from qmoe_kernels.quantization import dequantize
 
 FAMILIES = ["qwen3_moe", "mixtral", "gpt_oss"]

@@ -19,8 +19,7 @@ from zoo import build, logits
 
 import qmoe
 from qmoe.checkpoints.schema import compressed_tensors_config
-from qmoe.experts.quantized import QuantizedExperts
-from qmoe.loading.quantizer import quantized_modules
+from qmoe.experts.quantized import QuantizedExperts, quantized_modules
 from qmoe_kernels.quantization import STORAGE_DTYPE, quantize
 
 
@@ -83,7 +82,7 @@ def test_compressed_tensors_experts_stay_in_8_bit(
     if package:
         pytest.importorskip("compressed_tensors")
     else:
-        monkeypatch.setattr("qmoe.loading.quantizer.is_compressed_tensors_available", lambda: False)
+        monkeypatch.setattr("qmoe.loading.config.is_compressed_tensors_available", lambda: False)
     model = build(family)
     compressed_tensors_checkpoint(model, tmp_path, weights)
     expected = logits(qmoe.patch(model, weights))
@@ -195,7 +194,7 @@ def test_dense_compressed_tensors_need_the_package(tmp_path, monkeypatch) -> Non
     config["quantization_config"]["ignore"].remove(name.removesuffix(".weight"))
     (tmp_path / "config.json").write_text(json.dumps(config))
     with monkeypatch.context() as without:
-        without.setattr("qmoe.loading.quantizer.is_compressed_tensors_available", lambda: False)
+        without.setattr("qmoe.loading.config.is_compressed_tensors_available", lambda: False)
         with pytest.raises(ImportError, match=r"q_proj.*pip install compressed-tensors"):
             AutoModelForCausalLM.from_pretrained(tmp_path)
     pytest.importorskip("compressed_tensors")

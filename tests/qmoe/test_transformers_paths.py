@@ -37,7 +37,7 @@ from transformers import (
 )
 
 import qmoe
-from qmoe.loading.quantizer import quantized_modules
+from qmoe.experts.quantized import quantized_modules
 from qmoe_convert.convert import convert
 from qmoe_kernels.quantization import dequantize, quantize
 

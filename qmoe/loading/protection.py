@@ -1,0 +1,94 @@
+"""What a model with 8-bit experts refuses: moves, states and adapters that would leave it wrong."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from qmoe.experts.guard import guard_of
+from qmoe.experts.quantized import quantized_modules
+from qmoe.loading.side_by_side import lay_side_by_side
+
+
+def protect(model: nn.Module) -> None:
+    """Let ``model`` refuse what would leave its experts wrong. Done again, it changes nothing."""
+    model.__dict__["_apply"] = GuardedApply(model)
+    if _check_state not in map(_function, model._load_state_dict_pre_hooks.values()):
+        model.register_load_state_dict_pre_hook(_check_state)
+    if _refuse_adapters not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_refuse_adapters)
+
+
+def unprotect(model: nn.Module) -> None:
+    """Undo :func:`protect`."""
+    model.__dict__.pop("_apply", None)
+    for hooks in (model._load_state_dict_pre_hooks, model._forward_pre_hooks):
+        for key, hook in list(hooks.items()):
+            if _function(hook) in (_check_state, _refuse_adapters):
+                del hooks[key]
+
+
+def _function(hook: Any) -> Any:
+    return getattr(hook, "hook", hook)  # torch wraps those that get the module
+
+
+class GuardedApply:
+    """Stands in a model's attributes in front of its class's ``_apply``.
+
+    ``.to()``, ``.half()``, ``.cuda()`` and the like go through that. The reference to the model is
+    weak, so that deleting the model frees its memory at once. A copy of the model, by
+    ``copy.deepcopy`` or through a file, gets one of its own.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = weakref.ref(model)
+
+    def __call__(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """Apply ``fn`` to every tensor of the model, or refuse before the first.
+
+        Raises:
+            RuntimeError: the model is generating text.
+            ValueError: its experts are paged on another device.
+        """
+        model = self.model()
+        assert model is not None, "called by a method of the model"
+        with guard_of(model).changing(f"{type(model).__name__}.to()"):
+            for experts in quantized_modules(model).values():
+                experts.check_move(fn)
+            type(model)._apply(model, fn, recurse)
+            lay_side_by_side(model)
+        return model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GuardedApply:
+        model = self.model()
+        return GuardedApply(memo.get(id(model), model))
+
+    def __reduce__(self) -> tuple[type[GuardedApply], tuple[nn.Module | None]]:
+        return GuardedApply, (self.model(),)
+
+
+def _check_state(
+    model: nn.Module, state_dict: Mapping[str, torch.Tensor], prefix: str, *_: Any
+) -> None:
+    """Refuse a state that is not this model's, before anything of it is copied."""
+    with guard_of(model).changing("load_state_dict"):
+        for name, experts in quantized_modules(model).items():
+            experts.check_state(state_dict, f"{prefix}{name}.")
+
+
+def _refuse_adapters(model: nn.Module, *_: Any) -> None:
+    """Refuse adapters (PEFT) that were put onto experts, which PEFT itself only passes over."""
+    for adapter, config in getattr(model, "peft_config", {}).items():
+        targets = getattr(config, "target_parameters", None) or ()
+        for name, experts in quantized_modules(model).items() if targets else ():
+            for source in (s for sources in experts.layout.sources.values() for s in sources):
+                if any(f".{name}.{source}".endswith(f".{target}") for target in targets):
+                    raise ValueError(
+                        f"the adapter {adapter!r} adapts {name}.{source}, which is in 8 bit and "
+                        "takes no adapter; adapt other modules, or call qmoe.unpatch(model) before "
+                        "adding it"
+                    )
