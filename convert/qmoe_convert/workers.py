@@ -64,8 +64,8 @@ def in_order(
 ) -> Generator[T, None, None]:
     """Yield ``work(item)`` in order while workers are ahead by at most `IN_FLIGHT_BYTES`.
 
-    Items have a ``cost`` in bytes; one is let in whatever it costs. Close the generator, or threads go
-    on working. They are the parallelism: in each, torch has one thread of its own.
+    Items have a ``cost`` in bytes; one is let in whatever it costs. Close the generator, or threads
+    go on working. They are the parallelism: in each, torch has one thread of its own.
     """
     waiting: deque[tuple[int, Future[T]]] = deque()
     in_flight = 0
