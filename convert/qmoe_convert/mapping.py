@@ -13,6 +13,7 @@ import copy
 import inspect
 import json
 import re
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -360,7 +361,7 @@ def map_checkpoint(folder: Path, tensors: Mapping[str, StoredTensor]) -> Checkpo
             without experts, a tensor that it does not know, or an expert with a tensor missing.
     """
     # transformers' warnings are about loading, not about converting.
-    with _verbosity:
+    with _building, _verbosity:
         transformers.logging.set_verbosity_error()
         config = _load_config(folder)
         quantizer = _dequantizer(config, folder)
@@ -452,6 +453,9 @@ def _warnings(
 # The model
 
 
+# transformers sets torch's default dtype while it builds a model. Of two builds that overlapped,
+# the second would leave the dtype of the first as the default of the process.
+_building = threading.Lock()
 _verbosity = Restored(transformers.logging.get_verbosity, transformers.logging.set_verbosity)
 
 

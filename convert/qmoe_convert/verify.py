@@ -128,8 +128,8 @@ def first_wrong_row(
     """
     relative, absolute = HALF_STEP[weights]
     step = max(1, BLOCK // max(1, source.shape[1]))
-    exact = torch.empty((step, source.shape[1]))
-    close = torch.empty((step, source.shape[1]))
+    exact = torch.empty((step, source.shape[1]), dtype=torch.float32)
+    close = torch.empty((step, source.shape[1]), dtype=torch.float32)
     for start in range(0, source.shape[0], step):
         rows = slice(start, start + step)
         count = len(scale[rows])

@@ -252,7 +252,7 @@ def _quantize_rows(
     step = max(1, BLOCK_SIZE[_kind(weight)] // max(1, weight.shape[1]))
     (scratch,) = _scratch(1, min(step, len(weight)), weight.shape[1], device=weight.device)
     # A tensor, since CUDA multiplies by the rounded inverse of a number instead of dividing by it.
-    largest_ = torch.tensor(largest, device=weight.device)
+    largest_ = torch.tensor(largest, dtype=torch.float32, device=weight.device)
     for block, q_block, scale_block in zip(
         weight.split(step), q.split(step), scale.split(step), strict=True
     ):
@@ -266,12 +266,12 @@ def _quantize_rows(
 def _scratch(*shape: int, device: torch.device) -> torch.Tensor:
     """Room for fp32; on a CPU the thread's own, kept: fresh memory costs as much as quantizing."""
     if device.type != "cpu":
-        return torch.empty(shape, device=device)
+        return torch.empty(shape, dtype=torch.float32, device=device)
     size = math.prod(shape)
     kept: torch.Tensor | None = getattr(_of_thread, "scratch", None)
     if kept is None or kept.numel() < size:
         with torch.inference_mode(False):  # in which later calls could not write
-            kept = _of_thread.scratch = torch.empty(size, device=device)
+            kept = _of_thread.scratch = torch.empty(size, dtype=torch.float32, device=device)
     return kept[:size].view(shape)
 
 

@@ -120,9 +120,9 @@ class Fingerprint:
         for module in modules:
             for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
                 owner = getattr(hook, "__module__", None) or ""
-                if owner.startswith("qmoe."):
+                if owner.startswith("qmoe.traces."):
                     found = self.RECORDING
-                elif owner != _IDLE_HOOKS:
+                elif owner != _IDLE_HOOKS and not owner.startswith("qmoe."):
                     return f"a hook on {type(module).__name__}, which may do anything at each step"
             if (forward := replaced_forward(module)) is not None:
                 return (

@@ -735,6 +735,37 @@ class TestWorkers:
         assert transformers.logging.get_verbosity() == verbosity
         assert contents(tmp_path / "first") == contents(tmp_path / "second")
 
+    def test_several_at_once(self, qwen3_folder: Path, tmp_path: Path) -> None:
+        """Building a model sets torch's default dtype, which is the process's."""
+        convert(qwen3_folder, tmp_path / "alone")
+        expected = contents(tmp_path / "alone")
+        same: list[bool] = []
+
+        def run_some(name: str) -> None:
+            for i in range(3):
+                out = tmp_path / f"{name}{i}"
+                convert(qwen3_folder, out)
+                same.append(contents(out) == expected)
+
+        threads = [threading.Thread(target=run_some, args=(name,)) for name in "abc"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert same == [True] * 9
+        assert torch.get_default_dtype() == torch.float32
+
+    def test_the_default_dtype_changes_no_byte(self, qwen3_folder: Path, run: Run) -> None:
+        """Another thread may be loading a model, under the dtype of that model."""
+        _, expected = run(qwen3_folder, name="expected")
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            # Workers are new threads, so that no scratch of theirs is left from before.
+            report, out = run(qwen3_folder)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert report.verified and contents(out) == contents(expected)
+
     @pytest.mark.parametrize("stage", ["convert", "verify"])
     def test_an_interrupt_leaves_no_worker_behind(
         self, qwen3_folder: Path, tmp_path: Path, stage: str

@@ -48,6 +48,7 @@ from qmoe.decoding.graph import Graphed
 from qmoe.decoding.pieces import PIECES, find_pieces
 from qmoe.decoding.selection import CAPTURED_PROCESSORS
 from qmoe.decoding.step import DecodeStep, step_of
+from qmoe.loading.side_by_side import lay_side_by_side
 
 NEW_TOKENS = 12  # beyond a window of 8, together with a prompt or without
 LENGTHS = (13, 3, 20)
@@ -97,7 +98,9 @@ def qwen3(device: str) -> PreTrainedModel:
 @pytest.fixture
 def own(qwen3: PreTrainedModel) -> PreTrainedModel:
     """A copy to change."""
-    return copy.deepcopy(qwen3)
+    model = copy.deepcopy(qwen3)
+    lay_side_by_side(model)  # which a copy is not
+    return model
 
 
 def batch(model: PreTrainedModel, *lengths: int, seed: int = 0) -> tuple[Tensor, Tensor]:

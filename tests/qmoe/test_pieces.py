@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 import qmoe
 from qmoe.decoding.pieces import PIECES, find_pieces, linear
 from qmoe.decoding.shadow import Shadow
+from qmoe.loading.side_by_side import lay_side_by_side
 
 KINDS = PIECES[1:]
 
@@ -30,7 +31,9 @@ def qwen3() -> PreTrainedModel:
 
 @pytest.fixture
 def own(qwen3: PreTrainedModel) -> PreTrainedModel:
-    return copy.deepcopy(qwen3)
+    model = copy.deepcopy(qwen3)
+    lay_side_by_side(model)  # which a copy is not
+    return model
 
 
 def found(model: Any, kind: str) -> int:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from qmoe.decoding.pieces import find_pieces
 from qmoe.decoding.shadow import Shadow, Undecodable
 from qmoe.experts.quantized import QuantizedExperts
+from qmoe.loading.side_by_side import lay_side_by_side
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,9 @@ def qwen3() -> PreTrainedModel:
 
 @pytest.fixture
 def own(qwen3: PreTrainedModel) -> PreTrainedModel:
-    return copy.deepcopy(qwen3)
+    model = copy.deepcopy(qwen3)
+    lay_side_by_side(model)  # which a copy is not
+    return model
 
 
 def shadow_of(model: Any, attention: str | None = None) -> Shadow:
