@@ -289,7 +289,7 @@ def test_every_kernel_of_ours_has_a_kind() -> None:
     for name, kind in (
         ("grouped_gemm_kernel", "experts"),
         ("hopper_gemm_kernel", "experts"),
-        ("quantize_sorted_rows_kernel", "experts"),
+        ("quantize_rows_kernel", "experts"),
         ("sort_rows_kernel", "routing"),
         ("sort_pairs_kernel", "routing"),
         ("combine_splits_kernel", "attention"),
