@@ -163,6 +163,12 @@ def model(request: pytest.FixtureRequest, way: Way) -> PreTrainedModel:
     return own if request.param == "resident" else page(own)
 
 
+@pytest.fixture
+def plain(way: Way) -> PreTrainedModel:
+    """A resident model of the test's own, where paging does not matter."""
+    return way.copy()
+
+
 @torch.no_grad()
 def another(model: PreTrainedModel) -> PreTrainedModel:
     """A resident model of the same classes with other weights."""
@@ -195,9 +201,10 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         "generation_config": copy.deepcopy(model.generation_config.to_dict()),
         "modeling module": {k: id(v) for k, v in vars(modeling_qwen3_moe).items()},
         "transformers": {
-            name: set(vars(module))
+            name: {k for k in vars(module) if not k.startswith("__")}
             for name, module in list(sys.modules.items())
-            if name.split(".")[0] == "transformers" and module is not None
+            # Packages import lazily, and so change by being used.
+            if name.startswith("transformers.") and not hasattr(module, "__path__")
         },
         "attention": {k: id(v) for k, v in ALL_ATTENTION_FUNCTIONS.items()},
         "torch": (
@@ -219,7 +226,8 @@ def assert_as_before(model: nn.Module, before: dict[str, Any]) -> None:
     now = state_of(model)
     for what, value in before.items():
         if what == "transformers":  # modules that were imported since do not matter
-            assert all(now[what][name] == names for name, names in value.items()), what
+            changed = {f"{name}.{k}" for name in value for k in value[name] ^ now[what][name]}
+            assert not changed, f"{what}: {sorted(changed)[:5]}"
         elif isinstance(value, dict):
             changed = {
                 k for k in value.keys() | now[what].keys() if value.get(k) != now[what].get(k)
@@ -419,47 +427,44 @@ class TestChanges:
             texts.append(way.check(wrapped))
         assert texts[0] == texts[2] == texts[4] != texts[1] == texts[3]
 
-    def test_another_adapter(self, way, model):
-        wrapped = adapted(model, "a", "b")
+    def test_another_adapter(self, way, plain):
+        wrapped = adapted(plain, "a", "b")
         self.check_states(
             way, wrapped, *(functools.partial(wrapped.set_adapter, name) for name in "bab")
         )
 
-    def test_an_adapter_is_merged(self, way, model):
-        wrapped = adapted(model, "a")
+    def test_an_adapter_is_merged(self, way, plain):
+        wrapped = adapted(plain, "a")
         expected = way.check(wrapped)
         wrapped.merge_adapter()
         way.check(wrapped)
         with wrapped.disable_adapter():
             assert way.check(wrapped) != expected
 
-    @pytest.mark.parametrize("place", ["mlp", "self_attn.q_proj", "input_layernorm", "mlp.gate"])
+    @pytest.mark.parametrize("place", ["mlp", "self_attn.v_proj", "input_layernorm", "mlp.gate"])
     @pytest.mark.parametrize("kind", ["forward", "pre"])
-    def test_a_hook(self, way, model, place, kind):
-        module = model.model.layers[1].get_submodule(place)
+    def test_a_hook(self, way, plain, place, kind):
+        module = plain.model.layers[1].get_submodule(place)
         handles: list[Any] = []
 
-        def twice(value: Any) -> Any:
-            return tuple(map(twice, value)) if isinstance(value, tuple) else value * 2
+        def change(value: Any) -> Any:
+            if isinstance(value, tuple):  # a router's logits, weights and ids
+                return value[0], value[1].flip(-1) * 3, value[2]
+            return value.flip(-1) * 3
 
         def add() -> None:
             if kind == "pre":
-                # Some of these have no scale: a norm's input is shifted as well.
-                hook = module.register_forward_pre_hook(lambda m, args: (args[0] * 2 + 1,))
-            elif place == "mlp.gate":
-                hook = module.register_forward_hook(
-                    lambda m, args, output: (output[0], output[1] * 2, output[2])
-                )
+                hook = module.register_forward_pre_hook(lambda m, args: (change(args[0]),))
             else:
-                hook = module.register_forward_hook(lambda m, args, output: twice(output))
+                hook = module.register_forward_hook(lambda m, args, output: change(output))
             handles.append(hook)
 
-        self.check_states(way, model, add, lambda: handles.pop().remove())
+        self.check_states(way, plain, add, lambda: handles.pop().remove())
         calls: list[int] = []
         module.register_forward_hook(lambda *args: calls.append(1))
-        way.expected(model)
+        way.expected(plain)
         expected = len(calls)
-        way.found(model)
+        way.found(plain)
         assert len(calls) == 2 * expected
 
     def test_fewer_experts(self, way, model):
@@ -469,8 +474,8 @@ class TestChanges:
 
         self.check_states(way, model, lambda: top_k(1), lambda: top_k(2))
 
-    def test_other_numbers_of_modules(self, way, model):
-        attention, norm = model.model.layers[1].self_attn, model.model.layers[0].input_layernorm
+    def test_other_numbers_of_modules(self, way, plain):
+        attention, norm = plain.model.layers[1].self_attn, plain.model.layers[0].input_layernorm
 
         def scaling(factor: float) -> None:
             attention.scaling *= factor
@@ -480,36 +485,36 @@ class TestChanges:
 
         self.check_states(
             way,
-            model,
+            plain,
             *(lambda: scaling(4), lambda: scaling(1 / 4)),
             *(lambda: epsilon(50.0), lambda: epsilon(1e-6)),
         )
 
-    def test_another_module(self, way, model):
-        layers = model.model.layers
+    def test_another_module(self, way, plain):
+        layers = plain.model.layers
         own, other = layers[1].self_attn, another(way.copy()).model.layers[1].self_attn
         self.check_states(
             way,
-            model,
+            plain,
             lambda: setattr(layers[1], "self_attn", other),
             lambda: setattr(layers[1], "self_attn", own),
         )
 
-    def test_another_forward(self, way, model):
-        mlp = model.model.layers[1].mlp
+    def test_another_forward(self, way, plain):
+        mlp = plain.model.layers[1].mlp
         forward = mlp.forward
 
         def put() -> None:
             mlp.forward = lambda hidden_states: forward(hidden_states) * 3
 
-        self.check_states(way, model, put, lambda: delattr(mlp, "forward"))
+        self.check_states(way, plain, put, lambda: delattr(mlp, "forward"))
 
-    def test_another_attention(self, way, model):
+    def test_another_attention(self, way, plain):
         """The texts are the same: what runs is another function."""
-        expected = way.check(model)
+        expected = way.check(plain)
         for name in ("eager", "sdpa"):
-            model.set_attn_implementation(name)
-            assert way.check(model) == expected
+            plain.set_attn_implementation(name)
+            assert way.check(plain) == expected
 
     def test_a_recording_begins(self, way, model):
         """All tokens are recorded, by a step that was kept, and the next call is as before."""
@@ -645,39 +650,39 @@ class TestMasks:
         ],
         ids=["right padding", "holes", "left padding and a hole", "every other"],
     )
-    def test_masks(self, model, ids, hidden):
+    def test_masks(self, plain, ids, hidden):
         mask = torch.ones_like(ids)
         for row, columns in hidden.items():
             mask[row, columns] = 0
-        expected = tokens_of(model, ids, mask)
-        assert expected != tokens_of(model, ids, torch.ones_like(ids))
+        expected = tokens_of(plain, ids, mask)
+        assert expected != tokens_of(plain, ids, torch.ones_like(ids))
         for _ in range(2):
-            assert decode(model, ids, mask) == expected
+            assert decode(plain, ids, mask) == expected
         # And an ordinary one after it.
         mask = torch.ones_like(ids)
         mask[1, :4] = 0
-        assert decode(model, ids, mask) == tokens_of(model, ids, mask)
+        assert decode(plain, ids, mask) == tokens_of(plain, ids, mask)
 
-    def test_no_mask_and_the_pad_token_in_the_prompt(self, model, ids):
+    def test_no_mask_and_the_pad_token_in_the_prompt(self, plain, ids):
         """transformers takes it for padding."""
-        model.generation_config.pad_token_id = 1
+        plain.generation_config.pad_token_id = 1
         ids[0, 5] = ids[1, :3] = ids[2, 11] = 1
-        expected = tokens_of(model, ids, None)
-        assert expected != tokens_of(model, ids, torch.ones_like(ids))
-        assert decode(model, ids, None) == expected
+        expected = tokens_of(plain, ids, None)
+        assert expected != tokens_of(plain, ids, torch.ones_like(ids))
+        assert decode(plain, ids, None) == expected
 
     @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-    def test_position_ids(self, model, ids, padded):
+    def test_position_ids(self, plain, ids, padded):
         mask = torch.ones_like(ids)
         if padded:
             mask[1, :4] = 0
         plain = (mask.cumsum(-1) - 1).clamp(min=0)
-        without = tokens_of(model, ids, mask)
+        without = tokens_of(plain, ids, mask)
         for positions in (plain * 3, plain + 7, plain.flip(-1)):
-            expected = tokens_of(model, ids, mask, position_ids=positions)
-            assert decode(model, ids, mask, position_ids=positions) == expected
+            expected = tokens_of(plain, ids, mask, position_ids=positions)
+            assert decode(plain, ids, mask, position_ids=positions) == expected
         assert expected != without
-        assert decode(model, ids, mask) == without
+        assert decode(plain, ids, mask) == without
 
 
 # ---- modes of torch ----------------------------------------------------------------------------
@@ -707,14 +712,6 @@ class TestModes:
         with torch.inference_mode():
             assert way.found(model) == expected
         assert way.expected(model) == expected
-
-    def test_gradients_afterwards(self, way, model):
-        way.check(model)
-        ids, mask = way.inputs(PROMPTS)
-        embedding = model.get_input_embeddings().weight
-        with torch.enable_grad():
-            model(input_ids=ids, attention_mask=mask).logits.sum().backward()
-        assert embedding.grad is not None and embedding.grad.isfinite().all()
 
 
 # ---- memory ------------------------------------------------------------------------------------

@@ -303,7 +303,8 @@ def sweep(whole: WholeModel, folder: Path) -> tuple[str, str]:
 
     Returns:
         How its experts are stored after the conversion, and what decodes it: ``"qmoe"``,
-        ``"transformers: REASON"``, or why there is nothing to decode.
+        ``"transformers: REASON"``, or why there is nothing to decode. A class that is loaded as
+        another one is followed by that one's name.
 
     Raises:
         Failure: see there.
@@ -324,7 +325,7 @@ def sweep(whole: WholeModel, folder: Path) -> tuple[str, str]:
     if type(resident).__name__ != whole.loads_as:
         raise Failure(f"loaded as {type(resident).__name__}")
     greedy, sampled = _generate(resident), _generate(resident, seed=1)
-    if len(set(greedy[:, max(PROMPTS) :].flatten().tolist())) < 4:
+    if len(torch.cat((greedy, sampled))[:, max(PROMPTS) :].unique()) < 4:
         raise Failure("its weights repeat few tokens, so that little is shown")
     told = _compare("resident, greedy", resident, greedy)
     told |= _compare("resident, sampled", resident, sampled, seed=1)
@@ -341,7 +342,8 @@ def sweep(whole: WholeModel, folder: Path) -> tuple[str, str]:
     counts = qmoe.stats(paged)
     if not counts.misses or counts.num_slots >= counts.num_pages:
         raise Failure(f"nothing was paged: {counts}")
-    return report.format, " and ".join(sorted(told)) or "qmoe"
+    loaded = f", as {whole.loads_as}" if whole.loads_as != whole.name else ""
+    return report.format, (" and ".join(sorted(told)) or "qmoe") + loaded
 
 
 def _refusal(model: PreTrainedModel, error: ConversionError) -> str:

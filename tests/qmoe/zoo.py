@@ -293,7 +293,8 @@ Every class that generates text, of the modules that define these experts. Each 
 converted to INT8, loaded resident and paged, and generated greedily and by sampling; in each case
 `qmoe.decode` gave the tokens of transformers' own loop. *Stored as* is the format of the converted
 checkpoint. *Decodes by* says whose loop that is: where qmoe's cannot serve a model, transformers'
-does, and a warning says why.
+does, and a warning says why. *As* names the class that the checkpoint is loaded as, where that is
+another one: a model's part for text.
 
 | model | class | stored as | decodes by |
 |---|---|---|---|
