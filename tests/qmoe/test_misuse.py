@@ -206,7 +206,8 @@ def state_of(model: nn.Module) -> dict[str, Any]:
             # Packages import lazily, and so change by being used.
             if name.startswith("transformers.") and not hasattr(module, "__path__")
         },
-        "attention": {k: id(v) for k, v in ALL_ATTENTION_FUNCTIONS.items()},
+        # A name of its own may be registered for good.
+        "attention": {k: id(v) for k, v in ALL_ATTENTION_FUNCTIONS.items() if "qmoe" not in k},
         "torch": (
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
@@ -267,7 +268,8 @@ def together(*calls: Callable[[], Any]) -> list[Any]:
 def assert_right_or_refused(results: list[Any], expected: list[Any]) -> None:
     """Each is what it should be, or a refusal in a sentence; never all of them."""
     refused = [
-        isinstance(result, RuntimeError) and "generating" in str(result) for result in results
+        isinstance(result, (RuntimeError, ValueError)) and "generat" in str(result)
+        for result in results
     ]
     for result, value, no in zip(results, expected, refused, strict=True):
         if isinstance(result, Exception) and not no:
@@ -371,7 +373,7 @@ class TestNesting:
             if len(results) < 3:
                 try:
                     results.append(way.found(model, inner))
-                except RuntimeError as error:
+                except (RuntimeError, ValueError) as error:
                     results.append(error)
 
         assert way.found(model, each_token=each_token) == expected[0]
@@ -676,9 +678,9 @@ class TestMasks:
         mask = torch.ones_like(ids)
         if padded:
             mask[1, :4] = 0
-        plain = (mask.cumsum(-1) - 1).clamp(min=0)
+        usual = (mask.cumsum(-1) - 1).clamp(min=0)
         without = tokens_of(plain, ids, mask)
-        for positions in (plain * 3, plain + 7, plain.flip(-1)):
+        for positions in (usual * 3, usual + 7, usual.flip(-1)):
             expected = tokens_of(plain, ids, mask, position_ids=positions)
             assert decode(plain, ids, mask, position_ids=positions) == expected
         assert expected != without
@@ -761,7 +763,7 @@ class TestMemory:
                 refusals.append(error)
 
         assert way.found(model, each_token=each_token) == expected
-        assert all("generating" in str(error) for error in refusals)
+        assert all("generat" in str(error) for error in refusals)
         assert way.found(model) == expected
 
     def test_a_deleted_model_is_gone(self, way):
