@@ -2,14 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+OLDEST := .venv-oldest
 
-.PHONY: demo test quality style docs bench-convert bench-cache bench-kernels bench-generate clean
+.PHONY: demo test test-oldest quality style docs bench-convert bench-cache bench-kernels bench-generate clean
 
 demo: $(READY)
 	$(BIN)/qmoe demo
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2
+
+# the suite on the oldest releases that pyproject.toml allows
+test-oldest: $(OLDEST)/.ready
+	$(OLDEST)/bin/python -m pytest -n 2
 
 quality: $(READY)
 	$(BIN)/ruff check .
@@ -51,5 +56,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,quality,bench]"
 	@touch $@
 
+$(OLDEST)/.ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt --editable ".[test]"
+	@touch $@
+
 clean:
-	rm -rf .venv
+	rm -rf .venv $(OLDEST)

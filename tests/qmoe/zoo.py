@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import importlib
 import inspect
+import tempfile
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -266,6 +267,7 @@ def document() -> str:
             f"| {activation.name}{f' ({named})' if named else ''} | {columns[0]} | {columns[1]} |"
         )
     refused = ", ".join(REFUSED)
+    models = "\n".join(_whole_models())
     return f"""# Models whose experts qmoe quantizes
 
 Every experts class of transformers {transformers.__version__}, found by reading its sources.
@@ -284,7 +286,33 @@ products, with the class's default numbers.
 Refused by name, because their experts are no stacked weights behind one call: {refused}. Any other
 class with a stacked `down_proj` is recognized by its attributes; a gate that is none of the above
 is called as it is between the two products.
+
+## Whole models
+
+Every class that generates text, of the modules that define these experts. Each was built small,
+converted to INT8, loaded resident and paged, and generated greedily and by sampling; in each case
+`qmoe.decode` gave the tokens of transformers' own loop. *Stored as* is the format of the converted
+checkpoint. *Decodes by* says whose loop that is: where qmoe's cannot serve a model, transformers'
+does, and a warning says why. *As* names the class that the checkpoint is loaded as, where that is
+another one: a model's part for text.
+
+| model | class | stored as | decodes by |
+|---|---|---|---|
+{models}
 """
+
+
+def _whole_models() -> Iterator[str]:
+    """The rows of all whole models."""
+    import whole_models  # which imports this module
+
+    for whole in whole_models.generating_classes():
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                form, by = whole_models.sweep(whole, Path(folder))
+            except Exception as error:  # the test fails, and this tells where
+                form, by = "-", f"FAILS: {type(error).__name__}: {str(error)[:80]}"
+        yield f"| {whole.family} | {whole.name} | {form} | {by} |"
 
 
 if __name__ == "__main__":
