@@ -21,40 +21,11 @@ _ATTEMPTS = 3
 _WAITED = "called a synchronizing"
 
 _locks: dict[torch.device, threading.RLock] = defaultdict(threading.RLock)
-_capture_streams: dict[torch.device, torch.cuda.Stream] = {}
-_last_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 def device_lock(device: torch.device) -> threading.RLock:
     """Held while a graph is captured or replayed: captures stand alone on a device."""
     return _locks[device]
-
-
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """The one stream of a device that graphs are captured on.
-
-    cuBLAS keeps a workspace for each stream that it has been used on, for ever. With one stream
-    there is one, and it is made here, so that it is no graph's own.
-    """
-    if device not in _capture_streams:
-        stream = torch.cuda.Stream(device)
-        with torch.cuda.stream(stream):
-            for dtype in (torch.bfloat16, torch.float32):
-                x = torch.zeros(16, 16, dtype=dtype, device=device)
-                torch.addmm(x[0], x, x)
-        stream.synchronize()
-        _capture_streams[device] = stream
-    return _capture_streams[device]
-
-
-def _replay(graph: torch.cuda.CUDAGraph, device: torch.device) -> None:
-    """Replay a graph after all others of the device: they have that workspace in common."""
-    stream = torch.cuda.current_stream(device)
-    last = _last_streams.get(device)
-    if last is not None and last != stream:
-        stream.wait_stream(last)
-    _last_streams[device] = stream
-    graph.replay()
 
 
 class GraphPool:
@@ -135,7 +106,7 @@ class Graphed:
             if self._graph is None and self._runs == WARM_UP and self.trouble is None:
                 self._try_capture(function)
             if self._graph is not None:
-                _replay(self._graph, self.pool.device)
+                self._graph.replay()
             elif self._runs == WARM_UP - 1:
                 self.trouble = self._uncapturable = _watch(function)
                 self._runs += 1
@@ -166,7 +137,7 @@ class Graphed:
         if self._graph is None:
             raise ValueError("there is no graph; call capture() first")
         with device_lock(self.pool.device):
-            _replay(self._graph, self.pool.device)
+            self._graph.replay()
 
     def _try_capture(self, function: Callable[[], None]) -> None:
         try:
@@ -192,12 +163,16 @@ def capture(
     Args:
         generator: that ``function`` draws from, if that is not the device's default.
     """
-    stream = _capture_stream(device)
+    stream = torch.cuda.Stream(device)
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
     with torch.cuda.device(device):
         torch.cuda.synchronize()
+        # cuBLAS has a workspace for each stream, which torch keeps for ever. What a graph uses is
+        # to be the graph's own, made during the capture and let go of at its end: then nobody else
+        # frees it or writes to it, and it goes with the graph.
+        torch._C._cuda_clearCublasWorkspaces()
         with torch.cuda.stream(stream):
             try:
                 # torch.cuda.graph would collect garbage first, which takes longer than the
@@ -208,6 +183,8 @@ def capture(
             except BaseException:
                 _give_up(graph, device, pool, generator)
                 raise
+            finally:
+                torch._C._cuda_clearCublasWorkspaces()
     return graph
 
 

@@ -231,7 +231,8 @@ class QuantizedExperts(nn.Module):
     @property
     def has_weights(self) -> bool:
         """Whether the 8-bit weights are parameters of the module."""
-        return None not in (getattr(self, p + QUANTIZED_SUFFIX) for p in self.layout.projections)
+        weights = (getattr(self, p + QUANTIZED_SUFFIX) for p in self.layout.projections)
+        return all(weight is not None for weight in weights)
 
     def drop_weights(self) -> None:
         """Let go of the weights that are parameters; pages hold them now."""

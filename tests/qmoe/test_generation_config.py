@@ -134,7 +134,8 @@ def plainly(model, tokenizer):
 
 
 def test_every_field_is_accounted_for():
-    assert set(vars(GenerationConfig())) <= {*SERVED, *PASSED_OVER, *REFUSED}
+    fields = {name for name in vars(GenerationConfig()) if name != "_commit_hash"}  # until 5.20
+    assert fields <= {*SERVED, *PASSED_OVER, *REFUSED}
     assert not (
         SERVED.keys() & PASSED_OVER.keys() or (SERVED | PASSED_OVER).keys() & REFUSED.keys()
     )

