@@ -31,6 +31,7 @@ DOCUMENTED = {name: (form, by) for _, name, form, by in ROW.findall(DOCUMENT.spl
 def test_the_documented_models_are_those_that_there_are() -> None:
     assert sorted(DOCUMENTED) == sorted(map(str, CLASSES)), "run `make docs`"
     assert len(CLASSES) > 70
+    assert not [name for name, (_, by) in DOCUMENTED.items() if "FAILS" in by]
     by_qmoe = [name for name, (_, by) in DOCUMENTED.items() if by.startswith("qmoe")]
     assert len(by_qmoe) > len(CLASSES) / 2
 
