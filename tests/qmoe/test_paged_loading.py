@@ -22,6 +22,7 @@ from zoo import build, logits
 
 import qmoe
 from qmoe.checkpoints.files import StoredTensor
+from qmoe.checkpoints.schema import compressed_tensors_config
 from qmoe.experts.pages import LayerPages
 from qmoe.experts.quantized import quantized_modules
 from qmoe.loading.pages import page_reads
@@ -267,7 +268,7 @@ def test_weights_of_another_form_are_refused(form, change, tmp_path) -> None:
 def test_a_dense_checkpoint_has_nothing_to_page(tmp_path) -> None:
     build("qwen3_moe", NUM_EXPERTS).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "compressed-tensors", "config_groups": {}}
+    config["quantization_config"] = compressed_tensors_config("int8", ["lm_head"])
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="this checkpoint has none"):
         load(tmp_path, "90%")

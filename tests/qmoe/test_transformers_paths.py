@@ -257,6 +257,9 @@ class TestDeviceMap:
     ):
         import accelerate
 
+        release = tuple(map(int, accelerate.__version__.split(".")[:2]))
+        if (weights, where) == ("fp8", "disk") and release < (1, 15):
+            pytest.skip("accelerate writes no FP8 to disk before 1.15")
         patched = qmoe.patch(copy.deepcopy(model).to(device), weights)
         resident = patched.generate(**batch, **GREEDY)
         if where == "cpu":

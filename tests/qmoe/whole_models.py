@@ -180,7 +180,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "moe"]
     },
     "Qwen2MoeForCausalLM": {"layer_types": SLIDING},
-    "Qwen3OmniMoeThinkerForConditionalGeneration": {"text_config": {"mlp_only_layers": [0]}},
+    "Qwen3OmniMoeThinkerForConditionalGeneration": {
+        "text_config": {"mlp_only_layers": [0]},
+        "vision_start_token_id": VOCABULARY - 1,  # asked for, and only a larger config has it
+    },
     "Qwen4ExpForCausalLM": QWEN4,
     "Qwen4ExpForConditionalGeneration": {"text_config": QWEN4},
     "ZayaForCausalLM": {"num_experts_per_tok": 1},
@@ -327,6 +330,9 @@ def sweep(whole: WholeModel, folder: Path) -> tuple[str, str]:
     greedy, sampled = _generate(resident), _generate(resident, seed=1)
     if len(torch.cat((greedy, sampled))[:, max(PROMPTS) :].unique()) < 4:
         raise Failure("its weights repeat few tokens, so that little is shown")
+    quantized = qmoe.load(folder / "source", weights="int8", **options)
+    if not torch.equal(_generate(quantized), greedy):
+        raise Failure("the converted checkpoint gives other tokens than the source, quantized")
     told = _compare("resident, greedy", resident, greedy)
     told |= _compare("resident, sampled", resident, sampled, seed=1)
 
