@@ -59,7 +59,8 @@ class Decoder:
             shadows = self._shadows(model)
             while (room := self._room(model)) < rows * columns and self._in_use:
                 self._wait(rows, columns, room)
-            if _bucket(rows) * columns <= room:
+            # Rows that are not the call's would be heard by whoever listens.
+            if shadows.uncapturable is None and _bucket(rows) * columns <= room:
                 rows = _bucket(rows)
             step = self._idle_step(rows, columns) or self._new_step(
                 model, shadows, rows, columns, room

@@ -148,8 +148,11 @@ class Graphed:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    """What an error says, in one line; of which kind it is, where it says no sentence."""
+    line = next(iter(str(error).strip().splitlines()), "")
+    if isinstance(error, ValueError | RuntimeError) and line:
+        return line
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 def capture(
@@ -185,6 +188,9 @@ def capture(
                 raise
             finally:
                 torch._C._cuda_clearCublasWorkspaces()
+        # torch writes generators' offsets on this stream when a capture begins, and again where
+        # the graph is replayed: not in the other order.
+        torch.cuda.current_stream().wait_stream(stream)
     return graph
 
 

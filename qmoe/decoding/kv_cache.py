@@ -34,10 +34,12 @@ class Columns:
         column: (1,) int64, the column of the next token: so many are filled.
         end: (1,) int32, the column after it.
         start: (rows,) int32, the first column of each row that is no padding.
+        windows: for each layer, how many columns its masks let a token look back; None for all.
     """
 
     def __init__(self, rows: int, length: int, device: torch.device) -> None:
         self.rows, self.length = rows, length
+        self.windows: list[int | None] = []
         self.decoding = False
         self.filled = 0
         self.column = torch.zeros(1, dtype=torch.int64, device=device)
@@ -78,8 +80,11 @@ class DecodeCache(Cache):
         layers: list[Any] = []
         for layer in StaticCache(config, max_cache_len=length).layers:
             # A window only hides columns: masks and attention see to that.
+            self.columns.windows.append(None)
             if type(layer) in (StaticLayer, StaticSlidingWindowLayer):
                 layers.append(KeysAndValues(self.columns))
+                if type(layer) is StaticSlidingWindowLayer:
+                    self.columns.windows[-1] = layer.max_cache_len  # at most `length`
             elif type(layer) is LinearAttentionLayer:
                 layers.append(layer)  # a state of fixed size, updated in place
             else:

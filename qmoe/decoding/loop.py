@@ -207,15 +207,18 @@ class _Call:
         selection = step.selection(len(self.input_ids), self.processors, do_sample)
         self._begin(step, selection, max_new_tokens)
         texts = _Texts(self.input_ids, self.criteria, self.config, self.streamer)
+        # Whoever listens to a step by hooks is to hear no more steps than there are.
+        ahead = int(step.shadows.uncapturable is None)
+        made = min(2, max_new_tokens)
         for index in range(max_new_tokens):
             drawn = step.generator.get_state() if do_sample else None
-            ahead = 0 < index < max_new_tokens - 1
-            if ahead:
+            if index > 0 and made <= index + ahead < max_new_tokens:
                 with step.alone():
                     step.advance()
-                    selection.make(index + 1, step.logits)
+                    selection.make(made, step.logits)
+                made += 1
             if texts.extend(selection.wait(index)):
-                if ahead and drawn is not None:
+                if made > index + 1 and drawn is not None:
                     step.generator.set_state(drawn)  # as if nobody had looked ahead
                 break
         if self.streamer is not None:
@@ -282,9 +285,14 @@ def _obstacle(
     cache = model_kwargs.get("past_key_values")
     if cache is not None and getattr(cache, "_is_user_defined", False):
         return "past_key_values were given"
-    if meant := {k for k, v in model_kwargs.items() if v is not None} - _KNOWN_ARGUMENTS:
+    given = {k for k, v in model_kwargs.items() if v is not None and not _is_empty(v)}
+    if meant := given - _KNOWN_ARGUMENTS:
         return f"{', '.join(sorted(meant))} were given"
     return None
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, dict | list | tuple) and not value
 
 
 class _Texts:

@@ -143,6 +143,7 @@ class DecodeStep:
             self.device.type == "cuda"
             and shadows.takes_last
             and not shadows.has_budget
+            and shadows.uncapturable is None  # who listens hears the prompt and nothing else
             and self.cache.has_columns_only
         )
         self._version = guard.version

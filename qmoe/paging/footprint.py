@@ -270,7 +270,7 @@ def _copy(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
     own = vars(copy)
     for name, value in vars(module).copy().items():
         if name in ("_parameters", "_buffers"):
-            value = value.copy()
+            value = dict(value)  # of any kind: what offloads has its own
         elif name == "_modules":
             value = {n: None if m is None else _copy(m, copies) for n, m in value.copy().items()}
         elif name in ("_forward_hooks", "_forward_pre_hooks"):

@@ -52,6 +52,13 @@ def _attention(
             f"{type(module).__name__} calls attention with {', '.join(meant) or 'a mask'}"
         )
     columns = running_columns.get()
+    layer = getattr(module, "layer_idx", None)
+    window = None if layer is None else columns.windows[layer]
+    if window != (None if sliding_window is None else min(sliding_window, columns.length)):
+        raise UnknownAttention(
+            f"{type(module).__name__} calls attention with a window of {sliding_window}, and its "
+            f"mask has one of {window}"
+        )
     output = decode_attention(
         query[:, :, 0],
         key.transpose(1, 2),
