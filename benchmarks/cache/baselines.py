@@ -74,14 +74,11 @@ class HostDrivenCache:
                 self.fetch(layer, experts)
 
 
-class HostDrivenExperts(nn.Module):
-    """Takes an experts module's place and computes from a `HostDrivenCache`."""
+class HostDrivenExperts:
+    """Computes for an experts module from a `HostDrivenCache`."""
 
     def __init__(self, experts: QuantizedExperts, cache: HostDrivenCache, layer: int) -> None:
-        super().__init__()
-        # Not a submodule: it comes back when the baseline is done.
-        self.__dict__["experts"] = experts
-        self.cache, self.layer = cache, layer
+        self.experts, self.cache, self.layer = experts, cache, layer
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         self.cache.fetch(self.layer, topk_ids.flatten().tolist())
@@ -101,20 +98,22 @@ class HostDrivenExperts(nn.Module):
 
 
 class HostDriven:
-    """A model computing from a host-driven cache while a ``with`` block lasts."""
+    """A model computing from a host-driven cache while a ``with`` block lasts.
+
+    By the experts modules' own forwards: a decode step shares these modules with the model.
+    """
 
     def __init__(self, model: nn.Module, cache: HostDrivenCache) -> None:
-        self.model, self.cache = model, cache
-        self.experts = experts_of(model)
+        self.cache, self.experts = cache, list(experts_of(model).values())
 
     def __enter__(self) -> HostDrivenCache:
-        for layer, (name, experts) in enumerate(self.experts.items()):
-            self.model.set_submodule(name, HostDrivenExperts(experts, self.cache, layer))
+        for layer, experts in enumerate(self.experts):
+            vars(experts)["forward"] = HostDrivenExperts(experts, self.cache, layer).forward
         return self.cache
 
     def __exit__(self, *_: object) -> None:
-        for name, experts in self.experts.items():
-            self.model.set_submodule(name, experts)
+        for experts in self.experts:
+            del vars(experts)["forward"]
 
 
 def cpu_offload(

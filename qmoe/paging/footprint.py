@@ -304,24 +304,20 @@ class _LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
-        self.seen: set[int] = set()
+        self.peak = 0
+        # Looked at here, and by no callbacks: Python drops a Ctrl-C that strikes in one.
+        self._made: dict[int, tuple[weakref.ref[Any], int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
         output = func(*args, **(kwargs or {}))
+        self._made = {key: made for key, made in self._made.items() if made[0]() is not None}
         for tensor in _tensors(output):
             storage = tensor.untyped_storage()
-            if storage._cdata not in given | self.seen:
-                self.seen.add(storage._cdata)
-                self.live += storage.nbytes()
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+            if storage._cdata not in given and storage._cdata not in self._made:
+                self._made[storage._cdata] = weakref.ref(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(nbytes for _, nbytes in self._made.values()))
         return output
-
-    def _gone(self, identity: int, nbytes: int) -> None:
-        self.seen.discard(identity)
-        self.live -= nbytes
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:

@@ -145,6 +145,7 @@ def resize(
     Raises:
         ValueError: the model is not quantized by qmoe, the budget cannot work, or host memory is
             too short for the pages. The model is then as it was.
+        RuntimeError: patching the model was cut off.
         torch.OutOfMemoryError: something else has taken the memory since. The model is as it was,
             or has fewer slots where it does not fit any more; the message says how many.
 
@@ -160,6 +161,8 @@ def resize(
             f"{type(model).__name__} has no experts that qmoe quantized; call qmoe.patch(model) "
             "first"
         )
+    for experts in modules.values():
+        experts.check_usable()
     with _changing(model):
         before: Paging | None = getattr(model, "qmoe_paging", None)
         if before is not None:

@@ -52,7 +52,7 @@ class TestParse:
             parse_budget(written, total=16 * GIB, free=16 * GIB)
 
     def test_more_than_is_free(self):
-        with pytest.raises(ValueError, match=f"hbm_budget='5GiB' is {5 * GIB} bytes.*16GiB only"):
+        with pytest.raises(ValueError, match=f"hbm_budget='5GiB' is {5 * GIB} bytes.*17.2 GB only"):
             parse_budget("5GiB", total=16 * GIB, free=4 * GIB)
 
 
