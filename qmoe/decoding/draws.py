@@ -29,6 +29,11 @@ def drawing(step: Any, given: torch.Generator | None) -> Iterator[None]:
         given: by whoever called; None for the default one of the step's device.
     """
     own: torch.Generator = step.generator
+    if given is not None and given.device.type != step.device.type:
+        raise ValueError(
+            f"generator is for {given.device}, and the model is on {step.device}; give it one of "
+            "its own device"
+        )
     source = _default(step.device) if given is None else given
     with _lock:
         others = given is None and any(s.device == step.device for s in _borrowers)

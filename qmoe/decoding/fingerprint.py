@@ -64,7 +64,7 @@ class Fingerprint:
         self._values = self._attributes(model)
         self._containers: list[Any] = list(_GLOBAL_HOOKS)
         for module in (model, *self._modules):
-            for name, value in vars(module).items():
+            for name, value in vars(module).copy().items():
                 if name not in _IRRELEVANT and not is_guard(name) and name not in _IGNORED:
                     self._collect(value, set())
         self._empty = [c for c in self._containers if not c]
@@ -93,7 +93,9 @@ class Fingerprint:
         )
 
     def _attributes(self, model: nn.Module) -> list[Any]:
-        own = {k: v for k, v in vars(model).items() if not is_guard(k) and k not in _IGNORED}
+        # Copied at once: another thread may run the model, and set an attribute.
+        everything = vars(model).copy().items()
+        own = {k: v for k, v in everything if not is_guard(k) and k not in _IGNORED}
         values = list(own.values())
         for module in self._modules:
             values += vars(module).values()
@@ -142,7 +144,7 @@ class Fingerprint:
         if not isinstance(value, dict | list | set) or id(value) in above:
             return
         self._containers.append(value)
-        for item in value.values() if isinstance(value, dict) else value:
+        for item in list(value.values() if isinstance(value, dict) else value):
             if not isinstance(item, (nn.Module, Tensor, *_PLAIN)):
                 self._collect(item, above | {id(value)})
 

@@ -209,17 +209,13 @@ class _Call:
         texts = _Texts(self.input_ids, self.criteria, self.config, self.streamer)
         # Whoever listens to a step by hooks is to hear no more steps than there are.
         ahead = int(step.shadows.uncapturable is None)
-        made = min(2, max_new_tokens)
         for index in range(max_new_tokens):
-            drawn = step.generator.get_state() if do_sample else None
-            if index > 0 and made <= index + ahead < max_new_tokens:
+            if index > 0 and selection.made <= index + ahead < max_new_tokens:
                 with step.alone():
                     step.advance()
-                    selection.make(made, step.logits)
-                made += 1
+                    selection.make(step.logits)
             if texts.extend(selection.wait(index)):
-                if made > index + 1 and drawn is not None:
-                    step.generator.set_state(drawn)  # as if nobody had looked ahead
+                selection.forget_after(index)
                 break
         if self.streamer is not None:
             self.streamer.end()
@@ -231,10 +227,10 @@ class _Call:
         def begin() -> None:
             selection.begin(self.input_ids)
             step.read(*prompts, plain=self.plain)
-            selection.make(0, step.logits)
+            selection.make(step.logits)
             if max_new_tokens > 1:
                 step.advance()
-                selection.make(1, step.logits)
+                selection.make(step.logits)
 
         # Rows beyond the real ones repeat the first text; their output is thrown away.
         row_of = torch.arange(step.rows, device=self.input_ids.device)

@@ -45,6 +45,9 @@ class Selection:
     """Chooses tokens after a step, by a CUDA graph where the processors allow it.
 
     Tokens go to the step, for its next run, and in turns to two places in host memory.
+
+    Attributes:
+        made: choices since `begin`.
     """
 
     def __init__(
@@ -61,7 +64,8 @@ class Selection:
         self.rows, self.ids, self.column = rows, step.ids[:rows], step.cache.columns.column
         self.next_ids, self.generator = step.input_ids, step.generator
         self.processors, self.do_sample = processors, do_sample
-        self.columns = 0
+        self.columns = self.made = 0
+        self._states: list[Tensor] = []  # of the generator, after the last two choices
         self.tokens = torch.zeros(rows, 1, dtype=torch.int64, device=step.device)
         cuda = step.device.type == "cuda"
         self.on_host = [torch.empty(rows, 1, dtype=torch.int64, pin_memory=cuda) for _ in range(2)]
@@ -73,7 +77,7 @@ class Selection:
 
     def begin(self, input_ids: Tensor) -> None:
         """Texts of ``input_ids`` (rows, columns) int64 go on."""
-        self.columns = input_ids.shape[1]
+        self.columns, self.made = input_ids.shape[1], 0
         # Beyond what is there stands a row's first token, which it has anyhow: a penalty for what
         # a row contains does not see the difference.
         self.ids.copy_(input_ids[:, :1].expand_as(self.ids))
@@ -82,8 +86,8 @@ class Selection:
         if self._graphed is not None:
             self._graphed.try_again()
 
-    def make(self, index: int, logits: Tensor) -> None:
-        """Choose new token ``index`` of each row, after a step; returns before it is done.
+    def make(self, logits: Tensor) -> None:
+        """Choose the next new token of each row, after a step; returns before it is done.
 
         Args:
             logits: (rows of the step, vocab_size), in the same place each time.
@@ -91,16 +95,24 @@ class Selection:
         if self._graphed is not None:
             self._graphed(lambda: self._choose(self.ids, logits))
         else:
-            self._choose(self.ids[:, : self.columns + index], logits)
-        self.on_host[index % 2].copy_(self.tokens, non_blocking=True)
+            self._choose(self.ids[:, : self.columns + self.made], logits)
+        self.on_host[self.made % 2].copy_(self.tokens, non_blocking=True)
         if self.events:
-            self.events[index % 2].record()
+            self.events[self.made % 2].record()
+        if self.do_sample:
+            self._states = [*self._states[-1:], self.generator.get_state()]
+        self.made += 1
 
     def wait(self, index: int) -> Tensor:
         """The tokens (rows,) of choice ``index``, on the host."""
         if self.events:
             self.events[index % 2].synchronize()
         return self.on_host[index % 2][:, 0].clone()
+
+    def forget_after(self, index: int) -> None:
+        """Let the generator go on after choice ``index``, one of the last two."""
+        if self.do_sample:
+            self.generator.set_state(self._states[index - self.made])
 
     def forget_graph(self, pool: GraphPool) -> None:
         """Drop the graph; another is captured when it is due, with memory of ``pool``."""

@@ -89,9 +89,11 @@ class Shadow:
             return module
         children = {
             name: None if child is None else self._copy(child)
-            for name, child in module._modules.items()
+            for name, child in module._modules.copy().items()
         }
-        configs = [value for value in vars(module).values() if isinstance(value, PretrainedConfig)]
+        # Copied at once: another thread may run the model, and set an attribute.
+        attributes = vars(module).copy()
+        configs = [v for v in attributes.values() if isinstance(v, PretrainedConfig)]
         for config in configs:
             self._copy_config(config)
         differs = (
@@ -104,9 +106,7 @@ class Shadow:
             self.kept.add(id(module))
             return module
         own = module.__class__.__new__(module.__class__)
-        vars(own).update(
-            {name: value for name, value in vars(module).items() if not is_guard(name)}
-        )
+        vars(own).update({name: value for name, value in attributes.items() if not is_guard(name)})
         # A buffer that a forward replaces (rotary embeddings of a dynamic kind) is the shadow's.
         vars(own).update(_modules=children, _buffers=dict(module._buffers))
         vars(own).pop("_compiled_call_impl", None)  # it calls the original
@@ -115,7 +115,7 @@ class Shadow:
 
     def _refer_to_copies(self, original: nn.Module, own: nn.Module) -> None:
         """Let attributes and forwards that lead to originals lead to their copies."""
-        for name, value in vars(original).items():
+        for name, value in vars(original).copy().items():
             if name not in ("_modules", "_parameters", "_buffers") and name in vars(own):
                 vars(own)[name] = self._mapped(value)
         if original in self.forwards:

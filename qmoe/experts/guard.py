@@ -102,5 +102,6 @@ def guard_of(model: nn.Module) -> Guard:
         guard: Guard | None = vars(module).get(_NAME)
         if guard is not None:
             return guard
-    guard = vars(model)[_NAME] = Guard()
-    return guard
+    # In one operation: two threads that come here first get the same one.
+    own: Guard = vars(model).setdefault(_NAME, Guard())
+    return own

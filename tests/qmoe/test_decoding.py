@@ -366,6 +366,32 @@ class TestOptions:
         assert ran
         assert not ran & {"aten::_local_scalar_dense", "aten::_unique", "aten::nonzero"}
 
+    @pytest.mark.parametrize("tokens", [1, 2, 4])
+    def test_the_next_call_goes_on_where_this_one_ended(self, qwen3, text, plain, tokens):
+        """Though the device is a token ahead of the host when a text ends."""
+        eos = plain[:, 20 : 20 + tokens].unique().tolist()
+        options = dict(do_sample=True, eos_token_id=eos, pad_token_id=0)
+        found = []
+        for loop in (None, qmoe.decode):
+            torch.manual_seed(1)
+            ended = generate(qwen3, *text, custom_generate=loop, **options)
+            found.append((ended.tolist(), generate(qwen3, *text, do_sample=True).tolist()))
+        assert found[0] == found[1]
+        assert len(found[0][0][0]) < 20 + NEW_TOKENS
+
+    def test_a_generator_of_one_s_own(self, qwen3, text, plain, device):
+        generator = torch.Generator(device).manual_seed(1)
+        state = torch.random.get_rng_state()
+        loop = functools.partial(qmoe.decode, generator=generator)
+        assert (
+            generate(qwen3, *text, do_sample=True, custom_generate=loop).tolist() == plain.tolist()
+        )
+        assert torch.equal(torch.random.get_rng_state(), state)
+        if device == "cuda":
+            loop = functools.partial(qmoe.decode, generator=torch.Generator("cpu"))
+            with pytest.raises(ValueError, match="generator is for cpu, and the model is on cuda"):
+                generate(qwen3, *text, do_sample=True, custom_generate=loop)
+
     def test_another_seed_gives_others(self, qwen3, text, plain):
         torch.manual_seed(2)
         assert not torch.equal(decode(qwen3, *text, **OPTIONS["plain"]), plain)
