@@ -371,8 +371,8 @@ def map_checkpoint(folder: Path, tensors: Mapping[str, StoredTensor]) -> Checkpo
         except ValueError as error:
             raise MappingError(f"{folder}: {error}") from None
         transforms = get_model_conversion_mapping(model, hf_quantizer=quantizer)
-        for transform in transforms:
-            _complete_dequantization(transform, quantizer)
+        if hasattr(quantizer, "compressor"):
+            _complete_dequantization(transforms, quantizer)
     groups, unmapped = _group_by_target(model, transforms, tensors)
     _check_known(model, unmapped, tensors)
     # A parameter's own group comes before one that splits its sources over several.
@@ -552,10 +552,11 @@ def _dequantizer(config: Any, folder: Path) -> Any:
 
 
 class _Decompress(ConversionOps):
-    """Dequantizes experts whose compressed-tensors format transformers has no operation for.
+    """Dequantizes what transformers has no operation of compressed-tensors for.
 
-    transformers unpacks packed integers and multiplies FP8 by its scales; what is stored as plain
-    INT8 it drops. compressed-tensors itself knows every format that it writes.
+    transformers unpacks packed integers and multiplies FP8 by its scales; experts that are stored
+    as plain INT8 it drops, and 5.17 has no operation for modules other than experts.
+    compressed-tensors itself knows every format that it writes.
     """
 
     def __init__(self, hf_quantizer: Any) -> None:
@@ -567,36 +568,69 @@ class _Decompress(ConversionOps):
         from compressed_tensors.compressors import BaseCompressor
 
         config = self.hf_quantizer.compressor.quantization_config
-        scheme = get_experts_scheme(config)
+        # The patterns of the conversion for any one module are the names below it.
+        of_experts = any("." in pattern for pattern in input_dict)
+        scheme = get_experts_scheme(config) if of_experts else _dense_scheme(config)
         compressor = BaseCompressor.get_value_from_registry(scheme.format or config.format)
         dtype = model.get_parameter(full_layer_name).dtype
         stems: dict[str, dict[str, list[torch.Tensor]]] = defaultdict(dict)
+        first: dict[str, str] = {}  # of each stem, the pattern that names the result
         for pattern, tensors in input_dict.items():
             stem, _, leaf = pattern.rpartition(".")
             stems[stem][leaf.rstrip("$")] = tensors
+            first.setdefault(stem, pattern)
         converted = {}
         for stem, leaves in stems.items():
             dequantized = []
             for stored in zip(*leaves.values(), strict=True):
                 state = dict(zip(leaves, stored, strict=True))
                 dequantized.append(compressor.decompress(state, scheme)["weight"].to(dtype))
-            converted[f"{stem}.weight"] = dequantized
+            converted[first[stem]] = dequantized
         return converted
 
 
-def _complete_dequantization(transform: Any, quantizer: Any) -> None:
-    """Put `_Decompress` where transformers' own operation would drop the experts."""
-    if quantizer is None or not hasattr(quantizer, "compressor"):
-        return
-    scheme = get_experts_scheme(quantizer.compressor.quantization_config)
-    format = str(scheme.format or quantizer.compressor.quantization_config.format)
-    if "pack" in format or scheme.weights.type == "float":
-        return
+def _dense_scheme(config: Any) -> Any:
+    """The first scheme that is not for experts alone, as newer transformers chooses."""
+    schemes = list(config.config_groups.values())
+    of_experts = [any(re.match("re:.*experts", t) for t in scheme.targets) for scheme in schemes]
+    return schemes[of_experts.index(False) if False in of_experts else 0]
+
+
+def _complete_dequantization(transforms: list[Any], quantizer: Any) -> None:
+    """Put `_Decompress` where transformers' own operations would drop weights or refuse them."""
+    config = quantizer.compressor.quantization_config
+    scheme = get_experts_scheme(config)
+    format = str(scheme.format or config.format)
+    if "pack" not in format and scheme.weights.type != "float":
+        transforms[:] = [_with_decompress(transform, quantizer) for transform in transforms]
+    if not quantizer.get_weight_conversions():
+        transforms += _any_module_conversions(quantizer)
+
+
+def _with_decompress(transform: Any, quantizer: Any) -> Any:
+    """The transform with `_Decompress` for transformers' operation, if it stacks experts."""
     operations = getattr(transform, "operations", [])
-    if any(isinstance(op, MergeModulelist) for op in operations):
-        transform.operations = [
-            _Decompress(quantizer) if hasattr(op, "hf_quantizer") else op for op in operations
-        ]
+    if not any(isinstance(op, MergeModulelist) for op in operations):
+        return transform
+    transform.operations = [
+        _Decompress(quantizer) if hasattr(op, "hf_quantizer") else op for op in operations
+    ]
+    # 5.17 takes every integer for a packed one, and would match no other.
+    packed = [p for p in transform.source_patterns if p.endswith("_packed$")]
+    if not packed:
+        return transform
+    sources = [p.replace("_packed$", "$") for p in packed] + transform.source_patterns
+    return WeightConverter(sources, transform._original_target_patterns, transform.operations)
+
+
+def _any_module_conversions(quantizer: Any) -> list[Any]:
+    """What the quantizer does for any module: its own conversions, or else `_Decompress`."""
+    found: list[Any] = quantizer.get_weight_conversions()
+    if found or not hasattr(quantizer, "compressor"):
+        return found
+    leaves = ("", "_packed", "_scale", "_shape", "_zero_point", "_global_scale")
+    sources = [f"weight{leaf}$" for leaf in leaves]
+    return [WeightConverter(sources, "weight", [_Decompress(quantizer)])]
 
 
 # The names
@@ -801,7 +835,7 @@ def _any_linear(
     model: Any,
 ) -> _Group:
     """The quantizer's conversion for any Linear, applied to the tensors of one: leaf -> name."""
-    general = quantizer.get_weight_conversions()
+    general = _any_module_conversions(quantizer)
     if not general:
         name = next(iter(leaves.values()))
         raise MappingError(

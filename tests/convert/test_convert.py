@@ -338,40 +338,57 @@ class TestQuantizedInputs:
         rewrite(folder, stored, quantization_config=quantization | {"weight_block_size": [16, 16]})
         self.check(folder, dense, run)
 
+    @pytest.mark.parametrize("dense_kind", ["fp8", "int8", "int4"])
     @pytest.mark.parametrize("kind", ["fp8", "int8", "int4"])
-    def test_compressed_tensors(self, kind: str, source: Source, run: Run) -> None:
+    def test_compressed_tensors(self, kind: str, dense_kind: str, source: Source, run: Run) -> None:
+        """Experts of one kind, and of the same or another kind the layers beside them."""
         pytest.importorskip("compressed_tensors")
         from compressed_tensors.compressors import BaseCompressor
         from compressed_tensors.quantization import QuantizationConfig
 
-        weights = {"symmetric": True, "dynamic": False, "num_bits": 4 if kind == "int4" else 8}
-        weights["type"] = "float" if kind == "fp8" else "int"
-        weights |= (
-            {"strategy": "group", "group_size": 16} if kind == "int4" else {"strategy": "channel"}
-        )
-        format = {"fp8": "float-quantized", "int8": "int-quantized", "int4": "pack-quantized"}[kind]
+        formats = {"fp8": "float-quantized", "int8": "int-quantized", "int4": "pack-quantized"}
+
+        def group(kind: str, target: str) -> dict[str, Any]:
+            weights = {"symmetric": True, "dynamic": False, "num_bits": 4 if kind == "int4" else 8}
+            weights["type"] = "float" if kind == "fp8" else "int"
+            weights |= (
+                {"strategy": "group", "group_size": 16}
+                if kind == "int4"
+                else {"strategy": "channel"}
+            )
+            return {"targets": [target], "weights": weights, "format": formats[kind]}
+
+        groups = {"group_0": group(kind, "Linear")}
+        if kind != dense_kind:
+            groups = {
+                "group_0": group(kind, r"re:.*experts.*"),
+                "group_1": group(dense_kind, r"re:.*self_attn.*"),
+            }
         quantization = {
             "quant_method": "compressed-tensors",
-            "format": format,
+            "format": formats[kind] if kind == dense_kind else "mixed-precision",
             "quantization_status": "compressed",
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+            "config_groups": groups,
             "ignore": ["lm_head"],
         }
-        scheme = QuantizationConfig.model_validate(quantization).config_groups["group_0"]
-        compressor = BaseCompressor.get_value_from_registry(format)
+        schemes = QuantizationConfig.model_validate(quantization).config_groups
         folder = source()
         stored, dense = {}, {}
         for name, tensor in load(folder).items():
             if "proj" not in name:
                 stored[name] = dense[name] = tensor
                 continue
-            if kind == "int4":
-                groups = tensor.float().reshape(tensor.shape[0], -1, 16)
-                scale = (groups.abs().amax(-1) / 7).bfloat16()
+            of_experts = ".experts." in name
+            own = kind if of_experts else dense_kind
+            if own == "int4":
+                scheme = schemes["group_0" if of_experts or kind == dense_kind else "group_1"]
+                compressor = BaseCompressor.get_value_from_registry(formats[own])
+                groups_of_16 = tensor.float().reshape(tensor.shape[0], -1, 16)
+                scale = (groups_of_16.abs().amax(-1) / 7).bfloat16()
                 state = compressor.compress({"weight": tensor, "weight_scale": scale}, scheme)
                 dense[name] = compressor.decompress(state, scheme)["weight"].bfloat16()
             else:
-                q, scale = quantize(tensor, kind)
+                q, scale = quantize(tensor, own)
                 state = {"weight": q, "weight_scale": scale.unsqueeze(-1)}
                 dense[name] = (q.float() * scale.unsqueeze(-1)).bfloat16()
             for leaf, value in state.items():

@@ -206,8 +206,8 @@ def state_of(model: nn.Module) -> dict[str, Any]:
         "transformers": {
             name: {k for k in vars(module) if not k.startswith("__")}
             for name, module in list(sys.modules.items())
-            # Packages import lazily, and so change by being used.
-            if name.startswith("transformers.") and not hasattr(module, "__path__")
+            # Packages import lazily, and so change by being used; so does asking an alias of 5.17.
+            if name.startswith("transformers.") and "__path__" not in vars(module)
         },
         # A name of its own may be registered for good.
         "attention": {k: id(v) for k, v in ALL_ATTENTION_FUNCTIONS.items() if "qmoe" not in k},
