@@ -39,6 +39,8 @@ def test_the_documented_models_are_those_that_there_are() -> None:
 
 @pytest.mark.parametrize("whole", CLASSES, ids=str)
 def test_it_decodes_as_documented(whole: WholeModel, tmp_path: Path) -> None:
+    if whole.family == "diffusion_gemma" and transformers.__version__.startswith("5.17."):
+        pytest.skip("transformers 5.17 builds no DiffusionGemma without a vision tower")
     found = sweep(whole, tmp_path)
     if IS_OURS:
         assert found == DOCUMENTED[whole.name], "look at it, then run `make docs`"
