@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationMixin
 
 from qmoe.decoding.fingerprint import Fingerprint
 from qmoe.decoding.graph import first_line
@@ -130,9 +129,11 @@ class Decoder:
             return DecodeStep(shadows, guard_of(model), rows, length)
         except torch.OutOfMemoryError:
             raise
+        except RuntimeError as error:  # too long for the machine: of this call, not of the model
+            raise Undecodable(first_line(error)) from None
         except Exception as error:  # a configuration that no cache is known for
             self.refuse(first_line(error))
-            raise Undecodable(first_line(error)) from error
+            raise Undecodable(first_line(error)) from None
 
     def _room(self, model: Any) -> float:
         """Tokens that caches may hold beside those of steps in use."""
@@ -232,9 +233,6 @@ def _obstacle(model: Any, fingerprint: Fingerprint) -> str | None:
         return "it is in training mode; call model.eval()"
     if len(fingerprint.devices) != 1 or torch.device("meta") in fingerprint.devices:
         return "it is on several devices or offloaded"
-    own = type(model).prepare_inputs_for_generation
-    if own is not GenerationMixin.prepare_inputs_for_generation:
-        return f"{type(model).__name__} prepares its inputs in a way of its own"
     return None
 
 

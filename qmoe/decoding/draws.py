@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Iterator
@@ -15,6 +16,17 @@ from qmoe.decoding.shadow import Undecodable
 _lock = threading.Lock()
 # Steps whose calls go on with the numbers of their device's default generator.
 _borrowers: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _renew() -> None:
+    """In a child process: threads that held the lock are not there."""
+    global _lock
+    _lock = threading.Lock()
+    _borrowers.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
 
 
 @contextmanager

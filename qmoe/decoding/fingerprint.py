@@ -18,7 +18,7 @@ from torch.nn.modules import module as torch_module
 from transformers import PretrainedConfig
 
 from qmoe.decoding.shadow import replaced_forward
-from qmoe.experts.guard import is_guard
+from qmoe.experts.guard import has_guard, is_guard
 
 # Attributes that change without changing what a forward pass computes.
 _IGNORED = ("warnings_issued", "_output_capturing_hooks_installed")
@@ -59,7 +59,8 @@ class Fingerprint:
         """Take the fingerprint of ``model``."""
         # Not the model itself: who keeps its fingerprint would keep it alive.
         self._modules = list(model.modules())[1:]
-        self._classes = list({type(module) for module in (model, *self._modules)})
+        self._types = [type(module) for module in (model, *self._modules)]
+        self._classes = list(set(self._types))
         self._others: list[tuple[Any, str]] = []
         self._values = self._attributes(model)
         self._containers: list[Any] = list(_GLOBAL_HOOKS)
@@ -85,7 +86,8 @@ class Fingerprint:
     def matches(self, model: nn.Module) -> bool:
         """Whether ``model`` is still what it was."""
         return (
-            _same(self._values, self._attributes(model))
+            self._types == [type(model), *map(type, self._modules)]
+            and _same(self._values, self._attributes(model))
             and not any(map(len, self._empty))
             and _same(self._contents, _contents(self._filled))
             and self._places == _places(self._tensors)
@@ -98,7 +100,11 @@ class Fingerprint:
         own = {k: v for k, v in everything if not is_guard(k) and k not in _IGNORED}
         values = list(own.values())
         for module in self._modules:
-            values += vars(module).values()
+            attributes = vars(module)
+            if has_guard(attributes):
+                values += [v for k, v in attributes.copy().items() if not is_guard(k)]
+            else:
+                values += attributes.values()
         return values
 
     def _surroundings(self) -> list[Any]:

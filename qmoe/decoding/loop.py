@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 from transformers.generation import (
     GenerationConfig,
     GenerationMode,
@@ -81,7 +82,7 @@ def decode(
 
     Raises:
         ValueError: the options ask for another decoding strategy, beams for instance.
-        RuntimeError: the model is being changed by whoever called this.
+        RuntimeError: this thread is in the middle of loading a state dict into the model.
     """
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
@@ -153,7 +154,9 @@ class _Call:
         Raises:
             Undecodable: these options are not for qmoe's loop.
         """
-        obstacle = _obstacle(self.input_ids.device, self.config, model_kwargs, synced_gpus)
+        obstacle = _obstacle(
+            self.model, self.input_ids.device, self.config, model_kwargs, synced_gpus
+        )
         if obstacle is not None:
             raise Undecodable(obstacle)
         shape = self.input_ids.shape
@@ -209,6 +212,9 @@ class _Call:
         texts = _Texts(self.input_ids, self.criteria, self.config, self.streamer)
         # Whoever listens to a step by hooks is to hear no more steps than there are.
         ahead = int(step.shadows.uncapturable is None)
+        # What looks at all texts is to see padding where one has ended, which the host decides.
+        watched = selection.is_foreign and texts.pad is not None and len(self.input_ids) > 1
+        ahead = 0 if watched else ahead
         for index in range(max_new_tokens):
             if index > 0 and selection.made <= index + ahead < max_new_tokens:
                 with step.alone():
@@ -217,6 +223,8 @@ class _Call:
             if texts.extend(selection.wait(index)):
                 selection.forget_after(index)
                 break
+            if watched:
+                selection.replace(index, texts.ids[:, texts.columns - 1])
         if self.streamer is not None:
             self.streamer.end()
         return texts.ids[:, : texts.columns].to(self.input_ids.device)
@@ -226,10 +234,12 @@ class _Call:
 
         def begin() -> None:
             selection.begin(self.input_ids)
-            step.read(*prompts, plain=self.plain)
+            with _undecodable(step):
+                step.read(*prompts, plain=self.plain)
             selection.make(step.logits)
             if max_new_tokens > 1:
-                step.advance()
+                with _undecodable(step):
+                    step.advance()
                 selection.make(step.logits)
 
         # Rows beyond the real ones repeat the first text; their output is thrown away.
@@ -243,14 +253,23 @@ class _Call:
             return
         except torch.OutOfMemoryError:
             pass  # not here, where the error still holds what there was
-        except Undecodable:
-            raise
-        except Exception as error:  # whatever the model does with a cache of this kind
-            raise Undecodable(first_line(error)) from error
         decoder_of(self.model).make_room()
         step.forget_graphs()
         step.generator.set_state(draws)
         begin()
+
+
+@contextmanager
+def _undecodable(step: DecodeStep) -> Iterator[None]:
+    """Let transformers' loop try what fails in the model's own code, but not in hooks on it."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, Undecodable):
+        raise
+    except Exception as error:  # whatever the model does with a cache of this kind
+        if step.shadows.uncapturable is not None:
+            raise
+        raise Undecodable(first_line(error)) from error
 
 
 @contextmanager
@@ -261,12 +280,19 @@ def _own_modes() -> Iterator[None]:
 
 
 def _obstacle(
+    model: Any,
     device: torch.device,
     config: GenerationConfig,
     model_kwargs: dict[str, Any],
     synced_gpus: bool,
 ) -> str | None:
     """Why a call with these options is not for qmoe's loop; None if it is."""
+    # Of this call: adapters of prompts (PEFT) put theirs on the model while they generate.
+    prepare = model.prepare_inputs_for_generation
+    if getattr(prepare, "__func__", None) is not GenerationMixin.prepare_inputs_for_generation:
+        return f"{type(model).__name__} prepares its inputs in a way of its own"
+    if "_update_model_kwargs_for_generation" in vars(model):
+        return f"{type(model).__name__} updates its inputs in a way of its own"
     if synced_gpus:
         return "it is spread over processes"
     if torch.is_autocast_enabled(device.type):

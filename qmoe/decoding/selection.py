@@ -48,6 +48,7 @@ class Selection:
 
     Attributes:
         made: choices since `begin`.
+        is_foreign: whether a processor may look at anything, other texts too.
     """
 
     def __init__(
@@ -72,7 +73,8 @@ class Selection:
         # A blocked host sleeps instead of asking again and again.
         self.events = [torch.cuda.Event(blocking=True) for _ in range(2 if cuda else 0)]
         self._graphed: Graphed | None = None
-        if cuda and key_of(rows, processors, do_sample) is not None:
+        self.is_foreign = key_of(rows, processors, do_sample) is None
+        if cuda and not self.is_foreign:
             self.forget_graph(step.pool)
 
     def begin(self, input_ids: Tensor) -> None:
@@ -108,6 +110,10 @@ class Selection:
         if self.events:
             self.events[index % 2].synchronize()
         return self.on_host[index % 2][:, 0].clone()
+
+    def replace(self, index: int, tokens: Tensor) -> None:
+        """Let texts have ``tokens`` (rows,), on the host, in the place of choice ``index``."""
+        self.ids[:, self.columns + index] = tokens.to(self.ids.device)
 
     def forget_after(self, index: int) -> None:
         """Let the generator go on after choice ``index``, one of the last two."""

@@ -154,7 +154,9 @@ def find_experts(model: nn.Module) -> dict[str, ExpertsLayout]:
                 f"({name}), which qmoe does not support; docs/models.md lists what works"
             )
         layout = describe(module)
-        if layout is not None:
+        if layout is None:
+            _check_not_taken_apart(name, module)
+        else:
             _check_no_adapter(name, module)
             _check_all_parameters_accounted_for(name, module, layout)
             layouts[name] = layout
@@ -231,6 +233,17 @@ def _describe_flat(module: nn.Module, mlp: nn.Module) -> ExpertsLayout:
         sources={"gate_up_proj": ("mlp.w1", "mlp.v1"), "down_proj": ("mlp.w2",)},
         flat=True,
     )
+
+
+def _check_not_taken_apart(name: str, module: nn.Module) -> None:
+    """Refuse experts of which one projection has been replaced, by `weight_norm` for instance."""
+    for projection, other in (("gate_up_proj", "down_proj"), ("down_proj", "gate_up_proj")):
+        parameter = module._parameters.get(projection)
+        if parameter is not None and parameter.ndim == 3 and hasattr(module, other):
+            raise ValueError(
+                f"{name}.{other} is no parameter of {type(module).__name__} any more; undo what "
+                "took it apart (weight_norm, a parametrization) first"
+            )
 
 
 def _check_all_parameters_accounted_for(

@@ -78,6 +78,7 @@ def _check_state(
     with guard_of(model).changing("load_state_dict"):
         for name, experts in quantized_modules(model).items():
             experts.check_state(state_dict, f"{prefix}{name}.")
+        guard_of(model).begin_loading()
 
 
 def _refuse_adapters(model: nn.Module, *_: Any) -> None:

@@ -31,6 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     MaxTimeCriteria,
@@ -409,6 +410,24 @@ class TestOptions:
         later = generate(qwen3, *text, **options)
         assert later.shape[1] >= 27
         assert decode(qwen3, *text, **options).tolist() == later.tolist()
+
+    def test_processors_see_padding_where_a_text_has_ended(self, qwen3, text, greedy):
+        class Across(LogitsProcessor):
+            """Draws the second text to what stands last in the first."""
+
+            def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+                scores = scores.clone()
+                scores[1, (input_ids[0, -1] * 5) % scores.shape[1]] += 300
+                return scores
+
+        options = dict(
+            eos_token_id=int(greedy[0, 21]),
+            pad_token_id=7,
+            logits_processor=LogitsProcessorList([Across()]),
+        )
+        expected = generate(qwen3, *text, **options)
+        assert (expected[0, 23:] == 7).all() and expected.shape[1] > 25
+        assert decode(qwen3, *text, **options).tolist() == expected.tolist()
 
     def test_sampling_ends(self, qwen3, text, plain):
         options = dict(do_sample=True, eos_token_id=int(plain[1, 22]), pad_token_id=95)
@@ -877,6 +896,52 @@ class TestFallbacks:
         with pytest.warns(UserWarning, match="inputs_embeds were given"):
             found = own.generate(**options, custom_generate=qmoe.decode)
         assert found.tolist() == expected.tolist()
+
+    @pytest.mark.parametrize("place", [lambda m: m, type], ids=["model", "class"])
+    def test_inputs_prepared_in_a_way_of_one_s_own(self, own, monkeypatch, place):
+        """As PEFT's adapters of prompts do, on the model and while it generates only."""
+        before = decode(own, *batch(own, *LENGTHS))
+        prepare = GenerationMixin.prepare_inputs_for_generation
+
+        def prepared(*args: Any, **kwargs: Any) -> Any:
+            args = args if place is type else (own, *args)
+            inputs = prepare(*args, **kwargs)
+            return inputs | {"input_ids": (inputs["input_ids"] + 1) % 264}
+
+        monkeypatch.setattr(place(own), "prepare_inputs_for_generation", prepared)
+        self.expect(own, "prepares its inputs in a way of its own")
+        monkeypatch.undo()
+        assert decode(own, *batch(own, *LENGTHS)).tolist() == before.tolist()
+
+    def test_prompt_tuning(self, own):
+        peft = pytest.importorskip("peft")
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        tuned = peft.get_peft_model(own, config).eval()
+        with torch.no_grad():
+            for parameter in tuned.prompt_encoder.parameters():
+                parameter.normal_()
+        ids, mask = batch(own, 9)
+        expected = generate(tuned, ids, mask).tolist()
+        with pytest.warns(UserWarning, match="prepares its inputs in a way of its own"):
+            assert decode(tuned, ids, mask).tolist() == expected
+
+    @pytest.mark.parametrize("at", [0, 1, 3])
+    def test_a_processor_s_own_error_is_the_caller_s(self, own, at):
+        class Failing(LogitsProcessor):
+            calls = 0
+
+            def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+                self.calls += 1
+                if self.calls == at + 1:
+                    raise RuntimeError("cancelled")
+                return scores
+
+        ids, mask = batch(own, *LENGTHS)
+        failing = Failing()
+        with pytest.raises(RuntimeError, match="cancelled"):
+            decode(own, ids, mask, logits_processor=LogitsProcessorList([failing]))
+        assert failing.calls == at + 1
+        assert decode(own, ids, mask).tolist() == generate(own, ids, mask).tolist()
 
     def test_beams_are_refused(self, qwen3):
         ids, mask = batch(qwen3, 5)

@@ -43,6 +43,11 @@ def replace_data(model: Any) -> None:
     weight.data = weight.data.clone()
 
 
+def swap_class(model: Any) -> None:
+    norm = model.model.norm
+    norm.__class__ = type("Other", (type(norm),), {})
+
+
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "a hook": lambda m: layer(m).register_forward_hook(lambda *a: None),
     "a hook before": lambda m: layer(m).mlp.register_forward_pre_hook(lambda *a: None),
@@ -57,6 +62,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "a module": lambda m: m.set_submodule("lm_head", nn.Linear(64, 264)),
     "a module more": lambda m: layer(m).add_module("more", nn.Linear(2, 2)),
     "a module less": lambda m: delattr(layer(m).self_attn, "q_norm"),
+    "a class": swap_class,
     "a forward": set_(layer, "forward", lambda *a, **k: None),
     "activations": set_(lambda m: layer(m).mlp.experts, "activations", "auto"),
     "a budget": lambda m: qmoe.resize(m, hbm_budget="4GiB", context=32),

@@ -204,3 +204,11 @@ class TestLoad:
     def test_a_folder_that_is_not_there(self, tmp_path) -> None:
         with pytest.raises(ValueError, match="nowhere: no such folder"):
             qmoe.load(tmp_path / "nowhere")
+
+
+def test_experts_that_were_taken_apart_are_refused() -> None:
+    model = build("qwen3_moe")
+    torch.nn.utils.weight_norm(model.model.layers[0].mlp.experts, "down_proj")
+    with pytest.raises(ValueError, match=r"layers.0.mlp.experts.down_proj is no parameter"):
+        qmoe.patch(model)
+    assert not quantized_modules(model)
