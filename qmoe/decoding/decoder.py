@@ -58,6 +58,7 @@ class Decoder:
             shadows = self._shadows(model)
             while (room := self._room(model)) < rows * columns and self._in_use:
                 self._wait(rows, columns, room)
+                shadows = self._shadows(model)  # others had the lock meanwhile
             # Rows that are not the call's would be heard by whoever listens.
             if shadows.uncapturable is None and _bucket(rows) * columns <= room:
                 rows = _bucket(rows)

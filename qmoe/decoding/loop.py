@@ -105,8 +105,9 @@ def decode(
                 call.check(model_kwargs, synced_gpus)
                 return call.run()
         except Undecodable as error:
-            reason = error
-        if reason.__cause__ is None:
+            # Not the error itself, which holds on to the step and its memory.
+            reason, tried = str(error), error.__cause__ is not None
+        if not tried:
             _notice(model, f"decodes by transformers' own loop: {reason}")
         sequences = type(model)._sample(
             model,
@@ -118,9 +119,9 @@ def decode(
             streamer=streamer,
             **model_kwargs,
         )
-        if reason.__cause__ is not None:
+        if tried:
             # transformers can do what qmoe could not: it was not the input's fault.
-            decoder_of(model).refuse(str(reason))
+            decoder_of(model).refuse(reason)
             _notice(model, f"decodes by transformers' own loop: {reason}")
         return sequences
 
