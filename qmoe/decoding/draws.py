@@ -57,19 +57,16 @@ def drawing(step: Any, given: torch.Generator | None) -> Iterator[None]:
             own.set_state(source.get_state())
         if given is None:
             _borrowers.add(step)
+    goes_on = not others
     try:
         yield
     except Undecodable:
-        raise  # transformers' loop draws them again
-    except BaseException:
-        if not others:
-            source.set_state(own.get_state())
+        goes_on = False  # transformers' loop draws them again
         raise
-    else:
-        if not others:
-            source.set_state(own.get_state())
     finally:
         _borrowers.discard(step)
+        if goes_on:
+            source.set_state(own.get_state())
 
 
 def _default(device: torch.device) -> torch.Generator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ from transformers import (
 )
 
 import qmoe
+from qmoe.loading.side_by_side import lay_side_by_side
 
 VOCABULARY = 264  # conftest's tokenizer of bytes fits
 WINDOW = 8
@@ -179,6 +181,13 @@ def build(
     model.generation_config = GenerationConfig(pad_token_id=0)
     # Rows are never quantized: how many of them there are must not matter.
     return qmoe.patch(model.to(device, dtype), activations="bf16")
+
+
+def copy_of(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy to change, with weights laid side by side as a patched model has them."""
+    twin = copy.deepcopy(model)
+    lay_side_by_side(twin)
+    return twin
 
 
 def prompts(*lengths: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

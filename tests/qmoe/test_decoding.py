@@ -17,6 +17,7 @@ import traceback
 import warnings
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import families
@@ -51,7 +52,6 @@ from qmoe.decoding.graph import Graphed
 from qmoe.decoding.pieces import PIECES, find_pieces
 from qmoe.decoding.selection import CAPTURED_PROCESSORS
 from qmoe.decoding.step import DecodeStep, step_of
-from qmoe.loading.side_by_side import lay_side_by_side
 
 NEW_TOKENS = 12  # beyond a window of 8, together with a prompt or without
 LENGTHS = (13, 3, 20)
@@ -101,9 +101,7 @@ def qwen3(device: str) -> PreTrainedModel:
 @pytest.fixture
 def own(qwen3: PreTrainedModel) -> PreTrainedModel:
     """A copy to change."""
-    model = copy.deepcopy(qwen3)
-    lay_side_by_side(model)  # which a copy is not
-    return model
+    return families.copy_of(qwen3)
 
 
 def batch(model: PreTrainedModel, *lengths: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -799,6 +797,30 @@ class TestBudgets:
         ids, mask = batch(paged, *[4] * 9)
         decode(paged, ids, mask, max_new_tokens=10)
         assert list(steps(paged)) == [(9, 21)]
+
+    def test_a_thread_waits_for_room(self, paged, monkeypatch):
+        """The budget holds one of these calls at a time; a call inside one is refused."""
+        ids, mask = batch(paged, *LENGTHS, 7)
+        expected = generate(paged, ids, mask).tolist()
+        waits, wait = [], decoder.Decoder._wait
+        monkeypatch.setattr(
+            decoder.Decoder, "_wait", lambda *args: (waits.append(args), wait(*args))
+        )
+        with ThreadPoolExecutor(3) as pool:
+            calls = [pool.submit(decode, paged, ids, mask) for _ in range(3)]
+            assert [call.result(timeout=60).tolist() for call in calls] == [expected] * 3
+        assert waits
+
+        class Nesting(Collector):
+            def put(self, value: Tensor) -> None:
+                with pytest.raises(ValueError, match="inside another generation: the budget has"):
+                    decode(paged, ids, mask)
+                super().put(value)
+
+        streamer = Nesting()
+        loop = functools.partial(qmoe.decode, streamer=streamer)
+        assert generate(paged, ids, mask, custom_generate=loop).tolist() == expected
+        assert len(streamer.puts) == NEW_TOKENS
 
     def test_resized_between_calls(self, device):
         model = families.build("qwen3_moe", device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import weakref
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ from transformers import PreTrainedModel
 import qmoe
 from qmoe.decoding.pieces import PIECES, find_pieces, linear
 from qmoe.decoding.shadow import Shadow
-from qmoe.loading.side_by_side import lay_side_by_side
 
 KINDS = PIECES[1:]
 
@@ -31,9 +29,7 @@ def qwen3() -> PreTrainedModel:
 
 @pytest.fixture
 def own(qwen3: PreTrainedModel) -> PreTrainedModel:
-    model = copy.deepcopy(qwen3)
-    lay_side_by_side(model)  # which a copy is not
-    return model
+    return families.copy_of(qwen3)
 
 
 def found(model: Any, kind: str) -> int:

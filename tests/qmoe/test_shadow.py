@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import gc
 import sys
@@ -19,7 +18,6 @@ from transformers import PreTrainedModel
 from qmoe.decoding.pieces import find_pieces
 from qmoe.decoding.shadow import Shadow, Undecodable
 from qmoe.experts.quantized import QuantizedExperts
-from qmoe.loading.side_by_side import lay_side_by_side
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +27,7 @@ def qwen3() -> PreTrainedModel:
 
 @pytest.fixture
 def own(qwen3: PreTrainedModel) -> PreTrainedModel:
-    model = copy.deepcopy(qwen3)
-    lay_side_by_side(model)  # which a copy is not
-    return model
+    return families.copy_of(qwen3)
 
 
 def shadow_of(model: Any, attention: str | None = None) -> Shadow:
