@@ -62,6 +62,9 @@ class Fingerprint:
         self._types = [type(module) for module in (model, *self._modules)]
         self._classes = list(set(self._types))
         self._others: list[tuple[Any, str]] = []
+        # Guards are there by now: what is kept for a model is kept by its guard.
+        self._guarded = [module for module in self._modules if has_guard(vars(module))]
+        self._unguarded = [module for module in self._modules if not has_guard(vars(module))]
         self._values = self._attributes(model)
         self._containers: list[Any] = list(_GLOBAL_HOOKS)
         for module in (model, *self._modules):
@@ -88,23 +91,20 @@ class Fingerprint:
         return (
             self._types == [type(model), *map(type, self._modules)]
             and _same(self._values, self._attributes(model))
-            and not any(map(len, self._empty))
+            and not any(self._empty)
             and _same(self._contents, _contents(self._filled))
             and self._places == _places(self._tensors)
             and _same(self._around, self._surroundings())
         )
 
     def _attributes(self, model: nn.Module) -> list[Any]:
-        # Copied at once: another thread may run the model, and set an attribute.
-        everything = vars(model).copy().items()
-        own = {k: v for k, v in everything if not is_guard(k) and k not in _IGNORED}
-        values = list(own.values())
-        for module in self._modules:
-            attributes = vars(module)
-            if has_guard(attributes):
-                values += [v for k, v in attributes.copy().items() if not is_guard(k)]
-            else:
-                values += attributes.values()
+        values: list[Any] = []
+        for module in (model, *self._guarded):
+            # Copied at once: another thread may run the model, and set an attribute.
+            attributes = vars(module).copy().items()
+            values += [v for k, v in attributes if not is_guard(k) and k not in _IGNORED]
+        for module in self._unguarded:
+            values += vars(module).values()
         return values
 
     def _surroundings(self) -> list[Any]:
