@@ -26,11 +26,10 @@ from qmoe_convert.mapping import map_checkpoint
 from qmoe_convert.plan import Options, make_plan
 from qmoe_convert.report import Report
 from qmoe_convert.shards import PARTIAL_SUFFIX
+from qmoe_convert.small_files import DOWNLOADED
 from qmoe_convert.verify import verify_shards
 from qmoe_convert.workers import Progress
 from qmoe_convert.write import (
-    COPIED_NAMES,
-    COPIED_SUFFIXES,
     JOURNAL_NAME,
     Journal,
     fingerprint,
@@ -42,8 +41,6 @@ from qmoe_kernels.quantization import WeightFormat
 
 FORMATS = ("auto", "compressed-tensors", "qmoe")
 WEIGHTS = ("int8", "fp8")
-
-DOWNLOADED = ("*.safetensors", "*.json", *(f"*{s}" for s in COPIED_SUFFIXES), *COPIED_NAMES)
 
 
 def convert(

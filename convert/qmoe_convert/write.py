@@ -26,24 +26,11 @@ from qmoe.sizes import format_size
 from qmoe_convert import ConversionError, SourceError
 from qmoe_convert.plan import Options, Piece, Plan, Shard, scale_name
 from qmoe_convert.shards import BufferPool, Reader, ShardWriter
+from qmoe_convert.small_files import small_files
 from qmoe_convert.workers import Progress, counting, in_order
 from qmoe_kernels.quantization import STORAGE_DTYPE, quantize_with_squares
 
 JOURNAL_NAME = "journal.json"
-
-# Small files that belong to a checkpoint; weights, code and whatever could run code do not.
-COPIED_SUFFIXES = (
-    ".json",
-    ".txt",
-    ".model",
-    ".jinja",
-    ".md",
-    ".tiktoken",
-    ".vocab",
-    ".merges",
-    ".spm",
-)
-COPIED_NAMES = ("LICENSE", "NOTICE", "USE_POLICY", "COPYING")
 
 
 class Journal:
@@ -267,7 +254,7 @@ def write_rest(plan: Plan, journal: Journal, folder: Path, source_name: str) -> 
     from qmoe import __version__
 
     partial = journal.folder
-    for file in _small_files(folder):
+    for file in small_files(folder):
         target = partial / file.relative_to(folder)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, target)
@@ -294,19 +281,6 @@ def write_rest(plan: Plan, journal: Journal, folder: Path, source_name: str) -> 
         errors=journal.errors(plan),
     )
     manifest.write(partial)
-
-
-def _small_files(folder: Path) -> list[Path]:
-    found = [*folder.iterdir(), *folder.glob("additional_chat_templates/*.jinja")]
-    return sorted(
-        file
-        for file in found
-        if file.is_file()
-        and (file.suffix in COPIED_SUFFIXES or file.name.startswith(COPIED_NAMES))
-        and not file.name.endswith(".index.json")
-        and not file.name.startswith(".")
-        and file.name not in ("config.json", schema.MANIFEST_NAME)
-    )
 
 
 def remove(path: Path) -> None:
