@@ -23,9 +23,12 @@ def tidy(axis: Axes) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def save(figure: Any, title: str, path: Path) -> None:
-    """Write a figure with a title and close it."""
+def save(figure: Any, title: str, path: Path, *sections: dict[str, Any]) -> None:
+    """Write a figure with a title, and when and of which commit it was measured; close it."""
     figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    measured = dict.fromkeys(f"{s['date']}, commit {s['commit']}" for s in sections)
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    note = "measured " + " and ".join(measured)
+    figure.text(0.995, 0.005, note, ha="right", va="bottom", fontsize=7, color=GREY)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)

@@ -8,12 +8,8 @@ from typing import Any
 
 from matplotlib import pyplot as plt
 
-from benchmarks.drawing import BLUE, GREY, ORANGE, save, tidy
+from benchmarks.drawing import BLUE, GREY, save, tidy
 
-VARIANTS = {
-    "plain": ("hits and misses together", BLUE, "o"),
-    "overlap": ("hits compute first", ORANGE, "v"),
-}
 TITLES = {
     "synthetic": "Synthetic trace: Zipf 0.65, 40 % reuse",
     "recorded": "Trace of the shipped trained model, tiled",
@@ -39,11 +35,12 @@ def draw(path: Path) -> list[Path]:
     return drawn
 
 
-def by_trace(section: Cell) -> dict[str, dict[str, list[Cell]]]:
-    """Cells by trace and variant, smallest capacity first."""
-    found: dict[str, dict[str, list[Cell]]] = {}
+def by_trace(section: Cell) -> dict[str, list[Cell]]:
+    """Cells by trace, smallest capacity first, where layers wait for all that they miss."""
+    found: dict[str, list[Cell]] = {}
     for cell in sorted(section["cells"], key=lambda c: c["capacity"]):
-        found.setdefault(cell["trace"], {}).setdefault(cell["variant"], []).append(cell)
+        if cell["variant"] == "plain":
+            found.setdefault(cell["trace"], []).append(cell)
     return found
 
 
@@ -57,42 +54,31 @@ def subtitle(section: Cell) -> str:
 
 
 def retention(section: Cell, path: Path) -> None:
-    """Tokens/s over resident tokens/s, and hit rates beside LRU and Belady, by capacity."""
+    """Tokens/s over resident tokens/s, and hit rates beside the best possible, by capacity."""
     traces = by_trace(section)
     figure, axes = plt.subplots(
         2, len(traces), figsize=(5.2 * len(traces), 7), sharex=True, sharey="row", squeeze=False
     )
-    for column, (trace, variants) in enumerate(traces.items()):
+    for column, (trace, cells) in enumerate(traces.items()):
         top, bottom = axes[0, column], axes[1, column]
-        for variant, cells in variants.items():
-            label, colour, marker = VARIANTS[variant]
-            x = [100 * cell["capacity"] for cell in cells]
-            top.plot(
-                x, [100 * c["retention"] for c in cells], marker, ls="-", c=colour, label=label
-            )
-        cells = variants["plain"]
         x = [100 * cell["capacity"] for cell in cells]
+        top.plot(x, [100 * cell["retention"] for cell in cells], "o-", c=BLUE)
         rates = [100 * cell["belady_hit_rate"] for cell in cells]
-        bottom.plot(x, rates, ls="--", c=GREY, marker="^", label="Belady (replayed)")
-        rates = [100 * cell["lru_hit_rate"] for cell in cells]
-        bottom.plot(x, rates, ls="-", c=GREY, marker="x", ms=9, label="LRU (replayed)")
-        label, colour, marker = VARIANTS["plain"]
+        bottom.plot(x, rates, "^--", c=GREY, label="best possible: future known (Belady)")
         rates = [100 * cell["hit_rate"] for cell in cells]
-        bottom.plot(x, rates, marker, ls="", c=colour, label="measured")
+        bottom.plot(x, rates, "o-", c=BLUE, label="measured")
         top.set_title(TITLES.get(trace, trace), fontsize=10)
         top.set_ylim(0, 105)
         bottom.set_ylim(0, 105)
         bottom.set_xlabel("capacity, % of all experts on the GPU")
         bottom.set_xticks([100 * cell["capacity"] for cell in cells])
         bottom.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        for axis in (top, bottom):
-            axis.grid(alpha=0.3)
-            axis.spines[["top", "right"]].set_visible(False)
+        tidy(top)
+        tidy(bottom)
     axes[0, 0].set_ylabel("% of the resident model's tokens/s")
     axes[1, 0].set_ylabel("hits, % of experts asked for")
-    axes[0, -1].legend(fontsize=8, loc="upper left")
     axes[1, -1].legend(fontsize=8, loc="lower right")
-    save(figure, "Speed kept by capacity\n" + subtitle(section), path)
+    save(figure, "Speed kept by capacity\n" + subtitle(section), path, section)
 
 
 def time_per_token(section: Cell, path: Path) -> None:
@@ -101,37 +87,27 @@ def time_per_token(section: Cell, path: Path) -> None:
     figure, axes = plt.subplots(
         1, len(traces), figsize=(5.6 * len(traces), 4.4), sharey=True, squeeze=False
     )
-    for axis, (trace, variants) in zip(axes[0], traces.items(), strict=True):
-        cells = variants["plain"]
-        width = 0.8 / (1 + len(variants))
-        place = {cell["capacity"]: i for i, cell in enumerate(cells)}
-        left = -0.4 + width / 2
+    for axis, (trace, cells) in zip(axes[0], traces.items(), strict=True):
+        width = 0.4
         resident = [cell["resident_ms"] for cell in cells]
         link = [cell["link_ms"] for cell in cells]
-        x = [i + left for i in place.values()]
-        axis.bar(x, resident, width, color="#555555", label="all resident")
-        axis.bar(x, link, width, bottom=resident, color="#BBBBBB", label="missed bytes / link rate")
-        for turn, (variant, measured) in enumerate(variants.items(), start=1):
-            label, colour, _ = VARIANTS[variant]
-            x = [place[cell["capacity"]] + left + turn * width for cell in measured]
-            bars = axis.bar(
-                x,
-                [cell["ms"] for cell in measured],
-                width,
-                color=colour,
-                label=f"measured, {label}",
-            )
-            sums = {cell["capacity"]: cell["resident_ms"] + cell["link_ms"] for cell in cells}
-            ratios = [f"{c['ms'] / sums[c['capacity']]:.2f}" for c in measured]
-            axis.bar_label(bars, ratios, fontsize=6, rotation=90, padding=2)
+        left = [place - width / 2 for place in range(len(cells))]
+        axis.bar(left, resident, width, color="#555555", label="all experts on the GPU")
+        axis.bar(left, link, width, bottom=resident, color="#BBBBBB", label="missed bytes / link")
+        right = [place + width / 2 for place in range(len(cells))]
+        times = [cell["ms"] for cell in cells]
+        bars = axis.bar(right, times, width, color=BLUE, label="measured")
+        sums = [a + b for a, b in zip(resident, link, strict=True)]
+        ratios = [f"{ms / total:.2f}" for ms, total in zip(times, sums, strict=True)]
+        axis.bar_label(bars, ratios, fontsize=8, padding=2)
         axis.set_xticks(range(len(cells)), [f"{100 * cell['capacity']:g}" for cell in cells])
         axis.set_xlabel("capacity, % of all experts on the GPU")
         axis.set_title(TITLES.get(trace, trace), fontsize=10)
         tidy(axis)
-    axes[0, 0].set_ylabel("ms per token (above bars: share of the sum)")
+    axes[0, 0].set_ylabel("ms per token (above bars: over the grey sum)")
     axes[0, 0].set_ylim(top=1.12 * axes[0, 0].get_ylim()[1])
     axes[0, -1].legend(fontsize=8)
-    save(figure, "Time per token\n" + subtitle(section), path)
+    save(figure, "Time per token\n" + subtitle(section), path, section)
 
 
 def baselines(sections: Cell, path: Path) -> None:
@@ -175,4 +151,5 @@ def baselines(sections: Cell, path: Path) -> None:
             "synthetic trace; per cent: of all experts on the GPU"
         ),
         path,
+        *(sections[name] for name in ("decode", "baselines", "offload") if name in sections),
     )

@@ -13,6 +13,8 @@ names some of them):
 - *transformers_int8*: transformers' own loop and dynamic cache on the same model.
 - *transformers*: the same in bf16, experts grouped and eager; and long prompts, grouped.
 - *transformers_static*: a static cache, which transformers compiles for a minute; only on request.
+- *vllm*: vLLM's engine with the same shape, where it is installed; only on request, and by itself,
+  since it takes all of the GPU's memory.
 
 Greedy tokens are compared with those of transformers' loop on the same model before anything is
 timed. A decode step's time is that of a long call less that of one that reads the prompt and
@@ -39,6 +41,7 @@ from benchmarks.generate.peers import (
     run_transformers,
     run_transformers_int8,
     run_transformers_static,
+    run_vllm,
 )
 from benchmarks.generate.sections import (
     run_decode,
@@ -64,8 +67,9 @@ SECTIONS: dict[str, Callable[[Benchmark], None]] = {
     "transformers_int8": run_transformers_int8,
     "transformers": run_transformers,
     "transformers_static": run_transformers_static,
+    "vllm": run_vllm,
 }
-ON_REQUEST = {"transformers_static"}
+ON_REQUEST = {"transformers_static", "vllm"}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,17 +11,14 @@ from matplotlib.axes import Axes
 
 from benchmarks.drawing import BLACK, BLUE, GREEN, GREY, ORANGE, PINK, RED, SKY, save, tidy
 from benchmarks.generate.bench import OURS
-from benchmarks.generate.peers import EAGER, GROUPED, ON_INT8, STATIC
-from benchmarks.generate.targets import DECODE
+from benchmarks.generate.peers import GROUPED, VLLM
 
 Section = dict[str, Any]
 PATHS = {
-    (OURS, False): ("qmoe, INT8 experts", BLUE),
-    (OURS, True): ("qmoe, INT8 experts, sampled", SKY),
-    (STATIC, False): (STATIC, GREEN),
-    (ON_INT8, False): (ON_INT8, PINK),
-    (GROUPED, False): (GROUPED, ORANGE),
-    (EAGER, False): (EAGER, GREY),
+    OURS: ("qmoe, INT8 experts", BLUE),
+    VLLM["int8"]: ("vLLM, INT8 experts", ORANGE),
+    VLLM["fp8"]: ("vLLM, FP8 experts", RED),
+    GROUPED: ("transformers, bf16, grouped_mm", GREY),
 }
 KIND_COLOURS = {
     "experts": BLUE,
@@ -41,10 +38,10 @@ def draw(path: Path) -> list[Path]:
     """Draw what ``path`` holds beside it, as far as it has been measured; the pictures' paths."""
     sections = json.loads(path.read_text())["sections"]
     drawn = []
-    cells = decode_cells(sections)
-    if cells:
+    measured = [sections[name] for name in ("decode", "vllm", "transformers") if name in sections]
+    if measured:
         drawn.append(path.with_name(f"{path.stem}_decode.png"))
-        decode(cells, machine_of(sections), drawn[-1])
+        decode(measured, drawn[-1])
     if sections.get("breakdown", {}).get("cells"):
         drawn.append(path.with_name(f"{path.stem}_breakdown.png"))
         breakdown(sections["breakdown"], drawn[-1])
@@ -53,54 +50,39 @@ def draw(path: Path) -> list[Path]:
     return drawn
 
 
-def machine_of(sections: dict[str, Section]) -> str:
-    """The GPU of the first section that was measured."""
-    return next(iter(sections.values()))["machine"]["gpu"] or "CPU"
-
-
-def decode_cells(sections: dict[str, Section]) -> dict[tuple[str, bool], dict[int, float]]:
-    """Tokens/s by batch of every path, on the shortest prompts."""
-    names = ("decode", "transformers_int8", "transformers", "transformers_static")
-    cells = [cell for name in names for cell in sections.get(name, {}).get("cells", [])]
-    shortest = min((cell["prompt"] for cell in cells), default=0)
-    found: dict[tuple[str, bool], dict[int, float]] = {}
+def decode_cells(sections: list[Section]) -> dict[str, dict[int, float]]:
+    """Greedy tokens/s by batch of every path, on the shortest prompts."""
+    cells = [cell for section in sections for cell in section.get("cells", [])]
+    shortest = min(cell["prompt"] for cell in cells)
+    found: dict[str, dict[int, float]] = {path: {} for path in PATHS}
     for cell in cells:
-        if cell["prompt"] == shortest:
-            path = (cell["path"], cell.get("sampled", False))
-            found.setdefault(path, {})[cell["batch"]] = cell["tokens_per_s"]
-    return found
+        if cell["prompt"] == shortest and cell["path"] in PATHS and not cell.get("sampled"):
+            found[cell["path"]][cell["batch"]] = cell["tokens_per_s"]
+    return {path: rates for path, rates in found.items() if rates}
 
 
-def decode(cells: dict[tuple[str, bool], dict[int, float]], machine: str, path: Path) -> None:
-    """Draw tokens/s on a log scale, a group of bars for each batch, targets as marks."""
+def decode(sections: list[Section], path: Path) -> None:
+    """Draw tokens/s, a panel of bars for each batch."""
+    cells = decode_cells(sections)
     batches = sorted({batch for rates in cells.values() for batch in rates})
-    paths = [p for p in PATHS if p in cells]
-    width = 0.84 / len(paths)
-    figure, axis = plt.subplots(figsize=(2.2 + 2.9 * len(batches), 4.6))
-    for which in paths:
-        label, colour = PATHS[which]
-        x = []
-        for batch in cells[which]:
-            there = [p for p in paths if batch in cells[p]]
-            place = there.index(which) - (len(there) - 1) / 2
-            x.append(batches.index(batch) + place * width)
-        bars = axis.bar(x, list(cells[which].values()), 0.94 * width, color=colour, label=label)
-        labels = [f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}" for rate in cells[which].values()]
-        axis.bar_label(bars, labels, padding=2, fontsize=7)
-    label: str | None = "target"
-    for x, batch in enumerate(batches):
-        if batch in DECODE:
-            axis.hlines(DECODE[batch], x - 0.46, x + 0.46, colors=RED, lw=1.4, label=label)
-            label = None
-    axis.set_yscale("log")
-    low = min(rate for rates in cells.values() for rate in rates.values())
-    axis.set_ylim(bottom=low / 2)
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-    axis.set_ylabel("new tokens per second, log scale")
-    axis.set_xticks(range(len(batches)), [f"batch {batch}" for batch in batches])
-    tidy(axis)
-    axis.legend(fontsize=8, loc="upper left", frameon=False)
-    save(figure, f"Decoding, Qwen3-30B-A3B's shape, {machine}", path)
+    figure, axes = plt.subplots(
+        1, len(batches), figsize=(2.6 + 2.6 * len(batches), 2.8), sharey=True, squeeze=False
+    )
+    for axis, batch in zip(axes[0], batches, strict=True):
+        there = [which for which in PATHS if batch in cells.get(which, {})]
+        rates = [cells[which][batch] for which in there]
+        labels, colours = zip(*(PATHS[which] for which in there), strict=True)
+        bars = axis.barh(labels, rates, color=colours, height=0.7)
+        axis.bar_label(bars, [f"{rate:,.0f}" for rate in rates], padding=3, fontsize=9)
+        axis.set_title(f"{batch} text" + ("s at once" if batch > 1 else ""), fontsize=10)
+        axis.margins(x=0.22)
+        axis.set_xlabel("new tokens per second")
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+        axis.locator_params(axis="x", nbins=4)
+        tidy(axis)
+    axes[0, 0].invert_yaxis()
+    gpu = sections[0]["machine"]["gpu"] or "CPU"
+    save(figure, f"Decoding with Qwen3-30B-A3B's shape on one {gpu}", path, *sections)
 
 
 def breakdown(section: Section, path: Path) -> None:
@@ -123,7 +105,8 @@ def breakdown(section: Section, path: Path) -> None:
     tidy(axis)
     axis.legend(ncols=5, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22), frameon=False)
     machine = section["machine"]["gpu"] or "CPU"
-    save(figure, f"A decode step by kind of kernel, Qwen3-30B-A3B's shape, {machine}", path)
+    title = f"A decode step by kind of kernel, Qwen3-30B-A3B's shape, {machine}"
+    save(figure, title, path, section)
 
 
 def _label(axis: Axes, bars: Any, cells: list[Section], widths: list[float], kind: str) -> None:

@@ -1,15 +1,21 @@
-"""Sections of transformers' own decoding: on qmoe's model, in bf16, and compiled."""
+"""Sections of others' decoding: transformers' on qmoe's model, in bf16, compiled; vLLM's engine."""
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
+import subprocess
+import sys
 from typing import Any
 
 from benchmarks.generate.bench import Benchmark
+from qmoe.checkpoints.schema import compressed_tensors_config
 
 ON_INT8 = "transformers generate, INT8 experts"
 GROUPED, EAGER = "transformers grouped_mm, bf16", "transformers eager, bf16"
 STATIC = "transformers static cache, compiled, bf16"
+VLLM = {"int8": "vLLM, INT8", "fp8": "vLLM, FP8"}
 
 
 def run_transformers_int8(bench: Benchmark) -> None:
@@ -63,3 +69,36 @@ def prefill(bench: Benchmark, model: Any, path: str) -> None:
                 "tokens_per_s": round(length / statistics.median(later), 1),
             },
         )
+
+
+def run_vllm(bench: Benchmark) -> None:
+    """Tokens per second of vLLM's engine on the same shape, experts and rows in 8 bits.
+
+    ``QMOE_VLLM`` may name a folder that vLLM was installed into (``pip install --target``).
+    """
+    sizes = bench.sizes
+    paths = [os.environ[name] for name in ("QMOE_VLLM", "PYTHONPATH") if name in os.environ]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    for weights, path in VLLM.items():
+        config = bench.shape.config().to_dict()
+        request = {
+            "config": config | {"architectures": ["Qwen3MoeForCausalLM"]},
+            "quantization": compressed_tensors_config(weights, []),
+            "batches": sizes.batches,
+            "prompt": sizes.prompt,
+            "new": sizes.new,
+            "prefills": sizes.prefills,
+            "repeats": sizes.repeats,
+        }
+        answer = subprocess.run(
+            [sys.executable, "-m", "benchmarks.generate.vllm_engine", json.dumps(request)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        found = json.loads(answer.stdout.splitlines()[-1])
+        bench.results.set(version=found["version"], **{f"{weights}_start_s": found["start_s"]})
+        for key in ("cells", "prefill"):
+            for cell in found[key]:
+                bench.results.add(key, {"path": path, **cell})
