@@ -37,7 +37,6 @@ from benchmarks.cache.kernels import run_admission, run_gather
 from benchmarks.cache.overlap import run_overlap
 from benchmarks.cache.prefill import run_prefill
 from benchmarks.cache.targets import targets
-from benchmarks.cache.tuning import run_tuning
 from benchmarks.model import QWEN3_30B_A3B, TINY
 from benchmarks.options import check, parser_of
 from benchmarks.record import Results, facts, run_sections
@@ -52,15 +51,13 @@ SECTIONS: dict[str, Callable[[Benchmark], None]] = {
     "prefill": run_prefill,
     "baselines": run_baselines,
     "offload": run_offload,
-    "tuning": run_tuning,
 }
-ON_REQUEST = {"tuning"}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run sections; the number of those that failed."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = parser_of(__doc__, SECTIONS, RESULTS, ON_REQUEST)
+    parser = parser_of(__doc__, SECTIONS, RESULTS)
     parser.add_argument("--tokens", type=int, default=48, help="that are timed")
     parser.add_argument("--warmup", type=int, default=64, help="tokens of the trace before them")
     parser.add_argument("--context", type=int, default=1024, help="tokens read before")
