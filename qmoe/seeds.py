@@ -55,7 +55,9 @@ class Draws(TorchFunctionMode):
     def __exit__(self, *exception: Any) -> None:
         # First: an interrupt in the lines below would leave this on torch's stack.
         self._paused = True
-        super().__exit__(*exception)
+        # An interrupt inside torch's own handling of modes may have taken it off already.
+        if _modes()[-1:] == [self]:
+            super().__exit__(*exception)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -93,12 +95,19 @@ def thread_state() -> Callable[[], None]:
 
     torch's own context managers do not where an interrupt finds them half entered or half left.
     """
-    gradients = torch.is_grad_enabled()
-    depth = torch._C._len_torch_function_stack()
+    gradients, modes = torch.is_grad_enabled(), _modes()
 
     def restore() -> None:
-        while torch._C._len_torch_function_stack() > depth:
+        while len(_modes()) > len(modes):
             torch._C._pop_torch_function_stack()
+        for mode in modes[len(_modes()) :]:
+            torch._C._push_on_torch_function_stack(mode)
         torch.set_grad_enabled(gradients)
 
     return restore
+
+
+def _modes() -> list[Any]:
+    """This thread's torch-function modes, the outermost first."""
+    depth = torch._C._len_torch_function_stack()
+    return [torch._C._get_function_stack_at(i) for i in range(depth)]

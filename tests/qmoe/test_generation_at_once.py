@@ -245,6 +245,19 @@ class TestInterrupts:
         assert cut > self.ROUNDS // 5
         assert generate(model, tokenizer, prompts, seed=5, **options).texts == whole.texts
 
+    def test_where_torch_has_taken_a_mode_off(self, model, tokenizer):
+        """torch takes a mode off its stack while the mode looks at a function."""
+        from torch.overrides import BaseTorchFunctionMode
+
+        def cut(index, piece):
+            torch._C._pop_torch_function_stack()
+            raise KeyboardInterrupt
+
+        with BaseTorchFunctionMode() as mode:
+            with pytest.raises(GenerationInterrupted):
+                generate(model, tokenizer, "Hello", seed=5, stream=cut, **OPTIONS)
+            assert torch.overrides._get_current_function_mode_stack() == [mode]
+
     @staticmethod
     def check(result, whole):
         for text, full, count in zip(result.texts, whole.texts, result.new_tokens, strict=True):
