@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qmoe.checkpoints.hub import check_place
 from qmoe.cli.output import Debug, Json, print_json, print_table
 from qmoe.sizes import format_size
 
@@ -22,6 +23,8 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """Print what a checkpoint holds, from its config and headers; no weight is read."""
+    check_place(path)
+
     from qmoe.checkpoints.inspection import inspect_checkpoint
 
     inspection = inspect_checkpoint(path)

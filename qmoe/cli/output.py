@@ -1,4 +1,4 @@
-"""What the commands have in common: exit codes, options of all, and how they print."""
+"""What the commands have in common: options of all, and how they print."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ import typer
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-FAILED, USAGE, UNUSABLE, INTERRUPTED = 1, 2, 3, 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
@@ -69,12 +67,13 @@ def quiet() -> None:
 
 def print_json(document: dict[str, Any]) -> None:
     """Print one document for programs."""
-    print(json.dumps(document, indent=2, ensure_ascii=False))
+    print(json.dumps(document, indent=2))  # ASCII: every terminal and pipe takes it
 
 
 def print_table(table: Table) -> None:
     """Print a table for people."""
     from rich.console import Console
 
-    # Not a terminal: rich would assume 80 columns.
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    # Not a terminal: rich would assume 80 columns. What cells hold is text, not rich's markup.
+    width = None if sys.stdout.isatty() else 120
+    Console(width=width, markup=False, emoji=False, highlight=False).print(table)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
-from qmoe.cli.output import FAILED, INTERRUPTED, Json, grouped, print_json
+from qmoe.cli.output import Json, grouped, print_json
+from qmoe.exits import FAILED, INTERRUPTED, interruptible
 from qmoe.progress import progress
 
 if TYPE_CHECKING:
@@ -153,7 +154,11 @@ def _run(tuning: Tuning, *, quiet: bool, debug: bool) -> tuple[list[Tuned], bool
     """The cells that were tuned, each told as it comes, and whether Ctrl-C ended it."""
     done: list[Tuned] = []
     try:
-        with progress("tuning", len(tuning.cells)) as bar, closing(tuning.run()) as cells:
+        with (
+            interruptible(),
+            progress("tuning", len(tuning.cells)) as bar,
+            closing(tuning.run()) as cells,
+        ):
             for tuned in cells:
                 done.append(tuned)
                 bar.advance()

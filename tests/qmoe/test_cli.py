@@ -30,7 +30,7 @@ def command(*arguments, **options):
     """Start ``qmoe ...`` as its users do, in a process of its own."""
     path = os.pathsep.join(str(REPOSITORY / folder) for folder in ("", "kernels", "convert"))
     return subprocess.Popen(
-        [sys.executable, "-m", "qmoe.cli.main", *map(str, arguments)],
+        [sys.executable, "-m", "qmoe", *map(str, arguments)],
         stdin=options.pop("stdin", subprocess.DEVNULL),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
