@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import sys
 import threading
@@ -32,6 +33,8 @@ INTERRUPTED, READER_LEFT, TERMINATED = 130, 141, 143
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM."""
+
+    exit_code = TERMINATED
 
 
 def start(program: str, module: str) -> NoReturn:
@@ -65,7 +68,7 @@ def run(
     app: Any,
     program: str,
     arguments: Sequence[str] | None = None,
-    codes: Mapping[type[BaseException], int] | None = None,
+    codes: Mapping[type[Exception], int] | None = None,
 ) -> int:
     """Run a typer application; a failure is one line on stderr, with ``--json`` an object too.
 
@@ -146,20 +149,21 @@ def _handle(number: signal.Signals, handler: Any) -> Any:
 
 
 def _explain(
-    error: BaseException, program: str, codes: Mapping[type[BaseException], int]
+    error: BaseException, program: str, codes: Mapping[type[Exception], int]
 ) -> tuple[str, int]:
     """A failure in one line, and its exit code."""
     text = printable(str(error))
     if isinstance(error, KeyboardInterrupt):
-        terminated = isinstance(error, Terminated)
-        message = "; ".join(["terminated" if terminated else "interrupted", *filter(None, [text])])
-        return message, TERMINATED if terminated else INTERRUPTED
+        what = "terminated" if isinstance(error, Terminated) else "interrupted"
+        return f"{what}; {text}" if text else what, getattr(error, "exit_code", INTERRUPTED)
     if hasattr(error, "format_message"):  # what typer finds wrong with the usage
         context = getattr(error, "ctx", None)
         where = program if context is None else context.command_path
         return f"{printable(error.format_message())} (see {where} --help)", USAGE
     code = next((code for kind, code in codes.items() if isinstance(error, kind)), FAILED)
     code = getattr(error, "exit_code", code)
+    if isinstance(error, OSError) and error.strerror:  # without [Errno 28]
+        text = ": ".join(printable(str(part)) for part in (error.filename, error.strerror) if part)
     if code == FAILED:
         text = f"{type(error).__name__}: {text} (--debug shows where)"
     return text or type(error).__name__, code
@@ -176,13 +180,16 @@ def _json(message: str, code: int) -> str:
 
 
 def _reader_left() -> bool:
-    """Whether a standard stream cannot be written to any more; nothing more is written then."""
+    """Whether nobody reads stdout or stderr any more; then nothing is written there either."""
+    if not hasattr(select, "poll"):  # Windows
+        return True
     left = False
     for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except BrokenPipeError:
-            left = True
-            # Python would try again at exit, and complain.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        with suppress(OSError, ValueError):  # no file behind it
+            poll = select.poll()
+            poll.register(stream.fileno(), 0)  # asks for nothing but errors
+            if poll.poll(0):
+                left = True
+                # Python would write what is buffered at exit, and complain.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return left

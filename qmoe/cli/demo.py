@@ -62,7 +62,7 @@ def _demo_table(result: Demo) -> Table:
     table = Table(title=f"{result.model}: 16 bit, INT8, FP8", title_justify="left", show_lines=True)
     table.add_column("", style="bold")
     for variant in result.variants:
-        table.add_column(variant.name, ratio=1, overflow="fold")
+        table.add_column(variant.name, ratio=1)
 
     def row(name: str, values: list[str]) -> None:
         table.add_row(name, *values)

@@ -170,7 +170,8 @@ def generate(
     paged = paging.options(len(prompts) * (sampling.num_beams or 1))
 
     # Takes seconds, in which Ctrl-C has nothing to undo.
-    import qmoe.generation
+    import qmoe
+    from qmoe.generation import load_tokenizer
     from qmoe.tools.threads import threads_for
 
     quiet()
@@ -189,15 +190,14 @@ def generate(
             "stream": None if beams else _stream(writer, status),
             **sampling.options(),
         }
-        tokenizer = qmoe.generation.load_tokenizer(path)
         result, recording, interrupted = _generate(
-            model, tokenizer, prompts, options, status, record is not None
+            model, load_tokenizer(path), prompts, options, status, record is not None
         )
         if json_output:
             document = {"model": path, "prompts": prompts, **asdict(result)}
             if status is not None:
                 document["cache"] = status.document()
-            print_json({**document, "interrupted": interrupted})
+            print_json({**document, "interrupted": interrupted != 0})
         else:
             (writer or _Writer(len(prompts))).finish(result)
             print(_statistics_line(result.statistics), file=sys.stderr)
@@ -205,9 +205,9 @@ def generate(
                 print(status.line(), file=sys.stderr)
         if recording is not None and record is not None:
             name = Path(path).resolve().name if os.path.isdir(path) else path
-            _save_trace(recording, record, name, len(prompts), interrupted)
+            _save_trace(recording, record, name, len(prompts), interrupted != 0)
     if interrupted:
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(interrupted)
 
 
 def _generate(
@@ -217,8 +217,8 @@ def _generate(
     options: dict[str, Any],
     status: CacheStatus | None,
     record: bool,
-) -> tuple[GenerationResult, Recording | None, bool]:
-    """The result, the routing if it is recorded, and whether Ctrl-C ended it."""
+) -> tuple[GenerationResult, Recording | None, int]:
+    """The result, the routing if it is recorded, and the exit code of what interrupted it, or 0."""
     import qmoe
 
     recording = None
@@ -230,8 +230,9 @@ def _generate(
                 recording = stack.enter_context(qmoe.record_routing(model))
             result = qmoe.generate(model, tokenizer, prompts, **options)
     except qmoe.GenerationInterrupted as interruption:
-        return interruption.result, recording, True
-    return result, recording, False
+        cause = interruption.__context__
+        return interruption.result, recording, getattr(cause, "exit_code", INTERRUPTED)
+    return result, recording, 0
 
 
 def _stream(

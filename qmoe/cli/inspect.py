@@ -40,7 +40,7 @@ def _inspection_table(inspection: Inspection) -> Table:
     i = inspection
     table = Table(show_header=False)
     table.add_column(style="bold")
-    table.add_column(overflow="fold")
+    table.add_column()
 
     def row(name: str, value: object) -> None:
         table.add_row(name, str(value))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
@@ -12,6 +13,8 @@ from inspect import Parameter
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
+
+from qmoe.progress import redraws
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -61,7 +64,7 @@ def quiet() -> None:
     from qmoe.generation import hide_progress_bars
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    if not sys.stderr.isatty():
+    if not redraws(sys.stderr):
         hide_progress_bars()
 
 
@@ -71,9 +74,14 @@ def print_json(document: dict[str, Any]) -> None:
 
 
 def print_table(table: Table) -> None:
-    """Print a table for people."""
+    """Print a table for people, in characters that every terminal shows."""
+    from rich.box import ASCII2
     from rich.console import Console
 
-    # Not a terminal: rich would assume 80 columns. What cells hold is text, not rich's markup.
-    width = None if sys.stdout.isatty() else 120
+    table.box = ASCII2
+    for column in table.columns:
+        column.overflow = "fold"  # not an ellipsis
+    # Not a terminal, or a dumb one: rich would assume 80 columns.
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
+    # What cells hold is text, not rich's markup.
     Console(width=width, markup=False, emoji=False, highlight=False).print(table)

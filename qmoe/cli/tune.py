@@ -145,13 +145,13 @@ def tune(
         print(
             f"qmoe: interrupted; {succeeded} of {len(cells)} cells are in {path}", file=sys.stderr
         )
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(interrupted)
     if succeeded < len(done):
         raise typer.Exit(FAILED)
 
 
-def _run(tuning: Tuning, *, quiet: bool, debug: bool) -> tuple[list[Tuned], bool]:
-    """The cells that were tuned, each told as it comes, and whether Ctrl-C ended it."""
+def _run(tuning: Tuning, *, quiet: bool, debug: bool) -> tuple[list[Tuned], int]:
+    """The cells that were tuned, each told as it comes; the exit code of an interrupt, or 0."""
     done: list[Tuned] = []
     try:
         with (
@@ -167,9 +167,9 @@ def _run(tuning: Tuning, *, quiet: bool, debug: bool) -> tuple[list[Tuned], bool
                 if debug or tuned.found is None:
                     for error in tuned.errors:
                         bar.print(f"  {' '.join(error.split())[:400]}", sys.stderr)
-    except KeyboardInterrupt:
-        return done, True
-    return done, False
+    except KeyboardInterrupt as interrupt:
+        return done, getattr(interrupt, "exit_code", INTERRUPTED)
+    return done, 0
 
 
 def _words(text: str) -> list[str]:
