@@ -126,7 +126,7 @@ def interruptible(note: str = "") -> Iterator[None]:
         """Python drops what is raised inside a ``__del__`` or a callback; Ctrl-C comes again."""
         if isinstance(unraisable.exc_value, KeyboardInterrupt):
             number = signal.SIGTERM if unraisable.exc_type is Terminated else signal.SIGINT
-            threading.Timer(0.05, signal.raise_signal, [number]).start()
+            threading.Timer(0.05, os.kill, [os.getpid(), number]).start()
         else:
             hook(unraisable)
 

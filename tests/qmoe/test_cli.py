@@ -265,11 +265,11 @@ class TestGenerate:
             (["generate", "{checkpoint}", "--prompt="], 3, "prompt 0 is empty"),
             (["generate", "{checkpoint}", "--prompt=a", "--chat"], 3, "no chat template"),
             (
-                ["generate", "no/such/model", "--prompt=a", "--record-routing=no/folder/file"],
+                ["generate", "{checkpoint}", "--prompt=a", "--record-routing=no/folder/file"],
                 3,
                 "no/folder/file: there is no folder no/folder to write it into",
             ),
-            (["generate", "no/such/model", "--record-routing=."], 3, ".: is a folder"),
+            (["generate", "{checkpoint}", "--record-routing=."], 3, ".: is a folder"),
             (
                 ["generate", "{checkpoint}", "--prompt=a", "--max-new-tokens=0"],
                 2,
@@ -313,6 +313,34 @@ class TestGenerate:
         monkeypatch.setattr(sys, "stdin", terminal)
         assert main(["generate", str(checkpoint)]) == 2
         assert "give --prompt TEXT, or pipe" in capsys.readouterr().err
+
+    def test_json_says_it_as_well(self, checkpoint, capsys):
+        for arguments, code in ((["generate"], 2), (["inspect", "no-such-folder"], 3)):
+            assert main([*arguments, "--json"]) == code
+            out, err = capsys.readouterr()
+            failure = json.loads(out)
+            assert failure["exit_code"] == code
+            assert err == f"qmoe: {failure['error']}\n"
+
+    def test_a_small_model_runs_on_one_thread(self, checkpoint, capsys, monkeypatch):
+        def threads(self, index, piece):
+            seen.add(torch.get_num_threads())
+
+        seen: set[int] = set()
+        monkeypatch.setattr("qmoe.cli.generate._Writer.__call__", threads)
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(2)
+            for given, used in ((None, 1), ("2", 2)):
+                monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+                if given is not None:
+                    monkeypatch.setenv("OMP_NUM_THREADS", given)
+                seen.clear()
+                assert main(["generate", str(checkpoint), "--prompt=a", "--max-new-tokens=2"]) == 0
+                assert seen == {used}
+                assert torch.get_num_threads() == 2
+        finally:
+            torch.set_num_threads(before)
 
 
 def test_version_and_help(capsys):
@@ -393,6 +421,20 @@ class TestInspect:
         document = json.loads(capsys.readouterr().out)
         assert document["num_experts"] == [8]
         assert (document["errors"], document["source"]) == (None, None)
+
+    def test_prints_on_every_terminal(self, checkpoint, tmp_path, monkeypatch):
+        folder = tmp_path / "[/bold] \x1b[31m caf\u00e9"
+        folder.symlink_to(checkpoint)
+        monkeypatch.setenv("COLUMNS", "20")
+        stdout = io.TextIOWrapper(io.BytesIO(), "ascii", errors="replace")
+        monkeypatch.setattr(stdout, "isatty", lambda: True, raising=False)
+        monkeypatch.setattr(sys, "stdout", stdout)
+        monkeypatch.setenv("TERM", "dumb")
+        assert main(["inspect", str(folder)]) == 0
+        stdout.flush()
+        printed = stdout.buffer.getvalue()
+        assert b"Qwen3MoeForCausalLM" in printed.replace(b"|\n|", b"").replace(b" ", b"")
+        assert max(map(len, printed.splitlines())) <= 20
 
     def test_fused_experts_in_shards(self, tmp_path):
         (tmp_path / "config.json").write_text(
