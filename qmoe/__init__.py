@@ -8,10 +8,10 @@ nor transformers; what is named here is imported when it is used.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 from qmoe.loading.register import register_when_needed as _register
 
+TYPE_CHECKING = False  # as typing's, which takes longer to import than all the rest
 if TYPE_CHECKING:
     from qmoe.decoding.decoder import release
     from qmoe.decoding.loop import decode

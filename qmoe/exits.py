@@ -1,6 +1,7 @@
 """How the commands begin and end: exit codes, failures in one line, Ctrl-C, a reader that leaves.
 
-Both commands use it, and it imports next to nothing: whoever mistypes an option should not wait.
+Both commands use it; :mod:`qmoe.start` comes first. Neither imports much: whoever mistypes an
+option should not wait.
 
 | code | meaning |
 |---|---|
@@ -24,7 +25,6 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from importlib import import_module
 from typing import Any, NoReturn
 
 FAILED, USAGE, UNUSABLE, UNVERIFIED = 1, 2, 3, 4
@@ -35,33 +35,6 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM."""
 
     exit_code = TERMINATED
-
-
-def start(program: str, module: str) -> NoReturn:
-    """Be the process of a command: import ``module``, run its ``main()``, and exit.
-
-    Ctrl-C ends the process at once, for while modules are imported and options are read there is
-    nothing to undo. Work that has to be undone runs inside :func:`interruptible`.
-    """
-
-    def leave(*signal_and_frame: Any) -> None:
-        # Not print: the signal may strike in the middle of one.
-        if "--json" in sys.argv:
-            os.write(1, f"{_json('interrupted', INTERRUPTED)}\n".encode())
-        os.write(2, f"{program}: interrupted\n".encode())
-        os._exit(INTERRUPTED)
-
-    _handle(signal.SIGINT, leave)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started us
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        with suppress(AttributeError):
-            # What the terminal cannot show must not end the command.
-            getattr(sys, name).reconfigure(errors="replace")
-    code = import_module(module).main()
-    # All has been said; Ctrl-C only ends the farewell of threads and libraries.
-    _handle(signal.SIGINT, lambda *signal_and_frame: os._exit(code))
-    sys.exit(code)
 
 
 def run(

@@ -38,6 +38,7 @@ assert qmoe(["nonsense"]) == 2
 for paths in ["generate", "/no/such"], ["inspect", "/no/such"], ["cache-report", "no-file"]:
     assert qmoe(paths) == 3, paths
 assert qmoe(["demo", "--model=/no/such"]) == 3
+assert qmoe(["tune", "--model=/no/such", "--output=o"]) == 3
 assert qmoe(["generate", ".", "--prompt=a", "--hbm-budget=lots"]) == 2
 assert convert(["--help"]) == convert(["--version"]) == 0
 assert convert(["/no/such", "-o", "out"]) == convert([".", "-o", "/no/such/out"]) == 3
@@ -137,7 +138,7 @@ def main():
     return run(app, "program")
 """)
     script = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-    script += "from qmoe.exits import start; start('program', 'command')"
+    script += "from qmoe.start import start; start('program', 'command')"
     done = python("-c", script, "--json")
     if (where, name) == ("import", "SIGTERM"):  # nobody has to be told
         assert (done.returncode, done.stderr) == (-15, "")

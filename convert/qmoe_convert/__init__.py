@@ -1,15 +1,11 @@
 """Convert Mixture-of-Experts checkpoints to 8-bit experts: map, plan, write, verify."""
 
-from qmoe.exits import UNUSABLE
-
 
 class ConversionError(ValueError):
     """A conversion that cannot be done or went wrong.
 
     The message is one line that names the file or tensor and says what to do.
     """
-
-    exit_code = UNUSABLE
 
 
 class SourceError(ConversionError):

@@ -22,6 +22,7 @@ from qmoe.checkpoints.hub import check_place
 from qmoe.exits import UNUSABLE, USAGE, interruptible, run
 from qmoe.progress import redraws
 from qmoe.sizes import format_size, parse_size
+from qmoe_convert import ConversionError
 
 if TYPE_CHECKING:
     from qmoe_convert.report import Report
@@ -156,7 +157,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         the exit code.
     """
     # Refused arguments of convert() are wrong usage, what stands in OUT's way as well.
-    codes = {FileExistsError: USAGE, ValueError: USAGE, OSError: UNUSABLE}
+    codes = {
+        ConversionError: UNUSABLE,
+        FileExistsError: USAGE,
+        ValueError: USAGE,
+        OSError: UNUSABLE,
+    }
     return run(app, "convert-checkpoint", arguments, codes)
 
 

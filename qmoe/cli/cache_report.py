@@ -40,7 +40,9 @@ def cache_report(
 ) -> None:
     """Replay recorded routing: hit rates of caches that evict by LRU, LFU and Belady's rule."""
     if not trace.is_file():
-        raise FileNotFoundError(f"{trace}: no such file; qmoe generate --record-routing writes one")
+        raise FileNotFoundError(
+            f"{trace}: no such file; record one with qmoe generate --record-routing"
+        )
 
     from qmoe.traces.report import cache_report as replay_trace
     from qmoe.traces.report import draw_report, require_matplotlib

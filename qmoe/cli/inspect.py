@@ -9,6 +9,7 @@ import typer
 
 from qmoe.checkpoints.hub import check_place
 from qmoe.cli.output import Debug, Json, print_json, print_table
+from qmoe.exits import printable
 from qmoe.sizes import format_size
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def _inspection_table(inspection: Inspection) -> Table:
     table.add_column()
 
     def row(name: str, value: object) -> None:
-        table.add_row(name, str(value))
+        table.add_row(name, printable(str(value)))
 
     row("checkpoint", i.path)
     row("architecture", i.architecture)

@@ -81,7 +81,8 @@ def print_table(table: Table) -> None:
     table.box = ASCII2
     for column in table.columns:
         column.overflow = "fold"  # not an ellipsis
-    # Not a terminal, or a dumb one: rich would assume 80 columns.
+    # Not a terminal, or a dumb one (then rich wants a height too): rich would assume 80 columns.
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
     # What cells hold is text, not rich's markup.
-    Console(width=width, markup=False, emoji=False, highlight=False).print(table)
+    console = Console(width=width, height=25, markup=False, emoji=False, highlight=False)
+    console.print(table)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
+from qmoe.checkpoints.hub import check_place
 from qmoe.cli.output import Json, grouped, print_json
 from qmoe.exits import FAILED, INTERRUPTED, interruptible
 from qmoe.progress import progress
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
 class Layer:
     """The kind of layer."""
 
-    experts: Annotated[int | None, typer.Option(help="Experts of the layer.")] = None
-    top_k: Annotated[int | None, typer.Option(help="Experts of a token.")] = None
-    hidden_size: Annotated[int | None, typer.Option()] = None
-    intermediate_size: Annotated[int | None, typer.Option(help="Of one expert.")] = None
+    experts: Annotated[int | None, typer.Option(min=1, help="Experts of the layer.")] = None
+    top_k: Annotated[int | None, typer.Option(min=1, help="Experts of a token.")] = None
+    hidden_size: Annotated[int | None, typer.Option(min=1)] = None
+    intermediate_size: Annotated[int | None, typer.Option(min=1, help="Of one expert.")] = None
     gate: Annotated[bool, typer.Option(help="Whether experts have a gate.")] = True
     model: Annotated[
         str | None,
@@ -44,8 +45,8 @@ class Layer:
             raise typer.BadParameter(
                 "give --model, or --experts, --top-k, --hidden-size and --intermediate-size"
             )
-        if given and (min(given) < 1 or given[1] > given[0]):
-            raise typer.BadParameter("sizes are at least 1, and --top-k at most --experts")
+        if given and given[1] > given[0]:
+            raise typer.BadParameter("--top-k is at most --experts")
 
     def shapes(self) -> list[LayerShape]:
         """The shapes of the layers."""
@@ -71,6 +72,8 @@ class Operands:
     def cells(self, layer: Layer) -> list[Cell]:
         """A cell for each shape, each pair of operands and each number of tokens."""
         layer.check()
+        if layer.model is not None:
+            check_place(layer.model)
         pairs, counts = _operands(self.weights, self.activations), _token_counts(self.tokens)
 
         from qmoe_kernels.tile_search import Cell
@@ -97,11 +100,13 @@ class Search:
     ] = "quick"
     seconds_per_cell: Annotated[
         float | None,
-        typer.Option(help="To time for, at most.", show_default="10, or 120 for full"),
+        typer.Option(min=0, help="To time for, at most.", show_default="10, or 120 for full"),
     ] = None
     workers: Annotated[
         int | None,
-        typer.Option(help="Processes that compile; 0 for none.", show_default="all cores but two"),
+        typer.Option(
+            min=0, help="Processes that compile; 0 for none.", show_default="all cores but two"
+        ),
     ] = None
     commit: Annotated[
         str | None, typer.Option(help="To write down.", show_default="what git says")
