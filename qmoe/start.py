@@ -5,6 +5,7 @@ What is guarded here are imports, so it imports as little as Python lets it.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -32,6 +33,8 @@ def start(program: str, module: str) -> NoReturn:
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # in the background of a script
     if not ignored:
         signal.signal(signal.SIGINT, leave)
+        # The first to be registered runs last: Python would hand Ctrl-C back to the system.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115

@@ -160,3 +160,10 @@ def test_a_stdout_that_takes_nothing() -> None:
         with open("/dev/full", "w") as full:
             done = python("-m", "qmoe", "--help", stdout=full)
         assert (done.returncode, done.stderr) == (3, "qmoe: No space left on device\n")
+
+
+def test_the_docs_have_the_exit_codes() -> None:
+    import qmoe.exits
+
+    rows = [row for row in qmoe.exits.__doc__.splitlines() if row.startswith("|")]
+    assert "\n".join(rows).replace("``", "`") in (ROOT / "docs" / "commands.md").read_text()
