@@ -58,17 +58,19 @@ def run(
     import typer
 
     arguments = sys.argv[1:] if arguments is None else arguments
+    code = 0
     try:
-        # Not app(): it would print an empty line for Ctrl-C and exit 1 for a reader that left.
-        command = typer.main.get_command(app)
-        with command.make_context(program, list(arguments)) as context:
-            command.invoke(context)
+        try:
+            # Not app(): it would print an empty line for Ctrl-C and exit 1 for a reader that left.
+            command = typer.main.get_command(app)
+            with command.make_context(program, list(arguments)) as context:
+                command.invoke(context)
+        except typer.Exit as end:
+            code = end.exit_code
         sys.stdout.flush()
-        return 0
+        return code
     except SystemExit:
         raise
-    except typer.Exit as end:
-        return end.exit_code
     except BaseException as error:
         if isinstance(error, BrokenPipeError) and _reader_left():
             return READER_LEFT
@@ -114,9 +116,13 @@ def interruptible(note: str = "") -> Iterator[None]:
 
 
 def _handle(number: signal.Signals, handler: Any) -> Any:
-    """Set a handler and return the one before; not in threads, nor where the signal is ignored."""
+    """Set a handler and return the one before.
+
+    Not in threads, which cannot, nor where the signal is ignored or is not Python's.
+    """
     before = signal.getsignal(number)
-    if threading.current_thread() is threading.main_thread() and before is not signal.SIG_IGN:
+    ours = before not in (signal.SIG_IGN, None)
+    if ours and threading.current_thread() is threading.main_thread():
         signal.signal(number, handler)
     return before
 

@@ -151,11 +151,12 @@ def main():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes")
 def test_a_stdout_that_takes_nothing() -> None:
-    reader, writer = os.pipe()
-    os.close(reader)
-    left = python("-m", "qmoe", "--help", stdout=writer)
-    os.close(writer)
-    assert (left.returncode, left.stderr) == (141, "")
+    for arguments in ("qmoe", "--help"), ("qmoe_convert", "--version"):
+        reader, writer = os.pipe()
+        os.close(reader)
+        left = python("-m", *arguments, stdout=writer)
+        os.close(writer)
+        assert (left.returncode, left.stderr) == (141, "")
     if Path("/dev/full").exists():
         with open("/dev/full", "w") as full:
             done = python("-m", "qmoe", "--help", stdout=full)
