@@ -219,7 +219,7 @@ def run(work: Path, layers: int, rounds: int, weights: str) -> dict[str, Any]:
     source, target = work / "source", work / "target"
     source_bytes = generate(source, layers)
     print(f"generated {source_bytes / 1e9:.1f} GB", flush=True)
-    convert = [sys.executable, "-m", "qmoe_convert.cli", str(source), "-o", str(target), "--json"]
+    convert = [sys.executable, "-m", "qmoe_convert", str(source), "-o", str(target), "--json"]
     convert += ["--weights", weights, "--device", "cpu"]
     commands = {
         "cp -r": ["cp", "-r", str(source), str(target)],

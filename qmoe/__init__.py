@@ -1,19 +1,17 @@
 """Quantized Mixture-of-Experts inference for Hugging Face transformers.
 
 Importing qmoe registers its formats with transformers: after ``import qmoe``,
-``AutoModelForCausalLM.from_pretrained`` keeps converted experts in 8 bit.
+``AutoModelForCausalLM.from_pretrained`` keeps converted experts in 8 bit. It imports neither torch
+nor transformers; what is named here is imported when it is used.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
-from qmoe.loading.config import QmoeConfig
-from qmoe.loading.patch import patch, unpatch
-from qmoe.loading.register import register as _register
-from qmoe.paging.options import PagingOptions
+from qmoe.loading.register import register_when_needed as _register
 
+TYPE_CHECKING = False  # as typing's, which takes longer to import than all the rest
 if TYPE_CHECKING:
     from qmoe.decoding.decoder import release
     from qmoe.decoding.loop import decode
@@ -23,8 +21,11 @@ if TYPE_CHECKING:
         GenerationStatistics,
         generate,
     )
+    from qmoe.loading.config import QmoeConfig
     from qmoe.loading.load import load
+    from qmoe.loading.patch import patch, unpatch
     from qmoe.paging.model import resize, stats
+    from qmoe.paging.options import PagingOptions
     from qmoe.tools.perplexity import perplexity
     from qmoe.traces.record import record_routing
 
@@ -51,20 +52,24 @@ __all__ = [
     "unpatch",
 ]
 
-# Imported when asked for: transformers' generation takes seconds, and whoever converts a
-# checkpoint or prints a version does not need it.
+# Imported when asked for: torch and transformers take seconds, and whoever prints a version or
+# mistypes a path does not need them.
 _LAZY = {
     "GenerationInterrupted": "qmoe.generation",
     "GenerationResult": "qmoe.generation",
     "GenerationStatistics": "qmoe.generation",
+    "PagingOptions": "qmoe.paging.options",
+    "QmoeConfig": "qmoe.loading.config",
     "decode": "qmoe.decoding.loop",
-    "release": "qmoe.decoding.decoder",
     "generate": "qmoe.generation",
     "load": "qmoe.loading.load",
+    "patch": "qmoe.loading.patch",
     "perplexity": "qmoe.tools.perplexity",
     "record_routing": "qmoe.traces.record",
+    "release": "qmoe.decoding.decoder",
     "resize": "qmoe.paging.model",
     "stats": "qmoe.paging.model",
+    "unpatch": "qmoe.loading.patch",
 }
 
 
@@ -72,3 +77,7 @@ def __getattr__(name: str) -> object:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

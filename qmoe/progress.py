@@ -1,7 +1,8 @@
-"""Progress bars on stderr, drawn by rich; nothing is written where stderr is no terminal."""
+"""Progress bars on stderr, drawn by rich; nothing is written where they cannot be."""
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,11 @@ from typing import TYPE_CHECKING, Literal, TextIO
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+
+
+def redraws(stream: TextIO | None) -> bool:
+    """Whether ``stream`` is a terminal on which a line can be drawn anew."""
+    return stream is not None and stream.isatty() and os.environ.get("TERM") not in ("dumb", "")
 
 
 class Bars:
@@ -63,7 +69,7 @@ def progress(
         ...     for layer in range(2):
         ...         bars.advance()
     """
-    if not show or sys.stderr is None or not sys.stderr.isatty():
+    if not show or not redraws(sys.stderr):
         yield Bars(None)
         return
     display = _display(unit)

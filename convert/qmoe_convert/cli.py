@@ -1,30 +1,56 @@
-"""The command ``convert-checkpoint``.
+"""The command ``convert-checkpoint``. How it ends, and exit codes: :mod:`qmoe.exits`.
 
-torch and transformers take seconds to import, so this happens after the arguments are parsed.
+torch and transformers take seconds to import, so this happens after arguments and paths are
+checked.
 """
 
 from __future__ import annotations
 
 import json as json_module
 import os
-import signal
 import sys
 import time
 import warnings as python_warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from qmoe.checkpoints.hub import check_place
+from qmoe.exits import UNUSABLE, USAGE, interruptible, run
+from qmoe.progress import redraws
+from qmoe.sizes import format_size, parse_size
+from qmoe_convert import ConversionError
 
 if TYPE_CHECKING:
     from qmoe_convert.report import Report
 
-USAGE, NOT_CONVERTED, NOT_VERIFIED = 2, 3, 4
 # Without a terminal, a line of progress now and then.
 SECONDS_BETWEEN_LINES = 5.0
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich takes longer to import than all the rest of --help
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from qmoe import __version__
+
+        print(f"convert-checkpoint {__version__}")
+        raise typer.Exit
+
+
+def _readable_size(size: str) -> str:
+    try:
+        parse_size(size)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    return size
 
 
 @app.command()
@@ -43,7 +69,9 @@ def command(
         list[str] | None,
         typer.Option(metavar="REGEX", help="Leave experts modules that match as they are."),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest file to write.")] = "5GB",
+    max_shard_size: Annotated[
+        str, typer.Option(callback=_readable_size, help="Largest file to write.")
+    ] = "5GB",
     device: Annotated[
         Literal["auto", "cpu", "cuda"],
         typer.Option(help="Where to quantize; the bytes are the same."),
@@ -70,92 +98,90 @@ def command(
     json: Annotated[
         bool, typer.Option("--json", help="Print nothing but one JSON object on stdout.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of a failure.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
 ) -> None:
     """Convert the experts of a Mixture-of-Experts checkpoint to INT8 or FP8.
 
-    Exit codes: 0 done, 2 wrong usage, 3 not converted, 4 verification failed; 130 and 143 if
-    interrupted or terminated. OUT is complete or absent.
+    OUT is complete or absent. Exit codes: 0 done, 2 wrong usage, 3 not converted, 4 verification
+    failed, 130 interrupted, 143 terminated.
     """
+    check_place(model)
+    if not dry_run:
+        if os.path.lexists(out) and not (resume or overwrite):
+            raise FileExistsError(f"{out} exists; choose another folder or use --overwrite")
+        _check_writable(Path(out))
+    # Warnings of libraries are about their own use, not about the checkpoint.
+    python_warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from qmoe_convert.convert import convert
+
+    note = "" if dry_run else f"{out} was not written, go on with --resume"
+    with interruptible(note), _progress(show=not (json or dry_run)) as progress:
+        report = convert(
+            model,
+            out,
+            weights=weights,
+            format=format,
+            ignore=ignore or (),
+            max_shard_size=max_shard_size,
+            device=device,
+            workers=workers,
+            dry_run=dry_run,
+            resume=resume,
+            overwrite=overwrite,
+            verify=verify,
+            push_to_hub=push_to_hub,
+            revision=revision,
+            progress=progress,
+        )
+    for warning in report.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if json:
+        print(json_module.dumps({"dry_run": dry_run, **report.to_dict()}, indent=2))
+    else:
+        print(describe_plan(report) if dry_run else describe_result(report))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line, with the process's own arguments if none are given.
+
+    Returns:
+        the exit code.
+    """
+    # Refused arguments of convert() are wrong usage, what stands in OUT's way as well.
+    codes = {
+        ConversionError: UNUSABLE,
+        FileExistsError: USAGE,
+        ValueError: USAGE,
+        OSError: UNUSABLE,
+    }
+    return run(app, "convert-checkpoint", arguments, codes)
+
+
+def _check_writable(out: Path) -> None:
+    """Refuse a folder that cannot be made, before anything is read.
+
+    Permissions do not tell: /proc and a read-only disk let nobody make anything.
+    """
+    import tempfile
+
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{out.parent}: no such folder; create it first")
     try:
-        with _terminable():
-            # Warnings of libraries are about their own use, not about the checkpoint.
-            python_warnings.filterwarnings("ignore")
-            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-            from qmoe_convert.convert import convert
-
-            with _progress(show=not (json or dry_run)) as progress:
-                report = convert(
-                    model,
-                    out,
-                    weights=weights,
-                    format=format,
-                    ignore=ignore or (),
-                    max_shard_size=max_shard_size,
-                    device=device,
-                    workers=workers,
-                    dry_run=dry_run,
-                    resume=resume,
-                    overwrite=overwrite,
-                    verify=verify,
-                    push_to_hub=push_to_hub,
-                    revision=revision,
-                    progress=progress,
-                )
-        for warning in report.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-        if json:
-            print(json_module.dumps({"dry_run": dry_run, **report.to_dict()}, indent=2))
-        else:
-            print(describe_plan(report) if dry_run else describe_result(report))
-    except BaseException as error:
-        if debug or isinstance(error, (typer.Exit, SystemExit)):
-            raise
-        print(f"convert-checkpoint: {_message(error, out)}", file=sys.stderr)
-        raise typer.Exit(_exit_code(error)) from None
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM."""
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM unwind like an interrupt, so that workers stop and files are closed."""
-
-    def handler(number: int, frame: Any) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _exit_code(error: BaseException) -> int:
-    if isinstance(error, Terminated):
-        return 128 + signal.SIGTERM
-    if isinstance(error, KeyboardInterrupt):
-        return 128 + signal.SIGINT
-    from qmoe_convert import ConversionError
-    from qmoe_convert.verify import VerificationError
-
-    if isinstance(error, VerificationError):
-        return NOT_VERIFIED
-    if isinstance(error, ConversionError):
-        return NOT_CONVERTED
-    return USAGE if isinstance(error, (ValueError, FileExistsError)) else NOT_CONVERTED
-
-
-def _message(error: BaseException, out: str) -> str:
-    if isinstance(error, KeyboardInterrupt):
-        what = "terminated" if isinstance(error, Terminated) else "interrupted"
-        return f"{what}; {out} was not written, go on with --resume"
-    text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, (ValueError, OSError)):
-        return text
-    return f"{type(error).__name__}: {text}; this is a bug, --debug shows where"
+        with interruptible():
+            tempfile.TemporaryDirectory(prefix=".qmoe-", dir=out.absolute().parent).cleanup()
+    except OSError as error:
+        raise OSError(
+            f"{out}: cannot be made ({error.strerror}); choose another folder with -o"
+        ) from None
 
 
 # What people see
@@ -166,7 +192,7 @@ def _progress(show: bool) -> Iterator[Callable[[str, int, int], None] | None]:
     """A bar with bytes, rate and time left; lines if stderr is no terminal."""
     if not show:
         yield None
-    elif not sys.stderr.isatty():
+    elif not redraws(sys.stderr):
         yield _Lines()
     else:
         from qmoe.progress import progress
@@ -190,8 +216,6 @@ class _Lines:
         if now - self.last < SECONDS_BETWEEN_LINES and done < total:
             return
         self.last = now
-        from qmoe.sizes import format_size
-
         rate = (done - self.first_done) / max(now - self.start, 1e-3)
         left = (total - done) / rate if rate else 0.0
         print(
@@ -204,8 +228,6 @@ class _Lines:
 
 def describe_plan(report: Report) -> str:
     """The plan of a dry run, for people."""
-    from qmoe.sizes import format_size
-
     kept = f"{report.num_kept} tensors copied"
     if report.num_dequantized:
         kept += f", {report.num_dequantized} brought back to 16 bit"
@@ -227,8 +249,6 @@ def describe_plan(report: Report) -> str:
 
 def describe_result(report: Report) -> str:
     """What a conversion did, for people."""
-    from qmoe.sizes import format_size
-
     lines = [
         f"{report.out}: {report.format}, {report.weights}, in {report.seconds:.1f} s"
         + (", verified" if report.verified else ", not verified"),
@@ -252,23 +272,3 @@ def describe_result(report: Report) -> str:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names) if len(names) <= 2 else f"{names[0]} ... {names[-1]}"
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line, with the process's own arguments if none are given.
-
-    Returns:
-        the exit code.
-    """
-    try:
-        return int(app(arguments, prog_name="convert-checkpoint", standalone_mode=False) or 0)
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # what typer finds wrong with the usage
-            raise
-        message = " ".join(error.format_message().split())
-        print(f"convert-checkpoint: {message} (see convert-checkpoint --help)", file=sys.stderr)
-        return USAGE
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,7 +19,8 @@ from typing import cast
 
 import torch
 
-from qmoe.checkpoints.files import CheckpointError, StoredTensor, is_hub_id, open_checkpoint
+from qmoe.checkpoints.files import CheckpointError, StoredTensor, open_checkpoint
+from qmoe.checkpoints.hub import is_hub_id
 from qmoe.sizes import parse_size
 from qmoe_convert import ConversionError, SourceError
 from qmoe_convert.mapping import map_checkpoint

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from qmoe.checkpoints.files import CheckpointError, StoredTensor, read_header
+from qmoe.exits import UNVERIFIED
 from qmoe_convert.plan import Options, Piece, Plan, Shard, scale_name
 from qmoe_convert.shards import Reader, sha256_of
 from qmoe_convert.workers import Progress, counting, in_order
@@ -29,6 +30,8 @@ REMEDY = "the disk may be failing; write it again with --resume"
 
 class VerificationError(ValueError):
     """What was written is not what the source says; the message names the file and the tensor."""
+
+    exit_code = UNVERIFIED
 
 
 def verify_shards(

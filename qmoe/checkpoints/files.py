@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,11 +39,6 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 # What safetensors itself refuses to read.
 LARGEST_HEADER = 100_000_000
-
-
-def is_hub_id(text: str) -> bool:
-    """Whether ``text`` reads like a repository on the Hub: ``owner/name``."""
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) is not None
 
 
 class CheckpointError(ValueError):

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qmoe.checkpoints.files import TORCH_DTYPES, StoredTensor, is_hub_id, open_checkpoint
+from qmoe.checkpoints.files import TORCH_DTYPES, StoredTensor, open_checkpoint
+from qmoe.checkpoints.hub import is_hub_id
 from qmoe.checkpoints.schema import COMPRESSED_TENSORS, MANIFEST_NAME, QMOE, Manifest
 
 _EXPERT_NAME = re.compile(r"^(?P<module>(?:.*\.)?experts)\.(?:(?:expert_)?(?P<index>\d+)\.)?.+$")

@@ -33,12 +33,17 @@ def cache_report(
         ),
     ] = None,
     warmup: Annotated[
-        int, typer.Option(help="So many tokens fill the cache before hits are counted.")
+        int, typer.Option(min=0, help="So many tokens fill the cache before hits are counted.")
     ] = 0,
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
     """Replay recorded routing: hit rates of caches that evict by LRU, LFU and Belady's rule."""
+    if not trace.is_file():
+        raise FileNotFoundError(
+            f"{trace}: no such file; record one with qmoe generate --record-routing"
+        )
+
     from qmoe.traces.report import cache_report as replay_trace
     from qmoe.traces.report import draw_report, require_matplotlib
     from qmoe.traces.trace import RoutingTrace
@@ -65,14 +70,13 @@ def cache_report(
 
 
 def _cache_report_table(report: CacheReport) -> Table:
-    from rich.markup import escape
     from rich.table import Table
 
     from qmoe.traces.replay import POLICIES
     from qmoe.traces.report import NAMES
 
     r = report
-    table = Table(title=escape(r.metadata.get("source", "")) or None, title_justify="left")
+    table = Table(title=r.metadata.get("source") or None, title_justify="left")
     table.add_column("capacity", justify="right")
     table.add_column("pages", justify="right")
     for column in ("hit rate", "missed/token"):

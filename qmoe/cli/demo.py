@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qmoe.cli.output import Debug, Json, print_json, print_table, quiet
+from qmoe.exits import interruptible
 from qmoe.sizes import format_size
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ def demo(
         typer.Option(help="Another 16-bit model's folder.", show_default="examples/tiny-moe"),
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; repeatable.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="At most so many for each prompt.")] = 48,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="At most so many for each prompt.")
+    ] = 48,
     out: Annotated[
         Path | None,
         typer.Option(help="Keep the converted models here.", show_default="a temporary folder"),
@@ -33,16 +36,20 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Convert the shipped model to INT8 and FP8, and set both beside the original."""
+    if model is not None and not model.is_dir():
+        raise FileNotFoundError(f"{model}: no such folder")
+
     from qmoe.tools.demo import run_demo
 
     quiet()
-    result = run_demo(
-        model,
-        prompts=prompt or None,
-        max_new_tokens=max_new_tokens,
-        out=out,
-        progress=lambda message: print(message, file=sys.stderr, flush=True),
-    )
+    with interruptible():
+        result = run_demo(
+            model,
+            prompts=prompt or None,
+            max_new_tokens=max_new_tokens,
+            out=out,
+            progress=lambda message: print(message, file=sys.stderr, flush=True),
+        )
     if json_output:
         print_json(dataclasses.asdict(result))
     else:
@@ -50,13 +57,12 @@ def demo(
 
 
 def _demo_table(result: Demo) -> Table:
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"{result.model}: 16 bit, INT8, FP8", title_justify="left", show_lines=True)
     table.add_column("", style="bold")
     for variant in result.variants:
-        table.add_column(variant.name, ratio=1, overflow="fold")
+        table.add_column(variant.name, ratio=1)
 
     def row(name: str, values: list[str]) -> None:
         table.add_row(name, *values)
@@ -71,5 +77,5 @@ def _demo_table(result: Demo) -> Table:
     )
     row("decode tokens/s", [f"{v.decode_tokens_per_second or 0:.0f}" for v in variants])
     for index, prompt in enumerate(result.prompts):
-        row(escape(prompt.rstrip()), [escape(v.texts[index]) for v in variants])
+        row(prompt.rstrip(), [v.texts[index] for v in variants])
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, closing
@@ -12,8 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from qmoe.cli.output import INTERRUPTED, Debug, Json, grouped, print_json, quiet
+from qmoe.checkpoints.hub import check_place
+from qmoe.cli.output import Debug, Json, grouped, print_json, quiet
 from qmoe.cli.status_line import CacheStatus
+from qmoe.exits import INTERRUPTED, interruptible
 from qmoe.paging.options import PagingOptions
 from qmoe.sizes import format_size
 
@@ -33,7 +36,9 @@ class Prompting:
     chat: Annotated[
         bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")
     ] = False
-    max_new_tokens: Annotated[int, typer.Option(help="At most so many for each prompt.")] = 128
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most so many for each prompt.")] = (
+        128
+    )
 
     def prompts(self) -> list[str]:
         """The prompts, or what stdin says."""
@@ -48,15 +53,17 @@ class Sampling:
         bool | None,
         typer.Option(help="Sample; implied by the four options below.", show_default="the model's"),
     ] = None
-    temperature: Annotated[float | None, typer.Option()] = None
-    top_k: Annotated[int | None, typer.Option()] = None
-    top_p: Annotated[float | None, typer.Option()] = None
-    min_p: Annotated[float | None, typer.Option()] = None
-    repetition_penalty: Annotated[float | None, typer.Option()] = None
+    temperature: Annotated[float | None, typer.Option(min=0)] = None
+    top_k: Annotated[int | None, typer.Option(min=0)] = None
+    top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None
+    min_p: Annotated[float | None, typer.Option(min=0, max=1)] = None
+    repetition_penalty: Annotated[float | None, typer.Option(min=0)] = None
     num_beams: Annotated[
-        int | None, typer.Option(help="Beam search; the text comes at the end.")
+        int | None, typer.Option(min=1, help="Beam search; the text comes at the end.")
     ] = None
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**64 - 1, help="Makes sampling repeatable.")
+    ] = None
 
     def options(self) -> dict[str, Any]:
         """As :func:`qmoe.generate` takes them."""
@@ -66,14 +73,34 @@ class Sampling:
         return options
 
 
+def _known_device(device: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise typer.BadParameter(f"{device!r}: auto, cpu, cuda and cuda:1 work")
+    return device
+
+
+def _readable_budget(budget: str | None) -> str | None:
+    if budget is not None:
+        from qmoe.paging.budget import parse_budget
+
+        try:
+            parse_budget(budget, sys.maxsize, sys.maxsize)  # how much there is, torch knows
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+    return budget
+
+
 @dataclass(frozen=True)
 class Loading:
     """How the model is loaded."""
 
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto"
-    dtype: Annotated[str, typer.Option(help="Of what is not quantized: auto, bfloat16 ...")] = (
-        "auto"
-    )
+    device: Annotated[
+        str, typer.Option(callback=_known_device, help="auto, cpu, cuda, cuda:1 ...")
+    ] = "auto"
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        typer.Option(help="Of what is not quantized; auto: as it is stored."),
+    ] = "auto"
     weights: Annotated[
         Literal["int8", "fp8"] | None,
         typer.Option(help="Quantize the experts of a 16-bit model while loading."),
@@ -86,15 +113,18 @@ class Paging:
 
     hbm_budget: Annotated[
         str | None,
-        typer.Option(help="Page experts within so much GPU memory: 16GiB, 50%, auto."),
+        typer.Option(
+            callback=_readable_budget,
+            help="Page experts within so much GPU memory: 16GiB, 50%, auto.",
+        ),
     ] = None
     context: Annotated[
         int | None,
-        typer.Option(help="Tokens per text that the budget holds.", show_default="8192"),
+        typer.Option(min=1, help="Tokens per text that the budget holds.", show_default="8192"),
     ] = None
     batch_size: Annotated[
         int | None,
-        typer.Option(help="Texts at a time that it holds.", show_default="the prompts"),
+        typer.Option(min=1, help="Texts at a time that it holds.", show_default="the prompts"),
     ] = None
 
     def options(self, num_texts: int) -> PagingOptions | None:
@@ -133,43 +163,51 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Continue prompts: text on stdout, statistics on stderr."""
+    check_place(path)
     if watching.record_routing is not None:
         _check_writable(watching.record_routing)
     prompts = prompting.prompts()
-    beams = (sampling.num_beams or 1) > 1
     paged = paging.options(len(prompts) * (sampling.num_beams or 1))
 
+    # Takes seconds, in which Ctrl-C has nothing to undo.
     import qmoe
     from qmoe.generation import load_tokenizer
+    from qmoe.tools.threads import threads_for
 
     quiet()
-    model = qmoe.load(path, **asdict(loading), **({} if paged is None else asdict(paged)))
-    writer = None if json_output or beams else _Writer(len(prompts))
-    status = CacheStatus(model) if watching.stats else None
-    options = {
-        "max_new_tokens": prompting.max_new_tokens,
-        "chat": prompting.chat,
-        "stream": None if beams else _stream(writer, status),
-        **sampling.options(),
-    }
-    result, recording, interrupted = _generate(
-        model, load_tokenizer(path), prompts, options, status, watching.record_routing is not None
-    )
-    if json_output:
-        document = {"model": path, "prompts": prompts, **asdict(result)}
-        if status is not None:
-            document["cache"] = status.document()
-        print_json({**document, "interrupted": interrupted})
-    else:
-        (writer or _Writer(len(prompts))).finish(result)
-        print(_statistics_line(result.statistics), file=sys.stderr)
-        if status is not None:
-            print(status.line(), file=sys.stderr)
-    if recording is not None and watching.record_routing is not None:
-        name = Path(path).resolve().name if os.path.isdir(path) else path
-        _save_trace(recording, watching.record_routing, name, len(prompts), interrupted)
+    beams = (sampling.num_beams or 1) > 1
+    record = watching.record_routing
+    with ExitStack() as stack:
+        stack.enter_context(interruptible())
+        model = qmoe.load(path, **asdict(loading), **({} if paged is None else asdict(paged)))
+        if model.device.type == "cpu":
+            stack.enter_context(threads_for(model.get_memory_footprint()))
+        writer = None if json_output or beams else _Writer(len(prompts))
+        status = CacheStatus(model) if watching.stats else None
+        options = {
+            "max_new_tokens": prompting.max_new_tokens,
+            "chat": prompting.chat,
+            "stream": None if beams else _stream(writer, status),
+            **sampling.options(),
+        }
+        result, recording, interrupted = _generate(
+            model, load_tokenizer(path), prompts, options, status, record is not None
+        )
+        if json_output:
+            document = {"model": path, "prompts": prompts, **asdict(result)}
+            if status is not None:
+                document["cache"] = status.document()
+            print_json({**document, "interrupted": interrupted != 0})
+        else:
+            (writer or _Writer(len(prompts))).finish(result)
+            print(_statistics_line(result.statistics), file=sys.stderr)
+            if status is not None:
+                print(status.line(), file=sys.stderr)
+        if recording is not None and record is not None:
+            name = Path(path).resolve().name if os.path.isdir(path) else path
+            _save_trace(recording, record, name, len(prompts), interrupted != 0)
     if interrupted:
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(interrupted)
 
 
 def _generate(
@@ -179,8 +217,8 @@ def _generate(
     options: dict[str, Any],
     status: CacheStatus | None,
     record: bool,
-) -> tuple[GenerationResult, Recording | None, bool]:
-    """The result, the routing if it is recorded, and whether Ctrl-C ended it."""
+) -> tuple[GenerationResult, Recording | None, int]:
+    """The result, the routing if it is recorded, and the exit code of what interrupted it, or 0."""
     import qmoe
 
     recording = None
@@ -192,8 +230,9 @@ def _generate(
                 recording = stack.enter_context(qmoe.record_routing(model))
             result = qmoe.generate(model, tokenizer, prompts, **options)
     except qmoe.GenerationInterrupted as interruption:
-        return interruption.result, recording, True
-    return result, recording, False
+        cause = interruption.__context__
+        return interruption.result, recording, getattr(cause, "exit_code", INTERRUPTED)
+    return result, recording, 0
 
 
 def _stream(

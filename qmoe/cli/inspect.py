@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qmoe.checkpoints.hub import check_place
 from qmoe.cli.output import Debug, Json, print_json, print_table
+from qmoe.exits import printable
 from qmoe.sizes import format_size
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """Print what a checkpoint holds, from its config and headers; no weight is read."""
+    check_place(path)
+
     from qmoe.checkpoints.inspection import inspect_checkpoint
 
     inspection = inspect_checkpoint(path)
@@ -37,10 +41,10 @@ def _inspection_table(inspection: Inspection) -> Table:
     i = inspection
     table = Table(show_header=False)
     table.add_column(style="bold")
-    table.add_column(overflow="fold")
+    table.add_column()
 
     def row(name: str, value: object) -> None:
-        table.add_row(name, str(value))
+        table.add_row(name, printable(str(value)))
 
     row("checkpoint", i.path)
     row("architecture", i.architecture)

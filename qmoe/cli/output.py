@@ -1,10 +1,11 @@
-"""What the commands have in common: exit codes, options of all, and how they print."""
+"""What the commands have in common: options of all, and how they print."""
 
 from __future__ import annotations
 
 import inspect
 import json
 import logging
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass
@@ -13,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from qmoe.progress import redraws
+
 if TYPE_CHECKING:
     from rich.table import Table
-
-FAILED, USAGE, UNUSABLE, INTERRUPTED = 1, 2, 3, 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
@@ -63,18 +64,25 @@ def quiet() -> None:
     from qmoe.generation import hide_progress_bars
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    if not sys.stderr.isatty():
+    if not redraws(sys.stderr):
         hide_progress_bars()
 
 
 def print_json(document: dict[str, Any]) -> None:
     """Print one document for programs."""
-    print(json.dumps(document, indent=2, ensure_ascii=False))
+    print(json.dumps(document, indent=2))  # ASCII: every terminal and pipe takes it
 
 
 def print_table(table: Table) -> None:
-    """Print a table for people."""
+    """Print a table for people, in characters that every terminal shows."""
+    from rich.box import ASCII2
     from rich.console import Console
 
-    # Not a terminal: rich would assume 80 columns.
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    table.box = ASCII2
+    for column in table.columns:
+        column.overflow = "fold"  # not an ellipsis
+    # Not a terminal, or a dumb one (then rich wants a height too): rich would assume 80 columns.
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
+    # What cells hold is text, not rich's markup.
+    console = Console(width=width, height=25, markup=False, emoji=False, highlight=False)
+    console.print(table)

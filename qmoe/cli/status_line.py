@@ -8,6 +8,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, TextIO
 
+from qmoe.progress import redraws
 from qmoe.sizes import format_size
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class StatusLine:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream if stream is not None else sys.stderr
-        self.live = self.stream.isatty()
+        self.live = redraws(self.stream)
         self._written_at = 0.0
         self._rows = 0  # of the terminal; 0 before the first line
 

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
-from qmoe.cli.output import FAILED, INTERRUPTED, Json, grouped, print_json
+from qmoe.checkpoints.hub import check_place
+from qmoe.cli.output import Json, grouped, print_json
+from qmoe.exits import FAILED, INTERRUPTED, interruptible
 from qmoe.progress import progress
 
 if TYPE_CHECKING:
@@ -25,10 +27,10 @@ if TYPE_CHECKING:
 class Layer:
     """The kind of layer."""
 
-    experts: Annotated[int | None, typer.Option(help="Experts of the layer.")] = None
-    top_k: Annotated[int | None, typer.Option(help="Experts of a token.")] = None
-    hidden_size: Annotated[int | None, typer.Option()] = None
-    intermediate_size: Annotated[int | None, typer.Option(help="Of one expert.")] = None
+    experts: Annotated[int | None, typer.Option(min=1, help="Experts of the layer.")] = None
+    top_k: Annotated[int | None, typer.Option(min=1, help="Experts of a token.")] = None
+    hidden_size: Annotated[int | None, typer.Option(min=1)] = None
+    intermediate_size: Annotated[int | None, typer.Option(min=1, help="Of one expert.")] = None
     gate: Annotated[bool, typer.Option(help="Whether experts have a gate.")] = True
     model: Annotated[
         str | None,
@@ -43,8 +45,8 @@ class Layer:
             raise typer.BadParameter(
                 "give --model, or --experts, --top-k, --hidden-size and --intermediate-size"
             )
-        if given and (min(given) < 1 or given[1] > given[0]):
-            raise typer.BadParameter("sizes are at least 1, and --top-k at most --experts")
+        if given and given[1] > given[0]:
+            raise typer.BadParameter("--top-k is at most --experts")
 
     def shapes(self) -> list[LayerShape]:
         """The shapes of the layers."""
@@ -70,6 +72,8 @@ class Operands:
     def cells(self, layer: Layer) -> list[Cell]:
         """A cell for each shape, each pair of operands and each number of tokens."""
         layer.check()
+        if layer.model is not None:
+            check_place(layer.model)
         pairs, counts = _operands(self.weights, self.activations), _token_counts(self.tokens)
 
         from qmoe_kernels.tile_search import Cell
@@ -96,11 +100,13 @@ class Search:
     ] = "quick"
     seconds_per_cell: Annotated[
         float | None,
-        typer.Option(help="To time for, at most.", show_default="10, or 120 for full"),
+        typer.Option(min=0, help="To time for, at most.", show_default="10, or 120 for full"),
     ] = None
     workers: Annotated[
         int | None,
-        typer.Option(help="Processes that compile; 0 for none.", show_default="all cores but two"),
+        typer.Option(
+            min=0, help="Processes that compile; 0 for none.", show_default="all cores but two"
+        ),
     ] = None
     commit: Annotated[
         str | None, typer.Option(help="To write down.", show_default="what git says")
@@ -144,16 +150,20 @@ def tune(
         print(
             f"qmoe: interrupted; {succeeded} of {len(cells)} cells are in {path}", file=sys.stderr
         )
-        raise typer.Exit(INTERRUPTED)
+        raise typer.Exit(interrupted)
     if succeeded < len(done):
         raise typer.Exit(FAILED)
 
 
-def _run(tuning: Tuning, *, quiet: bool, debug: bool) -> tuple[list[Tuned], bool]:
-    """The cells that were tuned, each told as it comes, and whether Ctrl-C ended it."""
+def _run(tuning: Tuning, *, quiet: bool, debug: bool) -> tuple[list[Tuned], int]:
+    """The cells that were tuned, each told as it comes; the exit code of an interrupt, or 0."""
     done: list[Tuned] = []
     try:
-        with progress("tuning", len(tuning.cells)) as bar, closing(tuning.run()) as cells:
+        with (
+            interruptible(),
+            progress("tuning", len(tuning.cells)) as bar,
+            closing(tuning.run()) as cells,
+        ):
             for tuned in cells:
                 done.append(tuned)
                 bar.advance()
@@ -162,9 +172,9 @@ def _run(tuning: Tuning, *, quiet: bool, debug: bool) -> tuple[list[Tuned], bool
                 if debug or tuned.found is None:
                     for error in tuned.errors:
                         bar.print(f"  {' '.join(error.split())[:400]}", sys.stderr)
-    except KeyboardInterrupt:
-        return done, True
-    return done, False
+    except KeyboardInterrupt as interrupt:
+        return done, getattr(interrupt, "exit_code", INTERRUPTED)
+    return done, 0
 
 
 def _words(text: str) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from qmoe.checkpoints.files import is_hub_id
+from qmoe.checkpoints.hub import is_hub_id
 from qmoe.checkpoints.schema import COMPRESSED_TENSORS, QMOE
 from qmoe.experts.quantized import quantized_modules
 from qmoe.loading.devices import choose_device

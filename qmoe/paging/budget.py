@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from qmoe.experts.pages import LayerPages
 from qmoe.sizes import format_size, parse_size
+
+if TYPE_CHECKING:
+    from qmoe.experts.pages import LayerPages
 
 # "auto" leaves this much of what is free to what torch's allocator does not count: kernels' code,
 # libraries' handles, gaps between blocks.

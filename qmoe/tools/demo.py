@@ -12,12 +12,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from qmoe.checkpoints.inspection import inspect_checkpoint
 from qmoe.generation import expert_bytes, generate, load_tokenizer
 from qmoe.loading.load import load
 from qmoe.tools.perplexity import perplexity
+from qmoe.tools.threads import threads_for
 
 SHIPPED_MODEL = Path(__file__).resolve().parents[2] / "examples" / "tiny-moe"
 HELD_OUT = "heldout.txt"
@@ -27,9 +26,6 @@ PROMPTS = (
 )
 WINDOW = 512  # tokens
 MAX_TOKENS = 16384  # of the held-out text: enough for differences of 0.1 %, seconds on two cores
-# Bytes below which one thread is faster than two: they wait for each other more than they compute,
-# twenty times as long where another process takes one of the cores.
-SMALL_MODEL = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -118,9 +114,7 @@ def run_demo(
 
     variants: list[Variant] = []
     with ExitStack() as stack:
-        if original.expert_bytes + original.rest_bytes < SMALL_MODEL:
-            stack.callback(torch.set_num_threads, torch.get_num_threads())
-            torch.set_num_threads(1)
+        stack.enter_context(threads_for(original.expert_bytes + original.rest_bytes))
         target = Path(out or stack.enter_context(tempfile.TemporaryDirectory(prefix="qmoe-demo-")))
         target.mkdir(parents=True, exist_ok=True)
         paths = {"16 bit": folder}

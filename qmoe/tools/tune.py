@@ -175,7 +175,7 @@ def model_shapes(path: str) -> list[LayerShape]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    from qmoe.checkpoints.files import is_hub_id
+    from qmoe.checkpoints.hub import is_hub_id
     from qmoe.checkpoints.inspection import find_top_k
     from qmoe.experts.layout import find_experts
     from qmoe_kernels.tiles import LayerShape

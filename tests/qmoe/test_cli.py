@@ -30,7 +30,7 @@ def command(*arguments, **options):
     """Start ``qmoe ...`` as its users do, in a process of its own."""
     path = os.pathsep.join(str(REPOSITORY / folder) for folder in ("", "kernels", "convert"))
     return subprocess.Popen(
-        [sys.executable, "-m", "qmoe.cli.main", *map(str, arguments)],
+        [sys.executable, "-m", "qmoe", *map(str, arguments)],
         stdin=options.pop("stdin", subprocess.DEVNULL),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -244,7 +244,7 @@ class TestGenerate:
         process.stdout.read(1)
         process.stdout.close()
         assert process.stderr.read() == b""
-        assert process.wait(timeout=60) != 0
+        assert process.wait(timeout=60) == 141
 
     @pytest.mark.parametrize(
         ("arguments", "code", "message"),
@@ -256,22 +256,32 @@ class TestGenerate:
             (["generate", "{checkpoint}", "--prompt=a", "--batch-size=2"], 2, "need --hbm-budget"),
             (
                 ["generate", "{checkpoint}", "--prompt=a", "--weights=int8", "--hbm-budget=lots"],
-                3,
+                2,
                 "hbm_budget='lots'; write a size",
             ),
             (["nonsense"], 2, "nonsense"),
-            (["generate", "no/such/folder", "--prompt=a"], 3, "no/such/folder"),
+            (["generate", "no/such/folder", "--prompt=a"], 3, "no/such/folder: no such folder"),
+            (["generate", "{checkpoint}/config.json"], 3, "is a file; give the folder"),
             (["generate", "{checkpoint}", "--prompt="], 3, "prompt 0 is empty"),
             (["generate", "{checkpoint}", "--prompt=a", "--chat"], 3, "no chat template"),
             (
-                ["generate", "no/such/model", "--prompt=a", "--record-routing=no/folder/file"],
+                ["generate", "{checkpoint}", "--prompt=a", "--record-routing=no/folder/file"],
                 3,
                 "no/folder/file: there is no folder no/folder to write it into",
             ),
-            (["generate", "no/such/model", "--record-routing=."], 3, ".: is a folder"),
-            (["generate", "{checkpoint}", "--prompt=a", "--max-new-tokens=0"], 3, "max_new_tokens"),
-            (["generate", "{checkpoint}", "--prompt=a", "--device=tpu9"], 3, "tpu9"),
-            (["generate", "{checkpoint}", "--prompt=a", "--dtype=int5"], 3, "int5"),
+            (["generate", "{checkpoint}", "--record-routing=."], 3, ".: is a folder"),
+            (
+                ["generate", "{checkpoint}", "--prompt=a", "--max-new-tokens=0"],
+                2,
+                "'--max-new-tokens'",
+            ),
+            (["generate", "{checkpoint}", "--prompt=a", "--device=tpu9"], 2, "tpu9"),
+            (["generate", "{checkpoint}", "--prompt=a", "--dtype=int5"], 2, "int5"),
+            *(
+                (["generate", "{checkpoint}", "--prompt=a", option], 2, option.partition("=")[0])
+                for option in ("--seed=1e23", "--top-p=2", "--num-beams=0", "--context=8k")
+            ),
+            (["cache-report", "no-such-file"], 3, "no-such-file: no such file"),
             (["inspect", "no-such-folder"], 3, "no-such-folder: no such folder"),
         ],
     )
@@ -283,9 +293,11 @@ class TestGenerate:
         assert message in err
         assert len(err.splitlines()) == 1
 
-    def test_debug_shows_where(self, checkpoint):
-        with pytest.raises(ValueError, match="prompt 0 is empty"):
-            main(["generate", str(checkpoint), "--prompt=", "--debug"])
+    def test_debug_shows_where(self, checkpoint, capsys):
+        assert main(["generate", str(checkpoint), "--prompt=", "--debug"]) == 3
+        *traceback, line = capsys.readouterr().err.splitlines()
+        assert traceback[0].startswith("Traceback") and "prompt 0 is empty" in traceback[-1]
+        assert line.startswith("qmoe: prompt 0 is empty")
 
     @pytest.mark.parametrize(
         ("data", "message"), [(b"", "stdin: empty"), (b"\xff\xfe", "stdin: not UTF-8")]
@@ -302,13 +314,41 @@ class TestGenerate:
         assert main(["generate", str(checkpoint)]) == 2
         assert "give --prompt TEXT, or pipe" in capsys.readouterr().err
 
+    def test_json_says_it_as_well(self, checkpoint, capsys):
+        for arguments, code in ((["generate"], 2), (["inspect", "no-such-folder"], 3)):
+            assert main([*arguments, "--json"]) == code
+            out, err = capsys.readouterr()
+            failure = json.loads(out)
+            assert failure["exit_code"] == code
+            assert err == f"qmoe: {failure['error']}\n"
+
+    def test_a_small_model_runs_on_one_thread(self, checkpoint, capsys, monkeypatch):
+        def threads(self, index, piece):
+            seen.add(torch.get_num_threads())
+
+        seen: set[int] = set()
+        monkeypatch.setattr("qmoe.cli.generate._Writer.__call__", threads)
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(2)
+            for given, used in ((None, 1), ("2", 2)):
+                monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+                if given is not None:
+                    monkeypatch.setenv("OMP_NUM_THREADS", given)
+                seen.clear()
+                assert main(["generate", str(checkpoint), "--prompt=a", "--max-new-tokens=2"]) == 0
+                assert seen == {used}
+                assert torch.get_num_threads() == 2
+        finally:
+            torch.set_num_threads(before)
+
 
 def test_version_and_help(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"qmoe {qmoe.__version__}\n"
     assert main(["generate", "--help"]) == 0
     assert "--max-new-tokens" in capsys.readouterr().out
-    assert main([]) in (0, 2)  # typer's own choice for no arguments
+    assert main([]) == 0
     out, err = capsys.readouterr()
     assert "Usage: qmoe" in out and "inspect" in out
     assert err == ""
@@ -381,6 +421,21 @@ class TestInspect:
         document = json.loads(capsys.readouterr().out)
         assert document["num_experts"] == [8]
         assert (document["errors"], document["source"]) == (None, None)
+
+    def test_prints_on_every_terminal(self, checkpoint, tmp_path, monkeypatch):
+        folder = tmp_path / "[bold]\x1b[31m-caf\u00e9"
+        folder.symlink_to(checkpoint)
+        monkeypatch.setenv("COLUMNS", "20")
+        stdout = io.TextIOWrapper(io.BytesIO(), "ascii", errors="replace")
+        monkeypatch.setattr(stdout, "isatty", lambda: True, raising=False)
+        monkeypatch.setattr(sys, "stdout", stdout)
+        monkeypatch.setenv("TERM", "dumb")
+        assert main(["inspect", str(folder)]) == 0
+        stdout.flush()
+        printed = stdout.buffer.getvalue()
+        cells = b"".join(line.split(b"|")[-2].strip() for line in printed.splitlines()[1:-1])
+        assert b"[bold]?[31m-caf?" in cells and b"Qwen3MoeForCausalLM" in cells
+        assert max(map(len, printed.splitlines())) <= 20
 
     def test_fused_experts_in_shards(self, tmp_path):
         (tmp_path / "config.json").write_text(
