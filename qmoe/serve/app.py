@@ -222,7 +222,10 @@ class _Server:
         loop = asyncio.get_running_loop()
 
         def listener(index: int) -> Callable[[Event], None]:
-            return lambda event: loop.call_soon_threadsafe(events.put_nowait, (index, event))
+            def listen(event: Event) -> None:
+                loop.call_soon_threadsafe(events.put_nowait, (index, event))
+
+            return listen
 
         options = body.options()
         seeded = body.seed is not None and options.get("do_sample", self.engine.samples)
@@ -333,7 +336,7 @@ async def _while_connected(
     waiting: asyncio.Task[Any] | None = None
     try:
         while True:
-            waiting = asyncio.ensure_future(anext(collected))  # type: ignore[arg-type]
+            waiting = asyncio.ensure_future(anext(collected))
             await asyncio.wait({waiting, watcher}, return_when=asyncio.FIRST_COMPLETED)
             if watcher.done() and not waiting.done():
                 raise Refused(499, "the client went away")
@@ -381,7 +384,7 @@ class _Answer:
         for index, (text, end) in enumerate(zip(self.texts, self.ends, strict=True)):
             message = {"role": "assistant", "content": text}
             what: dict[str, Any] = {"message": message} if self.is_chat else {"text": text}
-            choices.append(self._choice(index, end and end.reason, what))
+            choices.append(self._choice(index, end.reason if end else None, what))
         return {**self._frame(self.kind), "choices": choices, "usage": self._usage()}
 
     def beginning(self) -> list[dict[str, Any]]:

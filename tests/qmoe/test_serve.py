@@ -322,7 +322,7 @@ class TestManyAtOnce:
 
     def test_metrics(self, tokenizer) -> None:
         paged = qmoe.load(
-            MODEL, weights="int8", dtype="float32", device="cpu", hbm_budget="8MB", context=512
+            MODEL, weights="int8", dtype="float32", device="cpu", hbm_budget="13MB", context=512
         )
         with serving(paged, tokenizer) as client:
             assert client.engine.context == 512
