@@ -7,7 +7,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,7 +223,8 @@ class _Server:
 
         def listener(index: int) -> Callable[[Event], None]:
             def listen(event: Event) -> None:
-                loop.call_soon_threadsafe(events.put_nowait, (index, event))
+                with suppress(RuntimeError):  # the server has ended meanwhile
+                    loop.call_soon_threadsafe(events.put_nowait, (index, event))
 
             return listen
 
