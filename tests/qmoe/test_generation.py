@@ -494,8 +494,10 @@ def test_prompts_may_be_tokens(model, tokenizer):
     for wrong, message in (([1, 2], "prompt 0 is a int"), ([[]], "prompt 0 is empty")):
         with pytest.raises(ValueError, match=message):
             generate(model, tokenizer, wrong)
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = "{{ messages[0].content }}"
     with pytest.raises(ValueError, match="chat needs text"):
-        generate(model, tokenizer, tokens, chat=True)
+        generate(model, chatty, tokens, chat=True)
 
 
 @pytest.mark.gpu
