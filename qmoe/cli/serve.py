@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import typer
 
-from qmoe.cli.generate import Loading
+from qmoe.checkpoints.hub import check_place
+from qmoe.cli.generate import Loading, readable_budget
 from qmoe.cli.output import Debug, grouped, quiet
+from qmoe.exits import interruptible
 from qmoe.paging.options import PagingOptions
 
 LOCAL = ("127.0.0.1", "::1", "localhost")
@@ -53,7 +56,10 @@ class Room:
     ] = None
     hbm_budget: Annotated[
         str | None,
-        typer.Option(help="Page experts within so much GPU memory: 16GiB, 50%, auto."),
+        typer.Option(
+            callback=readable_budget,
+            help="Page experts within so much GPU memory: 16GiB, 50%, auto.",
+        ),
     ] = None
     context: Annotated[
         int | None,
@@ -79,15 +85,9 @@ def serve(
 ) -> None:
     """Serve a model to OpenAI clients: chat, completions, streaming, metrics."""
     paged = room.options()
-    try:
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f'qmoe serve needs {error.name}: pip install "qmoe[serve]", or ".[serve]" in a clone'
-        ) from None
-    with _bound(serving.host, serving.port) as listener:
+    check_place(path)
+    _check_installed()
+    with interruptible(), _bound(serving.host, serving.port) as listener:
         if serving.host not in LOCAL and serving.api_key is None:
             print(
                 f"warning: whoever reaches {serving.host} may use the model; --api-key keeps "
@@ -97,12 +97,11 @@ def serve(
         import qmoe
         from qmoe.generation import load_tokenizer
         from qmoe.serve import Settings, create_app
+        from qmoe.tools.threads import threads_for
 
         quiet()
         tokenizer = load_tokenizer(path)
         model = qmoe.load(path, **asdict(loading), **({} if paged is None else asdict(paged)))
-        # The first call compiles kernels: a person should not wait for it.
-        qmoe.generate(model, tokenizer, [[0, 0]], max_new_tokens=4, do_sample=False)
         settings = Settings(
             name=serving.name or os.path.basename(os.path.abspath(path)) or path,
             api_key=serving.api_key,
@@ -110,7 +109,22 @@ def serve(
             max_queue=serving.max_queue,
             max_tokens=serving.max_tokens,
         )
-        _run(create_app(model, tokenizer, settings), listener, settings.name)
+        on_cpu = model.device.type == "cpu"
+        with threads_for(model.get_memory_footprint()) if on_cpu else nullcontext():
+            # The first call compiles kernels: a person should not wait for it.
+            qmoe.generate(model, tokenizer, [[0, 0]], max_new_tokens=4, do_sample=False)
+            _run(create_app(model, tokenizer, settings), listener, settings.name)
+
+
+def _check_installed() -> None:
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f'qmoe serve needs {error.name}: pip install "qmoe[serve]", or ".[serve]" in a clone'
+        ) from None
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -354,7 +354,7 @@ def free_port() -> int:
 
 def command(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "qmoe.cli.main", "serve", str(MODEL), "--device", "cpu", *arguments],
+        [sys.executable, "-m", "qmoe", "serve", str(MODEL), "--device", "cpu", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
         env={**os.environ, "NO_PROXY": "127.0.0.1", "PYTHONPATH": os.pathsep.join(
             str(ROOT / folder) for folder in (".", "kernels", "convert"))},
