@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -96,10 +96,11 @@ class GenerationInterrupted(KeyboardInterrupt):
 def generate(
     model: Any,
     tokenizer: Any,
-    prompts: str | Sequence[str],
+    prompts: str | Sequence[str | Sequence[int]],
     *,
     max_new_tokens: int = 128,
     stream: Callable[[int, str], None] | None = None,
+    until: Callable[[int, Sequence[int]], bool] | None = None,
     chat: bool = False,
     seed: int | None = None,
     **options: Any,
@@ -113,10 +114,13 @@ def generate(
     Args:
         model: a transformers model with ``generate``.
         tokenizer: its tokenizer; needs neither a pad token nor a padding side.
-        prompts: one or many; many run as one batch, padded on the left.
+        prompts: one or many; many run as one batch, padded on the left. Each is a text, or the list
+            of its tokens.
         max_new_tokens: at most so many tokens for each prompt.
         stream: called as ``stream(index, piece)`` while text comes; ``index`` counts ``texts``.
             Pieces never split a character, and joined they are the text. Not with beams.
+        until: called as ``until(index, tokens)`` after each new token of a text, with all new ones
+            of that text; it ends there if this returns True. Not with beams.
         chat: wrap each prompt as a user's message in the tokenizer's chat template.
         seed: seeds sampling; the same seed gives the same text on the same device, whatever else
             draws meanwhile.
@@ -149,15 +153,17 @@ def generate(
     token_ids = _tokenize(tokenizer, prompts, chat)
     _check_context(model, token_ids, max_new_tokens)
     _keep_to_budget(model, config, token_ids, max_new_tokens)
-    if stream is not None and config.get_generation_mode() in BEAMS:
-        raise ValueError(
-            f"stream with num_beams={config.num_beams}: beams are chosen at the end; drop one of "
-            "the two"
-        )
+    for name, callback in (("stream", stream), ("until", until)):
+        if callback is not None and config.get_generation_mode() in BEAMS:
+            raise ValueError(
+                f"{name} with num_beams={config.num_beams}: beams are chosen at the end; drop one "
+                "of the two"
+            )
     if seed is not None:
         refuse_dropout(model, seed)
     config.max_length = max(map(len, token_ids)) + max_new_tokens
-    call = _Call(model, tokenizer, token_ids, config, stream, None if seed is None else Draws(seed))
+    draws = None if seed is None else Draws(seed)
+    call = _Call(model, tokenizer, token_ids, config, stream, until, draws)
     restore = thread_state()
     try:
         with guard_of(model).generating():
@@ -228,6 +234,7 @@ class _Call:
         token_ids: list[list[int]],
         config: GenerationConfig,
         stream: Callable[[int, str], None] | None,
+        until: Callable[[int, Sequence[int]], bool] | None,
         draws: Draws | None,
     ) -> None:
         self.model, self.token_ids, self.config, self.draws = model, token_ids, config, draws
@@ -251,11 +258,16 @@ class _Call:
         self.criteria = StoppingCriteriaList([self.clock])
         if stop_strings:
             self.criteria.append(StopStringCriteria(tokenizer, stop_strings))
+        if until is not None:
+            self.criteria.append(_Until(self.texts, until, self._paused))
 
     def _emit(self, stream: Callable[[int, str], None], index: int, piece: str) -> None:
-        # What the caller draws meanwhile, in another generation for instance, is no draw of ours.
-        with nullcontext() if self.draws is None else self.draws.paused():
+        with self._paused():
             stream(index, piece)
+
+    def _paused(self) -> AbstractContextManager[None]:
+        """What the caller draws meanwhile, in a generation of its own, is no draw of ours."""
+        return nullcontext() if self.draws is None else self.draws.paused()
 
     def run(self) -> None:
         """Generate; the texts have their tokens then, those before an interrupt too."""
@@ -362,7 +374,39 @@ class _Clock(StoppingCriteria):
         return time.perf_counter()
 
 
-def _tokenize(tokenizer: Any, prompts: list[str], chat: bool) -> list[list[int]]:
+class _Until(StoppingCriteria):
+    """Ends each text where its caller says so; it is asked before the streamer has the token."""
+
+    def __init__(
+        self,
+        texts: list[Text],
+        until: Callable[[int, Sequence[int]], bool],
+        paused: Callable[[], AbstractContextManager[None]],
+    ) -> None:
+        self.texts, self.until, self.paused = texts, until, paused
+        self.columns = 0  # of the prompts, and of what was asked about
+        self.tokens: list[list[int]] = [[] for _ in texts]
+        self.done = [False] * len(texts)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.columns = self.columns or input_ids.shape[1] - 1
+        new = input_ids[:, self.columns :].tolist()
+        self.columns = input_ids.shape[1]
+        with self.paused():
+            for index, text in enumerate(self.texts):
+                for token in new[index]:
+                    if not self.done[index]:
+                        tokens = self.tokens[index]
+                        tokens.append(token)
+                        if self.until(index, tokens):
+                            text.end_at(len(tokens))
+                        self.done[index] = text.limit is not None or token in text.eos
+        return torch.tensor(self.done, dtype=torch.bool, device=input_ids.device)
+
+
+def _tokenize(
+    tokenizer: Any, prompts: Sequence[str | Sequence[int]], chat: bool
+) -> list[list[int]]:
     if not prompts:
         raise ValueError("prompts is empty; give at least one prompt")
     if chat and not getattr(tokenizer, "chat_template", None):
@@ -372,10 +416,19 @@ def _tokenize(tokenizer: Any, prompts: list[str], chat: bool) -> list[list[int]]
         )
     token_ids = []
     for index, prompt in enumerate(prompts):
-        if not isinstance(prompt, str):
-            raise ValueError(f"prompt {index} is a {type(prompt).__name__}; prompts are strings")
+        are_tokens = isinstance(prompt, (list, tuple)) and all(type(i) is int for i in prompt)
+        if not isinstance(prompt, str) and not are_tokens:
+            raise ValueError(
+                f"prompt {index} is a {type(prompt).__name__}; prompts are strings, or lists of "
+                "their tokens"
+            )
         if not prompt:
             raise ValueError(f"prompt {index} is empty; give it some text")
+        if are_tokens and chat:
+            raise ValueError(f"prompt {index}: chat needs text, and these are tokens")
+        if not isinstance(prompt, str):
+            token_ids.append(list(prompt))
+            continue
         if chat:
             prompt = tokenizer.apply_chat_template(
                 [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True

@@ -29,6 +29,7 @@ class Text:
     Attributes:
         tokens: the new tokens, the end-of-text token included.
         done: whether the text has ended.
+        limit: tokens after which it ends, where that has been said.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Text:
         self.emit = emit
         self.tokens: list[int] = []
         self.done = False
+        self.limit: int | None = None
         # Replaced as a whole: an interrupt finds it before a piece or after it, never between.
         self._decoded = _Decoded()
 
@@ -60,13 +62,18 @@ class Text:
         """The text as far as it is certain; all of it after :meth:`finish`."""
         return self._decoded.text
 
+    def end_at(self, count: int) -> None:
+        """Let the text end with its token ``count``, the last that there is or is to come."""
+        self.limit = count
+        self.done |= len(self.tokens) >= count
+
     def extend(self, tokens: Iterable[int]) -> None:
         """Add tokens up to the end of this text; what follows is padding of the batch."""
         for token in tokens:
             if self.done:
                 return
             self.tokens.append(token)
-            self.done = token in self.eos
+            self.done = token in self.eos or len(self.tokens) == self.limit
             if self.emit is not None or self.stop_strings:
                 piece = self._advance()
                 # A stop string ends in the last piece, so the whole text need not be searched.

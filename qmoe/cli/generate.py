@@ -79,7 +79,8 @@ def _known_device(device: str) -> str:
     return device
 
 
-def _readable_budget(budget: str | None) -> str | None:
+def readable_budget(budget: str | None) -> str | None:
+    """A budget that can be read; whether it can work, only the model knows."""
     if budget is not None:
         from qmoe.paging.budget import parse_budget
 
@@ -114,7 +115,7 @@ class Paging:
     hbm_budget: Annotated[
         str | None,
         typer.Option(
-            callback=_readable_budget,
+            callback=readable_budget,
             help="Page experts within so much GPU memory: 16GiB, 50%, auto.",
         ),
     ] = None

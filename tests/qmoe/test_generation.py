@@ -439,6 +439,67 @@ class TestPerplexity:
             perplexity(small_context(model, 16), tokenizer, "abc", window=32)
 
 
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+            ],
+        ),
+    ],
+)
+@pytest.mark.parametrize("sample", [False, True])
+def test_until_ends_texts_one_by_one(model, tokenizer, device, sample):
+    model = copy.deepcopy(model).to(device)
+    options = dict(max_new_tokens=12, do_sample=sample, seed=3 if sample else None)
+    seen: dict[int, list[int]] = {}
+
+    def note(index, tokens):
+        seen[index] = list(tokens)
+        return False
+
+    whole = generate(model, tokenizer, PROMPTS, until=note, **options)
+    assert [len(seen[i]) for i in range(3)] == whole.new_tokens
+    ends = [3, 12, 7]
+    pieces = ["", "", ""]
+
+    def stream(index, piece):
+        pieces[index] += piece
+
+    def until(index, tokens):
+        assert list(tokens) == seen[index][: len(tokens)] and len(tokens) <= ends[index]
+        return len(tokens) == ends[index]
+
+    for listener in (None, stream):
+        cut = generate(model, tokenizer, PROMPTS, until=until, stream=listener, **options)
+        assert cut.new_tokens == [min(a, b) for a, b in zip(ends, whole.new_tokens, strict=True)]
+        for i, (text, full) in enumerate(zip(cut.texts, whole.texts, strict=True)):
+            assert full.startswith(text.rstrip("\ufffd")), i
+            assert listener is None or pieces[i] == text
+    # The longest one decides how long the others go on.
+    one = generate(model, tokenizer, PROMPTS[0], until=lambda i, t: len(t) == 2, **options)
+    assert one.new_tokens == [2]
+    with pytest.raises(ValueError, match="until with num_beams=2"):
+        generate(model, tokenizer, "Hello", until=until, num_beams=2)
+
+
+def test_prompts_may_be_tokens(model, tokenizer):
+    texts = generate(model, tokenizer, PROMPTS, max_new_tokens=4, do_sample=False).texts
+    tokens = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    assert generate(model, tokenizer, tokens, max_new_tokens=4, do_sample=False).texts == texts
+    for wrong, message in (([1, 2], "prompt 0 is a int"), ([[]], "prompt 0 is empty")):
+        with pytest.raises(ValueError, match=message):
+            generate(model, tokenizer, wrong)
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = "{{ messages[0].content }}"
+    with pytest.raises(ValueError, match="chat needs text"):
+        generate(model, chatty, tokens, chat=True)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_on_a_gpu(model, tokenizer):
