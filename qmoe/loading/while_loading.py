@@ -1,0 +1,250 @@
+"""Experts of a 16-bit checkpoint go to 8 bit while transformers loads them.
+
+transformers hands over what it has read for one parameter, through its interface for quantizing
+on load, and forgets it. A layer's projection is in memory twice for a moment, the model never is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    MergeModulelist,
+    WeightTransform,
+)
+
+from qmoe.checkpoints.schema import QUANTIZED_SUFFIX, SCALE_SUFFIX
+from qmoe.experts.layout import ExpertsLayout
+from qmoe.experts.quantized import QuantizedExperts, check_replaceable, install
+from qmoe.loading.conversions import converts_experts, copy_for
+from qmoe.paging.host_store import HostStore
+from qmoe_kernels.quantization import STORAGE_DTYPE, WeightFormat, quantize
+
+# What a checkpoint holds for one parameter: a tensor for each expert, from each source pattern in
+# turn; or the parameter as it is in memory.
+_Stored = list[list[torch.Tensor]] | torch.Tensor
+
+
+class ExpertsToQuantize(ConversionOps):
+    """The experts of a model on the meta device, and what of them has been quantized so far.
+
+    Attributes:
+        sources: parameter of the model -> its module and canonical projection.
+        store: where the 8-bit weights go that are to be paged; None: each stays on its device.
+        error: what went wrong first. transformers would go on, and say something else at the end.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layouts: Mapping[str, ExpertsLayout],
+        weights: WeightFormat,
+        store: HostStore | None,
+    ) -> None:
+        self.model, self.layouts, self.weights, self.store = model, layouts, weights, store
+        self.sources = {
+            f"{name}.{source}": (name, projection)
+            for name, layout in layouts.items()
+            for projection in layout.projections
+            for source in layout.sources[projection]
+        }
+        self.error: Exception | None = None
+        self._read: dict[str, _Stored] = {}  # until all sources of a projection are there
+        self._tensors: dict[str, dict[str, torch.Tensor]] = {name: {} for name in layouts}
+        self._plain: dict[int, WeightTransform] = {}  # by the id of what we put in its place
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertsToQuantize:
+        return self  # transformers copies a conversion, with its operations, for each parameter
+
+    # ---- between transformers' conversions -----------------------------------------------------
+
+    def keep_apart(self, conversions: list[WeightTransform]) -> list[WeightTransform]:
+        """Conversions that leave one tensor per expert as it is, where they would merge them.
+
+        Scales are per channel, so each can be quantized by itself, and only 8 bit are merged.
+        """
+        changed = []
+        for conversion in conversions:
+            if converts_experts(conversion, self.layouts) and _merges(conversion):
+                operations = [_KeepApart(self, conversion.operations)]
+                patterns = conversion._original_source_patterns, conversion._original_target_patterns
+                ours = copy_for(conversion, *patterns, operations)
+                self._plain[id(ours)] = conversion
+                conversion = ours
+            changed.append(conversion)
+        return changed
+
+    def plain(self, conversions: list[WeightTransform]) -> list[WeightTransform]:
+        """Undo :meth:`keep_apart`, for saving."""
+        return [self._plain.get(id(conversion), conversion) for conversion in conversions]
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        *,
+        full_layer_name: str,
+        missing_keys: set[str] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Quantize what transformers has read; what is not ours is given back to it."""
+        if any("*" in key for key in input_dict):  # kept apart
+            stored = [input_dict.pop(pattern, []) for pattern in source_patterns]
+            found: dict[str, Any] = {full_layer_name: stored}
+        else:
+            found = {k: v[0] if isinstance(v, list) else v for k, v in input_dict.items()}
+            input_dict.clear()  # nobody else holds on to what is taken from `found`
+        rest = {}
+        for parameter in list(found):
+            value = found.pop(parameter)
+            if parameter not in self.sources:
+                rest[parameter] = value
+                continue
+            (missing_keys or set()).discard(parameter)
+            try:
+                if self.error is None:
+                    self._take(parameter, value)
+            except Exception as error:
+                self.error = error
+        return rest
+
+    # ---- quantizing ----------------------------------------------------------------------------
+
+    def _take(self, parameter: str, stored: _Stored) -> None:
+        name, projection = self.sources[parameter]
+        layout = self.layouts[name]
+        self._check_shape(parameter, stored)
+        self._read[parameter] = stored
+        del stored
+        parameters = [f"{name}.{source}" for source in layout.sources[projection]]
+        if all(other in self._read for other in parameters):
+            parts = [self._slices(layout, p, self._read.pop(p)) for p in parameters]
+            self._quantize(name, projection, parts)
+
+    @torch.no_grad()
+    def _quantize(
+        self, name: str, projection: str, parts: list[Callable[[int], torch.Tensor]]
+    ) -> None:
+        layout = self.layouts[name]
+        shape = layout.shape(projection)
+        pages = None
+        if self.store is not None:
+            index = list(self.layouts).index(name)
+            pages = self.store.weights(index)[layout.projections.index(projection)]
+        for expert in range(layout.num_experts):
+            canonical = layout.canonical(projection, [part(expert) for part in parts])
+            what = f"{name}.{projection}[{expert}]"
+            q, scale = quantize(canonical[0], self.weights, name=what)
+            if expert == 0:
+                scales = scale.new_empty(shape[:2])
+                weight = pages if pages is not None else q.new_empty(shape)
+            weight[expert].copy_(q)
+            scales[expert].copy_(scale)
+        self._tensors[name][projection + SCALE_SUFFIX] = scales
+        if pages is None:
+            self._tensors[name][projection + QUANTIZED_SUFFIX] = weight
+
+    def _slices(
+        self, layout: ExpertsLayout, parameter: str, stored: _Stored
+    ) -> Callable[[int], torch.Tensor]:
+        """Expert -> its part of a parameter, as :meth:`ExpertsLayout.canonical` takes it."""
+        dtype = self.model.get_parameter(parameter).dtype
+        if isinstance(stored, torch.Tensor):
+            rows = layout.intermediate_size if layout.flat else 1
+            whole = stored
+            return lambda expert: whole[expert * rows : (expert + 1) * rows].to(dtype)
+        apart = stored
+
+        def take(expert: int) -> torch.Tensor:
+            parts = [tensors[expert] for tensors in apart]
+            for tensors in apart:
+                tensors[expert] = None  # type: ignore[call-overload]  # freed once it is quantized
+            return torch.cat(parts)[None].to(dtype)
+
+        return take
+
+    def _check_shape(self, parameter: str, stored: _Stored) -> None:
+        expected = self.model.get_parameter(parameter).shape
+        if isinstance(stored, torch.Tensor):
+            shape = stored.shape
+        else:
+            shapes = {(len(part), *(t.shape for t in part)) for part in stored}
+            counts = {len(part) for part in stored}
+            widths = {tuple(t.shape[1:]) for part in stored for t in part}
+            rows = {sum(len(t) for t in of_one) for of_one in zip(*stored, strict=False)}
+            if len(counts) == len(widths) == len(rows) == 1 and shapes:
+                shape = torch.Size((counts.pop(), rows.pop(), *widths.pop()))
+            else:
+                raise ValueError(
+                    f"{parameter}: the checkpoint has {' and '.join(map(str, sorted(counts)))} "
+                    f"tensors for its {expected[0]} experts, or tensors of different shapes; "
+                    "download it again"
+                )
+        if shape != expected:
+            raise ValueError(
+                f"{parameter}: the checkpoint has the shape {list(shape)} for it instead of "
+                f"{list(expected)}; its config.json is another model's"
+            )
+
+    # ---- afterwards ----------------------------------------------------------------------------
+
+    def install(self, activations: str) -> None:
+        """Put the quantized experts where the model has its own.
+
+        Raises:
+            ValueError: a weight was not among what was read, holds NaN or infinity, or has another
+                shape than the model's.
+        """
+        if self.error is not None:
+            raise self.error
+        for name, layout in self.layouts.items():
+            for projection in layout.projections:
+                if projection + SCALE_SUFFIX not in self._tensors[name]:
+                    raise ValueError(
+                        f"{name}.{layout.sources[projection][0]} is in none of the checkpoint's "
+                        "files, or only in part; download it again"
+                    )
+            check_replaceable(self.model, name, layout)
+        for name in self.layouts:
+            experts = QuantizedExperts.made_of(
+                self.model.get_submodule(name),
+                self._tensors.pop(name),
+                self.weights,
+                activations,
+                paged=self.store is not None,
+            )
+            install(self.model, name, experts)
+
+
+class _KeepApart(ConversionOps):
+    """Leaves tensors of experts that are to be quantized as they are; others are merged."""
+
+    def __init__(self, experts: ExpertsToQuantize, operations: list[ConversionOps]) -> None:
+        self.experts, self.operations = experts, operations
+
+    def convert(
+        self, input_dict: dict[str, Any], full_layer_name: str, **kwargs: Any
+    ) -> dict[str, Any]:
+        if full_layer_name in self.experts.sources:
+            return input_dict
+        for operation in self.operations:
+            input_dict = operation.convert(input_dict, full_layer_name=full_layer_name, **kwargs)
+        return input_dict
+
+
+def _merges(conversion: Any) -> bool:
+    """Whether a converter stacks one tensor per expert, and rows of gate and up, and that is all."""
+    merge, *others = conversion.operations
+    return (
+        type(merge) is MergeModulelist
+        and merge.dim == 0
+        and (not others or [type(o) for o in others] == [Concatenate] and others[0].dim == 1)
+        and len(conversion.target_patterns) == 1
+        and all("*" in source for source in conversion._original_source_patterns)
+    )
