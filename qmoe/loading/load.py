@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from transformers.utils import cached_file
 
 from qmoe.checkpoints.files import StoredTensor, open_checkpoint
 from qmoe.checkpoints.hub import is_hub_id
-from qmoe.checkpoints.schema import COMPRESSED_TENSORS, QMOE
+from qmoe.checkpoints.schema import COMPRESSED_TENSORS, MANIFEST_NAME, QMOE
 from qmoe.experts.layout import find_experts
 from qmoe.experts.quantized import quantized_modules
 from qmoe.loading.config import QmoeConfig
@@ -171,35 +172,78 @@ def _from_pretrained(
             f"{path_or_repo}: its tensors do not have the shapes that its config.json asks for; "
             "download it again"
         ) from None
-    _check_complete(path_or_repo, model, info)
+    architectures = config.architectures or [type(model).__name__]
+    _check_complete(path_or_repo, revision, model, architectures, info)
     return model
 
 
 def _check_files(path_or_repo: str, revision: str | None) -> dict[str, StoredTensor]:
     """The headers of a checkpoint's files, or a CheckpointError that names the broken one."""
-    config_file = cached_file(path_or_repo, "config.json", revision=revision)
-    return open_checkpoint(Path(config_file).parent)
+    config = _find_file(path_or_repo, "config.json", revision)
+    return {} if config is None else open_checkpoint(config.parent)
 
 
-def _check_complete(path_or_repo: str, model: PreTrainedModel, info: dict[str, Any]) -> None:
+def _find_file(path_or_repo: str, name: str, revision: str | None) -> Path | None:
+    """A file of a folder or, of a repository, where it was downloaded to; None if it has none."""
+    found = cached_file(
+        path_or_repo,
+        name,
+        revision=revision,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
+
+
+def _check_complete(
+    path_or_repo: str,
+    revision: str | None,
+    model: PreTrainedModel,
+    architectures: Collection[str],
+    info: dict[str, Any],
+) -> None:
     """Refuse a model with weights that are random, or a checkpoint with weights left over."""
     mismatched = {f"{n} {list(s)} instead of {list(e)}" for n, s, e in info["mismatched_keys"]}
-    unexpected = {name for name in info["unexpected_keys"] if not _is_further_layer(name, model)}
+    unexpected = set(info["unexpected_keys"])
+    if unexpected and _find_file(path_or_repo, MANIFEST_NAME, revision) is not None:
+        unexpected = set()  # whoever converted it was told
     for names, what in (
         (set(info["missing_keys"]), "missing; download or convert the checkpoint again"),
         (mismatched, "of another shape; config.json is another model's"),
-        (unexpected, f"no weights of {type(model).__name__}; config.json is another model's"),
+        (_left_over(unexpected, model, architectures), "no part of the model that config.json describes"),
     ):
         if names:
             raise ValueError(f"{path_or_repo}: {listed(names)} {what}")
 
 
-def _is_further_layer(name: str, model: PreTrainedModel) -> bool:
-    """Whether a tensor belongs to layers for predicting more than one token, which nobody runs."""
-    text = model.config.get_text_config(decoder=True)
-    layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
-    behind = layer is not None and int(layer[1]) >= getattr(text, "num_hidden_layers", math.inf)
-    return behind or re.search(r"(?:^|\.)(?:mtp|nextn)\w*\.", name) is not None
+def _left_over(
+    names: set[str], model: PreTrainedModel, architectures: Collection[str]
+) -> set[str]:
+    """Those of a checkpoint's further tensors that no part which nobody runs here explains.
+
+    Such parts are layers that predict more than one token ahead, and all but the text model where
+    that is loaded of a model that reads images or sounds too.
+    """
+    modules = {name for name, _ in model.named_modules()}
+    ahead = {_layer_of(name) for name in names if _AHEAD.search(name)} - {None}
+
+    def explained(name: str) -> bool:
+        first = name.removeprefix("model.").partition(".")[0]
+        other_part = first not in modules and f"model.{first}" not in modules
+        text_alone = type(model).__name__ not in architectures
+        return _layer_of(name) in ahead or (other_part and (text_alone or "mtp" in first))
+
+    return {name for name in names if not explained(name)}
+
+
+# What layers have that predict more than one token ahead.
+_AHEAD = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head|nextn\w*|mtp\w*)\.")
+
+
+def _layer_of(name: str) -> str | None:
+    match = re.match(r"(?:.*\.)?layers\.\d+\.", name)
+    return None if match is None else match[0]
 
 
 def _auto_class(config: PreTrainedConfig, path_or_repo: str) -> Any:

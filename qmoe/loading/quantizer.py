@@ -29,7 +29,13 @@ from qmoe.experts.quantized import (
     quantized_modules,
 )
 from qmoe.loading.config import QmoeConfig, give_own_config
-from qmoe.loading.conversions import Renamer, expert_of, for_kept_experts, quantized_conversions
+from qmoe.loading.conversions import (
+    Renamer,
+    converts_experts,
+    expert_of,
+    for_kept_experts,
+    quantized_conversions,
+)
 from qmoe.loading.devices import only_device
 from qmoe.loading.layers import restore_layers
 from qmoe.loading.pages import load_pages, page_stored
@@ -312,7 +318,10 @@ def check_experts(
         target, part = rename.with_part(key)
         found[target][part][expert_of(key)] = key
     missing = []
+    split = [c for c in rename.converters if len(c.target_patterns) > 1]
     for name, layout in layouts.items():
+        if any(converts_experts(conversion, {name: layout}) for conversion in split):
+            continue  # which of several parameters a tensor goes to, its name does not tell
         for source in (s for sources in layout.sources.values() for s in sources):
             parts = found.get(f"{name}.{source}", {})
             if not parts:

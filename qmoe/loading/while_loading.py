@@ -6,7 +6,7 @@ on load, and forgets it. A layer's projection is in memory twice for a moment, t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from qmoe_kernels.quantization import STORAGE_DTYPE, WeightFormat, quantize
 
 # What a checkpoint holds for one parameter: a tensor for each expert, from each source pattern in
 # turn; or the parameter as it is in memory.
-_Stored = list[list[torch.Tensor]] | torch.Tensor
+_Stored = list[list[Any]] | torch.Tensor
 
 
 class ExpertsToQuantize(ConversionOps):
@@ -119,12 +119,11 @@ class ExpertsToQuantize(ConversionOps):
     def _take(self, parameter: str, stored: _Stored) -> None:
         name, projection = self.sources[parameter]
         layout = self.layouts[name]
-        self._check_shape(parameter, stored)
         self._read[parameter] = stored
         del stored
         parameters = [f"{name}.{source}" for source in layout.sources[projection]]
         if all(other in self._read for other in parameters):
-            parts = [self._slices(layout, p, self._read.pop(p)) for p in parameters]
+            parts = [self._slices(p, self._read.pop(p)) for p in parameters]
             self._quantize(name, projection, parts)
 
     @torch.no_grad()
@@ -150,47 +149,31 @@ class ExpertsToQuantize(ConversionOps):
         if pages is None:
             self._tensors[name][projection + QUANTIZED_SUFFIX] = weight
 
-    def _slices(
-        self, layout: ExpertsLayout, parameter: str, stored: _Stored
-    ) -> Callable[[int], torch.Tensor]:
+    def _slices(self, parameter: str, stored: _Stored) -> Callable[[int], torch.Tensor]:
         """Expert -> its part of a parameter, as :meth:`ExpertsLayout.canonical` takes it."""
-        dtype = self.model.get_parameter(parameter).dtype
+        like = self.model.get_parameter(parameter)
         if isinstance(stored, torch.Tensor):
+            _check_shape(parameter, stored.shape, like.shape)
+            layout = self.layouts[self.sources[parameter][0]]
             rows = layout.intermediate_size if layout.flat else 1
-            whole = stored
-            return lambda expert: whole[expert * rows : (expert + 1) * rows].to(dtype)
-        apart = stored
+            return lambda expert: stored[expert * rows : (expert + 1) * rows].to(like.dtype)
 
         def take(expert: int) -> torch.Tensor:
-            parts = [tensors[expert] for tensors in apart]
-            for tensors in apart:
-                tensors[expert] = None  # type: ignore[call-overload]  # freed once it is quantized
-            return torch.cat(parts)[None].to(dtype)
+            parts = [tensors[expert] for tensors in stored]
+            for tensors in stored:
+                tensors[expert] = None  # freed once it is quantized
+            rows = sum(len(part) for part in parts)
+            for part in parts:
+                _check_shape(f"{parameter}[{expert}]", (rows, *part.shape[1:]), like.shape[1:])
+            return torch.cat(parts)[None].to(like.dtype)
 
-        return take
-
-    def _check_shape(self, parameter: str, stored: _Stored) -> None:
-        expected = self.model.get_parameter(parameter).shape
-        if isinstance(stored, torch.Tensor):
-            shape = stored.shape
-        else:
-            shapes = {(len(part), *(t.shape for t in part)) for part in stored}
-            counts = {len(part) for part in stored}
-            widths = {tuple(t.shape[1:]) for part in stored for t in part}
-            rows = {sum(len(t) for t in of_one) for of_one in zip(*stored, strict=False)}
-            if len(counts) == len(widths) == len(rows) == 1 and shapes:
-                shape = torch.Size((counts.pop(), rows.pop(), *widths.pop()))
-            else:
+        for tensors in stored:
+            if len(tensors) != len(like):
                 raise ValueError(
-                    f"{parameter}: the checkpoint has {' and '.join(map(str, sorted(counts)))} "
-                    f"tensors for its {expected[0]} experts, or tensors of different shapes; "
-                    "download it again"
+                    f"{parameter}: the checkpoint has {len(tensors)} tensors for its {len(like)} "
+                    "experts; download it again"
                 )
-        if shape != expected:
-            raise ValueError(
-                f"{parameter}: the checkpoint has the shape {list(shape)} for it instead of "
-                f"{list(expected)}; its config.json is another model's"
-            )
+        return take
 
     # ---- afterwards ----------------------------------------------------------------------------
 
@@ -236,6 +219,14 @@ class _KeepApart(ConversionOps):
         for operation in self.operations:
             input_dict = operation.convert(input_dict, full_layer_name=full_layer_name, **kwargs)
         return input_dict
+
+
+def _check_shape(what: str, shape: Sequence[int], expected: Sequence[int]) -> None:
+    if tuple(shape) != tuple(expected):
+        raise ValueError(
+            f"{what}: the checkpoint has the shape {list(shape)} for it instead of "
+            f"{list(expected)}; its config.json is another model's"
+        )
 
 
 def _merges(conversion: Any) -> bool:
