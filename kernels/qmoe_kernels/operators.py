@@ -72,7 +72,9 @@ def _raise_no_gradient(gradient: torch.Tensor, shape: Sequence[int], name: str) 
 _LIBRARY.define("no_gradient(Tensor gradient, SymInt[] shape, str name) -> Tensor")
 _LIBRARY.impl("no_gradient", _raise_no_gradient, "CompositeExplicitAutograd")
 register_fake(
-    f"{NAMESPACE}::no_gradient", lambda gradient, shape, name: gradient.new_empty(shape), lib=_LIBRARY
+    f"{NAMESPACE}::no_gradient",
+    lambda gradient, shape, name: gradient.new_empty(shape),
+    lib=_LIBRARY,
 )
 
 

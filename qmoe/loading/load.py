@@ -115,6 +115,8 @@ def _choose_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     named = getattr(torch, dtype, None)
     if not isinstance(named, torch.dtype):
         raise ValueError(f"dtype={dtype!r} is no torch dtype; use 'auto', 'bfloat16' or 'float16'")
+    if not named.is_floating_point or named.itemsize == 1:
+        raise ValueError(f"dtype={dtype!r} is no floating-point dtype of 16 bits or more")
     return named
 
 
@@ -161,7 +163,9 @@ def _from_pretrained(
         )
     except (OSError, SafetensorError) as error:
         _check_files(path_or_repo, revision)
-        raise ValueError(f"{path_or_repo}: its weights cannot be read ({one_line(error)})") from None
+        raise ValueError(
+            f"{path_or_repo}: its weights cannot be read ({one_line(error)})"
+        ) from None
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "conversion" not in str(error):
             raise
@@ -211,15 +215,16 @@ def _check_complete(
     for names, what in (
         (set(info["missing_keys"]), "missing; download or convert the checkpoint again"),
         (mismatched, "of another shape; config.json is another model's"),
-        (_left_over(unexpected, model, architectures), "no part of the model that config.json describes"),
+        (
+            _left_over(unexpected, model, architectures),
+            "no part of the model that config.json describes",
+        ),
     ):
         if names:
             raise ValueError(f"{path_or_repo}: {listed(names)} {what}")
 
 
-def _left_over(
-    names: set[str], model: PreTrainedModel, architectures: Collection[str]
-) -> set[str]:
+def _left_over(names: set[str], model: PreTrainedModel, architectures: Collection[str]) -> set[str]:
     """Those of a checkpoint's further tensors that no part which nobody runs here explains.
 
     Such parts are layers that predict more than one token ahead, and all but the text model where

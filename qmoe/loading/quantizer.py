@@ -342,8 +342,10 @@ def listed(names: Collection[str]) -> str:
     """The first few of these names, how many more there are, and a verb."""
     first = sorted(names)[:3]
     more = len(names) - len(first)
-    return ", ".join(first) + (f" and {more} more" if more else "") + (
-        " are" if len(names) > 1 else " is"
+    return (
+        ", ".join(first)
+        + (f" and {more} more" if more else "")
+        + (" are" if len(names) > 1 else " is")
     )
 
 

@@ -72,7 +72,10 @@ class ExpertsToQuantize(ConversionOps):
         for conversion in conversions:
             if converts_experts(conversion, self.layouts) and _merges(conversion):
                 operations = [_KeepApart(self, conversion.operations)]
-                patterns = conversion._original_source_patterns, conversion._original_target_patterns
+                patterns = (
+                    conversion._original_source_patterns,
+                    conversion._original_target_patterns,
+                )
                 ours = copy_for(conversion, *patterns, operations)
                 self._plain[id(ours)] = conversion
                 conversion = ours
