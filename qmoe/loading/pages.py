@@ -75,8 +75,8 @@ def load_pages(
     store = host_store(layers, device, progress=progress)
     try:
         reads = [
-            page_reads(layer, pages, *pair, versions)
-            for layer, (pages, pair) in enumerate(zip(layers, tensors, strict=True))
+            page_reads(layer, pages, gate_up, down, versions)
+            for layer, (pages, (gate_up, down)) in enumerate(zip(layers, tensors, strict=True))
         ]
         store.fill([read for layer in reads for read in layer], progress=progress)
         page_experts(model, store, budget, device)

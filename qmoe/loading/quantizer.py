@@ -328,7 +328,7 @@ def check_experts(
                 missing.append(f"{name}.{source}")
             for keys in parts.values():
                 first = next(iter(keys.values()))
-                head, number, tail = re.split(r"(?<=\.)(\d+)(?=\.)(?!.*\.\d+\.)", first + ".")
+                head, _, tail = re.split(r"(?<=\.)(\d+)(?=\.)(?!.*\.\d+\.)", first + ".")
                 missing += [
                     f"{head}{expert}{tail}".rstrip(".")
                     for expert in range(layout.num_experts if len(keys) > 1 else 0)

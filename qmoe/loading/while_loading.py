@@ -7,7 +7,7 @@ on load, and forgets it. A layer's projection is in memory twice for a moment, t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import PreTrainedModel
@@ -23,11 +23,11 @@ from qmoe.experts.layout import ExpertsLayout
 from qmoe.experts.quantized import QuantizedExperts, check_replaceable, install
 from qmoe.loading.conversions import converts_experts, copy_for
 from qmoe.paging.host_store import HostStore
-from qmoe_kernels.quantization import STORAGE_DTYPE, WeightFormat, quantize
+from qmoe_kernels.quantization import WeightFormat, quantize
 
 # What a checkpoint holds for one parameter: a tensor for each expert, from each source pattern in
 # turn; or the parameter as it is in memory.
-_Stored = list[list[Any]] | torch.Tensor
+_Stored: TypeAlias = "list[list[Any]] | torch.Tensor"
 
 
 class ExpertsToQuantize(ConversionOps):
@@ -233,12 +233,12 @@ def _check_shape(what: str, shape: Sequence[int], expected: Sequence[int]) -> No
 
 
 def _merges(conversion: Any) -> bool:
-    """Whether a converter stacks one tensor per expert, and rows of gate and up, and that is all."""
+    """Whether all that a converter does is stack experts, and the rows of gate and up."""
     merge, *others = conversion.operations
     return (
         type(merge) is MergeModulelist
         and merge.dim == 0
-        and (not others or [type(o) for o in others] == [Concatenate] and others[0].dim == 1)
+        and (not others or ([type(o) for o in others] == [Concatenate] and others[0].dim == 1))
         and len(conversion.target_patterns) == 1
         and all("*" in source for source in conversion._original_source_patterns)
     )

@@ -65,7 +65,7 @@ DAMAGE = {
     "the embedding": (without("embed_tokens"), r"embed_tokens\.weight"),
     "an expert": (without(re.escape(EXPERT)), re.escape(EXPERT)),
     "a layer's experts": (without(r"1\.mlp\.experts"), r"1\.mlp\.experts\.(gate_up|down)_proj"),
-    "another shape": (narrower(r"model\.norm"), r"model\.norm\.weight.*\[63\] instead of \[64\]"),
+    "another shape": (narrower(r"model\.norm"), r"model\.norm\.weight.*\[63\].* instead of \[64\]"),
     "one expert's shape": (narrower(re.escape(EXPERT)), "shape"),
     "all experts' shape": (narrower("experts.*down_proj"), r"experts\.down_proj.*, 31\] "),
     "too much": (

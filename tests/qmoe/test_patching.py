@@ -114,7 +114,7 @@ def test_compiles_without_a_graph_break() -> None:
 
 def test_compiles_where_gradients_are_on_and_refuses_one_when_it_is_asked_for() -> None:
     experts = qmoe.patch(build("qwen3_moe", num_layers=1)).model.layers[0].mlp.experts
-    x = torch.randn(3, 32, requires_grad=True)
+    x = torch.randn(3, 64, requires_grad=True)
     routing = torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1)
     expected = experts(x, *routing)
     output = torch.compile(experts, backend="aot_eager")(x, *routing)
