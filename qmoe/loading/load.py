@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,6 +149,7 @@ def _from_pretrained(
             together.
     """
     auto_class = _auto_class(config, path_or_repo)
+    layouts = {}
     try:
         model, info = auto_class.from_pretrained(
             path_or_repo,
@@ -161,16 +163,20 @@ def _from_pretrained(
             output_loading_info=True,
         )
     except (OSError, SafetensorError) as error:
-        _check_files(path_or_repo, revision)
+        if isinstance(error, SafetensorError) or Path(path_or_repo).is_dir():
+            _check_files(path_or_repo, revision)
         raise ValueError(
             f"{path_or_repo}: its weights cannot be read ({one_line(error)})"
         ) from None
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "conversion" not in str(error):
             raise
-        with torch.device("meta"):
+        with torch.device("meta"), suppress(ValueError):
             model = auto_class.from_config(config)
-        check_experts(model, find_experts(model), _check_files(path_or_repo, revision))
+            layouts = find_experts(model)  # ValueError: a dense model
+        headers = _check_files(path_or_repo, revision)
+        if layouts:
+            check_experts(model, layouts, headers)
         raise ValueError(
             f"{path_or_repo}: its tensors do not have the shapes that its config.json asks for; "
             "download it again"
@@ -226,17 +232,19 @@ def _check_complete(
 def _left_over(names: set[str], model: PreTrainedModel, architectures: Collection[str]) -> set[str]:
     """Those of a checkpoint's further tensors that no part which nobody runs here explains.
 
-    Such parts are layers that predict more than one token ahead, and all but the text model where
-    that is loaded of a model that reads images or sounds too.
+    Such parts are layers that predict more than one token ahead, scales of quantized
+    activations and caches, and all but the text model where that is loaded of one that reads
+    images or sounds too.
     """
     modules = {name for name, _ in model.named_modules()}
     ahead = {_layer_of(name) for name in names if _AHEAD.search(name)} - {None}
 
     def explained(name: str) -> bool:
+        if _layer_of(name) in ahead or re.search(r"\.(input|output|[kqv])_scale$", name):
+            return True
         first = name.removeprefix("model.").partition(".")[0]
         other_part = first not in modules and f"model.{first}" not in modules
-        text_alone = type(model).__name__ not in architectures
-        return _layer_of(name) in ahead or (other_part and (text_alone or "mtp" in first))
+        return other_part and ("mtp" in first or type(model).__name__ not in architectures)
 
     return {name for name in names if not explained(name)}
 

@@ -116,6 +116,14 @@ class ExpertsQuantizer(HfQuantizer):
         return headers
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> Any:
+        try:
+            return self._finish(model, **kwargs)
+        except BaseException:
+            if self.to_quantize is not None and self.to_quantize.store is not None:
+                self.to_quantize.store.close()
+            raise
+
+    def _finish(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         _check_loaded(model, [*self.layouts, *self.kept], self.shapes)
         for file, version in self.versions.items():
             version.check(file)

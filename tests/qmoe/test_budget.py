@@ -44,7 +44,7 @@ class TestParse:
     @pytest.mark.parametrize(
         "written",
         [
-            *("", "much", "16G", "16 bananas", "-1GiB", "1.5", "150%", "0%"),
+            *("", "much", "16 bananas", "-1GiB", "1.5", "150%", "0%"),
             *(-1, 0, 0.0, 1.5, float("nan"), float("inf"), True, None),
         ],
     )

@@ -68,6 +68,10 @@ DAMAGE = {
     "another shape": (narrower(r"model\.norm"), r"model\.norm\.weight.*\[63\].* instead of \[64\]"),
     "one expert's shape": (narrower(re.escape(EXPERT)), "shape"),
     "all experts' shape": (narrower("experts.*down_proj"), r"experts\.down_proj.*, 31\] "),
+    "scales that nobody multiplies by": (
+        lambda tensors: {**tensors, f"{EXPERT}_scale": torch.ones(32, 1)},
+        r"_scale is no part of the model",
+    ),
     "too much": (
         lambda tensors: {**tensors, "model.layers.0.self_attn.q_proj.bias": torch.ones(64)},
         r"q_proj\.bias is no part of the model",
@@ -93,10 +97,17 @@ def test_a_converted_checkpoint_too(part, folder, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("options", HOW, ids=ID_OF_HOW)
-@pytest.mark.parametrize("extra", ["model.layers.2.eh_proj.weight", "mtp.layers.0.norm.weight"])
-def test_layers_that_look_further_ahead_are_passed_over(extra, options, folder) -> None:
-    others = {extra: torch.ones(4), extra.replace(".weight", ".bias"): torch.ones(4)}
-    change(folder, lambda tensors: tensors | others)
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ("model.layers.2.eh_proj.weight", "model.layers.2.mlp.gate.weight"),
+        ("mtp.layers.0.norm.weight",),
+        ("model.layers.0.self_attn.k_proj.input_scale",),
+    ],
+    ids=["layer", "mtp", "scale"],
+)
+def test_what_looks_further_ahead_is_passed_over(extra, options, folder) -> None:
+    change(folder, lambda tensors: tensors | {name: torch.ones(4) for name in extra})
     qmoe.load(folder, device="cpu", **options)
 
 

@@ -134,21 +134,25 @@ def test_the_16_bit_model_is_never_in_memory(tmp_path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("options", [{}, {"hbm_budget": "1GB", "context": 64}], ids=str)
-def test_nor_in_that_of_the_gpu(options, tmp_path) -> None:
+@pytest.mark.parametrize("paged", [False, True], ids=["resident", "paged"])
+def test_nor_in_that_of_the_gpu(paged, tmp_path) -> None:
     save_large(tmp_path, num_layers=10)
+    options = {"device": "cuda", "weights": "int8"}
+    if paged:
+        budget = smallest_budget(tmp_path, **options)
+        options |= {"hbm_budget": budget, "context": paged_loading.CONTEXT}
     torch.zeros(1, device="cuda")
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    model = qmoe.load(tmp_path, device="cuda", weights="int8", **options)
+    model = qmoe.load(tmp_path, **options)
     peak = torch.cuda.max_memory_allocated() - before
-    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    if options:
-        assert model.qmoe_paging.cache is None or peak < 10**9 + LAYER
-    assert peak < (10**9 if options else held + (64 << 20)) + LAYER
-    assert peak < 10 * LAYER  # the experts in 16 bit
+    if paged:
+        assert model.qmoe_paging.cache is not None and peak < budget + LAYER
+    else:
+        held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        assert peak < held + LAYER + (64 << 20) < 10 * LAYER  # those of all experts in 16 bit
     on_cpu = qmoe.load(tmp_path, device="cpu", weights="int8")
     for name, experts in quantized_modules(model).items():
         pairs = zip(
