@@ -170,35 +170,12 @@ class QuantizedExperts(nn.Module):
             q, scale = quantize(canonical, weights, name=f"{name}.{projection}")
             tensors[projection + QUANTIZED_SUFFIX] = q
             tensors[projection + SCALE_SUFFIX] = scale
-        return cls.made_of(source, tensors, weights, activations)
-
-    @classmethod
-    def made_of(
-        cls,
-        source: nn.Module,
-        tensors: Mapping[str, torch.Tensor],
-        weights: WeightFormat,
-        activations: str = "auto",
-        *,
-        paged: bool = False,
-    ) -> QuantizedExperts:
-        """Make the module of weights and scales that are there; biases are those of ``source``.
-
-        Args:
-            source: a model's experts module; its weights may be meta, its biases may not.
-            tensors: by the names of this class's parameters.
-            weights: ``"int8"`` or ``"fp8"``.
-            activations: see :func:`qmoe_kernels.fused_moe`.
-            paged: as of this class; ``tensors`` are the scales then.
-        """
-        experts = cls(source, weights, activations, paged=paged)
-        biases = {
-            bias: experts.layout.canonical(
-                bias, [source.get_parameter(n).detach() for n in experts.layout.sources[bias]]
+        for bias in layout.biases:
+            tensors[bias] = layout.canonical(
+                bias, [source.get_parameter(n).detach() for n in layout.sources[bias]]
             )
-            for bias in experts.layout.biases
-        }
-        for key, tensor in {**tensors, **biases}.items():
+        experts = cls(source, weights, activations)
+        for key, tensor in tensors.items():
             setattr(experts, key, nn.Parameter(tensor, requires_grad=False))
         return experts
 

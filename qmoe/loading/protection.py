@@ -27,8 +27,8 @@ def protect(model: nn.Module) -> None:
 
 def _refuse_saving_around(save: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(save)
-    def save_pretrained(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if getattr(self, "hf_quantizer", None) is None:
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self.config, "quantization_config", None) is None:
             for name in quantized_modules(self):
                 raise ValueError(
                     f"{type(self).__name__} cannot be saved: {name} is in 8 bit, and its "

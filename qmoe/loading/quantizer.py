@@ -24,7 +24,6 @@ from qmoe.experts.layout import ExpertsLayout, find_experts
 from qmoe.experts.quantized import (
     Change,
     QuantizedExperts,
-    install,
     layer_pages,
     quantized_modules,
 )
@@ -41,7 +40,7 @@ from qmoe.loading.layers import restore_layers
 from qmoe.loading.pages import load_pages, page_stored
 from qmoe.loading.protection import protect
 from qmoe.loading.side_by_side import lay_side_by_side
-from qmoe.loading.while_loading import ExpertsToQuantize
+from qmoe.loading.while_loading import ExpertsToQuantize, stand_in
 from qmoe.paging.host_store import FileVersion
 from qmoe.paging.model import host_store
 from qmoe.paging.options import PagingOptions
@@ -90,11 +89,7 @@ class ExpertsQuantizer(HfQuantizer):
         source = model.get_submodule(name)
         activations = getattr(self.quantization_config, "activations", "auto")
         paged = self.paging is not None
-        install(model, name, QuantizedExperts(source, weights, activations, paged=paged))
-        block = model.get_submodule(name.rpartition(".")[0])
-        if not any(True for _ in (*block.parameters(False), *block.buffers(False))):
-            # All that is left for it to initialize are the experts that it no longer has.
-            block._is_hf_initialized = True
+        stand_in(model, name, QuantizedExperts(source, weights, activations, paged=paged))
 
     def _leave_out_pages(self, model: PreTrainedModel) -> None:
         """Let transformers pass over the tensors that are pages: neither read nor warned of."""
@@ -124,6 +119,8 @@ class ExpertsQuantizer(HfQuantizer):
             raise
 
     def _finish(self, model: PreTrainedModel, **kwargs: Any) -> Any:
+        if self.to_quantize is not None:
+            self.to_quantize.check_finished()
         _check_loaded(model, [*self.layouts, *self.kept], self.shapes)
         for file, version in self.versions.items():
             version.check(file)
@@ -210,13 +207,15 @@ class QmoeQuantizer(ExpertsQuantizer):
             self._leave_out_pages(model)
 
     def _begin_to_quantize(self, model: PreTrainedModel) -> None:
-        weights = self.quantization_config.weights
+        config = self.quantization_config
         store = None
         if self.paging is not None:
-            layers = [layer_pages(name, layout, weights) for name, layout in self.layouts.items()]
+            layers = [layer_pages(n, layout, config.weights) for n, layout in self.layouts.items()]
             with torch.device("cpu"):  # transformers makes everything else on meta here
                 store = host_store(layers, self.device, progress=is_progress_bar_enabled())
-        self.to_quantize = ExpertsToQuantize(model, self.layouts, weights, store)
+        self.to_quantize = ExpertsToQuantize(
+            model, self.layouts, config.weights, config.activations, store
+        )
 
     def param_needs_quantization(
         self, model: PreTrainedModel, param_name: str, **kwargs: Any
@@ -229,7 +228,7 @@ class QmoeQuantizer(ExpertsQuantizer):
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Any) -> float:
         # transformers takes that much of a GPU in advance.
-        if self.param_needs_quantization(model, param_name):
+        if self.param_needs_quantization(model, param_name) and not param_name.endswith("_bias"):
             return 1 if self.paging is None else 0
         return super().param_element_size(model, param_name, param)
 
@@ -256,8 +255,6 @@ class QmoeQuantizer(ExpertsQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         if self.to_quantize is None:
             return model
-        _check_not_offloaded(model, self.layouts)
-        self.to_quantize.install(self.quantization_config.activations)
         model._weight_conversions = self.to_quantize.plain(model._weight_conversions)
         model._weight_conversions = quantized_conversions(model, self.layouts, self.kept)
         return model
@@ -355,16 +352,3 @@ def listed(names: Collection[str]) -> str:
         + (f" and {more} more" if more else "")
         + (" are" if len(names) > 1 else " is")
     )
-
-
-def _check_not_offloaded(model: PreTrainedModel, names: Iterable[str]) -> None:
-    devices: dict[str, Any] = getattr(model, "hf_device_map", {})
-    if len(set(devices.values())) == 1 and "disk" not in devices.values():
-        return
-    for name in names:
-        for prefix, device in devices.items():
-            if f"{name}.".startswith(f"{prefix}." if prefix else "") and device in ("cpu", "disk"):
-                raise ValueError(
-                    f"{name} is offloaded; load the model without offloading, "
-                    "or convert the checkpoint with convert-checkpoint"
-                )

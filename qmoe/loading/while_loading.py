@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import (
     Concatenate,
@@ -34,7 +35,8 @@ class ExpertsToQuantize(ConversionOps):
     """The experts of a model on the meta device, and what of them has been quantized so far.
 
     Attributes:
-        sources: parameter of the model -> its module and canonical projection.
+        experts: module -> what takes its place as soon as all of its tensors are there.
+        sources: parameter of the model -> its module and canonical name.
         store: where the 8-bit weights go that are to be paged; None: each stays on its device.
         error: what went wrong first. transformers would go on, and say something else at the end.
     """
@@ -44,14 +46,23 @@ class ExpertsToQuantize(ConversionOps):
         model: PreTrainedModel,
         layouts: Mapping[str, ExpertsLayout],
         weights: WeightFormat,
+        activations: str,
         store: HostStore | None,
     ) -> None:
         self.model, self.layouts, self.weights, self.store = model, layouts, weights, store
+        for name, layout in layouts.items():
+            check_replaceable(model, name, layout)
+        self.experts = {
+            name: QuantizedExperts(
+                model.get_submodule(name), weights, activations, paged=store is not None
+            )
+            for name in layouts
+        }
         self.sources = {
-            f"{name}.{source}": (name, projection)
+            f"{name}.{source}": (name, canonical)
             for name, layout in layouts.items()
-            for projection in layout.projections
-            for source in layout.sources[projection]
+            for canonical, sources in layout.sources.items()
+            for source in sources
         }
         self.error: Exception | None = None
         self._read: dict[str, _Stored] = {}  # until all sources of a projection are there
@@ -103,31 +114,54 @@ class ExpertsToQuantize(ConversionOps):
         else:
             found = {k: v[0] if isinstance(v, list) else v for k, v in input_dict.items()}
             input_dict.clear()  # nobody else holds on to what is taken from `found`
-        rest = {}
+        ready: dict[str, Any] = {}
         for parameter in list(found):
             value = found.pop(parameter)
             if parameter not in self.sources:
-                rest[parameter] = value
+                ready[parameter] = value
                 continue
             (missing_keys or set()).discard(parameter)
             try:
                 if self.error is None:
-                    self._take(parameter, value)
+                    ready |= self._take(parameter, value)
             except Exception as error:
                 self.error = error
-        return rest
+        return ready
 
     # ---- quantizing ----------------------------------------------------------------------------
 
-    def _take(self, parameter: str, stored: _Stored) -> None:
-        name, projection = self.sources[parameter]
+    def _take(self, parameter: str, stored: _Stored) -> dict[str, nn.Parameter]:
+        """Take what was read for one parameter.
+
+        Returns:
+            All parameters of the module if that was the last one, for transformers to place.
+        """
+        name, canonical = self.sources[parameter]
         layout = self.layouts[name]
         self._read[parameter] = stored
         del stored
-        parameters = [f"{name}.{source}" for source in layout.sources[projection]]
-        if all(other in self._read for other in parameters):
-            parts = [self._slices(p, self._read.pop(p)) for p in parameters]
-            self._quantize(name, projection, parts)
+        parameters = [f"{name}.{source}" for source in layout.sources[canonical]]
+        if any(other not in self._read for other in parameters):
+            return {}
+        values = [self._read.pop(other) for other in parameters]
+        if canonical in layout.biases:
+            like = self.model.get_parameter(parameter)
+            (bias,) = values
+            if not isinstance(bias, torch.Tensor):
+                bias = torch.stack([torch.cat(of_one) for of_one in zip(*bias, strict=True)])
+            _check_shape(parameter, bias.shape, like.shape)
+            self._tensors[name][canonical] = layout.canonical(canonical, [bias]).to(like.dtype)
+        else:
+            parts = [self._slices(p, v) for p, v in zip(parameters, values, strict=True)]
+            del values
+            self._quantize(name, canonical, parts)
+        if self._tensors[name].keys() != _own_parameters(self.experts[name]):
+            return {}
+        stand_in(self.model, name, self.experts[name])
+        return {
+            f"{name}.{leaf}": nn.Parameter(tensor, requires_grad=False)
+            for leaf, tensor in self._tensors.pop(name).items()
+        }
 
     @torch.no_grad()
     def _quantize(
@@ -178,10 +212,8 @@ class ExpertsToQuantize(ConversionOps):
                 )
         return take
 
-    # ---- afterwards ----------------------------------------------------------------------------
-
-    def install(self, activations: str) -> None:
-        """Put the quantized experts where the model has its own.
+    def check_finished(self) -> None:
+        """Raise what went wrong.
 
         Raises:
             ValueError: a weight was not among what was read, holds NaN or infinity, or has another
@@ -189,23 +221,24 @@ class ExpertsToQuantize(ConversionOps):
         """
         if self.error is not None:
             raise self.error
-        for name, layout in self.layouts.items():
-            for projection in layout.projections:
-                if projection + SCALE_SUFFIX not in self._tensors[name]:
-                    raise ValueError(
-                        f"{name}.{layout.sources[projection][0]} is in none of the checkpoint's "
-                        "files, or only in part; download it again"
-                    )
-            check_replaceable(self.model, name, layout)
-        for name in self.layouts:
-            experts = QuantizedExperts.made_of(
-                self.model.get_submodule(name),
-                self._tensors.pop(name),
-                self.weights,
-                activations,
-                paged=self.store is not None,
+        for name in self._tensors:
+            raise ValueError(
+                f"{name}: its weights are in none of the checkpoint's files, or only in part; "
+                "download it again"
             )
-            install(self.model, name, experts)
+
+
+def stand_in(model: PreTrainedModel, name: str, experts: QuantizedExperts) -> None:
+    """Put experts that are yet to be loaded where a model on the meta device has its own."""
+    install(model, name, experts)
+    block = model.get_submodule(name.rpartition(".")[0])
+    if not any(True for _ in (*block.parameters(False), *block.buffers(False))):
+        # All that is left for it to initialize are the experts that it no longer has.
+        block._is_hf_initialized = True
+
+
+def _own_parameters(experts: QuantizedExperts) -> set[str]:
+    return {name for name, _ in experts.named_parameters(recurse=False)}
 
 
 class _KeepApart(ConversionOps):

@@ -22,7 +22,7 @@ from qmoe.experts.quantized import quantized_modules
 
 # Stored in other ways than those of families.py: two matrices of all experts, rows of gate and up
 # in turn, without a gate, with identity experts, text and image experts in one list.
-STORED_OTHERWISE = ["Dbrx", "Llama4ForCausalLM", "NemotronH", "Longcat", "Ernie4_5_VL", "Gemma4"]
+STORED_OTHERWISE = ["Dbrx", "Llama4ForCausalLM", "NemotronH", "Longcat", "Ernie4_5_VLMoe"]
 WHOLE = {
     str(whole): whole
     for whole in generating_classes()
@@ -80,6 +80,23 @@ def test_experts_that_stay_in_16_bit(checkpoint, tmp_path) -> None:
     )
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(qmoe.load(tmp_path, device="cpu")), logits(model))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_offloaded(family, tmp_path) -> None:
+    """What transformers offloads is what was quantized."""
+    zoo.build(family).save_pretrained(tmp_path / "16 bit")
+    places = dict.fromkeys(("embed_tokens", "layers.0", "norm", "rotary_emb"), "cpu")
+    places = {f"model.{name}": place for name, place in {**places, "layers.1": "disk"}.items()}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "16 bit",
+        quantization_config=qmoe.QmoeConfig("int8"),
+        device_map={**places, "lm_head": "cpu"},
+        offload_folder=tmp_path / "offloaded",
+    )
+    assert model.model.layers[1].mlp.experts.down_proj_q.is_meta
+    expected = qmoe.load(tmp_path / "16 bit", device="cpu", weights="int8")
+    assert torch.equal(logits(model), logits(expected))
 
 
 def test_experts_are_not_merged_in_16_bit(checkpoint, monkeypatch) -> None:
