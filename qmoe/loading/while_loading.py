@@ -217,10 +217,20 @@ class ExpertsToQuantize(ConversionOps):
 
         Raises:
             ValueError: a weight was not among what was read, holds NaN or infinity, or has another
-                shape than the model's.
+                shape than the model's; or biases are offloaded to disk.
         """
         if self.error is not None:
             raise self.error
+        devices: dict[str, Any] = getattr(self.model, "hf_device_map", {})
+        for part in (part for part, device in devices.items() if device == "disk"):
+            for name, layout in self.layouts.items():
+                # transformers takes these from the checkpoint's file, in the order that they have
+                # there; what we gave it lies idle.
+                if layout.biases and f"{name}.".startswith(f"{part}." if part else ""):
+                    raise ValueError(
+                        f"{name} has biases and is offloaded to disk, which works for converted "
+                        "checkpoints alone; convert it with convert-checkpoint"
+                    )
         for name in self._tensors:
             raise ValueError(
                 f"{name}: its weights are in none of the checkpoint's files, or only in part; "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from functools import partial
 
 import pytest
 import test_paged_loading as paged_loading
@@ -84,16 +85,24 @@ def test_experts_that_stay_in_16_bit(checkpoint, tmp_path) -> None:
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_offloaded(family, tmp_path) -> None:
-    """What transformers offloads is what was quantized."""
+    """What transformers offloads is what was quantized, or refused."""
     zoo.build(family).save_pretrained(tmp_path / "16 bit")
-    places = dict.fromkeys(("embed_tokens", "layers.0", "norm", "rotary_emb"), "cpu")
-    places = {f"model.{name}": place for name, place in {**places, "layers.1": "disk"}.items()}
-    model = AutoModelForCausalLM.from_pretrained(
+    on_cpu = dict.fromkeys(("embed_tokens", "layers.0", "norm", "rotary_emb"), "cpu")
+    places = {f"model.{name}": place for name, place in {**on_cpu, "layers.1": "disk"}.items()}
+    load = partial(
+        AutoModelForCausalLM.from_pretrained,
         tmp_path / "16 bit",
         quantization_config=qmoe.QmoeConfig("int8"),
         device_map={**places, "lm_head": "cpu"},
         offload_folder=tmp_path / "offloaded",
     )
+    if family == "gpt_oss":
+        with pytest.raises(
+            ValueError, match=r"layers\.1\.mlp\.experts has biases and is offloaded"
+        ):
+            load()
+        return
+    model = load()
     assert model.model.layers[1].mlp.experts.down_proj_q.is_meta
     expected = qmoe.load(tmp_path / "16 bit", device="cpu", weights="int8")
     assert torch.equal(logits(model), logits(expected))
