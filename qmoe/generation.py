@@ -32,7 +32,8 @@ from qmoe.experts.guard import guard_of
 from qmoe.experts.layout import describe
 from qmoe.experts.quantized import QuantizedExperts
 from qmoe.generation_config import BEAMS, ONE_BY_ONE, as_list, configuration
-from qmoe.seeds import Draws, refuse_dropout, thread_state
+from qmoe.loading.load import one_line
+from qmoe.seeds import Draws, check_seed, refuse_dropout, thread_state
 from qmoe.text import Streamer, Text
 
 
@@ -134,9 +135,10 @@ def generate(
 
     Raises:
         ValueError: no prompts, an empty one, one that does not fit into the model's context, or
-            all of them not into its budget, together with ``max_new_tokens``; an unknown option,
-            one that would have no effect, or one that qmoe cannot serve; a seed for a model whose
-            dropout is on.
+            all of them not into its budget, together with ``max_new_tokens``; another model's
+            tokenizer, or a chat template that fails; an unknown option, a value that it cannot
+            have, one that would have no effect, or one that qmoe cannot serve; a seed that is no
+            64-bit number, or one for a model whose dropout is on.
         GenerationInterrupted: Ctrl-C; carries the result so far.
 
     Example:
@@ -151,6 +153,7 @@ def generate(
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     config = configuration(model, tokenizer, max_new_tokens, options)
     token_ids = _tokenize(tokenizer, prompts, chat)
+    _check_vocabulary(model, token_ids)
     _check_context(model, token_ids, max_new_tokens)
     _keep_to_budget(model, config, token_ids, max_new_tokens)
     for name, callback in (("stream", stream), ("until", until)):
@@ -160,6 +163,7 @@ def generate(
                 "of the two"
             )
     if seed is not None:
+        check_seed(seed)
         refuse_dropout(model, seed)
     config.max_length = max(map(len, token_ids)) + max_new_tokens
     draws = None if seed is None else Draws(seed)
@@ -196,10 +200,16 @@ def load_tokenizer(path_or_repo: str) -> Any:
         ValueError: it has none, or one that cannot be read.
     """
     try:
-        return AutoTokenizer.from_pretrained(path_or_repo)
+        tokenizer = AutoTokenizer.from_pretrained(path_or_repo)
     except Exception as error:  # each tokenizer class fails in its own way
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"{path_or_repo}: no usable tokenizer ({reason})") from error
+        raise ValueError(f"{path_or_repo}: no usable tokenizer ({one_line(error)})") from error
+    # Where there are no files, transformers makes up one that knows special tokens alone.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ValueError(
+            f"{path_or_repo}: no tokenizer here; put tokenizer.json and tokenizer_config.json of "
+            "the model that it was made from beside config.json"
+        )
+    return tokenizer
 
 
 def hide_progress_bars() -> None:
@@ -430,15 +440,35 @@ def _tokenize(
             token_ids.append(list(prompt))
             continue
         if chat:
-            prompt = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
+            prompt = _in_template(tokenizer, prompt)
         # A chat template writes the special tokens itself.
         ids = tokenizer(prompt, add_special_tokens=not chat)["input_ids"]
         if not ids:
             raise ValueError(f"prompt {index} ({prompt!r}) has no tokens; give it some text")
         token_ids.append(list(ids))
     return token_ids
+
+
+def _in_template(tokenizer: Any, prompt: str) -> str:
+    message = {"role": "user", "content": prompt}
+    try:
+        return tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # a template is a program of the checkpoint's
+        raise ValueError(
+            f"{getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__}: the chat "
+            f"template failed ({one_line(error)}); write the prompt out, without chat"
+        ) from error
+
+
+def _check_vocabulary(model: Any, token_ids: list[list[int]]) -> None:
+    """Refuse tokens that the model has no embedding for: on a GPU they end the whole process."""
+    size = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    for index, ids in enumerate(token_ids):
+        if size is not None and not 0 <= min(ids) <= max(ids) < size:
+            raise ValueError(
+                f"prompt {index} has the token {max(ids)}, and the model has {size} tokens; this "
+                "is the tokenizer of another model"
+            )
 
 
 def _keep_to_budget(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +25,29 @@ _NEEDED: dict[str, tuple[Callable[[Any], Any], tuple[str, ...]]] = {
         ("max_matching_ngram_size",),
     ),
     "cache_implementation": (lambda c: c.cache_implementation, ("cache_config", "max_cache_len")),
+}
+# What values can be, where transformers goes on with others, or fails in a way that says nothing.
+_WHOLE = "a whole number, at least"
+_VALUES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "do_sample": ("True or False", lambda v: isinstance(v, bool)),
+    **dict.fromkeys(
+        ("num_beams", "num_return_sequences"),
+        (f"{_WHOLE} 1", lambda v: _is_number(v, int) and v >= 1),
+    ),
+    **dict.fromkeys(
+        ("top_k", "min_new_tokens", "no_repeat_ngram_size"),
+        (f"{_WHOLE} 0", lambda v: _is_number(v, int) and v >= 0),
+    ),
+    **dict.fromkeys(
+        ("temperature", "repetition_penalty"),
+        ("a number above 0", lambda v: _is_number(v) and 0 < v < math.inf),
+    ),
+    **dict.fromkeys(
+        ("top_p", "min_p", "top_h", "typical_p"),
+        ("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
+    ),
+    "length_penalty": ("a number", lambda v: _is_number(v) and math.isfinite(v)),
+    "stop_strings": ("a string, or a list of strings", lambda v: _are_strings(v)),
 }
 # Fields of GenerationConfig that are no choice of a caller who wants texts. In a model's own
 # configuration they are passed over.
@@ -84,6 +109,9 @@ def configuration(
                 "GenerationConfig (do_sample, temperature, top_k, top_p, num_beams ...)"
             )
     options = {name: value for name, value in options.items() if value is not None}
+    for name, (what, fits) in _VALUES.items():
+        if name in options and not fits(options[name]):
+            raise ValueError(f"{name}={options[name]!r}: must be {what}")
     config = _Complete()
     config.__dict__.update(copy.deepcopy(vars(model.generation_config)))
     config.__dict__.update(dict.fromkeys(_PASSED_OVER | {"max_new_tokens"}))
@@ -95,6 +123,15 @@ def configuration(
     _refuse_unserved(config)
     config.pad_token_id = _pad_token(model, tokenizer, config)
     return config
+
+
+def _is_number(value: Any, kind: type = numbers.Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _are_strings(value: Any) -> bool:
+    strings = [value] if isinstance(value, str) else value
+    return isinstance(strings, (list, tuple)) and all(isinstance(s, str) and s for s in strings)
 
 
 def _check_model(model: Any) -> None:

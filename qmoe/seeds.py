@@ -71,6 +71,16 @@ class Draws(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def check_seed(seed: int) -> None:
+    """Refuse what torch does not take for a seed.
+
+    Raises:
+        ValueError: no whole number, or one of more than 64 bits.
+    """
+    if type(seed) is not int or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed={seed!r}: must be a whole number of at most 64 bits, such as 0")
+
+
 def refuse_dropout(model: nn.Module, seed: int) -> None:
     """Refuse a seed where dropout would draw from torch's own random state.
 

@@ -9,7 +9,7 @@ import math
 import re
 
 _UNITS = {"": 1, "b": 1}
-_UNITS |= {f"{prefix}b": 1000**power for power, prefix in enumerate("kmgt", 1)}
+_UNITS |= {p + b: 1000**power for power, p in enumerate("kmgt", 1) for b in ("b", "")}
 _UNITS |= {f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgt", 1)}
 
 
@@ -30,7 +30,7 @@ def format_size(num_bytes: float) -> str:
 
 
 def parse_size(size: str | float) -> int:
-    """Bytes of ``"5GB"``, ``"500 MB"``, ``"2GiB"`` or a whole number.
+    """Bytes of ``"5GB"``, ``"500 MB"``, ``"2GiB"`` or a whole number; ``"5G"`` is ``"5GB"``.
 
     Raises:
         ValueError: anything else, or less than one byte.

@@ -6,7 +6,7 @@ with an input, which took longer than all of an operator's launches; tests check
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,9 @@ class Operator:
         _LIBRARY.define(name + infer_schema(function, mutates_args=()))
         key = "CompositeExplicitAutograd" if device_type is None else device_type.upper()
         _LIBRARY.impl(name, function, key)
-        register_autograd(self.name, self._no_gradient, lib=_LIBRARY)
+        register_autograd(
+            self.name, self._no_gradient, setup_context=_remember_shapes, lib=_LIBRARY
+        )
         self._overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def __call__(self, *args: Any) -> Any:
@@ -40,14 +42,40 @@ class Operator:
         return register
 
     def _no_gradient(self, ctx: Any, *gradients: Any) -> Any:
-        raise RuntimeError(
-            f"{self.name} has no gradient: qmoe is for inference; qmoe.unpatch(model) gives back "
-            "a model that can be trained"
+        # torch.compile follows this where gradients are on, though nobody may ever ask for them:
+        # so an operator raises, when it runs.
+        (gradient, *_) = (g for g in gradients if g is not None)
+        return tuple(
+            None if shape is None else torch.ops.qmoe.no_gradient(gradient, shape, self.name)
+            for shape in ctx.qmoe_shapes
         )
 
     def register_fake(self, function: Callable[..., Any]) -> None:
         """Take the decorated function for tensors without memory: shapes and dtypes."""
         register_fake(self.name, function, lib=_LIBRARY)
+
+
+def _remember_shapes(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+    ctx.qmoe_shapes = [
+        list(value.shape) if isinstance(value, torch.Tensor) and value.requires_grad else None
+        for value in inputs
+    ]
+
+
+def _raise_no_gradient(gradient: torch.Tensor, shape: Sequence[int], name: str) -> torch.Tensor:
+    raise RuntimeError(
+        f"{name} has no gradient: qmoe is for inference; qmoe.unpatch(model) gives back a model "
+        "that can be trained"
+    )
+
+
+_LIBRARY.define("no_gradient(Tensor gradient, SymInt[] shape, str name) -> Tensor")
+_LIBRARY.impl("no_gradient", _raise_no_gradient, "CompositeExplicitAutograd")
+register_fake(
+    f"{NAMESPACE}::no_gradient",
+    lambda gradient, shape, name: gradient.new_empty(shape),
+    lib=_LIBRARY,
+)
 
 
 def operator(name: str, device_type: str | None = None) -> Callable[[Callable[..., Any]], Operator]:

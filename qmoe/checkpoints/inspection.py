@@ -15,7 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qmoe.checkpoints.files import TORCH_DTYPES, StoredTensor, open_checkpoint
+from qmoe.checkpoints.files import (
+    TORCH_DTYPES,
+    CheckpointError,
+    StoredTensor,
+    open_checkpoint,
+)
 from qmoe.checkpoints.hub import is_hub_id
 from qmoe.checkpoints.schema import COMPRESSED_TENSORS, MANIFEST_NAME, QMOE, Manifest
 
@@ -121,8 +126,16 @@ def _inspect_hub(repo: str) -> Inspection:
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
-        config = _read_json(Path(hf_hub_download(repo, "config.json")))
-        files = get_safetensors_metadata(repo).files_metadata
+        config_file = Path(hf_hub_download(repo, "config.json"))
+        config = _read_json(config_file)
+        tensors = _cached_tensors(config_file.parent)
+        if tensors is None:
+            tensors = [
+                StoredTensor(name, Path(file), t.dtype, tuple(t.shape), start, stop - start)
+                for file, metadata in get_safetensors_metadata(repo).files_metadata.items()
+                for name, t in metadata.tensors.items()
+                for start, stop in [t.data_offsets]
+            ]
         try:
             manifest = Manifest.read(Path(hf_hub_download(repo, MANIFEST_NAME)).parent)
         except EntryNotFoundError:
@@ -132,13 +145,15 @@ def _inspect_hub(repo: str) -> Inspection:
     except Exception as error:  # the Hub's and the network's errors have no common base
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(f"{repo}: cannot be read from the Hub ({reason})") from error
-    tensors = [
-        StoredTensor(name, Path(file), t.dtype, tuple(t.shape), start, stop - start)
-        for file, metadata in files.items()
-        for name, t in metadata.tensors.items()
-        for start, stop in [t.data_offsets]
-    ]
     return _describe(repo, config, tensors, manifest)
+
+
+def _cached_tensors(snapshot: Path) -> list[StoredTensor] | None:
+    """What a snapshot in the Hub's cache holds; None where it was not downloaded, or in part."""
+    try:
+        return list(open_checkpoint(snapshot).values())
+    except CheckpointError:
+        return None
 
 
 def _describe(

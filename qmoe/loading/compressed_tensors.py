@@ -28,7 +28,7 @@ from qmoe.loading.conversions import (
     expert_of,
     for_kept_experts,
 )
-from qmoe.loading.quantizer import ExpertsQuantizer, check_stored, headers_of
+from qmoe.loading.quantizer import ExpertsQuantizer, check_stored
 from qmoe_kernels.quantization import WeightFormat
 
 _WEIGHTS_BY_HEADER_DTYPE: dict[str, WeightFormat] = {"I8": "int8", "F8_E4M3": "fp8"}
@@ -61,7 +61,7 @@ class _CompressedTensorsExperts(ExpertsQuantizer):
             super()._process_model_before_weight_loading(model, **kwargs)
 
     def _read_headers(self, model: PreTrainedModel, files: Iterable[str]) -> None:
-        headers = headers_of(files)
+        headers = self._headers_of(files)
         try:
             layouts = find_experts(model)
         except ValueError:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.utils import cached_file
 
+from qmoe.checkpoints.files import StoredTensor, open_checkpoint
 from qmoe.checkpoints.hub import is_hub_id
-from qmoe.checkpoints.schema import COMPRESSED_TENSORS, QMOE
+from qmoe.checkpoints.schema import COMPRESSED_TENSORS, MANIFEST_NAME, QMOE
+from qmoe.experts.layout import find_experts
 from qmoe.experts.quantized import quantized_modules
+from qmoe.loading.config import QmoeConfig
 from qmoe.loading.devices import choose_device
 from qmoe.loading.patch import patch
-from qmoe.paging.options import PagingOptions
+from qmoe.loading.quantizer import check_experts, listed
+from qmoe.paging.options import PagingOptions, paging_options
 from qmoe_kernels.fused_moe import check_activations
 from qmoe_kernels.quantization import STORAGE_DTYPE
 
@@ -33,7 +43,7 @@ def load(
     revision: str | None = None,
     hbm_budget: str | int | float | None = None,
     context: int | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
 ) -> PreTrainedModel:
     """Load a model for generating text.
 
@@ -51,16 +61,21 @@ def load(
             host memory; on the CPU that is simulated. None: everything is on the device.
         context: tokens per sequence that the budget must hold the KV cache of, new ones included;
             by default the model's own context, but at most 8192.
-        batch_size: sequences at a time that it must hold it of.
+        batch_size: sequences at a time that it must hold it of; by default 1.
+
+    A 16-bit checkpoint is quantized while it is read: beside the 8-bit model, only the experts of
+    one layer are in memory in 16 bit.
 
     Returns:
         The model, in evaluation mode, on ``device``.
 
     Raises:
-        ValueError: no such folder or repository, an unknown device or dtype, a checkpoint that is
-            quantized already while ``weights`` asks for it, activations that its weights do not go
-            with, a budget that cannot work (with the smallest that does), or too little host
-            memory.
+        ValueError: no such folder or repository, or one whose model makes no text; a file that is
+            missing or broken; weights that are missing, left over or of another shape than
+            config.json says; an unknown device or dtype, a checkpoint that is quantized already
+            while ``weights`` asks for it, activations that its weights do not go with, a budget
+            that cannot work (with the smallest that does), ``context`` or ``batch_size`` without
+            one, or too little host memory.
 
     Example:
         >>> import qmoe
@@ -70,28 +85,27 @@ def load(
     check_activations(activations, weights)
     device = choose_device(device)
     dtype = _choose_dtype(dtype)
+    paging = paging_options(hbm_budget, context, batch_size)
     config = _read_config(path_or_repo, revision)
-    # What is yet to be quantized need not fit on the device before it is paged.
-    load_on = device
-    if hbm_budget is not None and weights is None:
-        _ask_for_paging(config, PagingOptions(hbm_budget, context, batch_size), path_or_repo)
-    elif hbm_budget is not None:
-        load_on = torch.device("cpu")
-    model = _auto_class(config).from_pretrained(
-        path_or_repo, config=config, dtype=dtype, device_map=load_on, revision=revision
-    )
+    method = _quantization(config).get("quant_method")
     if weights is None:
+        if paging is not None:
+            _ask_for_paging(config, paging, path_or_repo)
+        model = _from_pretrained(path_or_repo, config, dtype, device, revision)
         _choose_activations(model, activations, path_or_repo)
         return model
-    return patch(
-        model,
-        weights,
-        activations=activations,
-        hbm_budget=hbm_budget,
-        device=device,
-        context=context,
-        batch_size=batch_size,
-    )
+    if method in (QMOE, COMPRESSED_TENSORS):
+        raise ValueError(
+            f"{path_or_repo}: is quantized already ({method}); leave weights={weights!r} out"
+        )
+    if method is None:
+        quantization = QmoeConfig(weights, activations=activations, paging=paging)
+        return _from_pretrained(path_or_repo, config, dtype, device, revision, quantization)
+    # Quantized otherwise: transformers may widen it to 16 bit, which patch takes, or refuses.
+    load_on = device if paging is None else torch.device("cpu")
+    model = _from_pretrained(path_or_repo, config, dtype, load_on, revision)
+    where = {} if paging is None else {"device": device, **asdict(paging)}
+    return patch(model, weights, activations=activations, **where)
 
 
 def _choose_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
@@ -101,6 +115,8 @@ def _choose_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
     named = getattr(torch, dtype, None)
     if not isinstance(named, torch.dtype):
         raise ValueError(f"dtype={dtype!r} is no torch dtype; use 'auto', 'bfloat16' or 'float16'")
+    if not named.is_floating_point or named.itemsize == 1:
+        raise ValueError(f"dtype={dtype!r} is no floating-point dtype of 16 bits or more")
     return named
 
 
@@ -109,25 +125,162 @@ def _read_config(path_or_repo: str, revision: str | None) -> PreTrainedConfig:
         raise ValueError(f"{path_or_repo}: no such folder, and no Hub id of the form owner/name")
     try:
         return AutoConfig.from_pretrained(path_or_repo, revision=revision)
-    except OSError as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ValueError(f"{path_or_repo}: no model here ({first_line})") from None
+    except Exception as error:  # whatever a config.json may hold
+        raise ValueError(f"{path_or_repo}: no model here ({one_line(error)})") from None
 
 
-def _auto_class(config: PreTrainedConfig) -> Any:
+def one_line(error: BaseException) -> str:
+    """The first line of what an error says, or what kind of error it is."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _from_pretrained(
+    path_or_repo: str,
+    config: PreTrainedConfig,
+    dtype: str | torch.dtype,
+    device: torch.device,
+    revision: str | None,
+    quantization: QmoeConfig | None = None,
+) -> PreTrainedModel:
+    """The model, in which every weight is from the checkpoint.
+
+    Raises:
+        ValueError: a file is missing or broken, or the checkpoint and its config.json do not go
+            together.
+    """
+    auto_class = _auto_class(config, path_or_repo)
+    layouts = {}
+    try:
+        model, info = auto_class.from_pretrained(
+            path_or_repo,
+            config=config,
+            dtype=dtype,
+            device_map=device,
+            revision=revision,
+            use_safetensors=True,
+            quantization_config=quantization,
+            ignore_mismatched_sizes=True,  # they are in the report
+            output_loading_info=True,
+        )
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, SafetensorError) or Path(path_or_repo).is_dir():
+            _check_files(path_or_repo, revision)
+        raise ValueError(
+            f"{path_or_repo}: its weights cannot be read ({one_line(error)})"
+        ) from None
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "conversion" not in str(error):
+            raise
+        with torch.device("meta"), suppress(ValueError):
+            model = auto_class.from_config(config)
+            layouts = find_experts(model)  # ValueError: a dense model
+        headers = _check_files(path_or_repo, revision)
+        if layouts:
+            check_experts(model, layouts, headers)
+        raise ValueError(
+            f"{path_or_repo}: its tensors do not have the shapes that its config.json asks for; "
+            "download it again"
+        ) from None
+    architectures = config.architectures or [type(model).__name__]
+    _check_complete(path_or_repo, revision, model, architectures, info)
+    return model
+
+
+def _check_files(path_or_repo: str, revision: str | None) -> dict[str, StoredTensor]:
+    """The headers of a checkpoint's files, or a CheckpointError that names the broken one."""
+    config = _find_file(path_or_repo, "config.json", revision)
+    return {} if config is None else open_checkpoint(config.parent)
+
+
+def _find_file(path_or_repo: str, name: str, revision: str | None) -> Path | None:
+    """A file of a folder or, of a repository, where it was downloaded to; None if it has none."""
+    found = cached_file(
+        path_or_repo,
+        name,
+        revision=revision,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return None if found is None else Path(found)
+
+
+def _check_complete(
+    path_or_repo: str,
+    revision: str | None,
+    model: PreTrainedModel,
+    architectures: Collection[str],
+    info: dict[str, Any],
+) -> None:
+    """Refuse a model with weights that are random, or a checkpoint with weights left over."""
+    mismatched = {f"{n} {list(s)} instead of {list(e)}" for n, s, e in info["mismatched_keys"]}
+    unexpected = set(info["unexpected_keys"])
+    if unexpected and _find_file(path_or_repo, MANIFEST_NAME, revision) is not None:
+        unexpected = set()  # whoever converted it was told
+    for names, what in (
+        (set(info["missing_keys"]), "missing; download or convert the checkpoint again"),
+        (mismatched, "of another shape; config.json is another model's"),
+        (
+            _left_over(unexpected, model, architectures),
+            "no part of the model that config.json describes",
+        ),
+    ):
+        if names:
+            raise ValueError(f"{path_or_repo}: {listed(names)} {what}")
+
+
+def _left_over(names: set[str], model: PreTrainedModel, architectures: Collection[str]) -> set[str]:
+    """Those of a checkpoint's further tensors that no part which nobody runs here explains.
+
+    Such parts are layers that predict more than one token ahead, scales of quantized
+    activations and caches, and all but the text model where that is loaded of one that reads
+    images or sounds too.
+    """
+    modules = {name for name, _ in model.named_modules()}
+    ahead = {_layer_of(name) for name in names if _AHEAD.search(name)} - {None}
+
+    def explained(name: str) -> bool:
+        if _layer_of(name) in ahead or re.search(r"\.(input|output|[kqv])_scale$", name):
+            return True
+        first = name.removeprefix("model.").partition(".")[0]
+        other_part = first not in modules and f"model.{first}" not in modules
+        return other_part and ("mtp" in first or type(model).__name__ not in architectures)
+
+    return {name for name in names if not explained(name)}
+
+
+# What layers have that predict more than one token ahead.
+_AHEAD = re.compile(r"\.(eh_proj|enorm|hnorm|shared_head|nextn\w*|mtp\w*)\.")
+
+
+def _layer_of(name: str) -> str | None:
+    match = re.match(r"(?:.*\.)?layers\.\d+\.", name)
+    return None if match is None else match[0]
+
+
+def _auto_class(config: PreTrainedConfig, path_or_repo: str) -> Any:
     """The class of transformers that makes text with such a model."""
-    if type(config) in AutoModelForCausalLM._model_mapping:
-        return AutoModelForCausalLM
-    return AutoModelForImageTextToText
+    for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in auto_class._model_mapping:
+            return auto_class
+    raise ValueError(
+        f"{path_or_repo}: a model of type {config.model_type!r} makes no text; "
+        "docs/models.md lists those that do"
+    )
 
 
-def _ask_for_paging(config: PreTrainedConfig, options: PagingOptions, path_or_repo: str) -> None:
-    """Let the quantizer of a checkpoint in 8 bit know that its experts are to be paged."""
-    quantization: dict[str, Any] = (
+def _quantization(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a checkpoint's configuration says of how it is quantized; empty if it is not."""
+    return (
         getattr(config, "quantization_config", None)
         or getattr(config.get_text_config(decoder=True), "quantization_config", None)
         or {}
     )
+
+
+def _ask_for_paging(config: PreTrainedConfig, options: PagingOptions, path_or_repo: str) -> None:
+    """Let the quantizer of a checkpoint in 8 bit know that its experts are to be paged."""
+    quantization = _quantization(config)
     method = quantization.get("quant_method")
     if method not in (QMOE, COMPRESSED_TENSORS):
         raise ValueError(

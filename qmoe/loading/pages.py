@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -13,7 +15,7 @@ from qmoe.checkpoints.files import StoredTensor
 from qmoe.experts.pages import LayerPages
 from qmoe.experts.quantized import quantized_modules
 from qmoe.paging.budget import Budget
-from qmoe.paging.host_store import HostStore, PageRead
+from qmoe.paging.host_store import FileVersion, HostStore, PageRead
 from qmoe.paging.model import (
     budget_for,
     fill_layer,
@@ -29,6 +31,7 @@ from qmoe.progress import progress as progress_bar
 def load_pages(
     model: nn.Module,
     stored: Mapping[str, Sequence[StoredTensor]],
+    versions: Mapping[Path, FileVersion],
     options: PagingOptions,
     device: torch.device,
     *,
@@ -40,6 +43,7 @@ def load_pages(
         model: on ``device``, its experts without their 8-bit weights.
         stored: ``{module}.{projection}`` -> the tensors that, one behind the other, are its
             canonical form: one of all experts, or one or two (gate, up) per expert.
+        versions: of their files, when the headers were read.
         options: the budget, and what it must hold.
         device: where the model runs.
         progress: draw a progress bar if stderr is a terminal.
@@ -62,7 +66,7 @@ def load_pages(
         with progress_bar("Loading experts", len(layers), show=progress) as bar:
             for pages, (gate_up, down) in zip(layers, tensors, strict=True):
                 with closing(HostStore([pages], pin=False)) as one_layer:
-                    one_layer.fill(page_reads(0, pages, gate_up, down))
+                    one_layer.fill(page_reads(0, pages, gate_up, down, versions))
                     weights = [w.to(device, copy=True).contiguous() for w in one_layer.weights(0)]
                 modules[pages.name].unpage(*weights)
                 bar.advance()
@@ -70,12 +74,44 @@ def load_pages(
         return
     store = host_store(layers, device, progress=progress)
     try:
-        reads = [page_reads(i, p, *t) for i, (p, t) in enumerate(zip(layers, tensors, strict=True))]
+        reads = [
+            page_reads(layer, pages, gate_up, down, versions)
+            for layer, (pages, (gate_up, down)) in enumerate(zip(layers, tensors, strict=True))
+        ]
         store.fill([read for layer in reads for read in layer], progress=progress)
         page_experts(model, store, budget, device)
     except BaseException:
         store.close()
         raise
+
+
+def page_stored(
+    model: nn.Module, store: HostStore, options: PagingOptions, device: torch.device
+) -> None:
+    """Place experts that were quantized into ``store``, which is closed where it is not used.
+
+    Args:
+        model: on ``device``, its experts without their 8-bit weights.
+        store: their pages.
+        options: the budget, and what it must hold.
+        device: where the model runs.
+
+    Raises:
+        ValueError: a budget that cannot work.
+    """
+    try:
+        budget = budget_for(model, store.layers, options, device)
+        if not budget.all_resident:
+            page_experts(model, store, budget, device)
+            return
+        for layer, experts in enumerate(quantized_modules(model).values()):
+            experts.unpage(*(w.to(device, copy=True).contiguous() for w in store.weights(layer)))
+            store.empty(layer)
+        keep_resident(model, budget, device)
+    except BaseException:
+        store.close()
+        raise
+    store.close()
 
 
 def page_quantized(model: nn.Module, budget: Budget, device: torch.device) -> None:
@@ -116,7 +152,11 @@ def page_quantized(model: nn.Module, budget: Budget, device: torch.device) -> No
 
 
 def page_reads(
-    layer: int, pages: LayerPages, gate_up: Sequence[StoredTensor], down: Sequence[StoredTensor]
+    layer: int,
+    pages: LayerPages,
+    gate_up: Sequence[StoredTensor],
+    down: Sequence[StoredTensor],
+    versions: Mapping[Path, FileVersion] = MappingProxyType({}),
 ) -> list[PageRead]:
     """The reads that fill the pages of one layer.
 
@@ -126,15 +166,20 @@ def page_reads(
         gate_up: the tensors that, one behind the other, are its (num_experts, rows, columns)
             weights.
         down: the same for the second projection.
+        versions: of their files, when the headers were read.
     """
     return [
-        *_reads(layer, 0, math.prod(pages.gate_up), gate_up),
-        *_reads(layer, pages.down_offset, math.prod(pages.down), down),
+        *_reads(layer, 0, math.prod(pages.gate_up), gate_up, versions),
+        *_reads(layer, pages.down_offset, math.prod(pages.down), down, versions),
     ]
 
 
 def _reads(
-    layer: int, offset: int, expert_bytes: int, tensors: Sequence[StoredTensor]
+    layer: int,
+    offset: int,
+    expert_bytes: int,
+    tensors: Sequence[StoredTensor],
+    versions: Mapping[Path, FileVersion],
 ) -> Iterator[PageRead]:
     position = 0  # in the weights of all experts
     for tensor in tensors:
@@ -143,5 +188,8 @@ def _reads(
             expert, within = divmod(position, expert_bytes)
             nbytes = min(stop - position, expert_bytes - within)
             file_offset = tensor.offset + position - start
-            yield PageRead(layer, expert, offset + within, tensor.file, file_offset, nbytes)
+            version = versions.get(tensor.file)
+            yield PageRead(
+                layer, expert, offset + within, tensor.file, file_offset, nbytes, version
+            )
             position += nbytes

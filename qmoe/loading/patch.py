@@ -20,7 +20,7 @@ from qmoe.loading.pages import page_quantized
 from qmoe.loading.quantizer import QmoeQuantizer
 from qmoe.loading.side_by_side import lay_side_by_side
 from qmoe.paging.model import budget_for
-from qmoe.paging.options import PagingOptions
+from qmoe.paging.options import paging_options
 from qmoe_kernels.fused_moe import check_activations
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def patch(
     hbm_budget: str | int | float | None = None,
     device: str | torch.device = "auto",
     context: int | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
 ) -> PreTrainedModel:
     """Quantize the experts of a loaded model in place.
 
@@ -81,7 +81,9 @@ def patch(
     """
     config = QmoeConfig(weights, activations=activations)
     check_activations(activations, weights)
-    options = None if hbm_budget is None else PagingOptions(hbm_budget, context, batch_size)
+    options = paging_options(hbm_budget, context, batch_size)
+    if options is None and device != "auto":
+        raise ValueError(f"device={str(device)!r} has no effect without hbm_budget; drop it")
     with guard_of(model).changing("qmoe.patch"):
         _check_not_quantized(model)
         layouts = layers_to_quantize(model, weights)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from qmoe.experts.guard import guard_of
 from qmoe.experts.quantized import quantized_modules
@@ -21,6 +23,26 @@ def protect(model: nn.Module) -> None:
         model.register_load_state_dict_pre_hook(_check_state)
     if _refuse_adapters not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(_refuse_adapters)
+
+
+def _refuse_saving_around(save: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(save)
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if getattr(self.config, "quantization_config", None) is None:
+            for name in quantized_modules(self):
+                raise ValueError(
+                    f"{type(self).__name__} cannot be saved: {name} is in 8 bit, and its "
+                    "configuration does not say so, since only a part of the model was patched; "
+                    "call qmoe.unpatch on that part and qmoe.patch on this model"
+                )
+        return save(self, *args, **kwargs)
+
+    return save_pretrained
+
+
+# A model does not know what it is a part of, so that the whole has to ask: it would write a
+# checkpoint of which nobody can tell that it is quantized, and whose experts load as random ones.
+PreTrainedModel.save_pretrained = _refuse_saving_around(PreTrainedModel.save_pretrained)
 
 
 def unprotect(model: nn.Module) -> None:

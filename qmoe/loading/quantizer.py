@@ -7,7 +7,8 @@ own format (:mod:`qmoe.checkpoints.schema`) and of quantizing on load.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,28 @@ from transformers.utils.logging import is_progress_bar_enabled
 from qmoe.checkpoints.files import StoredTensor, read_header
 from qmoe.checkpoints.schema import QMOE, QUANTIZED_SUFFIX
 from qmoe.experts.layout import ExpertsLayout, find_experts
-from qmoe.experts.quantized import Change, QuantizedExperts, install, quantized_modules
+from qmoe.experts.quantized import (
+    Change,
+    QuantizedExperts,
+    layer_pages,
+    quantized_modules,
+)
 from qmoe.loading.config import QmoeConfig, give_own_config
-from qmoe.loading.conversions import Renamer, for_kept_experts
+from qmoe.loading.conversions import (
+    Renamer,
+    converts_experts,
+    expert_of,
+    for_kept_experts,
+    quantized_conversions,
+)
 from qmoe.loading.devices import only_device
-from qmoe.loading.layers import quantize_layers, restore_layers
-from qmoe.loading.pages import load_pages, page_quantized
+from qmoe.loading.layers import restore_layers
+from qmoe.loading.pages import load_pages, page_stored
 from qmoe.loading.protection import protect
 from qmoe.loading.side_by_side import lay_side_by_side
-from qmoe.paging.model import budget_for, pages_of
+from qmoe.loading.while_loading import ExpertsToQuantize, stand_in
+from qmoe.paging.host_store import FileVersion
+from qmoe.paging.model import host_store
 from qmoe.paging.options import PagingOptions
 from qmoe_kernels.quantization import STORAGE_DTYPE, WeightFormat
 
@@ -42,9 +56,12 @@ class ExpertsQuantizer(HfQuantizer):
     change: Change | None = None  # that is under way, see qmoe.loading.layers
     paged = False  # kept up to date by qmoe.paging.model
     layouts: dict[str, ExpertsLayout]
+    kept: Collection[str]  # experts modules that stay in 16 bit
+    to_quantize: ExpertsToQuantize | None = None  # while a 16-bit checkpoint is loaded
     device: torch.device
-    # What the headers say of pages, see load_pages.
+    # What the headers say of pages, see load_pages, and which files they were read from.
     stored: dict[str, list[StoredTensor]]
+    versions: dict[Path, FileVersion]
 
     @property
     def paging(self) -> PagingOptions | None:
@@ -56,11 +73,12 @@ class ExpertsQuantizer(HfQuantizer):
         if self.paging is None:
             return device_map
         self.device = only_device(device_map)
-        # Experts that are yet to be quantized would not fit.
-        return {"": self.device if self.pre_quantized else torch.device("cpu")}
+        return {"": self.device}
 
     def preprocess_model(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        self.versions = {}
         super().preprocess_model(model, *args, **kwargs)
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self.dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
         for pattern, dtype in model._get_dtype_plan(kwargs.get("dtype")).items():
             matches = re.compile(pattern.replace("*", ".*")).search
@@ -71,11 +89,7 @@ class ExpertsQuantizer(HfQuantizer):
         source = model.get_submodule(name)
         activations = getattr(self.quantization_config, "activations", "auto")
         paged = self.paging is not None
-        install(model, name, QuantizedExperts(source, weights, activations, paged=paged))
-        block = model.get_submodule(name.rpartition(".")[0])
-        if not any(True for _ in (*block.parameters(False), *block.buffers(False))):
-            # All that is left for it to initialize are the experts that it no longer has.
-            block._is_hf_initialized = True
+        stand_in(model, name, QuantizedExperts(source, weights, activations, paged=paged))
 
     def _leave_out_pages(self, model: PreTrainedModel) -> None:
         """Let transformers pass over the tensors that are pages: neither read nor warned of."""
@@ -87,17 +101,41 @@ class ExpertsQuantizer(HfQuantizer):
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = {*ignored, *patterns}
 
+    def _headers_of(self, files: Iterable[str]) -> dict[str, StoredTensor]:
+        """Every tensor of these files, from their headers; the files are to stay what they are."""
+        headers: dict[str, StoredTensor] = {}
+        for file in map(Path, files):
+            # Before the header: where the file is replaced in between, the two do not fit.
+            self.versions[file] = FileVersion.of(file)
+            headers.update(read_header(file))
+        return headers
+
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> Any:
+        try:
+            return self._finish(model, **kwargs)
+        except BaseException:
+            if self.to_quantize is not None and self.to_quantize.store is not None:
+                self.to_quantize.store.close()
+            raise
+
+    def _finish(self, model: PreTrainedModel, **kwargs: Any) -> Any:
+        if self.to_quantize is not None:
+            self.to_quantize.check_finished()
+        _check_loaded(model, [*self.layouts, *self.kept], self.shapes)
+        for file, version in self.versions.items():
+            version.check(file)
         if not hasattr(HfQuantizer, "get_new_dtype"):
             _cast_renamed(model, self.dtypes)
         result = super().postprocess_model(model, **kwargs)
+        progress = is_progress_bar_enabled()
         if self.paging is not None and self.pre_quantized:
-            progress = is_progress_bar_enabled()
-            load_pages(model, self.stored, self.paging, self.device, progress=progress)
+            load_pages(
+                model, self.stored, self.versions, self.paging, self.device, progress=progress
+            )
         elif self.paging is not None:
-            layers = pages_of(quantized_modules(model))
-            budget = budget_for(model, layers, self.paging, self.device)
-            page_quantized(model, budget, self.device)
+            assert self.to_quantize is not None and self.to_quantize.store is not None
+            page_stored(model, self.to_quantize.store, self.paging, self.device)
+        self.to_quantize = None
         self.pre_quantized = True
         if quantized_modules(model):
             protect(model)
@@ -153,17 +191,46 @@ class QmoeQuantizer(ExpertsQuantizer):
             if name not in self.quantization_config.modules_to_not_convert
         }
         self.kept = layouts.keys() - self.layouts.keys()
+        files = kwargs.get("checkpoint_files")
         if not self.pre_quantized:
+            if files:
+                check_experts(model, layouts, self._headers_of(files))
+            self._begin_to_quantize(model)
             return
         for name in self.layouts:
             self._stand_in(model, name, self.quantization_config.weights)
-        files = kwargs.get("checkpoint_files")
         if files:
             self._read_headers(model, files)
         if self.paging is not None:
             if not files:
                 raise ValueError("hbm_budget needs a checkpoint's files; load it from a folder")
             self._leave_out_pages(model)
+
+    def _begin_to_quantize(self, model: PreTrainedModel) -> None:
+        config = self.quantization_config
+        store = None
+        if self.paging is not None:
+            layers = [layer_pages(n, layout, config.weights) for n, layout in self.layouts.items()]
+            with torch.device("cpu"):  # transformers makes everything else on meta here
+                store = host_store(layers, self.device, progress=is_progress_bar_enabled())
+        self.to_quantize = ExpertsToQuantize(
+            model, self.layouts, config.weights, config.activations, store
+        )
+
+    def param_needs_quantization(
+        self, model: PreTrainedModel, param_name: str, **kwargs: Any
+    ) -> bool:
+        return self.to_quantize is not None and param_name in self.to_quantize.sources
+
+    def get_quantize_ops(self) -> ExpertsToQuantize:
+        assert self.to_quantize is not None
+        return self.to_quantize
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Any) -> float:
+        # transformers takes that much of a GPU in advance.
+        if self.param_needs_quantization(model, param_name) and not param_name.endswith("_bias"):
+            return 1 if self.paging is None else 0
+        return super().param_element_size(model, param_name, param)
 
     def _read_headers(self, model: PreTrainedModel, files: Iterable[str]) -> None:
         pages = {
@@ -172,7 +239,7 @@ class QmoeQuantizer(ExpertsQuantizer):
             for projection in layout.projections
         }
         rename = Renamer(model, pages)
-        found = {rename(key): tensor for key, tensor in headers_of(files).items()}
+        found = {rename(key): tensor for key, tensor in self._headers_of(files).items()}
         expected = [f"{n}.{p}" for n in self.layouts for p in model.get_submodule(n).state_dict()]
         for parameter in (*expected, *pages):
             if parameter not in found:
@@ -186,18 +253,17 @@ class QmoeQuantizer(ExpertsQuantizer):
             check_stored(stored, self.quantization_config.weights, shape)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
-        if not self.pre_quantized:
-            config = self.quantization_config
-            change = Change("qmoe.patch")
-            quantize_layers(model, self.layouts, config.weights, config.activations, change)
-            change.finished = True
+        if self.to_quantize is None:
+            return model
+        model._weight_conversions = self.to_quantize.plain(model._weight_conversions)
+        model._weight_conversions = quantized_conversions(model, self.layouts, self.kept)
         return model
 
     def update_weight_conversions(
         self, weight_conversions: list[WeightTransform], *args: Any
     ) -> list[WeightTransform]:
-        if not self.pre_quantized:
-            return weight_conversions
+        if self.to_quantize is not None:
+            return self.to_quantize.keep_apart(weight_conversions)
         return for_kept_experts(weight_conversions, self.layouts, self.kept)
 
 
@@ -222,6 +288,67 @@ def check_stored(stored: StoredTensor, weights: WeightFormat, shape: tuple[int, 
         )
 
 
-def headers_of(files: Iterable[str]) -> dict[str, StoredTensor]:
-    """Every tensor of these files, from their headers."""
-    return {name: t for file in files for name, t in read_header(Path(file)).items()}
+def _check_loaded(
+    model: PreTrainedModel, experts: Iterable[str], shapes: Mapping[str, torch.Size]
+) -> None:
+    """Refuse experts that were in no file, and tensors of another shape than the model's.
+
+    transformers would fill the former with random numbers and only warn; the latter it takes as
+    they are, until 5.21.
+    """
+    for name in experts:
+        for leaf, parameter in model.get_submodule(name).named_parameters():
+            if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False):
+                raise ValueError(
+                    f"{name}.{leaf} is in none of the checkpoint's files; download it again, or "
+                    "convert it again"
+                )
+    for name, parameter in model.named_parameters():
+        if parameter.shape != shapes.get(name, parameter.shape):
+            raise ValueError(
+                f"{name}: the checkpoint has the shape {list(parameter.shape)} for it instead of "
+                f"{list(shapes[name])}; its config.json is another model's"
+            )
+
+
+def check_experts(
+    model: PreTrainedModel,
+    layouts: Mapping[str, ExpertsLayout],
+    headers: Mapping[str, StoredTensor],
+) -> None:
+    """Refuse a 16-bit checkpoint that lacks an expert, before anything of it is read."""
+    rename = Renamer(model)
+    found: dict[str, dict[int, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
+    for key in headers:
+        target, part = rename.with_part(key)
+        found[target][part][expert_of(key)] = key
+    missing = []
+    split = [c for c in rename.converters if len(c.target_patterns) > 1]
+    for name, layout in layouts.items():
+        if any(converts_experts(conversion, {name: layout}) for conversion in split):
+            continue  # which of several parameters a tensor goes to, its name does not tell
+        for source in (s for sources in layout.sources.values() for s in sources):
+            parts = found.get(f"{name}.{source}", {})
+            if not parts:
+                missing.append(f"{name}.{source}")
+            for keys in parts.values():
+                first = next(iter(keys.values()))
+                head, _, tail = re.split(r"(?<=\.)(\d+)(?=\.)(?!.*\.\d+\.)", first + ".")
+                missing += [
+                    f"{head}{expert}{tail}".rstrip(".")
+                    for expert in range(layout.num_experts if len(keys) > 1 else 0)
+                    if expert not in keys
+                ]
+    if missing:
+        raise ValueError(f"{listed(missing)} in none of the checkpoint's files; download it again")
+
+
+def listed(names: Collection[str]) -> str:
+    """The first few of these names, how many more there are, and a verb."""
+    first = sorted(names)[:3]
+    more = len(names) - len(first)
+    return (
+        ", ".join(first)
+        + (f" and {more} more" if more else "")
+        + (" are" if len(names) > 1 else " is")
+    )

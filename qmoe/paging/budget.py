@@ -75,6 +75,11 @@ def parse_budget(hbm_budget: str | int | float, total: int, free: int) -> int:
     return budget
 
 
+def check_budget(hbm_budget: str | int | float) -> None:
+    """Raise ValueError if a budget is written in a way that nobody reads."""
+    _parse(hbm_budget, 1, 1)
+
+
 def _parse(hbm_budget: str | int | float, total: int, free: int) -> int:
     text = str(hbm_budget).strip()
     if text.lower() == "auto":
@@ -121,9 +126,6 @@ def divide_budget(
     Raises:
         ValueError: the budget is too small; says what the smallest is and what it consists of.
     """
-    for name, value in (("context", context), ("batch_size", batch_size)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}; must be a whole number, at least 1")
     slot = max(layer.page_stride for layer in layers)
     num_pages = sum(layer.num_experts for layer in layers)
     experts = sum(layer.num_experts * layer.page_bytes for layer in layers)

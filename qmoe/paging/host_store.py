@@ -33,6 +33,37 @@ _BATCH_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
+class FileVersion:
+    """What tells a file from another that has come in its place since."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int  # nanoseconds
+
+    @classmethod
+    def of(cls, file: Path | int) -> FileVersion:
+        """The version that a path or a descriptor has now; links are followed."""
+        stat = os.stat(file)
+        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+
+    def check(self, file: Path, descriptor: int | None = None) -> None:
+        """Refuse ``file`` if it is another one by now.
+
+        Raises:
+            CheckpointError: it was replaced or changed, or is gone.
+        """
+        try:
+            now = FileVersion.of(file if descriptor is None else descriptor)
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{file}: vanished while it was read; download it again"
+            ) from None
+        if now != self:
+            raise CheckpointError(f"{file}: changed while it was read; load the model again")
+
+
+@dataclass(frozen=True)
 class PageRead:
     """One contiguous piece of a page, and where a file holds it. Offsets and sizes in bytes.
 
@@ -43,6 +74,7 @@ class PageRead:
         file: a safetensors shard.
         file_offset: of the piece, from the start of the file.
         nbytes: of the piece.
+        version: that the file had when its header was read; None: whatever is there now.
     """
 
     layer: int
@@ -51,6 +83,7 @@ class PageRead:
     file: Path
     file_offset: int
     nbytes: int
+    version: FileVersion | None = None
 
 
 class HostStore:
@@ -134,16 +167,18 @@ class HostStore:
             progress: draw a progress bar if stderr is a terminal.
 
         Raises:
-            CheckpointError: a file is gone, ends too early or cannot be read; the pages are then
-                undefined.
+            CheckpointError: a file is gone, was replaced, ends too early or cannot be read; the
+                pages are then undefined.
         """
         num_bytes = sum(read.nbytes for read in reads)
         _in_threads(self._read, _batches(reads), "Loading experts", num_bytes, progress)
 
     def _read(self, batch: Sequence[PageRead]) -> int:
-        file = batch[0].file
+        file, version = batch[0].file, batch[0].version
         try:
             with file.open("rb", buffering=0) as stream:
+                if version is not None:
+                    version.check(file, stream.fileno())
                 for read in batch:
                     stream.seek(read.file_offset)
                     target = self._target(read)
@@ -169,6 +204,11 @@ class HostStore:
         assert 0 <= read.offset <= read.offset + read.nbytes <= layer.page_bytes
         start = read.expert * layer.page_stride + read.offset
         return memoryview(self._maps[read.layer])[start : start + read.nbytes]
+
+    def empty(self, layer: int) -> None:
+        """Give the memory of a layer that is not pinned back; its pages are undefined then."""
+        if not self._pinned and hasattr(mmap, "MADV_DONTNEED"):
+            self._maps[layer].madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         """Unpin and free the pages; what :meth:`pages` gave out stays readable until dropped."""

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from qmoe.experts.pages import LayerPages
 from qmoe.paging.budget import AUTO_FRACTION, Budget, divide_budget, parse_budget
+from qmoe.paging.options import PagingOptions
 from qmoe.sizes import format_size
 
 GIB = 1 << 30
@@ -43,7 +44,7 @@ class TestParse:
     @pytest.mark.parametrize(
         "written",
         [
-            *("", "much", "16G", "16 bananas", "-1GiB", "1.5", "150%", "0%"),
+            *("", "much", "16 bananas", "-1GiB", "1.5", "150%", "0%"),
             *(-1, 0, 0.0, 1.5, float("nan"), float("inf"), True, None),
         ],
     )
@@ -163,7 +164,7 @@ def test_larger_budgets_buy_larger_chunks_and_buffers():
     assert sorted(slots) == list(slots) and slots[-1] > 0.7 * 1280
 
 
-@pytest.mark.parametrize(("name", "value"), [("context", 0), ("batch_size", -1), ("context", 1.5)])
+@pytest.mark.parametrize(("name", "value"), [("context", 0), ("batch_size", -1), ("context", "8k")])
 def test_no_context_and_no_batch(name, value):
-    with pytest.raises(ValueError, match=f"{name}={value}"):
-        divide_budget([layer(8, 64)], [2], total=GIB, workspace=workspace, **SIZES | {name: value})
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
+        PagingOptions("1GiB", **{name: value})

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -563,7 +564,7 @@ class TestInspect:
         with pytest.raises(ValueError, match=message):
             inspect_checkpoint(tmp_path)
 
-    def test_a_hub_id_reads_headers_only(self, checkpoint, monkeypatch):
+    def test_a_hub_id_reads_headers_only(self, checkpoint, tmp_path, monkeypatch):
         import huggingface_hub
         from huggingface_hub.errors import EntryNotFoundError
         from huggingface_hub.utils import (
@@ -578,7 +579,7 @@ class TestInspect:
             asked.append(name)
             if name != "config.json":
                 raise EntryNotFoundError(name)
-            return str(checkpoint / name)
+            return shutil.copy(checkpoint / name, tmp_path)
 
         tensors = {
             t.name: TensorInfo(dtype=t.dtype, shape=list(t.shape), data_offsets=(0, t.nbytes))
@@ -594,6 +595,20 @@ class TestInspect:
         assert remote.path == "owner/name"
         assert (remote.expert_bytes, remote.rest_bytes) == (local.expert_bytes, local.rest_bytes)
         assert asked == ["config.json", MANIFEST_NAME]
+
+    def test_offline_a_cached_snapshot_serves(self, checkpoint, tmp_path, monkeypatch):
+        import huggingface_hub
+
+        repo = tmp_path / "models--owner--name"
+        shutil.copytree(checkpoint, repo / "snapshots" / "abc")
+        (repo / "refs").mkdir()
+        (repo / "refs" / "main").write_text("abc")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        cached, local = inspect_checkpoint("owner/name"), inspect_checkpoint(checkpoint)
+        assert (cached.expert_bytes, cached.rest_bytes) == (local.expert_bytes, local.rest_bytes)
+        with pytest.raises(ValueError, match="owner/other: cannot be read from the Hub"):
+            inspect_checkpoint("owner/other")
 
     def test_a_hub_that_cannot_be_reached(self, monkeypatch):
         import huggingface_hub

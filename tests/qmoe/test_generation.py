@@ -296,11 +296,36 @@ class TestStatistics:
         ("a", {"chat": True}, "no chat template"),
         ("a", {"do_sample": True, "temperature": -1.0}, "temperature"),
         ("a", {"num_return_sequences": 2, "do_sample": False}, "num_return_sequences"),
+        ("a", {"num_beams": 0}, "num_beams=0: must be a whole number, at least 1"),
+        ("a", {"num_return_sequences": 0}, "num_return_sequences=0: must be"),
+        ("a", {"do_sample": True, "top_p": 2}, "top_p=2: must be a number from 0 to 1"),
+        ("a", {"do_sample": True, "top_k": True}, "top_k=True: must be a whole number"),
+        ("a", {"do_sample": "yes"}, "do_sample='yes': must be True or False"),
+        ("a", {"stop_strings": ["b", ""]}, "stop_strings=.*must be a string, or a list"),
+        ("a", {"seed": 1e23}, r"seed=1e\+23: must be a whole number of at most 64 bits"),
+        ("a", {"seed": 10**23}, "seed=10{23}: must be a whole number of at most 64 bits"),
     ],
 )
 def test_errors(model, tokenizer, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         generate(model, tokenizer, prompts, **options)
+
+
+def test_the_tokenizer_of_another_model(model, tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens([f"<more {i}>" for i in range(20)])
+    with pytest.raises(ValueError, match=r"prompt 1 has the token 27\d, .*264 .*another model"):
+        generate(model, other, ["a", "a<more 15>"])
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ raise_exception('no user') }}", "{% if %}", "{{ a.b.c }}"]
+)
+def test_a_chat_template_that_fails(template, model, tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    with pytest.raises(ValueError, match=r"the chat template failed \(.+\); write the prompt out"):
+        generate(model, other, "a", chat=True)
 
 
 def small_context(model, size):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import weakref
@@ -26,6 +27,7 @@ from qmoe.checkpoints.schema import compressed_tensors_config
 from qmoe.experts.pages import LayerPages
 from qmoe.experts.quantized import quantized_modules
 from qmoe.loading.pages import page_reads
+from qmoe.loading.quantizer import ExpertsQuantizer
 from qmoe.paging import host_store
 from qmoe.paging.host_store import HostStore
 from qmoe.paging.model import stats
@@ -243,10 +245,35 @@ def test_a_shard_that_changes_midway(what, budget, tmp_path, monkeypatch) -> Non
 
     with monkeypatch.context() as patched:
         patched.setattr(HostStore, "fill", change_then_fill)
-        with pytest.raises(ValueError, match=r"model\.safetensors.*download it again"):
+        with pytest.raises(ValueError, match=r"model\.safetensors: (vanished|changed) while"):
             load(tmp_path, budget)
     file.write_bytes(content)
     load(tmp_path, budget)
+
+
+@pytest.mark.parametrize("form", ["qmoe", "compressed-tensors"])
+@pytest.mark.parametrize("budget", ["smallest", "1GB", None])
+def test_a_folder_that_is_replaced_midway(budget, form, tmp_path, monkeypatch) -> None:
+    """Another conversion of the same model, with other numbers in other places."""
+    folder, other = tmp_path / "model", tmp_path / "other"
+    saved("qwen3_moe", "int8", form, folder)
+    shutil.copytree(folder, other)
+    tensors = {name: t.flip(0) for name, t in load_file(other / "model.safetensors").items()}
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    if budget == "smallest":
+        budget = smallest_budget(folder)
+    read_headers = ExpertsQuantizer._headers_of
+
+    def read_then_replace(self, files) -> dict[str, StoredTensor]:
+        headers = read_headers(self, files)
+        folder.rename(tmp_path / "old")
+        other.rename(folder)
+        return headers
+
+    monkeypatch.setattr(ExpertsQuantizer, "_headers_of", read_then_replace)
+    options = {} if budget is None else {"hbm_budget": budget, "context": CONTEXT}
+    with pytest.raises(ValueError, match=r"model\.safetensors: changed while it was read"):
+        qmoe.load(folder, device="cpu", **options)
 
 
 @pytest.mark.parametrize("form", ["qmoe", "compressed-tensors"])
@@ -344,12 +371,44 @@ def watch():
         time.sleep(0.002)
 watcher = threading.Thread(target=watch)
 watcher.start()
-model = qmoe.load(sys.argv[1], device="cpu", hbm_budget=int(sys.argv[2]), context=64)
+model = qmoe.load(sys.argv[1], device="cpu", **eval(sys.argv[2]))
 done = True
 watcher.join()
-assert model.qmoe_paging.cache is not None
-print(peak - before, model.qmoe_paging.cache.host.num_bytes, model.qmoe_paging.budget.total)
+if getattr(model, "qmoe_paging", None) is None:
+    print(peak - before, 0, sum(p.nbytes for p in model.parameters()))
+else:
+    print(peak - before, model.qmoe_paging.cache.host.num_bytes, model.qmoe_paging.budget.total)
 """
+
+
+def memory_of_loading(folder: Path, **options) -> list[int]:
+    """What a process grows by at most, its pages, and its (simulated) device; in bytes."""
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, str(folder), repr(options)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    return [int(number) for number in done.stdout.split()]
+
+
+def save_large(folder: Path, form: str = "16 bit", num_layers: int = 4) -> None:
+    """A Qwen3-MoE whose layers' experts take 151 MB each in 16 bit."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = dict(hidden_size=1024, moe_intermediate_size=768, num_experts=32, vocab_size=256)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts_per_tok=2)
+    config = Qwen3MoeConfig(**sizes, **heads, num_hidden_layers=num_layers)
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(config)
+    model = model.to_empty(device="cpu").to(torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.data.fill_(0.01)
+    if form == "compressed-tensors":
+        compressed_tensors_checkpoint(model, folder, "int8")
+    else:
+        (model if form == "16 bit" else qmoe.patch(model)).save_pretrained(folder)
 
 
 @pytest.mark.slow
@@ -357,28 +416,8 @@ print(peak - before, model.qmoe_paging.cache.host.num_bytes, model.qmoe_paging.b
 @pytest.mark.parametrize("form", ["qmoe", "compressed-tensors"])
 def test_no_second_copy_in_memory(form, tmp_path) -> None:
     """The peak of a load is the pages, the simulated device, and little else."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
-    sizes = dict(hidden_size=1024, moe_intermediate_size=768, num_experts=32, vocab_size=256)
-    heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts_per_tok=2)
-    config = Qwen3MoeConfig(**sizes, **heads, num_hidden_layers=4)
-    with torch.device("meta"):
-        model = Qwen3MoeForCausalLM(config)
-    model = model.to_empty(device="cpu").to(torch.bfloat16)
-    for parameter in model.parameters():
-        parameter.data.fill_(0.01)
-    if form == "qmoe":
-        qmoe.patch(model).save_pretrained(tmp_path)
-    else:
-        compressed_tensors_checkpoint(model, tmp_path, "int8")
+    save_large(tmp_path, form)
     budget = smallest_budget(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", PEAK, str(tmp_path), str(budget)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    grown, pages, device = map(int, done.stdout.split())
+    grown, pages, device = memory_of_loading(tmp_path, hbm_budget=budget, context=64)
     assert pages > 280 << 20
     assert grown < pages + device + (64 << 20)

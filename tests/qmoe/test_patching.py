@@ -112,6 +112,18 @@ def test_compiles_without_a_graph_break() -> None:
     torch.testing.assert_close(actual, logits(model), rtol=1e-4, atol=1e-4)
 
 
+def test_compiles_where_gradients_are_on_and_refuses_one_when_it_is_asked_for() -> None:
+    experts = qmoe.patch(build("qwen3_moe", num_layers=1)).model.layers[0].mlp.experts
+    x = torch.randn(3, 64, requires_grad=True)
+    routing = torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1)
+    expected = experts(x, *routing)
+    output = torch.compile(experts, backend="aot_eager")(x, *routing)
+    assert torch.equal(output, expected)
+    for result in (output, expected):
+        with pytest.raises(RuntimeError, match=r"has no gradient.*qmoe\.unpatch"):
+            result.sum().backward()
+
+
 def test_patching_twice_is_refused() -> None:
     model = qmoe.patch(build("qwen3_moe"))
     with pytest.raises(ValueError, match=r"patched already.*unpatch"):
@@ -171,7 +183,7 @@ class TestLoad:
         quantized.save_pretrained(tmp_path / "fp8")
         again = qmoe.load(tmp_path / "fp8", device="cpu")
         assert torch.equal(logits(again), logits(quantized))
-        with pytest.raises(ValueError, match="patched already"):
+        with pytest.raises(ValueError, match=r"quantized already.*leave weights='int8' out"):
             qmoe.load(tmp_path / "fp8", device="cpu", weights="int8")
 
     def test_chooses_activations(self, tmp_path) -> None:

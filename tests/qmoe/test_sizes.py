@@ -39,7 +39,7 @@ def test_a_printed_size_is_enough(num_bytes: int) -> None:
         *(("5GB", 5 * 10**9), ("500 mb", 5 * 10**8), ("2GiB", 2**31), (" 2 gib ", 2**31)),
         *((7, 7), ("12", 12), ("12B", 12), ("1.5kB", 1500), (".5kB", 500), ("1.GiB", 2**30)),
         ("9007199254740993", 2**53 + 1),
-        ("0.29kB", 290),
+        *(("0.29kB", 290), ("16G", 16 * 10**9), ("1.5k", 1500)),
     ],
 )
 def test_read(text: str | int, num_bytes: int) -> None:
@@ -49,7 +49,7 @@ def test_read(text: str | int, num_bytes: int) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "GB", "5 parsecs", "-1GB", "0", "0GB", "1e9GB", "0.1", "1.5", "16G", "0.1B"),
+        *("", "GB", "5 parsecs", "-1GB", "0", "0GB", "1e9GB", "0.1", "1.5", "0.1B"),
         *(-1, 1.5, 2.0, True, None),
     ],
 )
