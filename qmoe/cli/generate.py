@@ -180,6 +180,7 @@ def generate(
     record = watching.record_routing
     with ExitStack() as stack:
         stack.enter_context(interruptible())
+        tokenizer = load_tokenizer(path)  # before minutes go into loading
         model = qmoe.load(path, **asdict(loading), **({} if paged is None else asdict(paged)))
         if model.device.type == "cpu":
             stack.enter_context(threads_for(model.get_memory_footprint()))
@@ -192,7 +193,7 @@ def generate(
             **sampling.options(),
         }
         result, recording, interrupted = _generate(
-            model, load_tokenizer(path), prompts, options, status, record is not None
+            model, tokenizer, prompts, options, status, record is not None
         )
         if json_output:
             document = {"model": path, "prompts": prompts, **asdict(result)}
