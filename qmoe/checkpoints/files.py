@@ -119,7 +119,7 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}: JSON that is nested too deeply; download it again"
         ) from None
     except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); download it again") from None
+        raise CheckpointError(f"{path}: is not JSON ({error}); download it again") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds no JSON object; download it again")
     return value
