@@ -480,7 +480,7 @@ class TestRefused:
             if ".experts." in name:
                 tensors[name] = tensors[name].mul(100).to(torch.int8)
         rewrite(folder, tensors)
-        self.expect(folder, tmp_path / "out", r"is I8; expert weights must be BF16, F16 or F32")
+        self.expect(folder, tmp_path / "out", r"is I8; weights must be BF16, F16 or F32")
 
     def test_no_such_model(self, tmp_path: Path, source: Source) -> None:
         out = tmp_path / "out"

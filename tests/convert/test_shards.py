@@ -146,7 +146,7 @@ class TestOpening:
     @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": [1]}', "\x00"])
     def test_broken_index(self, folder: Path, text: str) -> None:
         (folder / INDEX_NAME).write_text(text)
-        with pytest.raises(CheckpointError, match="not an index|not JSON|no JSON object"):
+        with pytest.raises(CheckpointError, match=r"not an index|not JSON|no JSON object"):
             open_checkpoint(folder)
 
     def test_pickles_are_refused(self, tmp_path: Path) -> None:
