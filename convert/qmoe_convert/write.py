@@ -24,9 +24,10 @@ from qmoe.checkpoints import schema
 from qmoe.checkpoints.files import INDEX_NAME, StoredTensor
 from qmoe.sizes import format_size
 from qmoe_convert import ConversionError, SourceError
+from qmoe_convert.card import CARD_NAME, model_card
 from qmoe_convert.plan import Options, Piece, Plan, Shard, scale_name
 from qmoe_convert.shards import BufferPool, Reader, ShardWriter
-from qmoe_convert.small_files import small_files
+from qmoe_convert.small_files import copy_small_file, names_code, small_files
 from qmoe_convert.workers import Progress, counting, in_order
 from qmoe_kernels.quantization import STORAGE_DTYPE, quantize_with_squares
 
@@ -257,7 +258,7 @@ def write_rest(plan: Plan, journal: Journal, folder: Path, source_name: str) -> 
     for file in small_files(folder):
         target = partial / file.relative_to(folder)
         target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, target)
+        copy_small_file(file, target)
     index = plan.index()
     if index is not None:
         (partial / INDEX_NAME).write_text(index, encoding="utf-8")
@@ -281,6 +282,7 @@ def write_rest(plan: Plan, journal: Journal, folder: Path, source_name: str) -> 
         errors=journal.errors(plan),
     )
     manifest.write(partial)
+    (partial / CARD_NAME).write_text(model_card(folder, report, manifest), encoding="utf-8")
 
 
 def remove(path: Path) -> None:
@@ -303,12 +305,28 @@ def fingerprint(plan: Plan, tensors: dict[str, StoredTensor], source_name: str) 
 
 
 def with_quantization_config(source: str, quantization: dict[str, Any]) -> str:
-    """The text of a config.json with ``quantization_config`` set and everything else verbatim."""
+    """The text of a config.json with ``quantization_config`` set and everything else verbatim.
+
+    What says how the source was quantized goes, also of a part (``text_config``), and so does an
+    ``auto_map`` of code that does not go along.
+    """
     parsed = json.loads(source)
-    if "quantization_config" in parsed:
-        parsed["quantization_config"] = quantization
-        return json.dumps(parsed, indent=2, ensure_ascii=False) + "\n"
+    if "quantization_config" in source or names_code(parsed):
+        place = dict.fromkeys(parsed) | {"quantization_config": quantization}
+        parsed = _without_quantization(parsed) | {"quantization_config": quantization}
+        if names_code(parsed):
+            del parsed["auto_map"]
+        ordered = {key: parsed[key] for key in place if key in parsed}
+        return json.dumps(ordered, indent=2, ensure_ascii=False) + "\n"
     value = json.dumps(quantization, indent=2, ensure_ascii=False).replace("\n", "\n  ")
     body = source.rstrip()[:-1].rstrip()
     comma = "," if parsed else ""
     return f'{body}{comma}\n  "quantization_config": {value}\n}}\n'
+
+
+def _without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_quantization(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key != "quantization_config"
+    }

@@ -113,7 +113,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if len(raw) > LARGEST_HEADER:
         raise CheckpointError(f"{path}: larger than {LARGEST_HEADER} bytes; download it again")
     try:
-        value = json.loads(raw)
+        value = json.loads(raw.decode("utf-8"))
     except RecursionError:
         raise CheckpointError(
             f"{path}: JSON that is nested too deeply; download it again"

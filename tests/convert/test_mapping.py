@@ -151,6 +151,15 @@ class TestRefused:
         rewrite(folder, load(folder), quantization_config=quantization)
         self.expect(folder, message)
 
+    def test_a_quantization_that_the_language_model_alone_has(
+        self, source: Callable[..., Path]
+    ) -> None:
+        folder = source("ernie4_5_vl_moe")
+        text = json.loads((folder / "config.json").read_text())["text_config"]
+        text["quantization_config"] = {"quant_method": "gptq"}
+        rewrite(folder, load(folder), text_config=text)
+        self.expect(folder, "is quantized by 'gptq'")
+
     @pytest.mark.parametrize(
         ("name", "change", "message"),
         [
