@@ -388,7 +388,7 @@ def _explained(folder: Path) -> Iterator[None]:
     except Exception as error:
         raise MappingError(
             f"{folder}: its config.json and its tensors do not go together "
-            f"({type(error).__name__}: {_one_line(error):.300}); download it again, or use another "
+            f"({type(error).__name__}: {_one_line(error)}); download it again, or use another "
             "transformers"
         ) from error
 
@@ -880,7 +880,7 @@ def _naming(names: list[str], tensors: Mapping[str, StoredTensor]) -> Iterator[N
         stored = tensors[names[0]]
         raise MappingError(
             f"{stored.file}: {_and_more(names)}, {stored.dtype} of shape {list(stored.shape)}: "
-            f"{_one_line(error):.300}; check that config.json belongs to these weights"
+            f"{_one_line(error)}; check that config.json belongs to these weights"
         ) from error
 
 
@@ -1028,7 +1028,8 @@ def _stem(name: str) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "".join(c if c.isprintable() else "?" for c in text[:300])
 
 
 def natural_order(names: Iterable[str]) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from qmoe.checkpoints import schema
-from qmoe.checkpoints.files import INDEX_NAME, StoredTensor
+from qmoe.checkpoints.files import INDEX_NAME, CheckpointError, StoredTensor, read_json
 from qmoe.sizes import format_size
 from qmoe_convert import ConversionError, SourceError
 from qmoe_convert.card import CARD_NAME, model_card
@@ -59,15 +59,16 @@ class Journal:
         sizes = {shard.name: shard.nbytes for shard in plan.shards}
         for name in list(self.shards):
             file = self.folder / name
-            if not file.exists() or file.stat().st_size != sizes.get(name):
+            whole = file.exists() and file.stat().st_size == sizes.get(name)
+            if not whole or not _is_entry(self.shards[name], plan.report.quantized_modules):
                 del self.shards[name]
         self.write()
 
     def _read(self) -> None:
         try:
-            stored = json.loads((self.folder / JOURNAL_NAME).read_text(encoding="utf-8"))
+            stored = read_json(self.folder / JOURNAL_NAME)
             fingerprint, shards = stored["fingerprint"], dict(stored["shards"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (CheckpointError, ValueError, KeyError, TypeError):
             return  # interrupted before the first shard was whole
         if fingerprint != self.fingerprint:
             raise ConversionError(
@@ -107,6 +108,17 @@ class Journal:
             }
             for module, projections in sums.items()
         }
+
+
+def _is_entry(shard: Any, modules: list[str]) -> bool:
+    """Whether a journal that somebody else wrote holds of a shard what `_write_shard` returns."""
+    try:
+        return isinstance(shard["sha256"], str) and all(
+            module in modules and isinstance(projection, str) and math.isfinite(error + norm)
+            for module, projection, error, norm in shard["squares"]
+        )
+    except (TypeError, KeyError, ValueError, OverflowError):
+        return False
 
 
 def write_shards(

@@ -45,7 +45,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 LARGEST_HEADER = 100_000_000
 # What torch itself refuses to make.
 MOST_DIMENSIONS = 64
-LONGEST_NAME = 1000
+LONGEST_NAME = 500
 
 
 class CheckpointError(ValueError):
@@ -145,7 +145,9 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         raw = stream.read(length)
     try:
         header = json.loads(raw)
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise TypeError
         tensors = {name: _stored_tensor(file, name, 8 + length, header[name]) for name in header}
     except CheckpointError:
         raise
@@ -159,6 +161,17 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                 f"{file}: truncated at {size} bytes, {tensor.name} ends at "
                 f"{tensor.offset + tensor.nbytes}; download it again"
             )
+    # As safetensors has it: nothing lies between two tensors, and no byte is of two.
+    end = 8 + length
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes)):
+        if tensor.offset != end:
+            raise CheckpointError(
+                f"{file}: {tensor.name} begins at {tensor.offset}, what lies before it ends at "
+                f"{end}; download it again"
+            )
+        end += tensor.nbytes
+    if end != size:
+        raise CheckpointError(f"{file}: {size - end} bytes too long; download it again")
     return tensors
 
 
@@ -169,8 +182,7 @@ def _stored_tensor(file: Path, name: str, data_start: int, entry: dict[str, Any]
         raise TypeError
     if any(type(size) is not int or abs(size) >= 1 << 63 for size in (*shape, start, stop)):
         raise TypeError
-    # Names end up in messages of one line, in headers and in JSON.
-    if not all(text.isprintable() and len(text) <= LONGEST_NAME for text in (name, dtype)):
+    if not _is_name(name) or not _is_name(dtype):
         raise ValueError
     wrong_size = (
         dtype in TORCH_DTYPES and math.prod(shape) * TORCH_DTYPES[dtype].itemsize != stop - start
@@ -181,6 +193,11 @@ def _stored_tensor(file: Path, name: str, data_start: int, entry: dict[str, Any]
             "download it again"
         )
     return StoredTensor(name, file, dtype, tuple(shape), data_start + start, stop - start)
+
+
+def _is_name(text: str) -> bool:
+    """Whether a name can be in messages of one line, in headers and in JSON."""
+    return text.isprintable() and len(text) <= LONGEST_NAME
 
 
 # Of a config, how many modules a model is built of: a number, or a list with an item for each.
@@ -239,6 +256,8 @@ def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     try:
         weight_map = read_json(index_file)["weight_map"]
         files = {str(name): str(file) for name, file in weight_map.items()}
+        if not all(map(_is_name, (*files, *files.values()))):
+            raise KeyError
     except (KeyError, AttributeError):
         raise CheckpointError(
             f"{index_file}: not an index of safetensors shards; download it again"
@@ -261,6 +280,18 @@ def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
         if name not in headers[file]:
             raise CheckpointError(f"{folder / file}: lacks {name}, which {INDEX_NAME} promises")
     return {name: headers[file][name] for name, file in files.items()}
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that nothing should try to build a model of; only headers are read.
+
+    Raises:
+        CheckpointError: its config, its index or a shard cannot be read, or they do not go
+            together.
+    """
+    tensors = open_checkpoint(folder)
+    file = folder / "config.json"
+    check_sizes(file, read_json(file), tensors)
 
 
 # Weights in other forms, by how their names begin or end, and what to do about them.

@@ -136,7 +136,7 @@ class Manifest:
             raise ValueError(f"{path}: not a qmoe manifest ({error}); convert again") from None
         if manifest.format_version != FORMAT_VERSION:
             raise ValueError(
-                f"{path}: format version {manifest.format_version}; "
+                f"{path}: format version {manifest.format_version!r:.40}; "
                 f"this qmoe reads version {FORMAT_VERSION}"
             )
         return manifest

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from qmoe.checkpoints.files import check_folder
 from qmoe.checkpoints.hub import is_hub_id
 from qmoe.checkpoints.schema import COMPRESSED_TENSORS, QMOE
 from qmoe.experts.quantized import quantized_modules
@@ -107,6 +108,8 @@ def _choose_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 def _read_config(path_or_repo: str, revision: str | None) -> PreTrainedConfig:
     if not Path(path_or_repo).is_dir() and not is_hub_id(path_or_repo):
         raise ValueError(f"{path_or_repo}: no such folder, and no Hub id of the form owner/name")
+    if Path(path_or_repo).is_dir():
+        check_folder(Path(path_or_repo))
     try:
         return AutoConfig.from_pretrained(path_or_repo, revision=revision)
     except OSError as error:
