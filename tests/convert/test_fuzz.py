@@ -75,7 +75,7 @@ def mutate_json(text: str, rng: random.Random) -> str:
 
 
 def mutate_bytes(raw: bytes, rng: random.Random) -> bytes:
-    changed = bytearray(raw)
+    changed = bytearray(raw or b"\0")
     for _ in range(rng.randint(1, 4)):
         changed[rng.randrange(min(len(changed), 2000))] = rng.randrange(256)
     return bytes(changed[: rng.choice([len(changed), rng.randrange(len(changed))])])
