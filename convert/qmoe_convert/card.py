@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from qmoe.checkpoints.files import CheckpointError, is_hub_id, open_file
+from qmoe.checkpoints.files import CheckpointError, open_file
+from qmoe.checkpoints.hub import is_hub_id
 from qmoe.checkpoints.schema import Manifest, summarize_errors
 from qmoe.sizes import format_size
 from qmoe_convert.report import Report

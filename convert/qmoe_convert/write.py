@@ -59,7 +59,7 @@ class Journal:
         sizes = {shard.name: shard.nbytes for shard in plan.shards}
         for name in list(self.shards):
             file = self.folder / name
-            whole = file.exists() and file.stat().st_size == sizes.get(name)
+            whole = name in sizes and file.exists() and file.stat().st_size == sizes[name]
             if not whole or not _is_entry(self.shards[name], plan.report.quantized_modules):
                 del self.shards[name]
         self.write()
