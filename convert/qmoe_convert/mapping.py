@@ -51,6 +51,8 @@ from qmoe_convert.workers import Restored
 
 # Methods whose dequantizing conversions transformers has.
 DEQUANTIZABLE = ("fp8", "mxfp4", "compressed-tensors")
+# What weights are stored in that need no dequantizing.
+_WEIGHT_DTYPES = ("BF16", "F16", "F32")
 
 
 class MappingError(SourceError):
@@ -526,7 +528,7 @@ def _load_config(folder: Path, tensors: Mapping[str, StoredTensor]) -> Any:
 def _build_meta_model(config: Any, folder: Path, tensors: Mapping[str, StoredTensor]) -> Any:
     dtype = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
     if not isinstance(dtype, torch.dtype):
-        wide = [t.dtype for t in tensors.values() if t.dtype in ("BF16", "F16", "F32")]
+        wide = [t.dtype for t in tensors.values() if t.dtype in _WEIGHT_DTYPES]
         common = max(set(wide), key=wide.count) if wide else "BF16"
         dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[common]
     try:
@@ -701,14 +703,9 @@ def _group_by_target(
             groups[target] = _Group(target, transform)
         groups[target].sources.setdefault(pattern or name, []).append(name)
     for group in groups.values():
-        if all(_is_16_bit(tensors[name]) for name in group.names):
+        if all(tensors[name].dtype in _WEIGHT_DTYPES for name in group.names):
             group.leave_undequantized()
     return list(groups.values()), unmapped
-
-
-def _is_16_bit(tensor: StoredTensor) -> bool:
-    """Whether a tensor holds weights as they are computed with, 32 bit included."""
-    return tensor.dtype in ("BF16", "F16", "F32")
 
 
 def _check_complete(
@@ -811,7 +808,9 @@ def _check_tensors(
     for group in groups:
         if id(group) in claimed:
             continue
-        _check_dtypes(group, tensors, meta[group.target].dtype)
+        expected = meta[group.target].dtype
+        if expected.is_floating_point:
+            _check_dtypes(group, tensors, (*_WEIGHT_DTYPES, "F64", DTYPE_NAMES[expected]))
         with _naming(group.names, tensors):
             for name, made in group.convert(group.read(blank), model).items():
                 if name in meta and made.shape != meta[name].shape:
@@ -823,7 +822,7 @@ def _check_projection(
 ) -> None:
     layout = projection.layout
     for group in projection.groups:
-        _check_dtypes(group, tensors, torch.float32)
+        _check_dtypes(group, tensors, _WEIGHT_DTYPES)
         for names in group.sources.values():
             # One converter may make experts of two sizes (Ernie VL), but not of two dtypes.
             found = Counter(
@@ -854,13 +853,13 @@ def _check_projection(
 
 
 def _check_dtypes(
-    group: _Group, tensors: Mapping[str, StoredTensor], expected: torch.dtype
+    group: _Group, tensors: Mapping[str, StoredTensor], allowed: Sequence[str]
 ) -> None:
-    """Raise if a tensor cannot be the parameter that it is to become, for its dtype."""
+    """Raise if a tensor that nothing dequantizes has another dtype than the ``allowed`` ones."""
     if any(hasattr(op, "hf_quantizer") for op in group.operations):
         return
     for stored in map(tensors.__getitem__, group.names):
-        if expected.is_floating_point and not _is_16_bit(stored):
+        if stored.dtype not in allowed:
             raise MappingError(
                 f"{stored.file}: {stored.name} is {stored.dtype}; weights must be BF16, F16 or "
                 "F32, or config.json must say how they are quantized"

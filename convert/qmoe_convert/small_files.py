@@ -33,7 +33,7 @@ _COPIED = re.compile(
 # What says something else about OUT than is true: the card of the source, an adapter that is not
 # applied, and what is written anew.
 _LEFT_OUT = re.compile(
-    r"\..*|(readme|model_?card)(\.\w+)?|adapter_config\.json|.*\.index\.json|config\.json",
+    r"\..*|(readme|model_?card)[\w-]*(\.\w+)?|adapter_config\.json|.*\.index\.json|config\.json",
     re.IGNORECASE,
 )
 
@@ -83,8 +83,7 @@ def copy_small_file(file: Path, target: Path) -> None:
     if _code(target):
         config = read_json(target)
         del config["auto_map"]
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        target.write_text(text, encoding="utf-8")
+        target.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def names_code(config: dict[str, Any]) -> str | None:
@@ -118,7 +117,7 @@ def warnings_about(folder: Path) -> list[str]:
     for file in [folder / "config.json", *small_files(folder)]:
         if name := _code(file):
             warnings.append(
-                f"{file.name} wants the code {name:.80}, which does not go along: its auto_map is "
+                f"{file.name} wants the code {name!r:.80}, which does not go along: its auto_map is "
                 "left out; where transformers has no class of its own, load that part from the "
                 "source"
             )

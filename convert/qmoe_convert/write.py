@@ -329,7 +329,7 @@ def with_quantization_config(source: str, quantization: dict[str, Any]) -> str:
         if names_code(parsed):
             del parsed["auto_map"]
         ordered = {key: parsed[key] for key in place if key in parsed}
-        return json.dumps(ordered, indent=2, ensure_ascii=False) + "\n"
+        return json.dumps(ordered, indent=2) + "\n"
     value = json.dumps(quantization, indent=2, ensure_ascii=False).replace("\n", "\n  ")
     body = source.rstrip()[:-1].rstrip()
     comma = "," if parsed else ""

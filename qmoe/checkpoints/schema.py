@@ -133,7 +133,9 @@ class Manifest:
             manifest = cls(shards=shards, **raw)
             manifest._check_types()
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: not a qmoe manifest ({error!r:.200}); convert again") from None
+            raise ValueError(
+                f"{path}: not a qmoe manifest ({error!r:.200}); convert again"
+            ) from None
         if manifest.format_version != FORMAT_VERSION:
             raise ValueError(
                 f"{path}: format version {manifest.format_version!r:.40}; "
