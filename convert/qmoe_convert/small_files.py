@@ -117,8 +117,8 @@ def warnings_about(folder: Path) -> list[str]:
     for file in [folder / "config.json", *small_files(folder)]:
         if name := _code(file):
             warnings.append(
-                f"{file.name} wants the code {name!r:.80}, which does not go along: its auto_map is "
-                "left out; where transformers has no class of its own, load that part from the "
+                f"{file.name} wants the code {name!r:.80}, which does not go along: its auto_map "
+                "is left out; where transformers has no class of its own, load that part from the "
                 "source"
             )
     if (folder / "adapter_config.json").exists():
