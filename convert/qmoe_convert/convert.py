@@ -27,7 +27,7 @@ from qmoe_convert.mapping import map_checkpoint
 from qmoe_convert.plan import Options, make_plan
 from qmoe_convert.report import Report
 from qmoe_convert.shards import PARTIAL_SUFFIX
-from qmoe_convert.small_files import DOWNLOADED
+from qmoe_convert.small_files import DOWNLOADED, warnings_about
 from qmoe_convert.verify import verify_shards
 from qmoe_convert.workers import Progress
 from qmoe_convert.write import (
@@ -50,7 +50,7 @@ def convert(
     *,
     weights: str = "int8",
     format: str = "auto",
-    ignore: Sequence[str] = (),
+    ignore: str | Sequence[str] = (),
     max_shard_size: str | int = "5GB",
     device: str = "auto",
     workers: int | None = None,
@@ -70,7 +70,7 @@ def convert(
         weights: ``"int8"`` or ``"fp8"``, per output channel.
         format: ``"compressed-tensors"`` where the checkpoint stores each expert by itself,
             ``"qmoe"`` for all models; ``"auto"`` takes the former where it can.
-        ignore: regular expressions; experts modules that one of them finds stay as they are.
+        ignore: regular expressions, or one; experts modules that it finds stay as they are.
         max_shard_size: as ``"5GB"`` or in bytes.
         device: where weights are quantized, ``"auto"``, ``"cpu"`` or ``"cuda"``; same bytes.
         workers: threads that read and quantize; by default one per core, at most 8.
@@ -107,6 +107,7 @@ def convert(
         tensors = open_checkpoint(folder)
         _read_ahead(tensors)
         plan = make_plan(map_checkpoint(folder, tensors), tensors, options)
+        plan.report.warnings += warnings_about(folder)
     if not dry_run:
         try:
             with _explained():
@@ -153,7 +154,7 @@ def _check_options(
     out: Path,
     weights: str,
     format: str,
-    ignore: Sequence[str],
+    ignore: str | Sequence[str],
     max_shard_size: str | int,
     device: str,
     workers: int | None,
@@ -165,6 +166,7 @@ def _check_options(
     ):
         if value not in allowed:
             raise ValueError(f"{name}={value!r}; {', '.join(allowed)} work")
+    ignore = [ignore] if isinstance(ignore, str) else ignore
     for pattern in ignore:
         try:
             re.compile(pattern)

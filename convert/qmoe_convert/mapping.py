@@ -11,11 +11,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import json
 import re
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -38,14 +37,22 @@ from transformers.core_model_loading import (
 from transformers.integrations.compressed_tensors import get_experts_scheme
 from transformers.quantizers.auto import AutoHfQuantizer
 
-from qmoe.checkpoints.files import DTYPE_NAMES, StoredTensor
+from qmoe.checkpoints.files import (
+    DTYPE_NAMES,
+    CheckpointError,
+    StoredTensor,
+    check_sizes,
+    read_json,
+)
 from qmoe.experts.layout import ExpertsLayout, find_experts
-from qmoe_convert import SourceError
+from qmoe_convert import ConversionError, SourceError
 from qmoe_convert.shards import Reader, read_into
 from qmoe_convert.workers import Restored
 
 # Methods whose dequantizing conversions transformers has.
 DEQUANTIZABLE = ("fp8", "mxfp4", "compressed-tensors")
+# What weights are stored in that need no dequantizing.
+_WEIGHT_DTYPES = ("BF16", "F16", "F32")
 
 
 class MappingError(SourceError):
@@ -64,6 +71,14 @@ class _Group:
     @property
     def operations(self) -> list[Any]:
         return list(getattr(self.transform, "operations", ()))
+
+    def leave_undequantized(self) -> None:
+        """Drop what dequantizes: a checkpoint may hold some layers in 16 bit."""
+        if any(hasattr(op, "hf_quantizer") for op in self.operations):
+            self.transform = copy.copy(self.transform)
+            self.transform.operations = [
+                op for op in self.operations if not hasattr(op, "hf_quantizer")
+            ]
 
     @property
     def names(self) -> list[str]:
@@ -140,7 +155,7 @@ class Projection:
     module: str
     name: str
     layout: ExpertsLayout
-    _groups: list[_Group]
+    groups: list[_Group]
     _parameters: list[str]
     _tensors: Mapping[str, StoredTensor]
     _model: Any
@@ -148,7 +163,7 @@ class Projection:
     @cached_property
     def source_names(self) -> list[str]:
         """Every checkpoint tensor that this projection is made of."""
-        return [name for group in self._groups for name in group.names]
+        return [name for group in self.groups for name in group.names]
 
     @cached_property
     def dtype(self) -> str:
@@ -160,9 +175,7 @@ class Projection:
     @property
     def is_quantized(self) -> bool:
         """Whether the checkpoint holds this projection quantized already."""
-        return any(
-            hasattr(op, "hf_quantizer") for g in self._groups for op in g.operations
-        ) and any(
+        return any(hasattr(op, "hf_quantizer") for g in self.groups for op in g.operations) and any(
             not self._tensors[name].torch_dtype.is_floating_point
             or self._tensors[name].torch_dtype.itemsize == 1
             for name in self.source_names
@@ -171,7 +184,7 @@ class Projection:
     @cached_property
     def sliceable(self) -> bool:
         """Whether some experts can be read without the others."""
-        return all(group.keeps_experts_apart for group in self._groups)
+        return all(group.keeps_experts_apart for group in self.groups)
 
     def source_bytes(self, num_experts: int) -> int:
         """Bytes that reading ``num_experts`` experts takes from disk."""
@@ -190,7 +203,7 @@ class Projection:
             low, high = 0, layout.num_experts
         rows = layout.intermediate_size if layout.flat else 1
         tensors = []
-        for parameter, group in zip(self._parameters, self._groups, strict=True):
+        for parameter, group in zip(self._parameters, self.groups, strict=True):
             read = group.read
             if group.keeps_experts_apart:
                 read = partial(group.read_experts, first=low, last=high, rows=rows)
@@ -199,7 +212,7 @@ class Projection:
         expected = (high - low, *layout.shape(self.name)[1:])
         if tuple(canonical.shape) != expected:
             raise MappingError(
-                f"{self.module}.{self.name}: the checkpoint's tensors have shape "
+                f"{_and_more(self.source_names)}: make {self.module}.{self.name} of shape "
                 f"{list(canonical.shape)}, the model expects {list(expected)}"
             )
         return canonical[first - low : last - low]
@@ -213,9 +226,9 @@ class Projection:
         under its own name.
         """
         layout = self.layout
-        if layout.transposed or layout.interleaved or layout.flat or len(self._groups) != 1:
+        if layout.transposed or layout.interleaved or layout.flat or len(self.groups) != 1:
             return None
-        (group,) = self._groups
+        (group,) = self.groups
         operations = [op for op in group.operations if not hasattr(op, "hf_quantizer")]
         if [(type(op), getattr(op, "dim", None)) for op in operations] not in (
             [(MergeModulelist, 0)],
@@ -233,11 +246,11 @@ class Projection:
 
     def names_of(self, expert: int) -> list[str]:
         """The checkpoint tensors of one expert, for a projection that has ``parts``."""
-        return [names[expert] for group in self._groups for names in group.sources.values()]
+        return [names[expert] for group in self.groups for names in group.sources.values()]
 
     def load_parts(self, reader: Reader, expert: int) -> list[torch.Tensor]:
         """Read one expert's weights in the order of ``parts``, dequantized if need be."""
-        (group,) = self._groups
+        (group,) = self.groups
         dequantized = group.dequantize(group.read_experts(reader, expert, expert + 1), self._model)
         found = {_stem(group.sources[p][expert]): t[0] for p, t in dequantized.items()}
         assert self.parts is not None
@@ -311,6 +324,7 @@ class Kept:
 class CheckpointMapping:
     """What a checkpoint holds: its experts modules, and everything else."""
 
+    folder: Path
     model_class: str
     experts: dict[str, Experts]
     # checkpoint names of tensors outside of experts modules
@@ -342,7 +356,8 @@ class CheckpointMapping:
             done.update(companions)
             if len(companions) == 1:
                 kept.append(Kept(name, stored.dtype, stored.shape, (name,)))
-            else:
+                continue
+            with _explained(self.folder):
                 kept.append(
                     _dequantized(companions, group, self._tensors, self._quantizer, self._model)
                 )
@@ -358,12 +373,33 @@ def map_checkpoint(folder: Path, tensors: Mapping[str, StoredTensor]) -> Checkpo
 
     Raises:
         MappingError: no usable config, an unknown class or one that needs remote code, a model
-            without experts, a tensor that it does not know, or an expert with a tensor missing.
+            without experts, a tensor that is missing, or one whose dtype or shape the model does
+            not take.
     """
+    with _explained(folder):
+        return _map_checkpoint(folder, tensors)
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Say in one line that a checkpoint is not what its config says, however that shows."""
+    try:
+        yield
+    except (ConversionError, CheckpointError, OSError):
+        raise
+    except Exception as error:
+        raise MappingError(
+            f"{folder}: its config.json and its tensors do not go together "
+            f"({type(error).__name__}: {_one_line(error)}); download it again, or use another "
+            "transformers"
+        ) from error
+
+
+def _map_checkpoint(folder: Path, tensors: Mapping[str, StoredTensor]) -> CheckpointMapping:
     # transformers' warnings are about loading, not about converting.
     with _building, _verbosity:
         transformers.logging.set_verbosity_error()
-        config = _load_config(folder)
+        config = _load_config(folder, tensors)
         quantizer = _dequantizer(config, folder)
         model = _build_meta_model(config, folder, tensors)
         try:
@@ -374,27 +410,30 @@ def map_checkpoint(folder: Path, tensors: Mapping[str, StoredTensor]) -> Checkpo
         if hasattr(quantizer, "compressor"):
             _complete_dequantization(transforms, quantizer)
     groups, unmapped = _group_by_target(model, transforms, tensors)
-    _check_known(model, unmapped, tensors)
     # A parameter's own group comes before one that splits its sources over several.
     by_parameter = {target: group for group in groups for target in group.targets}
     by_parameter |= {group.target: group for group in groups}
+    _check_nothing_missing(folder, model, by_parameter, unmapped)
     experts = {
         module: _map_experts(module, layout, by_parameter, tensors, model)
         for module, layout in layouts.items()
     }
+    _check_tensors(experts, groups, tensors, model)
 
     group_of = {name: group for group in groups for name in group.names}
     # Experts that return their input have weights that no code reads.
     unused = tensors.keys() - group_of.keys() - set(unmapped)
+    scales = [n for n in unmapped if quantizer is not None and _is_activation_scale(n)]
     claimed = {name for one in experts.values() for name in one.source_names}
-    others = [name for name in tensors if name not in claimed and name not in unused]
+    others = [n for n in tensors if n not in claimed and n not in unused and n not in scales]
     num_experts = {layout.num_experts for layout in layouts.values()}
     return CheckpointMapping(
+        folder=folder,
         model_class=type(model).__name__,
         experts=experts,
         others=others,
         linear_names=_linear_names(others, tensors, group_of, model, num_experts),
-        warnings=_warnings(quantizer, len(unused), _missing(model, by_parameter), unmapped),
+        warnings=_warnings(quantizer, len(unused), scales, [n for n in unmapped if n in others]),
         _tensors=tensors,
         _group_of=group_of,
         _quantizer=quantizer,
@@ -427,9 +466,7 @@ def _map_experts(
     return Experts(module, layout, projections)
 
 
-def _warnings(
-    quantizer: Any, num_unused: int, missing: list[str], unmapped: list[str]
-) -> list[str]:
+def _warnings(quantizer: Any, num_unused: int, scales: list[str], unmapped: list[str]) -> list[str]:
     """What the user should know about the checkpoint."""
     warnings = []
     if num_unused:
@@ -441,13 +478,17 @@ def _warnings(
             f"the checkpoint is quantized already ({method}): quantizing twice adds both errors; "
             "convert the 16-bit original if there is one. Its other layers are dequantized"
         )
-    if missing:
-        warnings.append(f"the checkpoint lacks {missing[0]} and {len(missing) - 1} more")
-    if unmapped:
+    if scales:
         warnings.append(
-            f"transformers does not use {unmapped[0]} and {len(unmapped) - 1} more: kept"
+            f"{_and_more(scales)} left out: activations are quantized by their own largest value"
         )
+    if unmapped:
+        warnings.append(f"transformers has no place for {_and_more(unmapped)}: kept as they are")
     return warnings
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 # The model
@@ -459,24 +500,24 @@ _building = threading.Lock()
 _verbosity = Restored(transformers.logging.get_verbosity, transformers.logging.set_verbosity)
 
 
-def _load_config(folder: Path) -> Any:
+def _load_config(folder: Path, tensors: Mapping[str, StoredTensor]) -> Any:
     file = folder / "config.json"
     if not file.exists():
         raise MappingError(f"{file}: missing; a Hugging Face model folder has one")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        model_type = raw.get("model_type")
-    except (ValueError, AttributeError):
-        raise MappingError(f"{file}: not JSON; download it again") from None
+    raw = read_json(file)
+    check_sizes(file, raw, tensors)
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str):
+        raise MappingError(f"{file}: model_type is no name; download it again")
     if model_type not in transformers.CONFIG_MAPPING:
         if "auto_map" in raw:
             raise MappingError(
-                f"{file}: model type {model_type!r} needs remote code, which is never run here; "
+                f"{file}: model type {model_type!r:.80} needs remote code, which never runs here; "
                 "only classes of transformers itself are converted"
             )
         raise MappingError(
             f"{file}: transformers {transformers.__version__} does not know "
-            f"model type {model_type!r}; a newer version may"
+            f"model type {model_type!r:.80}; a newer version may"
         )
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -487,7 +528,7 @@ def _load_config(folder: Path) -> Any:
 def _build_meta_model(config: Any, folder: Path, tensors: Mapping[str, StoredTensor]) -> Any:
     dtype = getattr(config.get_text_config(), "dtype", None) or getattr(config, "dtype", None)
     if not isinstance(dtype, torch.dtype):
-        wide = [t.dtype for t in tensors.values() if t.dtype in ("BF16", "F16", "F32")]
+        wide = [t.dtype for t in tensors.values() if t.dtype in _WEIGHT_DTYPES]
         common = max(set(wide), key=wide.count) if wide else "BF16"
         dtype = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[common]
     try:
@@ -516,8 +557,11 @@ def _is_model_class(found: Any) -> bool:
 
 def _dequantizer(config: Any, folder: Path) -> Any:
     """transformers' quantizer for a checkpoint that is quantized already, told to dequantize."""
-    raw = getattr(config, "quantization_config", None)
-    if raw is None:
+    # A multimodal model may say it of its language model alone.
+    raw = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
+    if not raw:
         return None
     raw = dict(raw if isinstance(raw, dict) else raw.to_dict())
     method = str(raw.get("quant_method"))
@@ -658,18 +702,10 @@ def _group_by_target(
             transform = by_pattern[pattern] if pattern else WeightRenaming(name, target)
             groups[target] = _Group(target, transform)
         groups[target].sources.setdefault(pattern or name, []).append(name)
+    for group in groups.values():
+        if all(tensors[name].dtype in _WEIGHT_DTYPES for name in group.names):
+            group.leave_undequantized()
     return list(groups.values()), unmapped
-
-
-def _check_known(model: Any, unmapped: list[str], tensors: Mapping[str, StoredTensor]) -> None:
-    """Raise if the model has no place for a tensor, naming it."""
-    unknown = [name for name in unmapped if not _is_ignorable(model, name)]
-    if unknown:
-        raise MappingError(
-            f"{tensors[unknown[0]].file}: {type(model).__name__} has no place for {unknown[0]}"
-            + (f" and {len(unknown) - 1} more" if len(unknown) > 1 else "")
-            + "; check that config.json belongs to these weights, or use another transformers"
-        )
 
 
 def _check_complete(
@@ -719,23 +755,132 @@ def _check_numbering(
         )
 
 
-def _is_ignorable(model: Any, name: str) -> bool:
-    """Whether transformers itself expects a checkpoint to hold this tensor without using it."""
-    if name in {n for n, _ in model.named_buffers()} or name.endswith("rotary_emb.inv_freq"):
-        return True
-    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    return any(re.search(pattern, name) for pattern in patterns)
-
-
-def _missing(model: Any, found: Mapping[str, _Group]) -> list[str]:
-    """Parameters that the checkpoint has nothing for, but should."""
+def _check_nothing_missing(
+    folder: Path, model: Any, found: Mapping[str, _Group], unmapped: list[str]
+) -> None:
+    """Raise if a parameter has no tensor: its values would be random."""
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     optional = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
-    return [
+    missing = [
         name
         for name, _ in model.named_parameters()
         if name not in found and name not in tied and not any(re.search(p, name) for p in optional)
     ]
+    if missing:
+        raise MappingError(
+            f"{folder}: holds no tensor for {_and_more(missing)} of {type(model).__name__}"
+            + (f", but {_and_more(unmapped)}, which it has no place for" if unmapped else "")
+            + "; download it again, or check that config.json belongs to it"
+        )
+
+
+# Dtypes and shapes
+
+
+class _Blank(Reader):
+    """A reader of tensors without values: what comes of them has a shape and a dtype."""
+
+    def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """A tensor on the meta device; a shape that is stored as a tensor is read."""
+        stored = self.tensors[name]
+        if name.endswith("weight_shape"):
+            return torch.tensor(_stored_shape(stored))
+        shape = stored.shape if rows is None else (rows.stop - rows.start, *stored.shape[1:])
+        return torch.empty(shape, dtype=stored.torch_dtype, device="meta")
+
+
+def _check_tensors(
+    experts: Mapping[str, Experts],
+    groups: Iterable[_Group],
+    tensors: Mapping[str, StoredTensor],
+    model: Any,
+) -> None:
+    """Raise if a tensor has a dtype or a shape that the model does not take, naming it."""
+    for tensor in tensors.values():
+        _ = tensor.torch_dtype  # which torch has to know, or nobody can read the file
+    blank = _Blank(tensors)
+    claimed: set[int] = set()
+    for one in experts.values():
+        for projection in one.projections.values():
+            claimed.update(id(group) for group in projection.groups)
+            _check_projection(projection, blank, tensors)
+    meta = model.state_dict()
+    for group in groups:
+        if id(group) in claimed:
+            continue
+        expected = meta[group.target].dtype
+        if expected.is_floating_point:
+            _check_dtypes(group, tensors, (*_WEIGHT_DTYPES, "F64", DTYPE_NAMES[expected]))
+        with _naming(group.names, tensors):
+            for name, made in group.convert(group.read(blank), model).items():
+                if name in meta and made.shape != meta[name].shape:
+                    raise ValueError(f"the model expects {list(meta[name].shape)} for {name}")
+
+
+def _check_projection(
+    projection: Projection, blank: Reader, tensors: Mapping[str, StoredTensor]
+) -> None:
+    layout = projection.layout
+    for group in projection.groups:
+        _check_dtypes(group, tensors, _WEIGHT_DTYPES)
+        for names in group.sources.values():
+            # One converter may make experts of two sizes (Ernie VL), but not of two dtypes.
+            found = Counter(
+                (tensors[name].dtype, tensors[name].shape if projection.parts else ())
+                for name in names
+            )
+            dtype, shape = found.most_common(1)[0][0]
+            for stored in map(tensors.__getitem__, names):
+                if (stored.dtype, stored.shape if projection.parts else ()) != (dtype, shape):
+                    raise MappingError(
+                        f"{stored.file}: {stored.name} is {stored.dtype} of shape "
+                        f"{list(stored.shape)}, other experts' are {dtype}"
+                        + (f" of shape {list(shape)}" if shape else "")
+                        + "; download it again"
+                    )
+            shape = tensors[names[0]].shape
+            rows = layout.num_experts * (layout.intermediate_size if layout.flat else 1)
+            if group.keeps_experts_apart and not group.merges_experts and shape[:1] != (rows,):
+                raise MappingError(
+                    f"{tensors[names[0]].file}: {names[0]} has shape {list(shape)}, "
+                    f"the model expects {rows} rows"
+                )
+    with _naming(projection.source_names, tensors):
+        if projection.parts is not None:
+            projection.load_parts(blank, 0)
+        else:
+            projection.load(blank, 0, layout.num_experts)
+
+
+def _check_dtypes(
+    group: _Group, tensors: Mapping[str, StoredTensor], allowed: Sequence[str]
+) -> None:
+    """Raise if a tensor that nothing dequantizes has another dtype than the ``allowed`` ones."""
+    if any(hasattr(op, "hf_quantizer") for op in group.operations):
+        return
+    for stored in map(tensors.__getitem__, group.names):
+        if stored.dtype not in allowed:
+            raise MappingError(
+                f"{stored.file}: {stored.name} is {stored.dtype}; weights must be BF16, F16 or "
+                "F32, or config.json must say how they are quantized"
+            )
+
+
+@contextlib.contextmanager
+def _naming(names: list[str], tensors: Mapping[str, StoredTensor]) -> Iterator[None]:
+    """Name the tensors, and their shapes, that do not become what the model takes."""
+    try:
+        yield
+    except MappingError:
+        raise
+    except NotImplementedError:  # an operation that needs values
+        return
+    except Exception as error:
+        stored = tensors[names[0]]
+        raise MappingError(
+            f"{stored.file}: {_and_more(names)}, {stored.dtype} of shape {list(stored.shape)}: "
+            f"{_one_line(error)}; check that config.json belongs to these weights"
+        ) from error
 
 
 def _linear_names(
@@ -772,11 +917,19 @@ def _linear_names(
 
 # What stays in 16 bit
 
+# Of activations. They are of no use once the weights are ours.
+_ACTIVATION_SCALE = re.compile(
+    r"(activation_scale|input_scale|output_scale|input_global_scale|input_zero_point)$"
+)
 # What quantizers put beside a weight, below the same module.
 _COMPANION = re.compile(
     r"(weight|weight_packed|weight_scale|weight_scale_inv|weight_shape|weight_zero_point"
-    r"|weight_global_scale|weight_g_idx|activation_scale|input_scale|scale)$"
+    r"|weight_global_scale|weight_g_idx|scale)$"
 )
+
+
+def _is_activation_scale(name: str) -> bool:
+    return _ACTIVATION_SCALE.fullmatch(name.rpartition(".")[2]) is not None
 
 
 def _companions(
@@ -854,7 +1007,16 @@ def _any_linear(
 def _dense_shape(leaves: dict[str, str], tensors: Mapping[str, StoredTensor]) -> tuple[int, ...]:
     if "weight_shape" not in leaves:
         return tensors[leaves["weight"]].shape
-    stored = tensors[leaves["weight_shape"]]
+    return _stored_shape(tensors[leaves["weight_shape"]])
+
+
+def _stored_shape(stored: StoredTensor) -> tuple[int, ...]:
+    """The shape that a tensor of two integers holds."""
+    if stored.shape != (2,) or stored.torch_dtype not in (torch.int32, torch.int64):
+        raise MappingError(
+            f"{stored.file}: {stored.name} is {stored.dtype} of shape {list(stored.shape)}; "
+            "a shape is two integers"
+        )
     buffer = torch.empty(stored.nbytes, dtype=torch.uint8)
     read_into(stored.file, stored.offset, buffer)
     return tuple(buffer.view(stored.torch_dtype).tolist())
@@ -865,7 +1027,8 @@ def _stem(name: str) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "".join(c if c.isprintable() else "?" for c in text[:300])
 
 
 def natural_order(names: Iterable[str]) -> list[str]:

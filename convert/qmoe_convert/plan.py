@@ -155,7 +155,6 @@ def make_plan(
         PlanError: nothing is left to quantize, or the format cannot hold this model.
     """
     chosen, skipped = _choose_modules(mapping, options.ignore)
-    _check_dtypes(chosen.values(), tensors)
     format = _choose_format(options.format, chosen, mapping.model_class)
     pieces_of = _per_expert if format == COMPRESSED_TENSORS else _fused
     groups = [
@@ -232,19 +231,6 @@ def _choose_modules(
                 "ignore both or neither"
             )
     return chosen, skipped
-
-
-def _check_dtypes(chosen: Iterable[Experts], tensors: dict[str, StoredTensor]) -> None:
-    for experts in chosen:
-        for name in experts.layout.projections:
-            projection = experts.projections[name]
-            if projection.dtype not in ("BF16", "F16", "F32") and not projection.is_quantized:
-                tensor = tensors[projection.source_names[0]]
-                raise PlanError(
-                    f"{tensor.file}: {tensor.name} is {tensor.dtype}; "
-                    "expert weights must be BF16, F16 or F32, or config.json must say how "
-                    "they are quantized"
-                )
 
 
 def _choose_format(format: str, chosen: dict[str, Experts], model_class: str) -> str:

@@ -21,12 +21,13 @@ from typing import Any
 import torch
 
 from qmoe.checkpoints import schema
-from qmoe.checkpoints.files import INDEX_NAME, StoredTensor
+from qmoe.checkpoints.files import INDEX_NAME, CheckpointError, StoredTensor, read_json
 from qmoe.sizes import format_size
 from qmoe_convert import ConversionError, SourceError
+from qmoe_convert.card import CARD_NAME, model_card
 from qmoe_convert.plan import Options, Piece, Plan, Shard, scale_name
 from qmoe_convert.shards import BufferPool, Reader, ShardWriter
-from qmoe_convert.small_files import small_files
+from qmoe_convert.small_files import copy_small_file, names_code, small_files
 from qmoe_convert.workers import Progress, counting, in_order
 from qmoe_kernels.quantization import STORAGE_DTYPE, quantize_with_squares
 
@@ -58,15 +59,16 @@ class Journal:
         sizes = {shard.name: shard.nbytes for shard in plan.shards}
         for name in list(self.shards):
             file = self.folder / name
-            if not file.exists() or file.stat().st_size != sizes.get(name):
+            whole = name in sizes and file.exists() and file.stat().st_size == sizes[name]
+            if not whole or not _is_entry(self.shards[name], plan.report.quantized_modules):
                 del self.shards[name]
         self.write()
 
     def _read(self) -> None:
         try:
-            stored = json.loads((self.folder / JOURNAL_NAME).read_text(encoding="utf-8"))
+            stored = read_json(self.folder / JOURNAL_NAME)
             fingerprint, shards = stored["fingerprint"], dict(stored["shards"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (CheckpointError, ValueError, KeyError, TypeError):
             return  # interrupted before the first shard was whole
         if fingerprint != self.fingerprint:
             raise ConversionError(
@@ -106,6 +108,17 @@ class Journal:
             }
             for module, projections in sums.items()
         }
+
+
+def _is_entry(shard: Any, modules: list[str]) -> bool:
+    """Whether a journal that somebody else wrote holds of a shard what `_write_shard` returns."""
+    try:
+        return isinstance(shard["sha256"], str) and all(
+            module in modules and isinstance(projection, str) and math.isfinite(error + norm)
+            for module, projection, error, norm in shard["squares"]
+        )
+    except (TypeError, KeyError, ValueError, OverflowError):
+        return False
 
 
 def write_shards(
@@ -257,7 +270,7 @@ def write_rest(plan: Plan, journal: Journal, folder: Path, source_name: str) -> 
     for file in small_files(folder):
         target = partial / file.relative_to(folder)
         target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, target)
+        copy_small_file(file, target)
     index = plan.index()
     if index is not None:
         (partial / INDEX_NAME).write_text(index, encoding="utf-8")
@@ -281,6 +294,7 @@ def write_rest(plan: Plan, journal: Journal, folder: Path, source_name: str) -> 
         errors=journal.errors(plan),
     )
     manifest.write(partial)
+    (partial / CARD_NAME).write_text(model_card(folder, report, manifest), encoding="utf-8")
 
 
 def remove(path: Path) -> None:
@@ -303,12 +317,28 @@ def fingerprint(plan: Plan, tensors: dict[str, StoredTensor], source_name: str) 
 
 
 def with_quantization_config(source: str, quantization: dict[str, Any]) -> str:
-    """The text of a config.json with ``quantization_config`` set and everything else verbatim."""
+    """The text of a config.json with ``quantization_config`` set and everything else verbatim.
+
+    What says how the source was quantized goes, also of a part (``text_config``), and so does an
+    ``auto_map`` of code that does not go along.
+    """
     parsed = json.loads(source)
-    if "quantization_config" in parsed:
-        parsed["quantization_config"] = quantization
-        return json.dumps(parsed, indent=2, ensure_ascii=False) + "\n"
+    if "quantization_config" in source or names_code(parsed):
+        place = dict.fromkeys(parsed) | {"quantization_config": quantization}
+        parsed = _without_quantization(parsed) | {"quantization_config": quantization}
+        if names_code(parsed):
+            del parsed["auto_map"]
+        ordered = {key: parsed[key] for key in place if key in parsed}
+        return json.dumps(ordered, indent=2) + "\n"
     value = json.dumps(quantization, indent=2, ensure_ascii=False).replace("\n", "\n  ")
     body = source.rstrip()[:-1].rstrip()
     comma = "," if parsed else ""
     return f'{body}{comma}\n  "quantization_config": {value}\n}}\n'
+
+
+def _without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_quantization(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key != "quantization_config"
+    }

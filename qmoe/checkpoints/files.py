@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import stat
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -37,8 +41,11 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
-# What safetensors itself refuses to read.
+# What safetensors itself refuses to read. No JSON file of a checkpoint is as large either.
 LARGEST_HEADER = 100_000_000
+# What torch itself refuses to make.
+MOST_DIMENSIONS = 64
+LONGEST_NAME = 500
 
 
 class CheckpointError(ValueError):
@@ -79,16 +86,54 @@ class StoredTensor:
             ) from None
 
 
+def open_file(path: Path) -> BinaryIO:
+    """Open a file of a checkpoint for reading, unbuffered.
+
+    Raises:
+        CheckpointError: there is no such file, or it is none: opening a FIFO would wait for ever.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{path}: not a regular file; put the file itself there")
+        return path.open("rb", buffering=0)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: not found") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file that somebody else wrote.
+
+    Raises:
+        CheckpointError: no such file, or anything else than a JSON object in it.
+    """
+    with open_file(path) as stream:
+        raw = stream.read(LARGEST_HEADER + 1)
+    if len(raw) > LARGEST_HEADER:
+        raise CheckpointError(f"{path}: larger than {LARGEST_HEADER} bytes; download it again")
+    try:
+        value = json.loads(raw.decode("utf-8"))
+    except RecursionError:
+        raise CheckpointError(
+            f"{path}: JSON that is nested too deeply; download it again"
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: is not JSON ({error}); download it again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds no JSON object; download it again")
+    return value
+
+
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """Read a safetensors header: tensor name -> its place in the file.
 
     Raises:
         CheckpointError: the file is empty, truncated, or not safetensors.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = int.from_bytes(prefix, "little")
+    with open_file(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        length = int.from_bytes(stream.read(8), "little")
         if size == 0:
             raise CheckpointError(f"{file}: the file is empty; download it again")
         if size < 8 or length < 2 or length > LARGEST_HEADER:
@@ -100,11 +145,13 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         raw = stream.read(length)
     try:
         header = json.loads(raw)
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", {})
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise TypeError
         tensors = {name: _stored_tensor(file, name, 8 + length, header[name]) for name in header}
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except CheckpointError:
+        raise
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
         raise CheckpointError(
             f"{file}: its safetensors header cannot be read; download it again"
         ) from None
@@ -114,22 +161,83 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
                 f"{file}: truncated at {size} bytes, {tensor.name} ends at "
                 f"{tensor.offset + tensor.nbytes}; download it again"
             )
+    # As safetensors has it: nothing lies between two tensors, and no byte is of two.
+    end = 8 + length
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes)):
+        if tensor.offset != end:
+            raise CheckpointError(
+                f"{file}: {tensor.name} begins at {tensor.offset}, what lies before it ends at "
+                f"{end}; download it again"
+            )
+        end += tensor.nbytes
+    if end != size:
+        raise CheckpointError(f"{file}: {size - end} bytes too long; download it again")
     return tensors
 
 
 def _stored_tensor(file: Path, name: str, data_start: int, entry: dict[str, Any]) -> StoredTensor:
-    start, stop = entry["data_offsets"]
-    shape = tuple(int(size) for size in entry["shape"])
-    dtype = str(entry["dtype"])
+    """Check one entry of a header; raises TypeError or ValueError if it is malformed."""
+    dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or not isinstance(shape, list) or len(shape) > MOST_DIMENSIONS:
+        raise TypeError
+    if any(type(size) is not int or abs(size) >= 1 << 63 for size in (*shape, start, stop)):
+        raise TypeError
+    if not _is_name(name) or not _is_name(dtype):
+        raise ValueError
     wrong_size = (
         dtype in TORCH_DTYPES and math.prod(shape) * TORCH_DTYPES[dtype].itemsize != stop - start
     )
-    if not 0 <= start <= stop or any(size < 0 for size in shape) or wrong_size:
+    if not 0 <= start <= stop or min(shape, default=0) < 0 or wrong_size:
         raise CheckpointError(
-            f"{file}: {name}, {dtype} of shape {list(shape)}, cannot take {stop - start} bytes; "
+            f"{file}: {name}, {dtype} of shape {shape}, cannot take {stop - start} bytes; "
             "download it again"
         )
-    return StoredTensor(name, file, dtype, shape, data_start + start, stop - start)
+    return StoredTensor(name, file, dtype, tuple(shape), data_start + start, stop - start)
+
+
+def _is_name(text: str) -> bool:
+    """Whether a name can be in messages of one line, in headers and in JSON."""
+    return text.isprintable() and len(text) <= LONGEST_NAME
+
+
+# Of a config, how many modules a model is built of: a number, or a list with an item for each.
+_COUNT = re.compile(
+    r"(n|num)_(\w+_)?(layers?|blocks|labels|experts)|depth|\w+coder_layers"
+    r"|\w*(layer|block)\w*types?|\w+_pattern"
+)
+
+
+def check_sizes(file: Path, config: dict[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse a config that asks for more layers or experts than the checkpoint can hold.
+
+    A module costs time and memory even on the meta device, so this comes before a model is built.
+    Layers and experts are numbered in the tensors' names, or are a dimension. A tower that is not
+    in the checkpoint has to be as small as real ones.
+
+    Args:
+        file: the config's, for the message.
+        config: as JSON.
+        tensors: every tensor of the checkpoint.
+
+    Raises:
+        CheckpointError: naming the number.
+    """
+    numbers = {n for name in tensors for n in re.findall(r"(?<![^._])\d{1,6}(?![^._])", name)}
+    most_layers = 256 + min(len(tensors), 2 * max(map(int, numbers), default=0))
+    most_experts = max([4096, most_layers, *(n for t in tensors.values() for n in t.shape)])
+    parts = [config]
+    while parts:
+        for key, value in parts.pop().items():
+            if isinstance(value, dict):
+                parts.append(value)
+            elif _COUNT.fullmatch(key):
+                count = len(value) if isinstance(value, (str, list)) else value
+                most = most_experts if key.endswith(("experts", "labels")) else most_layers
+                if isinstance(count, (int, float)) and count > most:
+                    raise CheckpointError(
+                        f"{file}: {key} stands for {count!s:.20}, more than the checkpoint's "
+                        f"tensors could fill ({most}); check that it belongs to these weights"
+                    )
 
 
 def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
@@ -144,17 +252,13 @@ def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
         single = folder / SINGLE_NAME
         if single.exists():
             return read_header(single)
-        pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".bin", ".pt", ".pth")]
-        if pickles:
-            raise CheckpointError(
-                f"{folder / pickles[0]}: pickled weights are never loaded; "
-                "save the model as safetensors first"
-            )
-        raise CheckpointError(f"{folder}: holds neither {INDEX_NAME} nor {SINGLE_NAME}")
+        raise _no_weights(folder)
     try:
-        weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index_file)["weight_map"]
         files = {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        if not all(map(_is_name, (*files, *files.values()))):
+            raise KeyError
+    except (KeyError, AttributeError):
         raise CheckpointError(
             f"{index_file}: not an index of safetensors shards; download it again"
         ) from None
@@ -176,3 +280,43 @@ def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
         if name not in headers[file]:
             raise CheckpointError(f"{folder / file}: lacks {name}, which {INDEX_NAME} promises")
     return {name: headers[file][name] for name, file in files.items()}
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that nothing should try to build a model of; only headers are read.
+
+    Raises:
+        CheckpointError: its config, its index or a shard cannot be read, or they do not go
+            together.
+    """
+    tensors = open_checkpoint(folder)
+    file = folder / "config.json"
+    check_sizes(file, read_json(file), tensors)
+
+
+# Weights in other forms, by how their names begin or end, and what to do about them.
+_OTHER_WEIGHTS = (
+    (r"adapter_model\.\w+|adapter_config\.json", "an adapter and not a model; merge it into its "
+     "base model (peft: merge_and_unload), and take the merged one"),
+    (r"consolidated.*", "weights under their authors' own names, which transformers does not "
+     "read; take the repository's model*.safetensors"),
+    (r".*\.gguf", "GGUF, which is not read here; take the safetensors original"),
+    (rf"{re.escape(SINGLE_NAME)}.+", "a part of a download; download the rest"),
+    (r".*\.safetensors", f"weights that neither {INDEX_NAME} nor the name {SINGLE_NAME} tells "
+     "to be all of a model; download the index, or give the file that name"),
+    (r".*\.(bin|pt|pth|pkl|ckpt)", "pickled weights are never loaded; save the model as "
+     "safetensors first"),
+    (r".*\.(h5|msgpack|onnx|npz)|.*\.ckpt\..*", "weights of another framework; save the model as "
+     "safetensors first"),
+)  # fmt: skip
+
+
+def _no_weights(folder: Path) -> CheckpointError:
+    """Say what a folder holds instead of safetensors weights that can be read."""
+    names = sorted(path.name for path in folder.iterdir())
+    for pattern, text in _OTHER_WEIGHTS:
+        for name in names:
+            if re.fullmatch(pattern, name):
+                empty = (folder / name).is_file() and (folder / name).stat().st_size == 0
+                return CheckpointError(f"{folder / name}: {'empty; ' if empty else ''}{text}")
+    return CheckpointError(f"{folder}: holds neither {INDEX_NAME} nor {SINGLE_NAME}")

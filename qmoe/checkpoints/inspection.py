@@ -7,9 +7,7 @@ count.
 
 from __future__ import annotations
 
-import json
 import re
-import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +18,16 @@ from qmoe.checkpoints.files import (
     CheckpointError,
     StoredTensor,
     open_checkpoint,
+    read_json,
 )
 from qmoe.checkpoints.hub import is_hub_id
-from qmoe.checkpoints.schema import COMPRESSED_TENSORS, MANIFEST_NAME, QMOE, Manifest
+from qmoe.checkpoints.schema import (
+    COMPRESSED_TENSORS,
+    MANIFEST_NAME,
+    QMOE,
+    Manifest,
+    summarize_errors,
+)
 
 _EXPERT_NAME = re.compile(r"^(?P<module>(?:.*\.)?experts)\.(?:(?:expert_)?(?P<index>\d+)\.)?.+$")
 # What lies beside an expert's weights and is none: scales, zero points, shapes, biases.
@@ -98,8 +103,9 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     """
     folder = Path(path)
     if folder.is_dir():
-        config = _read_json(folder / "config.json")
+        # The weights first: a folder without any may be an adapter's, and says so.
         tensors = list(open_checkpoint(folder).values())
+        config = read_json(folder / "config.json")
         manifest = Manifest.read(folder) if (folder / MANIFEST_NAME).exists() else None
         return _describe(str(path), config, tensors, manifest)
     if folder.exists():
@@ -109,25 +115,13 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     return _inspect_hub(str(path))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: not found; give a model's folder or Hub id") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: is not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds no JSON object")
-    return value
-
-
 def _inspect_hub(repo: str) -> Inspection:
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     try:
         config_file = Path(hf_hub_download(repo, "config.json"))
-        config = _read_json(config_file)
+        config = read_json(config_file)
         tensors = _cached_tensors(config_file.parent)
         if tensors is None:
             tensors = [
@@ -162,6 +156,20 @@ def _describe(
     tensors: list[StoredTensor],
     manifest: Manifest | None,
 ) -> Inspection:
+    try:
+        return _describe_config(path, config, tensors, manifest)
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: config.json cannot be understood ({error}); download it again"
+        ) from error
+
+
+def _describe_config(
+    path: str,
+    config: dict[str, Any],
+    tensors: list[StoredTensor],
+    manifest: Manifest | None,
+) -> Inspection:
     text = _text_config(config)
     quantization = config.get("quantization_config") or text.get("quantization_config") or {}
     num_experts = _first(_sizes(text), _NUM_EXPERTS)
@@ -177,8 +185,8 @@ def _describe(
         memory_bytes = _memory_bytes(tensors, names, _loaded_bits(config, text))
     return Inspection(
         path=path,
-        architecture=(config.get("architectures") or [config.get("model_type", "unknown")])[0],
-        num_layers=text.get("num_hidden_layers"),
+        architecture=_architecture(config),
+        num_layers=_first(text, ["num_hidden_layers"]),
         expert_layers=len(modules),
         num_experts=sorted(set(modules.values())),
         top_k=find_top_k(config) if modules else None,
@@ -189,9 +197,15 @@ def _describe(
         rest_bytes=sum(t.nbytes for t in tensors) - expert_bytes,
         memory_bytes=memory_bytes,
         bits_per_expert_weight=expert_bytes * 8 / expert_weights if expert_weights else None,
-        errors=_errors(manifest) if manifest else None,
+        errors=summarize_errors(manifest.errors) if manifest else None,
         source=manifest.source if manifest else None,
     )
+
+
+def _architecture(config: dict[str, Any]) -> str:
+    names = config.get("architectures")
+    name = str(names[0] if isinstance(names, list) and names else config.get("model_type"))
+    return name if name.isprintable() and name != "None" else "unknown"
 
 
 def find_top_k(config: dict[str, Any]) -> int | None:
@@ -311,18 +325,3 @@ def _memory_bytes(tensors: list[StoredTensor], experts: set[str], loaded_bits: i
             bits = loaded_bits or bits
         total += tensor.numel * bits // 8
     return total
-
-
-def _errors(manifest: Manifest) -> dict[str, dict[str, Any]]:
-    by_projection: dict[str, dict[str, float]] = {}
-    for module, errors in manifest.errors.items():
-        for projection, error in errors.items():
-            by_projection.setdefault(projection, {})[module] = error
-    return {
-        projection: {
-            "median": statistics.median(errors.values()),
-            "worst": max(errors.values()),
-            "worst_module": max(errors, key=lambda module: errors[module]),
-        }
-        for projection, errors in by_projection.items()
-    }

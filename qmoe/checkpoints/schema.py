@@ -31,9 +31,13 @@ A manifest with one checksum per shard lies beside the shards in both.
 from __future__ import annotations
 
 import json
+import statistics
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from qmoe.checkpoints.files import read_json
 
 QMOE = "qmoe"
 COMPRESSED_TENSORS = "compressed-tensors"
@@ -118,20 +122,58 @@ class Manifest:
         """Read ``qmoe_manifest.json`` from ``folder``.
 
         Raises:
-            ValueError: the file is missing, is not JSON or has another format version.
+            ValueError: the file is missing, is no manifest or has another format version.
         """
         path = folder / MANIFEST_NAME
+        if not path.exists():
+            raise ValueError(f"{path}: not found; this folder was not written by qmoe")
+        raw = read_json(path)
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
             shards = {name: Shard(**shard) for name, shard in raw.pop("shards").items()}
             manifest = cls(shards=shards, **raw)
-        except FileNotFoundError:
-            raise ValueError(f"{path}: not found; this folder was not written by qmoe") from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not a qmoe manifest ({error}); convert again") from None
+            manifest._check_types()
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path}: not a qmoe manifest ({error!r:.200}); convert again"
+            ) from None
         if manifest.format_version != FORMAT_VERSION:
             raise ValueError(
-                f"{path}: format version {manifest.format_version}; "
+                f"{path}: format version {manifest.format_version!r:.40}; "
                 f"this qmoe reads version {FORMAT_VERSION}"
             )
         return manifest
+
+    def _check_types(self) -> None:
+        """Raise TypeError where a manifest that somebody else wrote holds other types."""
+        texts = [self.weights, self.format, self.source, self.qmoe_version]
+        texts += [shard.sha256 for shard in self.shards.values()]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError("a text is missing")
+        errors = [error for of_module in self.errors.values() for error in of_module.values()]
+        if not all(isinstance(error, float | int) for error in errors):
+            raise TypeError("errors are numbers")
+        if not all(type(shard.bytes) is int for shard in self.shards.values()):
+            raise TypeError("bytes are numbers")
+
+
+def summarize_errors(errors: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Any]]:
+    """The median and the worst error of each projection.
+
+    Args:
+        errors: experts module -> projection -> relative error.
+
+    Returns:
+        projection -> ``{"median", "worst", "worst_module"}``.
+    """
+    by_projection: dict[str, dict[str, float]] = {}
+    for module, of_module in errors.items():
+        for projection, error in of_module.items():
+            by_projection.setdefault(projection, {})[module] = error
+    return {
+        projection: {
+            "median": statistics.median(found.values()),
+            "worst": max(found.values()),
+            "worst_module": max(found, key=lambda module: found[module]),
+        }
+        for projection, found in by_projection.items()
+    }

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import cached_file
 
-from qmoe.checkpoints.files import StoredTensor, open_checkpoint
+from qmoe.checkpoints.files import StoredTensor, check_folder, open_checkpoint
 from qmoe.checkpoints.hub import is_hub_id
 from qmoe.checkpoints.schema import COMPRESSED_TENSORS, MANIFEST_NAME, QMOE
 from qmoe.experts.layout import find_experts
@@ -123,6 +123,8 @@ def _choose_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 def _read_config(path_or_repo: str, revision: str | None) -> PreTrainedConfig:
     if not Path(path_or_repo).is_dir() and not is_hub_id(path_or_repo):
         raise ValueError(f"{path_or_repo}: no such folder, and no Hub id of the form owner/name")
+    if Path(path_or_repo).is_dir():
+        check_folder(Path(path_or_repo))
     try:
         return AutoConfig.from_pretrained(path_or_repo, revision=revision)
     except Exception as error:  # whatever a config.json may hold

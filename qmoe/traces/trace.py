@@ -126,8 +126,15 @@ class RoutingTrace:
                 page_bytes=tuple(map(int, json.loads(metadata.pop("page_bytes")))),
                 metadata=metadata,
             )
-        except (SafetensorError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}: no usable routing trace ({error})") from error
+        except (
+            SafetensorError,
+            ValueError,
+            TypeError,
+            KeyError,
+            OverflowError,
+            RecursionError,
+        ) as error:
+            raise ValueError(f"{path}: no usable routing trace ({error!s:.200})") from error
 
 
 def synthetic_trace(

@@ -9,12 +9,14 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
 import qmoe_convert.workers as workers_module
@@ -25,6 +27,7 @@ from qmoe.experts.layout import find_experts
 from qmoe_convert import ConversionError
 from qmoe_convert.convert import convert
 from qmoe_convert.shards import ShardWriter, sha256_of
+from qmoe_convert.small_files import DOWNLOADED
 from qmoe_convert.workers import in_order
 from qmoe_convert.write import with_quantization_config
 from qmoe_kernels.quantization import LARGEST, SAMPLED_ROWS, STORAGE_DTYPE, quantize
@@ -163,34 +166,107 @@ class TestLayout:
         folder = source()
         kept = {
             "tokenizer.json": b"{}",
+            "tokenizer_config.json": b"not what it says",
+            "processor_config.json": b'{"auto_map": {"AutoProcessor": "owner/name--code.Class"}}',
             "chat_template.jinja": b"{{ x }}",
             "vocab.txt": b"a",
+            "vocab.bpe": b"a b",
             "tokenizer.model": b"\x00\x01",
+            "tokenizer.model.v3": b"\x00\x02",
             "additional_chat_templates/tool.jinja": b"{{ y }}",
-            "README.md": b"# model",
-            "LICENSE": b"free",
+            "docs.md": b"# use",
+            **dict.fromkeys(
+                ("LICENSE", "license.md", "License.rst", "LICENCE-2.0", "NOTICE", "Copying"),
+                b"free",
+            ),
         }
         dropped = [
             "evil.py",
+            "license.py",
             "training_args.bin",
             "state.pt",
             ".gitattributes",
             "x.pkl",
             "old.index.json",
+            "adapter_config.json",
+            "model_card.md",
         ]
         for name, data in kept.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(data)
         for name in dropped:
             (folder / name).write_bytes(b"x")
-        _, out = run(folder)
+        report, out = run(folder)
         after = contents(out)
         for name, data in kept.items():
             assert after[name] == data
         assert after["generation_config.json"] == (folder / "generation_config.json").read_bytes()
         assert not set(dropped) & set(after)
         ours = {"config.json", "model.safetensors", "generation_config.json", MANIFEST_NAME}
-        assert set(after) == {*kept, *ours}
+        assert set(after) == {*kept, *ours, "README.md"}
+        assert [w for w in report.warnings if "adapter_config.json" in w] == report.warnings
+        assert not any(fnmatch(name, pattern) for name in dropped[:1] for pattern in DOWNLOADED)
+        assert all(any(fnmatch(name, p) for p in DOWNLOADED) for name in kept)
+
+    def test_links(self, source: Source, run: Run, tmp_path: Path) -> None:
+        """What lies elsewhere is not ours to publish; a Hub cache keeps its files elsewhere."""
+        folder, elsewhere = source(), tmp_path / "elsewhere"
+        blobs = tmp_path / "models--owner--name" / "blobs"
+        for made in (elsewhere, blobs):
+            made.mkdir(parents=True)
+            (made / "a").write_text("secret")
+        (folder / "notes.txt").symlink_to(Path("..") / "elsewhere" / "a")
+        (folder / "additional_chat_templates").symlink_to(elsewhere, target_is_directory=True)
+        (elsewhere / "x.jinja").write_text("secret")
+        (folder / "same.txt").symlink_to("generation_config.json")
+        (folder / "vocab.txt").symlink_to(blobs / "a")
+        (folder / "gone.txt").symlink_to("nowhere")
+        os.mkfifo(folder / "pipe.txt")
+        weights = folder / "model.safetensors"
+        weights.rename(elsewhere / "disk.safetensors")
+        weights.symlink_to(elsewhere / "disk.safetensors")
+        report, out = run(folder)
+        after = contents(out)
+        assert after["vocab.txt"] == b"secret" and "same.txt" in after
+        assert not {"notes.txt", "additional_chat_templates/x.jinja"} & set(after)
+        outside = [w for w in report.warnings if "outside of the checkpoint" in w]
+        assert len(outside) == 2 and any("notes.txt" in w for w in outside)
+
+    def test_code_that_does_not_go_along(self, source: Source, run: Run) -> None:
+        folder = source()
+        rewrite(folder, load(folder), auto_map={"AutoConfig": "configuration_x.X"})
+        tokenizer = {"auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}, "a": 1}
+        (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+        report, out = run(folder)
+        assert "auto_map" not in json.loads((out / "config.json").read_text())
+        assert json.loads((out / "tokenizer_config.json").read_text()) == {"a": 1}
+        assert [w.split()[0] for w in report.warnings] == ["config.json", "tokenizer_config.json"]
+
+    @pytest.mark.parametrize("on_hub", [True, False])
+    def test_the_card_is_ours(self, on_hub: bool, source: Source, run: Run) -> None:
+        folder = source()
+        metadata = {"license": "mit", "language": ["en"], "tags": ["theirs"], "model-index": 1}
+        (folder / "README.md").write_text(f"---\n{json.dumps(metadata)}\n---\n# Theirs")
+        if on_hub:
+            snapshots = folder.parent / "models--owner--some-name" / "snapshots"
+            snapshots.mkdir(parents=True)
+            folder = folder.rename(snapshots / "abc")
+        report, out = run(folder, ignore="layers.0")
+        card = ModelCard.load(out / "README.md")
+        found = card.data.to_dict()
+        assert (found["license"], found["language"]) == ("mit", ["en"])
+        assert "theirs" not in found["tags"] and "int8" in found["tags"]
+        assert found.get("base_model") == ("owner/some-name" if on_hub else None)
+        assert found.get("base_model_relation") == ("quantized" if on_hub else None)
+        assert "Theirs" not in card.text and str(folder.parent) not in card.text
+        assert f"{report.worst_error[1]:.3%}" in card.text and "model.layers.0" in card.text
+
+    @pytest.mark.parametrize("card", [b"---\nlicense: [1\n---\n", b"\xff", b"---\n- 1\n---", b""])
+    def test_a_card_that_cannot_be_read(self, card: bytes, source: Source, run: Run) -> None:
+        folder = source()
+        (folder / "README.md").write_bytes(card)
+        _, out = run(folder)
+        assert "license" not in ModelCard.load(out / "README.md").data.to_dict()
 
     def test_manifest(self, qwen3_folder: Path, run: Run) -> None:
         report, out = run(qwen3_folder, weights="fp8", max_shard_size="60kB")
@@ -216,6 +292,12 @@ class TestConfig:
 
     def test_an_older_one_is_replaced_in_place(self) -> None:
         text = '{"a": 1, "quantization_config": {"quant_method": "fp8"}, "z": 2}'
+        nested = f'{{"text_config": {text}}}'
+        result = json.loads(with_quantization_config(nested, {"quant_method": "qmoe"}))
+        assert result == {
+            "text_config": {"a": 1, "z": 2},
+            "quantization_config": {"quant_method": "qmoe"},
+        }
         result = json.loads(with_quantization_config(text, {"quant_method": "qmoe"}))
         assert list(result) == ["a", "quantization_config", "z"]
         assert result["quantization_config"] == {"quant_method": "qmoe"}
@@ -396,6 +478,60 @@ class TestQuantizedInputs:
         rewrite(folder, stored, quantization_config=quantization)
         self.check(folder, dense, run)
 
+    @pytest.mark.parametrize("kind", ["int8", "fp8"])
+    def test_a_layer_in_16_bit(self, kind: str, source: Source, run: Run) -> None:
+        """And static scales of activations, which are of no use in OUT."""
+        pytest.importorskip("compressed_tensors")
+        folder = source()
+        stored, dense = {}, {}
+        for name, tensor in load(folder).items():
+            stored[name] = dense[name] = tensor
+            if ".0.mlp.experts." in name:
+                q, scale = quantize(tensor, kind)
+                stored[name], stored[f"{name}_scale"] = q, scale.unsqueeze(-1)
+                stored[name.replace("weight", "input_scale")] = torch.ones(1)
+                dense[name] = (q.float() * scale.unsqueeze(-1)).bfloat16()
+        type = {"int8": "int", "fp8": "float"}[kind]
+        weights = {"num_bits": 8, "type": type, "symmetric": True, "strategy": "channel"}
+        group = {"targets": ["Linear"], "weights": weights, "format": f"{type}-quantized"}
+        quantization = {
+            "quant_method": "compressed-tensors",
+            "format": f"{type}-quantized",
+            "config_groups": {"group_0": group},
+            "ignore": ["lm_head", "re:.*layers.1.*", "re:.*self_attn.*"],
+        }
+        rewrite(folder, stored, quantization_config=quantization)
+        report, out = run(folder)
+        assert any("input_scale and 11 more left out" in warning for warning in report.warnings)
+        after = load(out)
+        for name, tensor in dense.items():
+            if ".experts." in name:
+                q, scale = quantize(tensor, "int8")
+                assert equal(after.pop(name), q)
+                assert equal(after.pop(f"{name}_scale"), scale.unsqueeze(-1))
+            else:
+                assert equal(after.pop(name), tensor)
+        assert not after
+        config = json.loads((out / "config.json").read_text())
+        assert config["quantization_config"]["format"] == "int-quantized"
+
+    def test_scales_of_no_values(self, source: Source, tmp_path: Path) -> None:
+        folder = source()
+        stored = load(folder)
+        for name in list(stored):
+            if "_proj" in name:
+                q, scale = quantize(stored[name], "fp8")
+                stored[name], stored[f"{name}_scale"] = q, scale.unsqueeze(-1)[:0]
+        weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
+        group = {"targets": ["Linear"], "weights": weights}
+        quantization = {"quant_method": "compressed-tensors", "format": "float-quantized",
+                        "config_groups": {"group_0": group}}  # fmt: skip
+        rewrite(folder, stored, quantization_config=quantization)
+        with pytest.raises(ConversionError, match=r"proj\.weight") as error:
+            convert(folder, tmp_path / "out")
+        assert "\n" not in str(error.value)
+        assert not list(tmp_path.glob("out*"))
+
     def test_mxfp4(self, source: Source, run: Run) -> None:
         from transformers import AutoModelForCausalLM, Mxfp4Config
 
@@ -480,7 +616,7 @@ class TestRefused:
             if ".experts." in name:
                 tensors[name] = tensors[name].mul(100).to(torch.int8)
         rewrite(folder, tensors)
-        self.expect(folder, tmp_path / "out", r"is I8; expert weights must be BF16, F16 or F32")
+        self.expect(folder, tmp_path / "out", r"is I8; weights must be BF16, F16 or F32")
 
     def test_no_such_model(self, tmp_path: Path, source: Source) -> None:
         out = tmp_path / "out"
@@ -832,7 +968,7 @@ class TestHub:
         convert("org/model", out, revision="v1", push_to_hub="me/model-int8")
         assert (asked["repo"], asked["revision"]) == ("org/model", "v1")
         assert "*.safetensors" in asked["patterns"]
-        assert not any(p.endswith((".bin", ".py", ".pt", "*")) for p in asked["patterns"])
+        assert not any(p.endswith((".bin", ".py", ".pt")) or p == "*" for p in asked["patterns"])
         assert asked["created"] == "me/model-int8"
         assert "config.json" in asked["uploaded"] and MANIFEST_NAME in asked["uploaded"]
         assert Manifest.read(out).source == "org/model"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from qmoe.checkpoints.files import open_checkpoint
+from qmoe.checkpoints.files import CheckpointError, open_checkpoint
 from qmoe.experts.layout import find_experts
 from qmoe_convert.mapping import CheckpointMapping, MappingError, map_checkpoint
 from qmoe_convert.shards import Reader
@@ -65,7 +66,7 @@ def test_a_tied_head_is_a_linear_too(source: Callable[..., Path]) -> None:
 
 class TestRefused:
     def expect(self, folder: Path, message: str) -> None:
-        with pytest.raises(MappingError, match=message) as error:
+        with pytest.raises((MappingError, CheckpointError), match=message) as error:
             mapping_of(folder)
         assert "\n" not in str(error.value)
 
@@ -95,10 +96,13 @@ class TestRefused:
         rewrite(folder, load(folder), num_experts=3, num_local_experts=3)
         self.expect(folder, r"experts\.3\.\w+\.weight: 4 experts in the checkpoint, 3 in config")
 
-    def test_an_unknown_tensor(self, source: Callable[..., Path]) -> None:
+    @pytest.mark.parametrize("name", ["self_attn.v_proj", "input_layernorm", "mlp.gate"])
+    def test_a_tensor_missing_elsewhere(self, source: Callable[..., Path], name: str) -> None:
         folder = source()
-        rewrite(folder, {**load(folder), "model.layers.0.mystery": torch.ones(2)})
-        self.expect(folder, r"has no place for model\.layers\.0\.mystery")
+        tensors = load(folder)
+        tensors["model.layers.1.mystery"] = tensors.pop(f"model.layers.1.{name}.weight")
+        rewrite(folder, tensors)
+        self.expect(folder, rf"no tensor for .*{name}\.weight of .*, but model\.layers\.1\.mystery")
 
     def test_a_dense_model(self, tmp_path: Path) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -111,8 +115,12 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("config", "message"),
         [
-            ("", "not JSON"),
-            ("[]", "not JSON"),
+            ("", "is not JSON"),
+            ("[]", "holds no JSON object"),
+            ('{"a": ' * 9999 + "1" + "}" * 9999, "nested too deeply"),
+            ('{"model_type": {"a": 1}}', "model_type is no name"),
+            ('{"model_type": "qwen3_moe", "num_hidden_layers": 1e12}', "num_hidden_layers stands"),
+            ('{"model_type": "x", "text_config": {"num_labels": 99999}}', "num_labels stands"),
             ('{"model_type": "no_such"}', "does not know model type 'no_such'"),
             ('{"model_type": "x", "auto_map": {"AutoConfig": "c.C"}}', "needs remote code"),
             ('{"model_type": "qwen3_moe", "num_attention_heads": "many"}', "transformers cannot"),
@@ -143,27 +151,68 @@ class TestRefused:
         rewrite(folder, load(folder), quantization_config=quantization)
         self.expect(folder, message)
 
-    def test_a_weight_of_another_shape(self, source: Callable[..., Path]) -> None:
+    def test_a_quantization_that_the_language_model_alone_has(
+        self, source: Callable[..., Path]
+    ) -> None:
+        folder = source("ernie4_5_vl_moe")
+        text = json.loads((folder / "config.json").read_text())["text_config"]
+        text["quantization_config"] = {"quant_method": "gptq"}
+        rewrite(folder, load(folder), text_config=text)
+        self.expect(folder, "is quantized by 'gptq'")
+
+    @pytest.mark.parametrize(
+        ("name", "change", "message"),
+        [
+            ("mlp.experts.1.down_proj", lambda t: t[:, :8], r"of shape \[64, 8\], other experts"),
+            ("mlp.experts.3.up_proj", lambda t: t[:0, 0], r"of shape \[0\], other experts"),
+            ("mlp.experts.2.gate_proj", lambda t: t.to(torch.int8), "is I8; weights must be"),
+            ("mlp.experts.2.gate_proj", lambda t: t.float(), "is F32 of shape"),
+            ("mlp.gate", lambda t: t[:3], r"of shape \[3, 64\]: the model expects \[4, 64\]"),
+            ("self_attn.q_norm", lambda t: t[:0], r"of shape \[0\]: the model expects \[16\]"),
+            ("self_attn.q_proj", lambda t: t.bool(), "is BOOL; weights must be BF16"),
+        ],
+    )
+    def test_a_tensor_of_another_dtype_or_shape(
+        self,
+        source: Callable[..., Path],
+        name: str,
+        change: Callable[[torch.Tensor], torch.Tensor],
+        message: str,
+    ) -> None:
         folder = source()
         tensors = load(folder)
-        name = "model.layers.0.mlp.experts.1.down_proj.weight"
-        tensors[name] = tensors[name][:, :8].contiguous()
+        name = f"model.layers.1.{name}.weight"
+        tensors[name] = change(tensors[name]).contiguous()
         rewrite(folder, tensors)
-        stored = open_checkpoint(folder)
-        projection = map_checkpoint(folder, stored).experts["model.layers.0.mlp.experts"]
-        with pytest.raises(MappingError, match=r"experts\.1\.down_proj\.weight: shape \[64, 8\]"):
-            projection.projections["down_proj"].load_parts(Reader(stored), 1)
+        self.expect(folder, f"{re.escape(name)}.*{message}")
+
+    def test_a_dtype_that_nobody_reads(self, source: Callable[..., Path]) -> None:
+        folder = source()
+        file = folder / "model.safetensors"
+        file.write_bytes(file.read_bytes().replace(b'"BF16"', b'"B216"', 1))
+        with pytest.raises(CheckpointError, match="has dtype B216, which torch cannot read"):
+            mapping_of(folder)
+
+    @pytest.mark.parametrize("family", ["granitemoe", "dbrx", "gpt_oss"])
+    def test_all_experts_of_another_shape(self, source: Callable[..., Path], family: str) -> None:
+        folder = source(family)
+        tensors = load(folder)
+        name = next(n for n in tensors if "expert" in n or "input_linear" in n)
+        tensors[name] = tensors[name][:-2].contiguous()
+        rewrite(folder, tensors)
+        self.expect(folder, rf"{re.escape(name)}.*the model expects")
 
 
-def test_what_transformers_ignores_is_kept(source: Callable[..., Path]) -> None:
-    """DeepSeek-V3 ships a layer for multi-token prediction that transformers does not use."""
+@pytest.mark.parametrize("layer", [2, 61])
+def test_what_the_model_has_no_place_for_is_kept(source: Callable[..., Path], layer: int) -> None:
+    """A layer for multi-token prediction, known to transformers by its number or not."""
     folder = source("deepseek_v3")
-    extra = "model.layers.61.mlp.experts.0.gate_proj.weight"
-    rewrite(folder, {**load(folder), extra: torch.ones(4, 4)})
+    extra = f"model.layers.{layer}.mlp.experts.0.gate_proj.weight"
+    rewrite(folder, {**load(folder), extra: torch.ones(4, 4), "mystery": torch.ones(2)})
     mapping = mapping_of(folder)
-    assert extra in mapping.others
+    assert {extra, "mystery"} <= set(mapping.others)
     assert extra.removesuffix(".weight") in mapping.linear_names
-    assert any(extra in warning for warning in mapping.warnings)
+    assert any(extra in warning or "mystery" in warning for warning in mapping.warnings)
 
 
 def test_no_remote_code_runs(source: Callable[..., Path]) -> None:

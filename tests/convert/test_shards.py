@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from pathlib import Path
 
@@ -146,20 +147,66 @@ class TestOpening:
     @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": [1]}', "\x00"])
     def test_broken_index(self, folder: Path, text: str) -> None:
         (folder / INDEX_NAME).write_text(text)
-        with pytest.raises(CheckpointError, match="not an index"):
+        with pytest.raises(CheckpointError, match=r"not an index|not JSON|no JSON object"):
             open_checkpoint(folder)
 
-    def test_pickles_are_refused(self, tmp_path: Path) -> None:
-        (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
+    def test_pickles_are_refused(self, folder: Path) -> None:
+        (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
+        (folder / INDEX_NAME).write_text('{"weight_map": {"a": "pytorch_model.bin"}}')
         with pytest.raises(CheckpointError, match="pickled weights are never loaded"):
-            open_checkpoint(tmp_path)
-        (tmp_path / INDEX_NAME).write_text('{"weight_map": {"a": "pytorch_model.bin"}}')
-        with pytest.raises(CheckpointError, match="pickled weights are never loaded"):
+            open_checkpoint(folder)
+
+    @pytest.mark.parametrize(
+        ("names", "message"),
+        [
+            ([], "holds neither"),
+            (["README.md"], "holds neither"),
+            (["pytorch_model.bin", "config.json"], r"pytorch_model\.bin: empty; pickled weights"),
+            (["pytorch_model.bin.index.json", "a.bin"], r"a\.bin: empty; pickled weights"),
+            (["consolidated.00.safetensors", "params.json"], "own names, which transformers does"),
+            (["x-Q4_K_M.gguf"], "GGUF"),
+            (["model-00001-of-00002.safetensors"], "download the index"),
+            (["model.safetensors.incomplete"], "a part of a download"),
+            (["adapter_config.json", "adapter_model.safetensors"], "an adapter .* merge it into"),
+            (["tf_model.h5"], "another framework"),
+        ],
+    )
+    def test_what_is_there_instead_is_named(
+        self, tmp_path: Path, names: list[str], message: str
+    ) -> None:
+        for name in names:
+            (tmp_path / name).touch()
+        with pytest.raises(CheckpointError, match=message):
             open_checkpoint(tmp_path)
 
-    def test_nothing(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match="holds neither"):
-            open_checkpoint(tmp_path)
+    @pytest.mark.parametrize("name", ["one.safetensors", INDEX_NAME])
+    @pytest.mark.parametrize("kind", ["fifo", "folder", "device"])
+    def test_what_is_no_file(self, folder: Path, name: str, kind: str) -> None:
+        """Opening a FIFO would wait for a writer, reading /dev/zero would never end."""
+        (folder / name).unlink()
+        if kind == "fifo":
+            os.mkfifo(folder / name)
+        elif kind == "folder":
+            (folder / name).mkdir()
+        else:
+            (folder / name).symlink_to("/dev/zero")
+        with pytest.raises(CheckpointError, match=rf"{name}: not a regular file"):
+            open_checkpoint(folder)
+
+    @pytest.mark.parametrize("gap", [-1, 1])
+    def test_bytes_of_no_tensor_or_of_two(self, tmp_path: Path, gap: int) -> None:
+        entries = {
+            "a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]},
+            "b": {"dtype": "U8", "shape": [4], "data_offsets": [4 + gap, 8 + gap]},
+        }
+        text = json.dumps(entries).encode()
+        file = tmp_path / "model.safetensors"
+        file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8 + gap))
+        with pytest.raises(CheckpointError, match=r"b begins at"):
+            read_header(file)
+        file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(20))
+        with pytest.raises(CheckpointError, match=r"begins at|too long"):
+            read_header(file)
 
 
 class TestWriting:
