@@ -355,7 +355,8 @@ def test_on_the_gpu(form, tmp_path, monkeypatch) -> None:
 PEAK = """
 import os, sys, threading, time, torch
 torch.set_num_threads(1)
-import qmoe, transformers
+import transformers
+from qmoe import load
 from transformers import AutoModelForCausalLM
 
 def anonymous():  # what a process has written to, beside file pages that can be dropped
@@ -371,7 +372,7 @@ def watch():
         time.sleep(0.002)
 watcher = threading.Thread(target=watch)
 watcher.start()
-model = qmoe.load(sys.argv[1], device="cpu", **eval(sys.argv[2]))
+model = load(sys.argv[1], device="cpu", **eval(sys.argv[2]))
 done = True
 watcher.join()
 if getattr(model, "qmoe_paging", None) is None:
