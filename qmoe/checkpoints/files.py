@@ -78,9 +78,9 @@ class FileVersion:
         try:
             now = FileVersion.of(file if descriptor is None else descriptor)
         except FileNotFoundError:
-            raise CheckpointError(f"{file}: vanished while it was read") from None
+            raise CheckpointError(f"{file}: vanished while it was read; start again") from None
         if now != self:
-            raise CheckpointError(f"{file}: was replaced or changed while it was read")
+            raise CheckpointError(f"{file}: changed while it was read; start again")
 
 
 @dataclass(frozen=True)

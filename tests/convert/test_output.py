@@ -453,7 +453,7 @@ class TestTheSource:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("qmoe_convert.workers.IN_FLIGHT_BYTES", 1)
-            message = r"\.safetensors: (was replaced or changed|No such file)"
+            message = r"\.safetensors: (changed while|No such file)"
             with pytest.raises(ConversionError, match=message):
                 convert(folder, out, progress=change, **SMALL)
         assert not out.exists()
@@ -465,7 +465,7 @@ class TestTheSource:
         def change(*call: Any) -> None:
             (folder / "config.json").touch()
 
-        with pytest.raises(ConversionError, match=r"config\.json: was replaced or changed"):
+        with pytest.raises(ConversionError, match=r"config\.json: changed while"):
             convert(folder, tmp_path / "out", progress=change, **SMALL)
 
 
