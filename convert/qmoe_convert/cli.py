@@ -86,7 +86,11 @@ def command(
         bool, typer.Option("--resume", help="Go on with an interrupted run.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT, and start afresh.")
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace OUT if it is ours or empty, and, without --resume, start afresh.",
+        ),
     ] = False,
     verify: Annotated[
         bool, typer.Option(help="Read everything again and compare it with the source.")

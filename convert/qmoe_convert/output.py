@@ -148,7 +148,7 @@ class Output:
             elif not self.published:
                 raise ConversionError(
                     f"{self.old} is what {self.out} was before a run that was interrupted, and "
-                    f"something else is there now; move one of them"
+                    "something else is there now; move one of them"
                 )
 
     @property
@@ -177,7 +177,8 @@ class Output:
             ConversionError: OUT or OUT.partial holds a part of it, or lies in its folder.
         """
         folder = source.resolve()
-        parts = {folder, *(path.resolve() for path in (*source.iterdir(), *files))}
+        # Not Path.resolve, which raises where links go round in a circle.
+        parts = {folder, *(Path(os.path.realpath(p)) for p in (*source.iterdir(), *files))}
         places = {place for part in parts for place in (part, *part.parents)}
         parent = self.out.absolute().parent.resolve()
         for target in (parent / self.out.name, parent / self.work.name):
