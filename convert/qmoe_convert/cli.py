@@ -127,7 +127,7 @@ def command(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from qmoe_convert.convert import convert
 
-    note = "" if dry_run else f"{out} was not written, go on with --resume"
+    note = "" if dry_run else "go on with --resume"
     with interruptible(note), _progress(show=not (json or dry_run)) as progress:
         report = convert(
             model,
