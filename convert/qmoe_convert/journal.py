@@ -36,11 +36,11 @@ class Entry:
 
     def __post_init__(self) -> None:
         """Refuse what a journal that somebody else wrote may hold; raises TypeError."""
-        texts = (self.fingerprint, self.sha256)
-        if not all(isinstance(text, str) for text in texts) or type(self.modified) is not int:
+        found = [type(v) for v in (self.fingerprint, self.sha256, self.modified, self.verified)]
+        if found != [str, str, int, bool] or not self.sha256.isalnum():
             raise TypeError
         for module, projection, error, norm in self.squares:
-            if not isinstance(module, str) or not isinstance(projection, str):
+            if not isinstance(module, str) or not projection.isidentifier():
                 raise TypeError
             if not math.isfinite(error + norm) or min(error, norm) < 0:
                 raise TypeError
