@@ -86,7 +86,11 @@ def command(
         bool, typer.Option("--resume", help="Go on with an interrupted run.")
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT, and start afresh.")
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace OUT if it is ours or empty, and, without --resume, start afresh.",
+        ),
     ] = False,
     verify: Annotated[
         bool, typer.Option(help="Read everything again and compare it with the source.")
@@ -123,7 +127,7 @@ def command(
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from qmoe_convert.convert import convert
 
-    note = "" if dry_run else f"{out} was not written, go on with --resume"
+    note = "" if dry_run else "go on with --resume"
     with interruptible(note), _progress(show=not (json or dry_run)) as progress:
         report = convert(
             model,

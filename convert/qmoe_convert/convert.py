@@ -3,7 +3,8 @@
 Headers give a plan of every byte that will be written (`qmoe_convert.plan`), workers make its
 pieces (`qmoe_convert.write`), and everything is read again (`qmoe_convert.verify`).
 
-Work goes to ``OUT.partial``; at the end the folder is renamed, so OUT is complete or absent.
+Work goes to ``OUT.partial``; at the end it is given its name, so OUT is complete or absent
+(`qmoe_convert.output`).
 """
 
 from __future__ import annotations
@@ -12,32 +13,28 @@ import errno
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
 
-from qmoe.checkpoints.files import CheckpointError, StoredTensor, open_checkpoint
+from qmoe.checkpoints.files import CheckpointError, FileVersion, StoredTensor, open_checkpoint
 from qmoe.checkpoints.hub import is_hub_id
 from qmoe.sizes import parse_size
 from qmoe_convert import ConversionError, SourceError
+from qmoe_convert.hub import check_name, check_rights, reason, upload
+from qmoe_convert.journal import fingerprints
 from qmoe_convert.mapping import map_checkpoint
-from qmoe_convert.plan import Options, make_plan
+from qmoe_convert.output import Output
+from qmoe_convert.plan import Options, Plan, make_plan
 from qmoe_convert.report import Report
-from qmoe_convert.shards import PARTIAL_SUFFIX
 from qmoe_convert.small_files import DOWNLOADED, warnings_about
 from qmoe_convert.verify import verify_shards
 from qmoe_convert.workers import Progress
-from qmoe_convert.write import (
-    JOURNAL_NAME,
-    Journal,
-    fingerprint,
-    remove,
-    write_rest,
-    write_shards,
-)
+from qmoe_convert.write import rest_bytes, write_rest, write_shards
 from qmoe_kernels.quantization import WeightFormat
 
 FORMATS = ("auto", "compressed-tensors", "qmoe")
@@ -66,7 +63,7 @@ def convert(
 
     Args:
         model: a local folder or a Hub id.
-        out: the folder to write; it must not exist.
+        out: the folder to write; it must not exist. It is locked for the whole run.
         weights: ``"int8"`` or ``"fp8"``, per output channel.
         format: ``"compressed-tensors"`` where the checkpoint stores each expert by itself,
             ``"qmoe"`` for all models; ``"auto"`` takes the former where it can.
@@ -75,10 +72,12 @@ def convert(
         device: where weights are quantized, ``"auto"``, ``"cpu"`` or ``"cuda"``; same bytes.
         workers: threads that read and quantize; by default one per core, at most 8.
         dry_run: only read headers and return what would be written.
-        resume: go on with a run that was interrupted; the result is the same to the byte.
-        overwrite: replace ``out``, and start an interrupted run afresh.
+        resume: go on with a run that was interrupted; the result is the same to the byte. A shard
+            that is whole is kept if it was not touched since, or has the same SHA-256.
+        overwrite: replace ``out`` if it is empty or what an earlier conversion wrote, and start an
+            interrupted run afresh; with ``resume``, go on with it and replace ``out`` at the end.
         verify: read everything that was written and compare it with the source.
-        push_to_hub: repository to upload to afterwards.
+        push_to_hub: repository to upload to afterwards; whether that may be is asked before.
         revision: of a Hub id.
         progress: called from time to time with (stage, bytes done, bytes in all).
 
@@ -86,7 +85,9 @@ def convert(
         Sizes, errors and warnings.
 
     Raises:
-        ConversionError: the input cannot be converted, or writing failed. ``out`` is untouched.
+        ConversionError: the input cannot be converted, another process writes ``out``, or writing
+            failed. ``out`` is untouched.
+        FileExistsError: ``out`` is there, or what an interrupted run left.
         VerificationError: what was written is not what it should be.
         ValueError: an option has no such value.
 
@@ -96,52 +97,117 @@ def convert(
         print(report.bits_per_weight, report.worst_error)
     """
     start = time.monotonic()
-    out = Path(out)
-    partial = out.with_name(out.name + PARTIAL_SUFFIX)
-    options = _check_options(out, weights, format, ignore, max_shard_size, device, workers)
-    if not dry_run:
-        _check_target(out, partial, resume=resume, overwrite=overwrite)
-    folder, source_name = _find_source(model, revision)
-    _check_apart(folder, out, partial)
-    with _explained():
-        tensors = open_checkpoint(folder)
-        _read_ahead(tensors)
-        plan = make_plan(map_checkpoint(folder, tensors), tensors, options)
+    output = Output(Path(out))
+    options = _check_options(output, weights, format, ignore, max_shard_size, device, workers)
+    if push_to_hub is not None:
+        check_name(push_to_hub)
+    with _explained(output.out), nullcontext() if dry_run else output.held():
+        if not dry_run:
+            output.open(resume=resume, overwrite=overwrite)
+            push_to_hub = push_to_hub and check_rights(push_to_hub)
+        folder, source_name = _find_source(model, revision)
+        source = _Source.open(folder, source_name)
+        output.check_apart(folder, source.versions)
+        plan = make_plan(map_checkpoint(folder, source.tensors), source.tensors, options)
         plan.report.warnings += warnings_about(folder)
-    if not dry_run:
-        try:
-            with _explained():
-                if not resume:
-                    remove(partial)
-                journal = Journal(partial, fingerprint(plan, tensors, source_name))
-                journal.open(plan)
-                progress = progress or (lambda stage, done, total: None)
-                write_shards(plan, tensors, journal, options, progress)
-                write_rest(plan, journal, folder, source_name)
-                if verify:
-                    verify_shards(plan, tensors, journal, options, progress)
-                _publish(partial, out)
-        except SourceError:
-            # The source has to change first, so there is nothing to go on with.
-            remove(partial)
-            raise
-        plan.report.errors, plan.report.verified = journal.errors(plan), verify
-        if push_to_hub is not None:
-            _push(out, push_to_hub)
+        if not dry_run:
+            progress = progress or (lambda stage, done, total: None)
+            _convert(plan, source, output, options, progress, resume=resume, verify=verify)
+            if push_to_hub is not None:
+                upload(output.out, push_to_hub)
     plan.report.seconds = time.monotonic() - start
     return plan.report
 
 
+@dataclass(frozen=True)
+class _Source:
+    """The checkpoint that is read: its folder, and the name that the manifest gives it.
+
+    Attributes:
+        tensors: every tensor's place.
+        config: config.json.
+        versions: of every file that decides what is written.
+    """
+
+    folder: Path
+    name: str
+    tensors: dict[str, StoredTensor]
+    config: bytes
+    versions: dict[Path, FileVersion]
+
+    @classmethod
+    def open(cls, folder: Path, name: str) -> _Source:
+        file = folder / "config.json"
+        versions = {file: FileVersion.of(file)} if file.is_file() else {}
+        config = file.read_bytes() if file.is_file() else b""  # map_checkpoint says what is wrong
+        tensors = open_checkpoint(folder)
+        versions |= {tensor.file: tensor.version for tensor in tensors.values() if tensor.version}
+        _read_ahead(versions)
+        return cls(folder, name, tensors, config, versions)
+
+    def check(self) -> None:
+        """Refuse what was made of it if it changed meanwhile.
+
+        Raises:
+            CheckpointError: a file is not what it was.
+        """
+        for file, version in self.versions.items():
+            version.check(file)
+
+
+def _convert(
+    plan: Plan,
+    source: _Source,
+    output: Output,
+    options: Options,
+    progress: Progress,
+    *,
+    resume: bool,
+    verify: bool,
+) -> None:
+    """Write what is planned, or what of it an interrupted run has not, and publish it."""
+    journal, report = output.journal, plan.report
+    shards = fingerprints(plan, source.tensors, source.config, source.name)
+    if output.published:
+        journal.keep(plan, shards, output.out)
+    else:
+        if resume:
+            journal.keep(plan, shards, output.new)
+        todo = [s.nbytes for s in plan.shards if not resume or s.name not in journal.shards]
+        output.begin(sum(todo) + rest_bytes(plan, source.folder), resume=resume)
+        try:
+            write_shards(plan, source.tensors, output, shards, options, progress)
+            write_rest(plan, output, source.folder, source.name)
+            if verify:
+                verify_shards(plan, source.tensors, output, options, progress)
+            source.check()
+        except (SourceError, CheckpointError):
+            if not journal.shards:  # nothing to go on with
+                output.clean()
+            raise
+        output.publish()
+    report.errors = journal.errors(plan)
+    report.verified = all(entry.verified for entry in journal.shards.values())
+    try:
+        output.clean()
+    except OSError as error:
+        report.warnings.append(f"{output.work}: cannot be removed ({error.strerror}); remove it")
+
+
 @contextmanager
-def _explained() -> Iterator[None]:
+def _explained(out: Path) -> Iterator[None]:
     """Say in one line what is wrong with a file."""
     try:
         yield
     except CheckpointError as error:
         raise SourceError(str(error)) from None
+    except FileExistsError:
+        raise
     except OSError as error:
-        name = error.filename if error.filename is not None else "the output"
-        if error.errno == errno.ENOSPC:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        # Of a copy that fails for want of room, the second is the one written.
+        name = (full and error.filename2) or error.filename or out
+        if full:
             text = "the disk is full; make room, then go on with --resume"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             text = f"no permission ({error.strerror}); change the folder or its permissions"
@@ -151,7 +217,7 @@ def _explained() -> Iterator[None]:
 
 
 def _check_options(
-    out: Path,
+    output: Output,
     weights: str,
     format: str,
     ignore: str | Sequence[str],
@@ -182,7 +248,7 @@ def _check_options(
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     return Options(
-        str(out),
+        str(output.out),
         cast(WeightFormat, weights),
         format,
         tuple(ignore),
@@ -210,40 +276,18 @@ def _find_source(model: str | Path, revision: str | None) -> tuple[Path, str]:
     try:
         snapshot = snapshot_download(text, revision=revision, allow_patterns=list(DOWNLOADED))
     except Exception as error:  # no such repository, no access, no network: the Hub's many errors
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConversionError(
-            f"{text}: no such folder, and it cannot be had from the Hub: {reason}"
+            f"{text}: no such folder, and it cannot be had from the Hub: {reason(error)}"
         ) from None
     return Path(snapshot), text
 
 
-def _check_target(out: Path, partial: Path, *, resume: bool, overwrite: bool) -> None:
-    if resume and overwrite:
-        raise ValueError("resume and overwrite exclude each other")
-    if (out.exists() or out.is_symlink()) and not overwrite:
-        raise FileExistsError(f"{out} exists; choose another folder or use --overwrite")
-    if partial.exists() and not (resume or overwrite):
-        raise FileExistsError(
-            f"{partial} is left from an interrupted run; use --resume to go on with it "
-            "or --overwrite to start afresh"
-        )
-    if not out.parent.resolve().is_dir():
-        raise ConversionError(f"{out.parent}: no such folder; create it first")
-
-
-def _check_apart(folder: Path, out: Path, partial: Path) -> None:
-    source = folder.resolve()
-    for target in (out.resolve(), partial.resolve()):
-        if target == source or target in source.parents:
-            raise ConversionError(f"{out}: would replace the checkpoint that is read, {folder}")
-
-
-def _read_ahead(tensors: dict[str, StoredTensor]) -> None:
+def _read_ahead(files: Iterable[Path]) -> None:
     """Ask the disk for the first gigabytes while names are mapped."""
     if not hasattr(os, "posix_fadvise"):
         return
     left = 4 << 30
-    for file in dict.fromkeys(tensor.file for tensor in tensors.values()):
+    for file in files:
         size = min(left, file.stat().st_size)
         descriptor = os.open(file, os.O_RDONLY)
         try:
@@ -253,40 +297,3 @@ def _read_ahead(tensors: dict[str, StoredTensor]) -> None:
         left -= size
         if left <= 0:
             return
-
-
-def _publish(partial: Path, out: Path) -> None:
-    """Give the finished folder its name; what stood there before goes only then."""
-    (partial / JOURNAL_NAME).unlink(missing_ok=True)
-    for path in (*partial.rglob("*"), partial):
-        _sync(path)
-    replaced = out.with_name(out.name + ".replaced")
-    if out.exists() or out.is_symlink():
-        remove(replaced)
-        out.rename(replaced)
-    partial.rename(out)
-    remove(replaced)
-    _sync(out.parent)
-
-
-def _sync(path: Path) -> None:
-    """Make a file's contents, or a folder's entries, survive a power failure."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _push(out: Path, repository: str) -> None:
-    from huggingface_hub import HfApi
-
-    try:
-        api = HfApi()
-        api.create_repo(repository, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=out)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ConversionError(
-            f"{out} is complete, but uploading it to {repository} failed: {reason}"
-        ) from None

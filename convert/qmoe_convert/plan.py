@@ -14,7 +14,6 @@ A :class:`Piece` is a run of these bytes that one worker makes in one go. Its si
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -68,6 +67,7 @@ class Piece:
             quantize leave behind.
         source_bytes: read from disk.
         cost: bytes of memory that making it takes.
+        sources: the tensors of the checkpoint that it is made of.
         module, projections, first_expert: what is quantized, a projection for each of ``tensors``;
             no projections where what is loaded is written as it is.
     """
@@ -80,6 +80,7 @@ class Piece:
     module: str = ""
     projections: tuple[str, ...] = ()
     first_expert: int = 0
+    sources: tuple[str, ...] = ()
 
 
 # Pieces whose tensors must share a shard, under the first of their names in the source.
@@ -132,13 +133,6 @@ class Plan:
         ordered = {name: weight_map[name] for name in natural_order(weight_map)}
         index = {"metadata": {"total_size": total}, "weight_map": ordered}
         return json.dumps(index, indent=2) + "\n"
-
-    def digest(self) -> str:
-        """A hash of everything that will be written but the values."""
-        digest = hashlib.sha256(f"{self.report.format} {self.report.weights}".encode())
-        for shard in self.shards:
-            digest.update(shard.name.encode() + shard.header)
-        return digest.hexdigest()
 
 
 def make_plan(
@@ -281,6 +275,7 @@ def _per_expert(experts: Experts, tensors: dict[str, StoredTensor], weights: str
             module=experts.module,
             projections=tuple(of),
             first_expert=expert,
+            sources=tuple(names),
         )
         scales = [_scales(tensor, (tensor.shape[0], 1)) for tensor in quantized]
         groups.append((natural_order(names)[0], [piece, *scales]))
@@ -307,7 +302,7 @@ def _fused_projection(experts: Experts, name: str, weights: str) -> list[Piece]:
     quantized = PlannedTensor(
         f"{experts.module}.{name}{QUANTIZED_SUFFIX}", STORED_AS[weights], shape, math.prod(shape)
     )
-    step = num_experts
+    step, sources = num_experts, tuple(projection.source_names)
     if projection.sliceable:
         step = max(1, min(step, PIECE_BYTES // max(1, projection.source_bytes(1))))
     pieces = []
@@ -326,6 +321,7 @@ def _fused_projection(experts: Experts, name: str, weights: str) -> list[Piece]:
                 module=experts.module,
                 projections=(name,),
                 first_expert=first,
+                sources=sources,
             )
         )
     return [*pieces, _scales(quantized, shape[:2])]
@@ -344,7 +340,7 @@ def _kept(kept: Kept, tensors: dict[str, StoredTensor]) -> list[Piece]:
     tensor = PlannedTensor(kept.name, kept.dtype, kept.shape, nbytes)
     # Dequantizing passes through two fp32 copies.
     cost = source_bytes + 8 * math.prod(kept.shape) + nbytes
-    return [Piece((tensor,), kept.load, source_bytes, cost)]
+    return [Piece((tensor,), kept.load, source_bytes, cost, sources=kept.source_names)]
 
 
 def _copied(tensor: PlannedTensor, start: int, stop: int) -> Piece:
@@ -355,6 +351,7 @@ def _copied(tensor: PlannedTensor, start: int, stop: int) -> Piece:
         source_bytes=stop - start,
         cost=stop - start,
         start=start,
+        sources=(tensor.name,),
     )
 
 

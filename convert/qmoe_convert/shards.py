@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from qmoe.checkpoints.files import TORCH_DTYPES, CheckpointError, StoredTensor
+from qmoe.checkpoints.files import TORCH_DTYPES, CheckpointError, FileVersion, StoredTensor
 
 PARTIAL_SUFFIX = ".partial"
 
@@ -69,7 +69,8 @@ class Reader:
         else:
             buffer = memory[first : first + stop - start]
             self._local.used = first + -(-(stop - start) // ALIGNMENT) * ALIGNMENT
-        read_into(self.tensors[name].file, self.tensors[name].offset + start, buffer)
+        tensor = self.tensors[name]
+        read_into(tensor.file, tensor.offset + start, buffer, tensor.version)
         return buffer
 
 
@@ -103,15 +104,19 @@ class BufferPool:
             self._free.append(buffer)
 
 
-def read_into(file: Path, offset: int, buffer: torch.Tensor) -> None:
+def read_into(
+    file: Path, offset: int, buffer: torch.Tensor, version: FileVersion | None = None
+) -> None:
     """Fill ``buffer``, uint8, with the bytes of ``file`` from ``offset``.
 
     Raises:
-        CheckpointError: the file ends early.
+        CheckpointError: the file ends early, or is not of that ``version``.
     """
     view = memoryview(buffer.numpy())
     descriptor = os.open(file, os.O_RDONLY)
     try:
+        if version is not None:
+            version.check(file, descriptor)
         done = 0
         while done < len(view):
             try:
@@ -210,7 +215,7 @@ class ShardWriter:
         assert self.written == self.size, f"{self.file}: {self.written} of {self.size} bytes"
         os.fsync(self._stream.fileno())
         self._stream.close()
-        self.partial.rename(self.file)
+        os.rename(self.partial, self.file)
         return self.sha256.hexdigest()
 
     def __enter__(self) -> ShardWriter:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from qmoe.checkpoints.files import CheckpointError, StoredTensor, read_header
+from qmoe.checkpoints.files import CheckpointError, StoredTensor, open_checkpoint, read_header
 from qmoe.exits import UNVERIFIED
+from qmoe_convert.journal import Journal
+from qmoe_convert.output import Output
 from qmoe_convert.plan import Options, Piece, Plan, Shard, scale_name
 from qmoe_convert.shards import Reader, sha256_of
 from qmoe_convert.workers import Progress, counting, in_order
-from qmoe_convert.write import Journal
 from qmoe_kernels.quantization import widen
 
 # Rounding to nearest is off by at most half a step: of 1 for an integer; for e4m3fn, 2**-4 of the
@@ -37,21 +38,26 @@ class VerificationError(ValueError):
 def verify_shards(
     plan: Plan,
     tensors: dict[str, StoredTensor],
-    journal: Journal,
+    output: Output,
     options: Options,
     progress: Progress,
 ) -> None:
     """Read every shard again: size, checksum, header, every quantized and every copied value.
 
+    Shards that the journal calls verified were so by an interrupted run.
+
     Raises:
         VerificationError: something differs; the shard is struck from the journal, so that
             ``--resume`` writes it again.
     """
-    reader = Reader(tensors)
-    advance = counting(progress, "verify", sum(piece.source_bytes for piece in plan.pieces))
-    for shard in plan.shards:
+    reader, journal = Reader(tensors), output.journal
+    todo = [shard for shard in plan.shards if not journal.shards[shard.name].verified]
+    total = sum(piece.source_bytes for piece in plan.pieces)
+    left = sum(piece.source_bytes for shard in todo for piece in shard.pieces)
+    advance = counting(progress, "verify", total, done=total - left)
+    for shard in todo:
         try:
-            check = _Check(journal.folder / shard.name, shard, journal, reader, options.weights)
+            check = _Check(output.new / shard.name, shard, journal, reader, options.weights)
             pieces = [WHOLE_FILE, *shard.pieces]
             with closing(in_order(check.piece, pieces, options.workers)) as checked:
                 for source_bytes in checked:
@@ -59,6 +65,19 @@ def verify_shards(
         except VerificationError:
             journal.strike(shard.name)
             raise
+        journal.shards[shard.name].verified = True
+        journal.write()
+    _check_index(plan, output)
+
+
+def _check_index(plan: Plan, output: Output) -> None:
+    """Open what was written as whoever loads it will."""
+    try:
+        found = open_checkpoint(output.new).keys()
+    except CheckpointError as error:
+        raise VerificationError(f"{error}; {REMEDY}") from None
+    if found != {tensor.name for shard in plan.shards for tensor in shard.tensors}:
+        raise VerificationError(f"{output.new}: its tensors are not the planned ones; {REMEDY}")
 
 
 class _Check:
@@ -68,7 +87,7 @@ class _Check:
         self, file: Path, shard: Shard, journal: Journal, reader: Reader, weights: str
     ) -> None:
         self.file, self.reader, self.weights = file, reader, weights
-        self.sha256 = journal.shards[shard.name]["sha256"]
+        self.sha256 = journal.shards[shard.name].sha256
         try:
             header, size = read_header(file), file.stat().st_size
         except (CheckpointError, OSError) as error:

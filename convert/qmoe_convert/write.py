@@ -6,11 +6,7 @@ with. Pieces in flight are bounded in bytes: memory does not depend on the check
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-import os
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -21,116 +17,29 @@ from typing import Any
 import torch
 
 from qmoe.checkpoints import schema
-from qmoe.checkpoints.files import INDEX_NAME, CheckpointError, StoredTensor, read_json
-from qmoe.sizes import format_size
-from qmoe_convert import ConversionError, SourceError
+from qmoe.checkpoints.files import INDEX_NAME, StoredTensor
+from qmoe_convert import SourceError
 from qmoe_convert.card import CARD_NAME, model_card
+from qmoe_convert.journal import Entry
+from qmoe_convert.output import Output, files_in
 from qmoe_convert.plan import Options, Piece, Plan, Shard, scale_name
 from qmoe_convert.shards import BufferPool, Reader, ShardWriter
 from qmoe_convert.small_files import copy_small_file, names_code, small_files
 from qmoe_convert.workers import Progress, counting, in_order
 from qmoe_kernels.quantization import STORAGE_DTYPE, quantize_with_squares
 
-JOURNAL_NAME = "journal.json"
-
-
-class Journal:
-    """The shards that are whole, on disk beside them; what `--resume` goes by."""
-
-    def __init__(self, folder: Path, fingerprint: str) -> None:
-        self.folder, self.fingerprint = folder, fingerprint
-        # shard -> {"sha256": ..., "squares": [[module, projection, error, norm], ...]}
-        self.shards: dict[str, dict[str, Any]] = {}
-
-    def open(self, plan: Plan) -> None:
-        """Take over what an earlier run finished, and remove what it did not.
-
-        Raises:
-            ConversionError: that run had another source or other options.
-        """
-        if self.folder.exists():
-            self._read()
-            if not self.shards:
-                shutil.rmtree(self.folder)
-        self.folder.mkdir(exist_ok=True)
-        for path in self.folder.iterdir():
-            if path.name not in (JOURNAL_NAME, *self.shards):
-                remove(path)
-        sizes = {shard.name: shard.nbytes for shard in plan.shards}
-        for name in list(self.shards):
-            file = self.folder / name
-            whole = name in sizes and file.exists() and file.stat().st_size == sizes[name]
-            if not whole or not _is_entry(self.shards[name], plan.report.quantized_modules):
-                del self.shards[name]
-        self.write()
-
-    def _read(self) -> None:
-        try:
-            stored = read_json(self.folder / JOURNAL_NAME)
-            fingerprint, shards = stored["fingerprint"], dict(stored["shards"])
-        except (CheckpointError, ValueError, KeyError, TypeError):
-            return  # interrupted before the first shard was whole
-        if fingerprint != self.fingerprint:
-            raise ConversionError(
-                f"{self.folder} was made from another source or with other options; "
-                "start afresh with --overwrite"
-            )
-        self.shards = shards
-
-    def strike(self, shard: str) -> None:
-        """Forget a shard, so that ``--resume`` writes it again."""
-        del self.shards[shard]
-        self.write()
-
-    def write(self) -> None:
-        """Replace the journal on disk in one step."""
-        text = json.dumps({"fingerprint": self.fingerprint, "shards": self.shards})
-        new = self.folder / f"{JOURNAL_NAME}.new"
-        with new.open("w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        new.rename(self.folder / JOURNAL_NAME)
-
-    def errors(self, plan: Plan) -> dict[str, dict[str, float]]:
-        """Experts module -> projection -> relative error, from the sums that the shards left."""
-        sums: dict[str, dict[str, list[float]]] = {m: {} for m in plan.report.quantized_modules}
-        for shard in plan.shards:
-            for module, projection, error, norm in self.shards[shard.name]["squares"]:
-                pair = sums[module].setdefault(projection, [0.0, 0.0])
-                pair[0] += error
-                pair[1] += norm
-        # Five digits: more would depend on the order in which a device adds.
-        return {
-            module: {
-                name: float(f"{math.sqrt(error / norm) if norm else 0.0:.5g}")
-                for name, (error, norm) in projections.items()
-            }
-            for module, projections in sums.items()
-        }
-
-
-def _is_entry(shard: Any, modules: list[str]) -> bool:
-    """Whether a journal that somebody else wrote holds of a shard what `_write_shard` returns."""
-    try:
-        return isinstance(shard["sha256"], str) and all(
-            module in modules and isinstance(projection, str) and math.isfinite(error + norm)
-            for module, projection, error, norm in shard["squares"]
-        )
-    except (TypeError, KeyError, ValueError, OverflowError):
-        return False
-
 
 def write_shards(
     plan: Plan,
     tensors: dict[str, StoredTensor],
-    journal: Journal,
+    output: Output,
+    fingerprints: dict[str, str],
     options: Options,
     progress: Progress,
 ) -> None:
-    """Write every shard of ``plan`` that ``journal`` has not, from the source's ``tensors``."""
+    """Write every shard of ``plan`` that the journal has not, from the source's ``tensors``."""
+    journal = output.journal
     todo = [shard for shard in plan.shards if shard.name not in journal.shards]
-    _check_space(journal.folder, sum(shard.nbytes for shard in todo))
     pieces = [piece for shard in todo for piece in shard.pieces]
     total = sum(piece.source_bytes for piece in plan.pieces)
     left = sum(piece.source_bytes for piece in pieces)
@@ -138,18 +47,11 @@ def write_shards(
     maker = _Maker(Reader(tensors), BufferPool(), options)
     with closing(in_order(maker.make, pieces, options.workers)) as results:
         for shard in todo:
-            file = journal.folder / shard.name
-            journal.shards[shard.name] = _write_shard(file, shard, results, maker.buffers, advance)
+            file = output.new / shard.name
+            sha256, squares = _write_shard(file, shard, results, maker.buffers, advance)
+            modified = file.stat().st_mtime_ns
+            journal.shards[shard.name] = Entry(fingerprints[shard.name], sha256, modified, squares)
             journal.write()
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ConversionError(
-            f"{folder}: {format_size(needed)} are needed, {format_size(free)} are free; "
-            "the disk is full, make room or choose another"
-        )
 
 
 @dataclass
@@ -170,8 +72,8 @@ def _write_shard(
     results: Iterator[_Made],
     buffers: BufferPool,
     advance: Callable[[int], None],
-) -> dict[str, Any]:
-    """Write one file and return what the journal keeps of it."""
+) -> tuple[str, list[tuple[str, str, float, float]]]:
+    """Write one file and return its SHA-256, and the squares that the journal keeps."""
     scales: dict[str, list[torch.Tensor]] = defaultdict(list)
     squares: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
     with ShardWriter(file, shard.nbytes) as writer:
@@ -192,7 +94,7 @@ def _write_shard(
                 squares[module, projection][1] += norm
             advance(piece.source_bytes)
         sha256 = writer.finish()
-    return {"sha256": sha256, "squares": [[*key, *sums] for key, sums in squares.items()]}
+    return sha256, [(*key, error, norm) for key, (error, norm) in squares.items()]
 
 
 @dataclass(frozen=True)
@@ -229,7 +131,8 @@ class _Maker:
                 bad = _first_bad(planned.name, piece.first_expert, tensor)
                 folder = next(iter(self.reader.tensors.values())).file.parent
                 raise SourceError(
-                    f"{folder}: {bad}; fix the checkpoint or keep its layer in 16 bit with --ignore"
+                    f"{folder}: {bad}; fix the checkpoint or keep its layer in 16 bit with "
+                    "--ignore, then go on with --resume"
                 ) from None
             made.data.append(out)
             made.scales.append((scale_name(planned.name), scale))
@@ -262,18 +165,25 @@ def _first_bad(name: str, first_expert: int, tensor: torch.Tensor) -> str:
     return f"{name} cannot be quantized"
 
 
-def write_rest(plan: Plan, journal: Journal, folder: Path, source_name: str) -> None:
+def rest_bytes(plan: Plan, folder: Path) -> int:
+    """About what `write_rest` writes."""
+    copied = [file.stat().st_size for file in small_files(folder)]
+    modules = len(plan.report.quantized_modules) + len(plan.shards) + len(plan.ignore)
+    # A block of the disk for each file, lines of config and manifest, and some to spare.
+    return sum(copied) + 4096 * len(copied) + len(plan.index() or "") + 400 * modules + (1 << 20)
+
+
+def write_rest(plan: Plan, output: Output, folder: Path, source_name: str) -> None:
     """Write index, config and manifest, and copy the small files of the source ``folder``."""
     from qmoe import __version__
 
-    partial = journal.folder
     for file in small_files(folder):
-        target = partial / file.relative_to(folder)
+        target = output.new / file.relative_to(folder)
         target.parent.mkdir(exist_ok=True)
         copy_small_file(file, target)
     index = plan.index()
     if index is not None:
-        (partial / INDEX_NAME).write_text(index, encoding="utf-8")
+        (output.new / INDEX_NAME).write_text(index, encoding="utf-8")
     report = plan.report
     if report.format == schema.COMPRESSED_TENSORS:
         quantization = schema.compressed_tensors_config(report.weights, plan.ignore)
@@ -281,39 +191,23 @@ def write_rest(plan: Plan, journal: Journal, folder: Path, source_name: str) -> 
         quantization = schema.qmoe_config(report.weights, report.skipped_modules)
     source_config = (folder / "config.json").read_text(encoding="utf-8")
     config = with_quantization_config(source_config, quantization)
-    (partial / "config.json").write_text(config, encoding="utf-8")
+    (output.new / "config.json").write_text(config, encoding="utf-8")
     manifest = schema.Manifest(
         weights=report.weights,
         format=report.format,
         source=source_name,
         qmoe_version=__version__,
         shards={
-            shard.name: schema.Shard(journal.shards[shard.name]["sha256"], shard.nbytes)
+            shard.name: schema.Shard(output.journal.shards[shard.name].sha256, shard.nbytes)
             for shard in plan.shards
         },
-        errors=journal.errors(plan),
+        errors=output.journal.errors(plan),
     )
-    manifest.write(partial)
-    (partial / CARD_NAME).write_text(model_card(folder, report, manifest), encoding="utf-8")
-
-
-def remove(path: Path) -> None:
-    """Remove a file, a link or a whole folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def fingerprint(plan: Plan, tensors: dict[str, StoredTensor], source_name: str) -> str:
-    """What decides the output's bytes: the plan, and the source files by size and time."""
-    from qmoe import __version__
-
-    digest = hashlib.sha256(f"{__version__} {source_name} {plan.digest()}".encode())
-    for file in sorted({tensor.file for tensor in tensors.values()}):
-        stat = file.stat()
-        digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
-    return digest.hexdigest()
+    card = model_card(folder, report, manifest)
+    (output.new / CARD_NAME).write_text(card, encoding="utf-8")
+    written = files_in(output.new)
+    manifest.files = sorted(file.relative_to(output.new).as_posix() for file in written)
+    manifest.write(output.new)
 
 
 def with_quantization_config(source: str, quantization: dict[str, Any]) -> str:

@@ -10,8 +10,8 @@ import math
 import os
 import re
 import stat
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +19,8 @@ import torch
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+# The number of one shard, and how many there are.
+_SHARD = re.compile(r"-\d+(-of-\d+\.safetensors)$")
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -53,10 +55,39 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
+class FileVersion:
+    """What tells a file from another that has come in its place since, or from what it was."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int  # nanoseconds
+
+    @classmethod
+    def of(cls, file: Path | int) -> FileVersion:
+        """The version that a path or a descriptor has now; links are followed."""
+        status = os.stat(file)
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+    def check(self, file: Path, descriptor: int | None = None) -> None:
+        """Refuse ``file``, or its open ``descriptor``, if it is another version by now.
+
+        Raises:
+            CheckpointError: it was replaced or changed, or is gone.
+        """
+        try:
+            now = FileVersion.of(file if descriptor is None else descriptor)
+        except FileNotFoundError:
+            raise CheckpointError(f"{file}: vanished while it was read; start again") from None
+        if now != self:
+            raise CheckpointError(f"{file}: changed while it was read; start again")
+
+
+@dataclass(frozen=True)
 class StoredTensor:
     """One tensor's place in a file; ``offset`` counts from the start of the file, in bytes.
 
-    ``dtype`` is safetensors' name for it.
+    ``dtype`` is safetensors' name for it, ``version`` the file's when its header was read.
     """
 
     name: str
@@ -65,6 +96,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    version: FileVersion | None = None
 
     @property
     def numel(self) -> int:
@@ -132,7 +164,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         CheckpointError: the file is empty, truncated, or not safetensors.
     """
     with open_file(file) as stream:
-        size = os.fstat(stream.fileno()).st_size
+        version = FileVersion.of(stream.fileno())
+        size = version.size
         length = int.from_bytes(stream.read(8), "little")
         if size == 0:
             raise CheckpointError(f"{file}: the file is empty; download it again")
@@ -148,7 +181,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         metadata = header.pop("__metadata__", {})
         if not all(isinstance(value, str) for value in metadata.values()):
             raise TypeError
-        tensors = {name: _stored_tensor(file, name, 8 + length, header[name]) for name in header}
+        tensors = {
+            name: replace(_stored_tensor(file, name, 8 + length, entry), version=version)
+            for name, entry in header.items()
+        }
     except CheckpointError:
         raise
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
@@ -243,13 +279,16 @@ def check_sizes(file: Path, config: dict[str, Any], tensors: Mapping[str, Stored
 def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     """Read the headers of a checkpoint, sharded or single: tensor name -> its place.
 
+    What transformers would load is taken: ``model.safetensors``, or else every tensor of every
+    shard that the index names. What others would read otherwise is refused.
+
     Raises:
         CheckpointError: no safetensors weights, an index that is broken, names a missing file or
-            one outside ``folder``, or a shard that lacks a tensor which the index promises.
+            one outside ``folder``, or a shard that lacks a tensor which the index promises; or two
+            files that may both be meant.
     """
-    index_file = folder / INDEX_NAME
+    index_file, single = folder / INDEX_NAME, folder / SINGLE_NAME
     if not index_file.exists():
-        single = folder / SINGLE_NAME
         if single.exists():
             return read_header(single)
         raise _no_weights(folder)
@@ -262,11 +301,33 @@ def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(
             f"{index_file}: not an index of safetensors shards; download it again"
         ) from None
-    headers: dict[str, dict[str, StoredTensor]] = {}
-    for file in dict.fromkeys(files.values()):
+    shards: dict[str, list[str]] = {file: [] for file in sorted(set(files.values()))}
+    for name, file in files.items():
+        shards[file].append(name)
+    for file in shards:
         # The Hub's cache links files to its blobs, so links are followed; names must not climb out.
         if Path(file).is_absolute() or ".." in Path(file).parts or "\\" in file:
             raise CheckpointError(f"{index_file}: names {file}, which lies outside its folder")
+    if single.exists():
+        _check_single(folder, [file for file in shards if file != SINGLE_NAME])
+        return read_header(single)
+    return _open_shards(folder, shards)
+
+
+def _check_single(folder: Path, shards: list[str]) -> None:
+    """Refuse shards beside ``model.safetensors``: transformers takes the latter, others both."""
+    there = [file for file in shards if (folder / file).exists()]
+    if there:
+        raise CheckpointError(
+            f"{folder}: holds {SINGLE_NAME} and {there[0]}, each said to be the model's weights; "
+            f"remove {SINGLE_NAME}, or {INDEX_NAME} and its shards"
+        )
+
+
+def _open_shards(folder: Path, shards: dict[str, list[str]]) -> dict[str, StoredTensor]:
+    """Every tensor of ``shards``: file name -> the tensors that the index says are there."""
+    tensors: dict[str, StoredTensor] = {}
+    for file, promised in shards.items():
         if not (folder / file).exists():
             raise CheckpointError(
                 f"{folder / file}: missing, but {INDEX_NAME} names it; download it"
@@ -275,11 +336,31 @@ def open_checkpoint(folder: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(
                 f"{folder / file}: not safetensors; pickled weights are never loaded"
             )
-        headers[file] = read_header(folder / file)
-    for name, file in files.items():
-        if name not in headers[file]:
-            raise CheckpointError(f"{folder / file}: lacks {name}, which {INDEX_NAME} promises")
-    return {name: headers[file][name] for name, file in files.items()}
+        header = read_header(folder / file)
+        for name in promised:
+            if name not in header:
+                raise CheckpointError(f"{folder / file}: lacks {name}, which {INDEX_NAME} promises")
+        # Of a tensor in two shards transformers takes the last, whatever the index says.
+        if twice := (header.keys() & tensors.keys()) - set(promised):
+            name = min(twice)
+            raise CheckpointError(
+                f"{folder / file}: holds {name}, and so does {tensors[name].file.name}; "
+                "download both again"
+            )
+        tensors |= header
+    _check_beside(folder, shards)
+    return tensors
+
+
+def _check_beside(folder: Path, shards: Collection[str]) -> None:
+    """Refuse a shard of the same set that the index does not name."""
+    sets = {_SHARD.sub(r"-*\1", file) for file in shards if _SHARD.search(file)}
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name not in shards and _SHARD.sub(r"-*\1", path.name) in sets:
+            raise CheckpointError(
+                f"{path}: lies beside the shards that {INDEX_NAME} names, but is not named itself; "
+                "download the index again, or remove the file"
+            )
 
 
 def check_folder(folder: Path) -> None:

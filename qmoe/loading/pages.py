@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -15,7 +13,7 @@ from qmoe.checkpoints.files import StoredTensor
 from qmoe.experts.pages import LayerPages
 from qmoe.experts.quantized import quantized_modules
 from qmoe.paging.budget import Budget
-from qmoe.paging.host_store import FileVersion, HostStore, PageRead
+from qmoe.paging.host_store import HostStore, PageRead
 from qmoe.paging.model import (
     budget_for,
     fill_layer,
@@ -31,7 +29,6 @@ from qmoe.progress import progress as progress_bar
 def load_pages(
     model: nn.Module,
     stored: Mapping[str, Sequence[StoredTensor]],
-    versions: Mapping[Path, FileVersion],
     options: PagingOptions,
     device: torch.device,
     *,
@@ -43,7 +40,6 @@ def load_pages(
         model: on ``device``, its experts without their 8-bit weights.
         stored: ``{module}.{projection}`` -> the tensors that, one behind the other, are its
             canonical form: one of all experts, or one or two (gate, up) per expert.
-        versions: of their files, when the headers were read.
         options: the budget, and what it must hold.
         device: where the model runs.
         progress: draw a progress bar if stderr is a terminal.
@@ -66,7 +62,7 @@ def load_pages(
         with progress_bar("Loading experts", len(layers), show=progress) as bar:
             for pages, (gate_up, down) in zip(layers, tensors, strict=True):
                 with closing(HostStore([pages], pin=False)) as one_layer:
-                    one_layer.fill(page_reads(0, pages, gate_up, down, versions))
+                    one_layer.fill(page_reads(0, pages, gate_up, down))
                     weights = [w.to(device, copy=True).contiguous() for w in one_layer.weights(0)]
                 modules[pages.name].unpage(*weights)
                 bar.advance()
@@ -75,7 +71,7 @@ def load_pages(
     store = host_store(layers, device, progress=progress)
     try:
         reads = [
-            page_reads(layer, pages, gate_up, down, versions)
+            page_reads(layer, pages, gate_up, down)
             for layer, (pages, (gate_up, down)) in enumerate(zip(layers, tensors, strict=True))
         ]
         store.fill([read for layer in reads for read in layer], progress=progress)
@@ -156,7 +152,6 @@ def page_reads(
     pages: LayerPages,
     gate_up: Sequence[StoredTensor],
     down: Sequence[StoredTensor],
-    versions: Mapping[Path, FileVersion] = MappingProxyType({}),
 ) -> list[PageRead]:
     """The reads that fill the pages of one layer.
 
@@ -166,11 +161,10 @@ def page_reads(
         gate_up: the tensors that, one behind the other, are its (num_experts, rows, columns)
             weights.
         down: the same for the second projection.
-        versions: of their files, when the headers were read.
     """
     return [
-        *_reads(layer, 0, math.prod(pages.gate_up), gate_up, versions),
-        *_reads(layer, pages.down_offset, math.prod(pages.down), down, versions),
+        *_reads(layer, 0, math.prod(pages.gate_up), gate_up),
+        *_reads(layer, pages.down_offset, math.prod(pages.down), down),
     ]
 
 
@@ -179,7 +173,6 @@ def _reads(
     offset: int,
     expert_bytes: int,
     tensors: Sequence[StoredTensor],
-    versions: Mapping[Path, FileVersion],
 ) -> Iterator[PageRead]:
     position = 0  # in the weights of all experts
     for tensor in tensors:
@@ -188,8 +181,7 @@ def _reads(
             expert, within = divmod(position, expert_bytes)
             nbytes = min(stop - position, expert_bytes - within)
             file_offset = tensor.offset + position - start
-            version = versions.get(tensor.file)
             yield PageRead(
-                layer, expert, offset + within, tensor.file, file_offset, nbytes, version
+                layer, expert, offset + within, tensor.file, file_offset, nbytes, tensor.version
             )
             position += nbytes

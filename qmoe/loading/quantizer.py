@@ -18,7 +18,7 @@ from transformers.core_model_loading import WeightTransform
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.logging import is_progress_bar_enabled
 
-from qmoe.checkpoints.files import StoredTensor, read_header
+from qmoe.checkpoints.files import FileVersion, StoredTensor, read_header
 from qmoe.checkpoints.schema import QMOE, QUANTIZED_SUFFIX
 from qmoe.experts.layout import ExpertsLayout, find_experts
 from qmoe.experts.quantized import (
@@ -41,7 +41,6 @@ from qmoe.loading.pages import load_pages, page_stored
 from qmoe.loading.protection import protect
 from qmoe.loading.side_by_side import lay_side_by_side
 from qmoe.loading.while_loading import ExpertsToQuantize, stand_in
-from qmoe.paging.host_store import FileVersion
 from qmoe.paging.model import host_store
 from qmoe.paging.options import PagingOptions
 from qmoe_kernels.quantization import STORAGE_DTYPE, WeightFormat
@@ -61,7 +60,7 @@ class ExpertsQuantizer(HfQuantizer):
     device: torch.device
     # What the headers say of pages, see load_pages, and which files they were read from.
     stored: dict[str, list[StoredTensor]]
-    versions: dict[Path, FileVersion]
+    versions: dict[Path, FileVersion | None]
 
     @property
     def paging(self) -> PagingOptions | None:
@@ -105,9 +104,9 @@ class ExpertsQuantizer(HfQuantizer):
         """Every tensor of these files, from their headers; the files are to stay what they are."""
         headers: dict[str, StoredTensor] = {}
         for file in map(Path, files):
-            # Before the header: where the file is replaced in between, the two do not fit.
-            self.versions[file] = FileVersion.of(file)
-            headers.update(read_header(file))
+            found = read_header(file)
+            self.versions |= {tensor.file: tensor.version for tensor in found.values()}
+            headers |= found
         return headers
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> Any:
@@ -123,15 +122,14 @@ class ExpertsQuantizer(HfQuantizer):
             self.to_quantize.check_finished()
         _check_loaded(model, [*self.layouts, *self.kept], self.shapes)
         for file, version in self.versions.items():
-            version.check(file)
+            if version is not None:
+                version.check(file)
         if not hasattr(HfQuantizer, "get_new_dtype"):
             _cast_renamed(model, self.dtypes)
         result = super().postprocess_model(model, **kwargs)
         progress = is_progress_bar_enabled()
         if self.paging is not None and self.pre_quantized:
-            load_pages(
-                model, self.stored, self.versions, self.paging, self.device, progress=progress
-            )
+            load_pages(model, self.stored, self.paging, self.device, progress=progress)
         elif self.paging is not None:
             assert self.to_quantize is not None and self.to_quantize.store is not None
             page_stored(model, self.to_quantize.store, self.paging, self.device)

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch
 
-from qmoe.checkpoints.files import CheckpointError
+from qmoe.checkpoints.files import CheckpointError, FileVersion
 from qmoe.experts.pages import LayerPages
 from qmoe.progress import progress as progress_bar
 from qmoe.sizes import format_size
@@ -30,37 +30,6 @@ AVAILABLE_VARIABLE = "QMOE_HOST_MEMORY_GIB"
 _NUM_THREADS = min(16, 2 * (os.cpu_count() or 4))
 # A thread opens a file for so many bytes of reads that lie one behind the other.
 _BATCH_BYTES = 64 << 20
-
-
-@dataclass(frozen=True)
-class FileVersion:
-    """What tells a file from another that has come in its place since."""
-
-    device: int
-    inode: int
-    size: int
-    modified: int  # nanoseconds
-
-    @classmethod
-    def of(cls, file: Path | int) -> FileVersion:
-        """The version that a path or a descriptor has now; links are followed."""
-        stat = os.stat(file)
-        return cls(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
-
-    def check(self, file: Path, descriptor: int | None = None) -> None:
-        """Refuse ``file`` if it is another one by now.
-
-        Raises:
-            CheckpointError: it was replaced or changed, or is gone.
-        """
-        try:
-            now = FileVersion.of(file if descriptor is None else descriptor)
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{file}: vanished while it was read; download it again"
-            ) from None
-        if now != self:
-            raise CheckpointError(f"{file}: changed while it was read; load the model again")
 
 
 @dataclass(frozen=True)

@@ -137,7 +137,7 @@ class TestUsage:
         [
             (["--ignore", "("], "not a regular expression"),
             (["--max-shard-size", "huge"], "'huge' is not a size"),
-            (["--resume", "--overwrite"], "exclude each other"),
+            (["--push-to-hub", "a/b/c"], "no name of a repository"),
         ],
     )
     def test_so_do_we(

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from qmoe.checkpoints.files import (
     DTYPE_NAMES,
     INDEX_NAME,
+    SINGLE_NAME,
     CheckpointError,
     StoredTensor,
     open_checkpoint,
@@ -143,6 +144,61 @@ class TestOpening:
         (folder / INDEX_NAME).write_text(json.dumps({"weight_map": {"z": "one.safetensors"}}))
         with pytest.raises(CheckpointError, match="lacks z"):
             open_checkpoint(folder)
+
+    def test_a_single_file_comes_first_as_in_transformers(self, folder: Path) -> None:
+        """An index that names it, or shards that are gone, does not contradict it."""
+        (folder / "one.safetensors").rename(folder / SINGLE_NAME)
+        (folder / "two.safetensors").rename(folder / "x")
+        assert set(open_checkpoint(folder)) == {"a", "b"}
+        index = {"weight_map": {"a": SINGLE_NAME, "b": SINGLE_NAME}}
+        (folder / INDEX_NAME).write_text(json.dumps(index))
+        assert set(open_checkpoint(folder)) == {"a", "b"}
+
+    def test_a_single_file_beside_shards(self, folder: Path) -> None:
+        """transformers takes the one, vLLM the others."""
+        save_file({"a": torch.ones(1)}, folder / SINGLE_NAME)
+        with pytest.raises(CheckpointError, match=rf"{SINGLE_NAME} and one\.safetensors.*remove"):
+            open_checkpoint(folder)
+
+    def test_a_tensor_that_the_index_does_not_name(self, folder: Path) -> None:
+        index = {"weight_map": {"a": "one.safetensors", "c": "two.safetensors"}}
+        (folder / INDEX_NAME).write_text(json.dumps(index))
+        assert set(open_checkpoint(folder)) == {"a", "b", "c"}  # as transformers
+
+    @pytest.mark.parametrize("named", ["one", "two", None])
+    def test_a_tensor_in_two_shards(self, folder: Path, named: str | None) -> None:
+        """Of both transformers takes the second."""
+        save_file({"a": torch.ones(5), "c": torch.zeros(3)}, folder / "two.safetensors")
+        index = {"b": "one.safetensors", "c": "two.safetensors"}
+        index |= {"a": f"{named}.safetensors"} if named else {}
+        (folder / INDEX_NAME).write_text(json.dumps({"weight_map": index}))
+        if named == "two":
+            assert open_checkpoint(folder)["a"].shape == (5,)
+        else:
+            with pytest.raises(
+                CheckpointError, match=r"two\.safetensors: holds a, and so does one"
+            ):
+                open_checkpoint(folder)
+
+    def test_a_shard_that_the_index_does_not_name(self, folder: Path) -> None:
+        names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+        save_file({"a": torch.ones(1)}, folder / names[0])
+        (folder / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": names[0]}}))
+        # Of another set, or no shard at all
+        save_file({"z": torch.ones(1)}, folder / "model-00003-of-00003.safetensors")
+        assert set(open_checkpoint(folder)) == {"a"}
+        save_file({"z": torch.ones(1)}, folder / names[1])
+        with pytest.raises(CheckpointError, match=f"{names[1]}: lies beside .* not named itself"):
+            open_checkpoint(folder)
+
+    def test_a_file_that_is_replaced_after_its_header_was_read(self, folder: Path) -> None:
+        reader = Reader(open_checkpoint(folder))
+        file = folder / "two.safetensors"
+        save_file({"c": torch.ones(3)}, folder / "new")
+        (folder / "new").replace(file)
+        with pytest.raises(CheckpointError, match=r"two\.safetensors: changed while"):
+            reader.read("c")
+        assert reader.read("a").tolist() == [[0, 1, 2], [3, 4, 5]]
 
     @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": [1]}', "\x00"])
     def test_broken_index(self, folder: Path, text: str) -> None:

@@ -64,8 +64,8 @@ def damage(monkeypatch: pytest.MonkeyPatch, name: str, byte: int = 0, fix: bool 
     ``fix``: put the checksum right, so that only the values can tell.
     """
 
-    def damaged(plan: Any, tensors: Any, journal: Any, *options: Any) -> None:
-        for file in journal.folder.glob("*.safetensors"):
+    def damaged(plan: Any, tensors: Any, output: Any, *options: Any) -> None:
+        for file in output.new.glob("*.safetensors"):
             if name in (tensors_of_file := read_header(file)):
                 with file.open("r+b") as stream:
                     stream.seek(tensors_of_file[name].offset + byte)
@@ -73,8 +73,8 @@ def damage(monkeypatch: pytest.MonkeyPatch, name: str, byte: int = 0, fix: bool 
                     stream.seek(tensors_of_file[name].offset + byte)
                     stream.write(bytes([value ^ 0x70]))
                 if fix:
-                    journal.shards[file.name]["sha256"] = sha256_of(file)
-        verify_shards(plan, tensors, journal, *options)
+                    output.journal.shards[file.name].sha256 = sha256_of(file)
+        verify_shards(plan, tensors, output, *options)
 
     monkeypatch.setattr(convert_module, "verify_shards", damaged)
 
@@ -136,14 +136,14 @@ class TestDamage:
         monkeypatch: pytest.MonkeyPatch,
         what: str,
     ) -> None:
-        def damaged(plan: Any, tensors: Any, journal: Any, *options: Any) -> None:
-            (file,) = journal.folder.glob("*.safetensors")
+        def damaged(plan: Any, tensors: Any, output: Any, *options: Any) -> None:
+            (file,) = output.new.glob("*.safetensors")
             data = file.read_bytes()
             if what == "gone":
                 file.unlink()
             else:
                 file.write_bytes(data[:-1] if what == "truncated" else data + b"x")
-            verify_shards(plan, tensors, journal, *options)
+            verify_shards(plan, tensors, output, *options)
 
         monkeypatch.setattr(convert_module, "verify_shards", damaged)
         with pytest.raises(VerificationError, match=r"model\.safetensors: "):
