@@ -8,7 +8,6 @@ touches it is here.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import inspect
 import re

@@ -4,8 +4,8 @@ Two formats, both safetensors shards beside the source's ``config.json`` with a
 ``quantization_config`` added:
 
 ``compressed-tensors``
-    For families that the Hub stores per expert. vLLM, SGLang and transformers read the same
-    files, with the source's own names, here those of most families::
+    For families that the Hub stores per expert. Other programs read the same files, see
+    :mod:`qmoe.checkpoints.readers`; names are the source's own, here those of most families::
 
         model.layers.N.mlp.experts.E.{gate,up,down}_proj.weight        int8 | fp8  [out, in]
         model.layers.N.mlp.experts.E.{gate,up,down}_proj.weight_scale  fp32        [out, 1]
