@@ -8,6 +8,7 @@ touches it is here.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import re
