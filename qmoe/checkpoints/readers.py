@@ -11,7 +11,7 @@ from qmoe.checkpoints.schema import QMOE
 
 TRIED_WITH_VLLM = ("Qwen3MoeForCausalLM",)
 # transformers' conversions of their tensors do not go together with compressed-tensors, or with
-# experts that return their input: it loads nothing and says so.
+# experts that return their input: 5.23 loads nothing and says so.
 REFUSED_BY_TRANSFORMERS = ("LongcatFlashForCausalLM", "UnlimitedOcrForConditionalGeneration")
 
 
@@ -38,7 +38,7 @@ def readers_of(format: str, architecture: str) -> str:
     else:
         vllm = f"vLLM where it has {architecture} (tried: {', '.join(TRIED_WITH_VLLM)} in 0.26)"
     if architecture in REFUSED_BY_TRANSFORMERS:
-        return f"{ours}; {vllm}. Without that import transformers refuses it"
+        return f"{ours}; {vllm}. Without that import transformers 5.23 refuses it"
     return (
         f"{ours}; {vllm}; transformers alone, with the compressed-tensors package, "
         "which widens the experts to 16 bit"

@@ -56,7 +56,7 @@ def test_the_sentence_says_what_was_found_of_every_class() -> None:
         ("qmoe", "GptOssForCausalLM", "nothing else"),
         ("compressed-tensors", "Qwen3MoeForCausalLM", "vLLM 0.26; transformers alone"),
         ("compressed-tensors", "MixtralForCausalLM", "vLLM where it has MixtralForCausalLM"),
-        ("compressed-tensors", "LongcatFlashForCausalLM", "transformers refuses it"),
+        ("compressed-tensors", "LongcatFlashForCausalLM", "transformers 5.23 refuses it"),
     ],
 )
 def test_the_sentence(form: str, architecture: str, said: str) -> None:
