@@ -51,7 +51,7 @@ tokenizer = AutoTokenizer.from_pretrained(path)
 print(qmoe.generate(model, tokenizer, ["Once upon a time"], max_new_tokens=64).texts[0])
 ```
 
-After `import qmoe`, `from_pretrained` of transformers loads it too.
+Read by {readers}.
 """
 
 
@@ -85,6 +85,7 @@ def model_card(folder: Path, report: Report, manifest: Manifest) -> str:
         size=format_size(report.output_bytes),
         bits_per_weight=report.bits_per_weight,
         format=manifest.format,
+        readers=report.readers,
         errors="\n".join(
             f"| {projection} | {e['median']:.3%} | {e['worst']:.3%} | `{e['worst_module']}` |"
             for projection, e in summary.items()

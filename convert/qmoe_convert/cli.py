@@ -245,6 +245,7 @@ def describe_plan(report: Report) -> str:
         ("size", f"{format_size(report.source_bytes)} -> {format_size(report.output_bytes)} "
                  f"in {len(report.shards)} file{'s' if len(report.shards) > 1 else ''}, "
                  f"{report.bits_per_weight:.2f} bits per quantized weight"),
+        ("read by", report.readers),
         ("memory", f"about {format_size(report.peak_memory_bytes)} at most"),
         ("write", f"{report.out} (nothing was written: --dry-run)"),
     ]  # fmt: skip
@@ -271,6 +272,7 @@ def describe_result(report: Report) -> str:
         lines.append(
             f"  {projection:<12} median {median:.3%} ({median_at}), worst {worst:.3%} ({worst_at})"
         )
+    lines.append(f"read by   {report.readers}")
     return "\n".join(lines)
 
 

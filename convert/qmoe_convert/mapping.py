@@ -51,6 +51,7 @@ from qmoe_convert.workers import Restored
 
 # Methods whose dequantizing conversions transformers has.
 DEQUANTIZABLE = ("fp8", "mxfp4", "compressed-tensors")
+_AUTO_CLASSES = (AutoModelForCausalLM, AutoModelForImageTextToText)
 # What weights are stored in that need no dequantizing.
 _WEIGHT_DTYPES = ("BF16", "F16", "F32")
 
@@ -329,7 +330,8 @@ class CheckpointMapping:
     experts: dict[str, Experts]
     # checkpoint names of tensors outside of experts modules
     others: list[str]
-    # full names of Linear layers and routers outside of experts modules
+    # Linear layers and routers outside of experts modules, by the checkpoint's and by transformers'
+    # names
     linear_names: list[str]
     warnings: list[str]
     _tensors: Mapping[str, StoredTensor]
@@ -406,6 +408,7 @@ def _map_checkpoint(folder: Path, tensors: Mapping[str, StoredTensor]) -> Checkp
             layouts = find_experts(model)
         except ValueError as error:
             raise MappingError(f"{folder}: {error}") from None
+        module_names = _linear_modules(model, config)
         transforms = get_model_conversion_mapping(model, hf_quantizer=quantizer)
         if hasattr(quantizer, "compressor"):
             _complete_dequantization(transforms, quantizer)
@@ -432,7 +435,9 @@ def _map_checkpoint(folder: Path, tensors: Mapping[str, StoredTensor]) -> Checkp
         model_class=type(model).__name__,
         experts=experts,
         others=others,
-        linear_names=_linear_names(others, tensors, group_of, model, num_experts),
+        linear_names=natural_order(
+            _linear_names(others, tensors, group_of, model, num_experts) | module_names
+        ),
         warnings=_warnings(quantizer, len(unused), scales, [n for n in unmapped if n in others]),
         _tensors=tensors,
         _group_of=group_of,
@@ -538,7 +543,7 @@ def _build_meta_model(config: Any, folder: Path, tensors: Mapping[str, StoredTen
                 found: Any = getattr(transformers, name, None)
                 if _is_model_class(found):
                     return found._from_config(config, dtype=dtype)
-            for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+            for auto in _AUTO_CLASSES:
                 if type(config) in auto._model_mapping:
                     return auto.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:
@@ -889,7 +894,7 @@ def _linear_names(
     group_of: dict[str, _Group],
     model: Any,
     num_experts: set[int],
-) -> list[str]:
+) -> set[str]:
     """Linear layers and routers by the name under which the checkpoint stores them."""
     names = set()
     for name in others:
@@ -905,14 +910,27 @@ def _linear_names(
         is_router = len(tensors[name].shape) == 2 and tensors[name].shape[0] in num_experts
         if isinstance(module, nn.Linear) or (is_router and not isinstance(module, nn.Embedding)):
             names.add(stem)
-    # A head that is tied to the embedding is a Linear without a tensor of its own.
-    tied = getattr(model, "all_tied_weights_keys", None) or ()
-    for name in tied:
-        stem = name.removesuffix(".weight")
-        with contextlib.suppress(AttributeError):
-            if isinstance(model.get_submodule(stem), nn.Linear):
-                names.add(stem)
-    return sorted(names, key=dot_natural_key)
+    return names
+
+
+def _linear_modules(model: Any, config: Any) -> set[str]:
+    """Linear layers by their names in transformers' modules, of each class that loads the model.
+
+    A tied head is among them, which has no tensor of its own.
+    """
+    models = {type(model): model}
+    for auto in _AUTO_CLASSES:
+        # An Auto class may load a part of the checkpoint: a model's language model.
+        if auto._model_mapping.get(type(config), type(model)) not in models:
+            with torch.device("meta"):
+                part = auto.from_config(config, dtype=model.dtype, trust_remote_code=False)
+            models[type(part)] = part
+    return {
+        name
+        for each in models.values()
+        for name, module in each.named_modules()
+        if isinstance(module, nn.Linear)
+    }
 
 
 # What stays in 16 bit

@@ -24,6 +24,7 @@ from functools import cached_property, partial
 import torch
 
 from qmoe.checkpoints.files import SINGLE_NAME, TORCH_DTYPES, StoredTensor
+from qmoe.checkpoints.readers import readers_of
 from qmoe.checkpoints.schema import COMPRESSED_TENSORS, QMOE, QUANTIZED_SUFFIX, SCALE_SUFFIX
 from qmoe_convert import ConversionError
 from qmoe_convert.mapping import CheckpointMapping, Experts, Kept, natural_order
@@ -168,6 +169,7 @@ def make_plan(
         out=options.out,
         format=format,
         weights=options.weights,
+        readers=readers_of(format, mapping.model_class),
         source_bytes=sum(tensor.nbytes for tensor in tensors.values()),
         output_bytes=sum(shard.nbytes for shard in shards),
         bits_per_weight=8 * _nbytes(quantized) / num_weights,

@@ -15,6 +15,7 @@ class Report:
         out: the new checkpoint.
         format: ``"compressed-tensors"`` or ``"qmoe"``.
         weights: ``"int8"`` or ``"fp8"``.
+        readers: which programs read the new checkpoint, and how.
         source_bytes, output_bytes: of all tensors.
         bits_per_weight: of the quantized weights on disk, scales included.
         quantized_modules, skipped_modules: experts modules, by name.
@@ -31,6 +32,7 @@ class Report:
     out: str
     format: str
     weights: str
+    readers: str
     source_bytes: int
     output_bytes: int
     bits_per_weight: float

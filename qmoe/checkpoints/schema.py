@@ -4,8 +4,8 @@ Two formats, both safetensors shards beside the source's ``config.json`` with a
 ``quantization_config`` added:
 
 ``compressed-tensors``
-    For families that the Hub stores per expert. vLLM, SGLang and transformers read the same
-    files, with the source's own names, here those of most families::
+    For families that the Hub stores per expert. Other programs read the same files, see
+    :mod:`qmoe.checkpoints.readers`; names are the source's own, here those of most families::
 
         model.layers.N.mlp.experts.E.{gate,up,down}_proj.weight        int8 | fp8  [out, in]
         model.layers.N.mlp.experts.E.{gate,up,down}_proj.weight_scale  fp32        [out, 1]
@@ -48,30 +48,45 @@ QUANTIZED_SUFFIX = "_q"
 SCALE_SUFFIX = "_scale"
 BIAS_SUFFIX = "_bias"
 
+# transformers multiplies an expert's 8-bit weights by their scales if the group that is "re:" and
+# "experts" says float, and finds no weights at all if it says int. So INT8 files have a group for
+# it alone. To everybody else it is a group without members: no module's name has a space in it.
+_TRANSFORMERS_EXPERTS = {
+    "targets": ["re:experts as transformers reads them"],
+    "weights": {
+        **{"num_bits": 8, "type": "float", "symmetric": True},
+        **{"strategy": "channel", "dynamic": False},
+    },
+}
+
 
 def compressed_tensors_config(weights: str, ignore: list[str]) -> dict[str, Any]:
     """The ``quantization_config`` of a compressed-tensors checkpoint, per output channel.
 
     vLLM's INT8 and FP8 channel MoE both ask for dynamic per-token input activations, for the target
-    ``Linear`` and for every other Linear by its full name in ``ignore``.
+    ``Linear`` and for every other Linear by its full name in ``ignore``. transformers matches
+    ``ignore`` with the names of its own modules, vLLM and SGLang with those of the checkpoint.
 
     Args:
         weights: ``"int8"`` or ``"fp8"``.
-        ignore: full module names of the Linear layers that stay in 16 bit.
+        ignore: the Linear layers that stay in 16 bit, by both names where they differ.
     """
     kind = {"int8": "int", "fp8": "float"}[weights]
     common = {"num_bits": 8, "type": kind, "symmetric": True}
+    groups: dict[str, Any] = {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {**common, "strategy": "channel", "dynamic": False},
+            "input_activations": {**common, "strategy": "token", "dynamic": True},
+        }
+    }
+    if weights == "int8":
+        groups["group_1"] = _TRANSFORMERS_EXPERTS
     return {
         "quant_method": COMPRESSED_TENSORS,
         "format": f"{kind}-quantized",
         "quantization_status": "compressed",
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {**common, "strategy": "channel", "dynamic": False},
-                "input_activations": {**common, "strategy": "token", "dynamic": True},
-            }
-        },
+        "config_groups": groups,
         "ignore": ignore,
     }
 

@@ -261,6 +261,7 @@ class TestLayout:
         assert found.get("base_model_relation") == ("quantized" if on_hub else None)
         assert "Theirs" not in card.text and str(folder.parent) not in card.text
         assert f"{report.worst_error[1]:.3%}" in card.text and "model.layers.0" in card.text
+        assert report.readers in card.text
 
     @pytest.mark.parametrize("card", [b"---\nlicense: [1\n---\n", b"\xff", b"---\n- 1\n---", b""])
     def test_a_card_that_cannot_be_read(self, card: bytes, source: Source, run: Run) -> None:

@@ -58,6 +58,11 @@ def test_linear_layers_and_routers_by_the_checkpoints_names(source: Callable[...
     assert not any("norm" in n or "embed" in n or "experts" in n for n in names)
 
 
+def test_linear_layers_by_transformers_names_as_well(source: Callable[..., Path]) -> None:
+    names = mapping_of(source("nemotron_h")).linear_names
+    assert {"backbone.layers.1.mixer.q_proj", "model.layers.1.mixer.q_proj"} <= set(names)
+
+
 def test_a_tied_head_is_a_linear_too(source: Callable[..., Path]) -> None:
     folder = source("qwen3_moe", tie_word_embeddings=True)
     assert "lm_head.weight" not in load(folder)

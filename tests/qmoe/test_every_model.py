@@ -24,8 +24,10 @@ CLASSES = whole_models.generating_classes()
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
 # Another release of transformers has other classes, and other caches.
 IS_OURS = f"transformers {transformers.__version__}," in DOCUMENT
-ROW = re.compile(r"^\| (\w+) \| (\w+) \| ([\w-]+) \| (.+) \|$", re.MULTILINE)
-DOCUMENTED = {name: (form, by) for _, name, form, by in ROW.findall(DOCUMENT.split("\n## ")[1])}
+ROW = re.compile(r"^\| (\w+) \| (\w+) \| ([\w-]+) \| (.+) \| (.+) \|$", re.MULTILINE)
+ROWS = ROW.findall(DOCUMENT.split("\n## ")[1])
+DOCUMENTED = {name: (form, by) for _, name, form, by, _ in ROWS}
+READ_ALONE = {name: alone for *_, name, _, _, alone in ROWS}
 
 
 @pytest.mark.skipif(not IS_OURS, reason="docs/models.md was generated with another transformers")

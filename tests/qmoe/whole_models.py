@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import alone
 import torch
 import zoo
 from torch import Tensor
@@ -28,6 +30,7 @@ from transformers import (
 
 import qmoe
 from qmoe_convert.convert import ConversionError, convert
+from qmoe_kernels.quantization import WeightFormat
 
 VOCABULARY, NUM_LAYERS, NUM_EXPERTS, HIDDEN, FEATURES = 96, 3, 16, 32, 24
 # By what configurations call them, those of images and sounds included.
@@ -350,6 +353,18 @@ def sweep(whole: WholeModel, folder: Path) -> tuple[str, str]:
         raise Failure(f"nothing was paged: {counts}")
     loaded = f", as {whole.loads_as}" if whole.loads_as != whole.name else ""
     return report.format, (" and ".join(sorted(told)) or "qmoe") + loaded
+
+
+def convert_and_load(
+    whole: WholeModel, folder: Path, weights: WeightFormat = "int8", **options: Any
+) -> PreTrainedModel:
+    """Convert a model to ``folder``, with what `alone` expects of it there; returns it loaded."""
+    with tempfile.TemporaryDirectory() as source:
+        whole.build().save_pretrained(source)
+        convert(source, folder, weights=weights, device="cpu", workers=1, verify=False, **options)
+    model = qmoe.load(folder, device="cpu", dtype="float32", activations="bf16")
+    torch.save(alone.logits(model), folder / alone.EXPECTED)
+    return model
 
 
 def _refusal(model: PreTrainedModel, error: ConversionError) -> str:

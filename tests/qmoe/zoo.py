@@ -12,7 +12,7 @@ import importlib
 import inspect
 import tempfile
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -294,10 +294,12 @@ converted to INT8, loaded resident and paged, and generated greedily and by samp
 `qmoe.decode` gave the tokens of transformers' own loop. *Stored as* is the format of the converted
 checkpoint. *Decodes by* says whose loop that is: where qmoe's cannot serve a model, transformers'
 does, and a warning says why. *As* names the class that the checkpoint is loaded as, where that is
-another one: a model's part for text.
+another one: a model's part for text. *Transformers alone* is what transformers does with the INT8
+and the FP8 files in a process without qmoe, with the compressed-tensors package: it *reads* both,
+with the same logits, or *refuses* both with an error. Files in the format `qmoe` it does not know.
 
-| model | class | stored as | decodes by |
-|---|---|---|---|
+| model | class | stored as | decodes by | transformers alone |
+|---|---|---|---|---|
 {models}
 """
 
@@ -306,13 +308,36 @@ def _whole_models() -> Iterator[str]:
     """The rows of all whole models."""
     import whole_models  # which imports this module
 
+    found = {}
     for whole in whole_models.generating_classes():
         with tempfile.TemporaryDirectory() as folder:
             try:
-                form, by = whole_models.sweep(whole, Path(folder))
+                found[whole] = whole_models.sweep(whole, Path(folder))
             except Exception as error:  # the test fails, and this tells where
-                form, by = "-", f"FAILS: {type(error).__name__}: {str(error)[:80]}"
-        yield f"| {whole.family} | {whole.name} | {form} | {by} |"
+                found[whole] = "-", f"FAILS: {type(error).__name__}: {str(error)[:80]}"
+    per_expert = [whole for whole, (form, _) in found.items() if form == "compressed-tensors"]
+    alone = _read_alone(per_expert)
+    for whole, (form, by) in found.items():
+        yield f"| {whole.family} | {whole.name} | {form} | {by} | {alone.get(whole, '-')} |"
+
+
+def _read_alone(classes: Iterable[typing.Any]) -> dict[typing.Any, str]:
+    """What transformers makes of both formats of these whole models in a process without qmoe."""
+    import alone
+    import whole_models
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = {}
+        for whole in classes:
+            for weights in get_args(WeightFormat):
+                folder = Path(temporary) / f"{whole}-{weights}"
+                whole_models.convert_and_load(whole, folder, weights)
+                folders[folder] = whole
+        found = alone.readings(folders)
+    return {
+        whole: " and ".join(sorted({found[f] for f, of in folders.items() if of == whole}))
+        for whole in folders.values()
+    }
 
 
 if __name__ == "__main__":
