@@ -71,6 +71,7 @@ def run_compiler(code: str) -> list[dict[str, Any]]:
             process.stdin.flush()
             answer = process.stdout.readline()
         except BaseException:  # a timeout: the next call must not read this one's answer
+            process.kill()
             compiler.cache_clear()
             raise
         assert answer == "0\n", err.read()
