@@ -10,11 +10,11 @@ demo: $(READY)
 	$(BIN)/qmoe demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # the suite on the oldest releases that pyproject.toml allows
 test-oldest: $(OLDEST)/.ready
-	$(OLDEST)/bin/python -m pytest -n 2
+	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal
 
 quality: $(READY)
 	$(BIN)/ruff check .

@@ -4,66 +4,62 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.metadata
 import importlib.util
-import subprocess
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+from transformers.utils.import_utils import is_kernels_available
 
 ROOT = Path(__file__).parent.parent
 
-# Leaves the interpreter as it would be if the package had never been installed: only what stands in
-# the working directory answers to the name.
-WITHOUT_KERNELS = """
-import importlib.machinery, importlib.metadata, sys
 
-class OnlyHere:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name == "kernels":
-            return importlib.machinery.PathFinder.find_spec(name, ["."])
-        return None
-
-sys.meta_path.insert(0, OnlyHere)
-version = importlib.metadata.version
-
-def without(name):
-    if name == "kernels":
-        raise importlib.metadata.PackageNotFoundError(name)
-    return version(name)
-
-importlib.metadata.version = without
-"""
-
-BUILD = """
-import os, sys
-sys.path.insert(0, os.getcwd())
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-config = Qwen3MoeConfig(
-    vocab_size=64, hidden_size=32, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2,
-    intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-    head_dim=16,
-)
-import torch
-assert Qwen3MoeForCausalLM(config)(torch.arange(4)[None]).logits.isfinite().all()
-import importlib.util
-print("installed package:", importlib.util.find_spec("kernels").origin is not None)
-"""
-
-
-@pytest.mark.parametrize("installed", [True, False], ids=["with kernels", "without kernels"])
-def test_transformers_builds_a_model_from_the_repository_root(installed) -> None:
-    if installed and importlib.util.find_spec("kernels.layer") is None:
+def test_the_installed_package_is_found_before_the_folder() -> None:
+    if importlib.util.find_spec("kernels.layer") is None:
         pytest.skip("the PyPI package kernels is not installed here")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", ("" if installed else WITHOUT_KERNELS) + BUILD],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == f"installed package: {installed}"
+    spec = PathFinder.find_spec("kernels", [str(ROOT), *sys.path])
+    assert spec is not None and spec.origin is not None
+    assert not Path(spec.origin).is_relative_to(ROOT / "kernels")
+
+
+def test_transformers_does_not_take_the_folder_for_the_package(monkeypatch) -> None:
+    """From the repository's root, where the package has never been installed."""
+
+    class OnlyHere:
+        @staticmethod
+        def find_spec(name: str, path: object = None, target: object = None) -> object:
+            return PathFinder.find_spec(name, [str(ROOT)]) if name == "kernels" else None
+
+    version = importlib.metadata.version
+
+    def without(name: str) -> str:
+        if name == "kernels":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    # A copy of the module of transformers that imports `kernels` where it finds it.
+    hub_kernels = importlib.util.find_spec("transformers.integrations.hub_kernels")
+    assert hub_kernels is not None and hub_kernels.loader is not None
+    copy = importlib.util.module_from_spec(hub_kernels)
+    for name in [name for name in sys.modules if name.split(".")[0] == "kernels"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [OnlyHere, *sys.meta_path])
+    monkeypatch.setattr(importlib.metadata, "version", without)
+    is_kernels_available.cache_clear()
+    try:
+        folder = importlib.util.find_spec("kernels")
+        assert folder is not None and folder.origin is None
+        assert not is_kernels_available()
+        hub_kernels.loader.exec_module(copy)
+        layer = copy.use_kernel_forward_from_hub("RMSNorm")(nn.Identity)
+        assert layer()(torch.ones(2)).eq(1).all()
+    finally:
+        is_kernels_available.cache_clear()
+        sys.modules.pop("kernels", None)  # the folder, which was imported to look for a version
 
 
 @pytest.mark.parametrize("folder", ["kernels", "convert"])

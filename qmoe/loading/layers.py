@@ -124,11 +124,11 @@ def restore_layers(model: PreTrainedModel, dtype: torch.dtype | None = None) -> 
             if fresh and quantized_modules(model).keys() == layouts.keys() - kept.keys():
                 change.finished = hasattr(model.config, "quantization_config")  # as before
             raise
-        for attribute in ("hf_quantizer", "quantization_method"):
-            vars(model).pop(attribute, None)
         unprotect(model)
         for cache in caches:
             cache.close()
+        for attribute in ("quantization_method", "hf_quantizer"):  # while it is there, call again
+            vars(model).pop(attribute, None)
     return model
 
 

@@ -29,7 +29,9 @@ def _refuse_saving_around(save: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(save)
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
         if getattr(self.config, "quantization_config", None) is None:
-            for name in quantized_modules(self):
+            for name, experts in quantized_modules(self).items():
+                if experts.change is not None:
+                    experts.change.check_finished()
                 raise ValueError(
                     f"{type(self).__name__} cannot be saved: {name} is in 8 bit, and its "
                     "configuration does not say so, since only a part of the model was patched; "

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from qmoe.checkpoints.schema import BIAS_SUFFIX, QUANTIZED_SUFFIX, SCALE_SUFFIX
 from qmoe.experts.gate import identify_activation
@@ -309,8 +308,9 @@ class _LiveBytes(TorchDispatchMode):
         self._made: dict[int, tuple[weakref.ref[Any], int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
-        output = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        given = {t.untyped_storage()._cdata for t in _tensors((*args, *kwargs.values()))}
+        output = func(*args, **kwargs)
         self._made = {key: made for key, made in self._made.items() if made[0]() is not None}
         for tensor in _tensors(output):
             storage = tensor.untyped_storage()
@@ -320,8 +320,13 @@ class _LiveBytes(TorchDispatchMode):
         return output
 
 
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    """Those of an operator's arguments or results: tensors, and lists of them."""
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _tensors(value)
 
 
 def _caches(model: Any, num_tokens: int) -> list[tuple[int, int | None]]:

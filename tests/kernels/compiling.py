@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +22,60 @@ ARCHITECTURES = [80, 86, 89, 90, 100, 120]
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
 
-def run_compiler(code: str) -> list[dict[str, Any]]:
-    """Run Python code that compiles kernels; what it prints, one JSON object per line.
+# Importing torch and Triton takes longer than most compilations: one process does it, and forks.
+COMPILER = """
+import os, sys
+import torch, triton
+import compiling, random_layer, qmoe_kernels.hopper_gemm, qmoe_kernels.layer
 
-    In a process of its own, that sees no GPU: here the interpreter may have taken the kernels'
-    place.
+getattr(triton.runtime.cache, "triton_key", int)()  # hashes all of Triton, once for each process
+for line in sys.stdin:
+    code, out, err = eval(line)
+    if not (child := os.fork()):
+        os.dup2(os.open(out, os.O_WRONLY), 1)
+        os.dup2(os.open(err, os.O_WRONLY), 2)
+        exec(code, {"__name__": "__main__"})
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@cache
+def compiler() -> subprocess.Popen[str]:
+    """A process that sees no GPU and no interpreter, which here may have taken the kernels' place.
+
+    It ends with this one, when there is nothing left to read.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     folders = [str(Path(__file__).parents[2] / "kernels"), str(Path(__file__).parent)]
     environment["PYTHONPATH"] = os.pathsep.join([*folders, environment.get("PYTHONPATH", "")])
     environment["CUDA_VISIBLE_DEVICES"] = ""
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMPILER],
+        env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    atexit.register(process.communicate)
+    return process
+
+
+def run_compiler(code: str) -> list[dict[str, Any]]:
+    """Run Python code that compiles kernels; what it prints, one JSON object per line.
+
+    In a process of its own, so that it may change what it likes.
+    """
+    process = compiler()
+    assert process.stdin is not None and process.stdout is not None
+    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
+        try:
+            process.stdin.write(repr((code, out.name, err.name)) + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except BaseException:  # a timeout: the next call must not read this one's answer
+            process.kill()
+            compiler.cache_clear()
+            raise
+        assert answer == "0\n", err.read()
+        return [json.loads(line) for line in out]
 
 
 @contextmanager

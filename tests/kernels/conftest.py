@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -34,6 +36,21 @@ if interpreter is not None:
         return convert_float(data, dtype, to, rounding)
 
     interpreter._convert_float = convert_float_by_torch
+
+
+if interpreter is not None and hasattr(interpreter, "_patch_attr"):
+
+    @cache
+    def names_of_builtins(lang: Any) -> list[str]:
+        return [name for name, member in inspect.getmembers(lang) if tl.core.is_builtin(member)]
+
+    def patch_builtins(lang: Any, builder: Any, scope: Any) -> None:
+        """Look at these names alone: at every call of a function, half of the time went there."""
+        for name in names_of_builtins(lang):
+            if tl.core.is_builtin(member := getattr(lang, name)):
+                interpreter._patch_attr(lang, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch_builtins
 
 
 @pytest.fixture(autouse=True)

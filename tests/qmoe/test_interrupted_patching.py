@@ -183,7 +183,10 @@ def test_an_interrupt_at_every_line_of_patch(family, tmp_path) -> None:
     assert states == {"as before", "cut off", "patched"}
 
 
-def check_restored(model: PreTrainedModel, before: torch.Tensor, after, tmp_path) -> str:
+def check_restored(
+    model: PreTrainedModel, before: torch.Tensor, restored: PreTrainedModel, tmp_path
+) -> str:
+    after = logits(restored)
     modules = quantized_modules(model).values()
     if modules and all(m.change.finished for m in modules):
         assert torch.equal(logits(model), before)
@@ -198,15 +201,19 @@ def check_restored(model: PreTrainedModel, before: torch.Tensor, after, tmp_path
         qmoe.unpatch(model)
     assert torch.equal(logits(model), after)
     assert "quantization_config" not in model.config.to_dict()
-    model.save_pretrained(tmp_path / "restored")
-    assert torch.equal(logits(type(model).from_pretrained(tmp_path / "restored")), after)
+    assert vars(model).keys() == vars(restored).keys()
+    found, wanted = model.state_dict(), restored.state_dict()
+    assert list(found) == list(wanted) and all(torch.equal(found[k], wanted[k]) for k in wanted)
+    if not (folder := tmp_path / f"saved, {state}").exists():
+        model.save_pretrained(folder)
+        assert torch.equal(logits(type(model).from_pretrained(folder)), after)
     return state
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_out_of_memory_at_every_allocation_of_unpatch(family, tmp_path) -> None:
     base = qmoe.patch(tiny(family))
-    before, after = logits(base), logits(qmoe.unpatch(copy.deepcopy(base)))
+    before, restored = logits(base), qmoe.unpatch(copy.deepcopy(base))
     states, number = set(), 0
     while "done" not in states:
         model = copy.deepcopy(base)
@@ -215,7 +222,7 @@ def test_out_of_memory_at_every_allocation_of_unpatch(family, tmp_path) -> None:
             with OutOfMemoryAt(number):
                 qmoe.unpatch(model)
         except torch.OutOfMemoryError:
-            states.add(check_restored(model, before, after, tmp_path))
+            states.add(check_restored(model, before, restored, tmp_path))
         else:
             states.add("done")
     assert number > 5 and "cut off" in states
@@ -225,13 +232,13 @@ def test_out_of_memory_at_every_allocation_of_unpatch(family, tmp_path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_interrupt_at_every_line_of_unpatch(family, tmp_path) -> None:
     base = qmoe.patch(tiny(family))
-    before, after = logits(base), logits(qmoe.unpatch(copy.deepcopy(base)))
+    before, restored = logits(base), qmoe.unpatch(copy.deepcopy(base))
     chosen, states, model = random.Random(0), set(), copy.deepcopy(base)
     for line, count in lines_of(partial(qmoe.unpatch, model)).items():
         model = copy.deepcopy(base)
         with pytest.raises(KeyboardInterrupt), interrupt_at(line, chosen.randint(1, count)):
             qmoe.unpatch(model)
-        states.add(check_restored(model, before, after, tmp_path))
+        states.add(check_restored(model, before, restored, tmp_path))
     assert states == {"patched", "cut off", "restored"}
 
 

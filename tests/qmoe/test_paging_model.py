@@ -137,6 +137,14 @@ def smallest(model, **sizes) -> int:
     return int(re.search(r"\((\d+) bytes\)", str(caught.value))[1])
 
 
+def measure_once(model, monkeypatch, *sizes) -> None:
+    """From now on, `resize` to one of these sizes takes the budget that it is found to be now."""
+    found = {size: resize(model, hbm_budget=size, context=64) for size in sizes}
+    monkeypatch.setattr(
+        paging_model, "budget_for", lambda model, layers, options, device: found[options.hbm_budget]
+    )
+
+
 def tokens(num_tokens: int, batch_size: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(num_tokens)
     return torch.randint(1, SIZES["vocab_size"], (batch_size, num_tokens), generator=generator)
@@ -392,7 +400,7 @@ class TestResize:
     @pytest.mark.parametrize(
         ("start", "target"), [(0, "1GiB"), (0, 4), (4, 0), ("1GiB", 0)], ids=str
     )
-    def test_out_of_memory_anywhere(self, start, target, lasting):
+    def test_out_of_memory_anywhere(self, start, target, lasting, monkeypatch):
         """At the n-th tensor, for every n: the same bits or one refusal, and it can still be done.
 
         ``start`` and ``target`` are experts above the smallest budget, or a budget.
@@ -401,18 +409,20 @@ class TestResize:
         least = smallest(model, context=64)
         start, target = (n if isinstance(n, str) else least + n * PAGE for n in (start, target))
         expected = model(tokens(20)).logits
-        with OutOfMemory(1 << 30) as counted:
-            budget_for(model, layer_pages(model), PagingOptions(target, 64), "cpu")
-        measuring = (1 << 30) - counted.left
-        number, refused, strikes = measuring // 2, 0, 0
+        resize(model, hbm_budget=start, context=64)
+        before = state_of(model)
+        with pytest.raises(torch.OutOfMemoryError), OutOfMemory(50, lasting):  # while measuring
+            resize(model, hbm_budget=target)
+        assert state_of(model) == before and torch.equal(model(tokens(20)).logits, expected)
+        measure_once(model, monkeypatch, target, start)
+        number, refused = 0, 0
         while True:
-            resize(model, hbm_budget=start, context=64)
             model(tokens(20))
             try:
                 with OutOfMemory(number, lasting):
                     resize(model, hbm_budget=target)
             except torch.OutOfMemoryError:
-                strikes += 1
+                number += 1
             else:
                 break
             try:
@@ -422,9 +432,9 @@ class TestResize:
                 refused += 1
             resize(model, hbm_budget=target)
             assert torch.equal(model(tokens(20)).logits, expected), number
-            number = max(number + 1, measuring)  # nothing is changed before
-        assert strikes > 12
-        assert refused < strikes / 2 and (lasting or not refused)
+            resize(model, hbm_budget=start)
+        assert number > 12
+        assert refused < number / 2 and (lasting or not refused)
 
     @pytest.mark.parametrize(("start", "target"), [(0, "1GiB"), (0, 4), ("1GiB", 0)], ids=str)
     def test_an_interrupt_anywhere(self, start, target, monkeypatch):
@@ -434,12 +444,7 @@ class TestResize:
         start, target = (n if isinstance(n, str) else least + n * PAGE for n in (start, target))
         expected = model(tokens(20)).logits
         files = {paging_model.__file__, expert_cache.__file__, quantized.__file__}
-        budgets = {size: resize(model, hbm_budget=size, context=64) for size in (start, target)}
-        monkeypatch.setattr(
-            paging_model,
-            "budget_for",
-            lambda model, layers, options, device: budgets[options.hbm_budget],
-        )
+        measure_once(model, monkeypatch, start, target)
         resize(model, hbm_budget=start)
         lines = run_lines(lambda: resize(model, hbm_budget=target), files)
         # Each line where it is first run, and where it is last: loops over pages are long.

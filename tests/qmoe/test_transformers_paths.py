@@ -8,16 +8,7 @@ differ by rounding alone.
 from __future__ import annotations
 
 import copy
-import json
-import os
 import re
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -434,73 +425,3 @@ def test_pipeline_of_a_converted_checkpoint(converted, continuation, device):
     )
     assert completion["generated_text"] == continuation("def close(self):", 24)
     assert chat["generated_text"] == continuation(CHAT_PROMPT, 24)
-
-
-@contextmanager
-def serving(model: Path, log: Path, *options: str) -> Iterator[str]:
-    """`transformers serve`, after `import qmoe`, from when it answers until it is told to end.
-
-    Yields:
-        The server's address.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    command = "import qmoe; from transformers.cli.transformers import app; app()"
-    arguments = ["serve", str(model), "--host", "127.0.0.1", "--port", str(port), *options]
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-c", command, *arguments],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={
-                **os.environ,
-                "PYTHONPATH": os.pathsep.join(sys.path),
-                "HF_HUB_OFFLINE": "1",
-                "OMP_NUM_THREADS": "1",
-            },
-        )
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                with urllib.request.urlopen(f"{address}/health", timeout=5) as response:
-                    assert json.load(response) == {"status": "ok"}
-                break
-            except OSError:
-                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-                time.sleep(0.2)
-        yield address
-        process.terminate()
-        process.wait(timeout=30)
-        assert "Application shutdown complete" in log.read_text()
-    finally:
-        process.kill()
-        process.wait()
-
-
-@pytest.mark.slow
-def test_serve_answers_an_openai_client(converted, continuation, device, tmp_path, monkeypatch):
-    openai = pytest.importorskip("openai")
-    pytest.importorskip("fastapi")
-    pytest.importorskip("uvicorn")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    request: dict[str, Any] = dict(model=str(converted), max_tokens=24, temperature=0)
-    prompt = dict(request, prompt="def close(self):")
-    chat = dict(request, messages=MESSAGES)
-    options = ("--device", device, "--dtype", "float32")
-    with serving(converted, tmp_path / "log", *options) as address:
-        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
-        answer = client.chat.completions.create(**chat)
-        pieces = [chunk.choices[0] for chunk in client.chat.completions.create(**chat, stream=True)]
-        completion = client.completions.create(**prompt)
-        completions = list(client.completions.create(**prompt, stream=True))
-    text = continuation(CHAT_PROMPT, 24)
-    assert answer.choices[0].message.content == text
-    assert answer.usage.completion_tokens == 24
-    assert "".join(piece.delta.content or "" for piece in pieces) == text
-    assert len(pieces) > 10 and pieces[-1].finish_reason == "length"
-    text = continuation("def close(self):", 24)
-    assert completion.choices[0].text == text
-    assert "".join(chunk.choices[0].text or "" for chunk in completions) == text
