@@ -65,9 +65,10 @@ class _OfEngine:
         yield from _experts(engine.model)
 
 
-def _memory() -> int:
-    if torch.cuda.is_available():
-        return sum(torch.cuda.memory_allocated(i) for i in range(torch.cuda.device_count()))
+def _memory(engine: Engine) -> int:
+    device = engine.model.device
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
     return peak_resident_bytes() or 0
 
 
