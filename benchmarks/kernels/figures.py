@@ -21,9 +21,9 @@ BARS = {
     "CPU": ("CPU, transformers, bf16", GREY),
     "GPU eager": ("GPU, transformers eager, bf16", GREY),
     "GPU grouped": ("GPU, transformers grouped_mm, bf16", GREY),
-    "fused bf16": ("GPU, fused, bf16", ORANGE),
-    "fused int8": ("GPU, fused, INT8", BLUE),
-    "fused fp8": ("GPU, fused, FP8", RED),
+    "fused bf16": ("GPU, qmoe, bf16", ORANGE),
+    "fused int8": ("GPU, qmoe, INT8", BLUE),
+    "fused fp8": ("GPU, qmoe, FP8", RED),
 }
 Section = dict[str, Any]
 

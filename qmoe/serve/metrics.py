@@ -58,7 +58,7 @@ class _OfEngine:
             (
                 "qmoe_memory_bytes",
                 "On the GPU; without one, the process's most.",
-                _memory(),
+                _memory(engine),
             ),
         ):
             yield GaugeMetricFamily(name, text, value=number)
