@@ -44,6 +44,7 @@ from qmoe.checkpoints.files import (
     check_sizes,
     read_json,
 )
+from qmoe.checkpoints.schema import QMOE, format_of
 from qmoe.experts.layout import ExpertsLayout, find_experts
 from qmoe_convert import ConversionError, SourceError
 from qmoe_convert.shards import Reader, read_into
@@ -569,9 +570,9 @@ def _dequantizer(config: Any, folder: Path) -> Any:
     if not raw:
         return None
     raw = dict(raw if isinstance(raw, dict) else raw.to_dict())
-    method = str(raw.get("quant_method"))
+    method = str(format_of(raw))
     if method not in DEQUANTIZABLE:
-        what = "was converted already" if method == "qmoe" else f"is quantized by {method!r}"
+        what = "was converted already" if method == QMOE else f"is quantized by {method!r}"
         raise MappingError(
             f"{folder / 'config.json'}: the checkpoint {what}; convert the 16-bit original "
             f"(of quantized inputs, {', '.join(DEQUANTIZABLE)} work)"

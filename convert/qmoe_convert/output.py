@@ -269,8 +269,8 @@ def why_not_ours(out: Path) -> str | None:
         return None
     try:
         manifest = schema.Manifest.read(out)
-        method = read_json(out / "config.json")["quantization_config"]["quant_method"]
-    except (ValueError, KeyError, TypeError):
+        method = schema.format_of(read_json(out / "config.json")["quantization_config"])
+    except (ValueError, KeyError, TypeError, AttributeError):
         return "is another folder"
     if method != manifest.format or not manifest.shards.keys() <= there:
         return f"is not what its {schema.MANIFEST_NAME} says"

@@ -26,6 +26,7 @@ from qmoe.checkpoints.schema import (
     MANIFEST_NAME,
     QMOE,
     Manifest,
+    format_of,
     summarize_errors,
 )
 
@@ -283,7 +284,7 @@ def _num_weights(tensor: StoredTensor, quantization: dict[str, Any]) -> int:
 
 
 def _format(quantization: dict[str, Any], weights: list[StoredTensor]) -> str:
-    method = quantization.get("quant_method")
+    method = format_of(quantization)
     if method == QMOE:
         return f"{QMOE} {quantization.get('weights')} per channel"
     if method == COMPRESSED_TENSORS:
@@ -303,7 +304,7 @@ def _scheme(quantization: dict[str, Any]) -> str:
 
 def _is_ours(quantization: dict[str, Any]) -> bool:
     """Whether qmoe, and not transformers, decides what memory the weights take."""
-    method = quantization.get("quant_method")
+    method = format_of(quantization)
     if method == COMPRESSED_TENSORS:
         return _scheme(quantization) in ("int8 per channel", "fp8 per channel")
     return method in (None, QMOE)

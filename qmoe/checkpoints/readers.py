@@ -29,10 +29,7 @@ def readers_of(format: str, architecture: str) -> str:
     """
     ours = "qmoe, and transformers after `import qmoe`"
     if format == QMOE:
-        return (
-            f"{ours}; nothing else. Without that import transformers warns of a quantization type "
-            "that it does not know, and runs with random experts"
-        )
+        return f"{ours}; nothing else. Without that import transformers refuses it"
     if architecture in TRIED_WITH_VLLM:
         vllm = "vLLM 0.26"
     else:

@@ -42,6 +42,7 @@ from qmoe.checkpoints.files import read_json
 QMOE = "qmoe"
 COMPRESSED_TENSORS = "compressed-tensors"
 FORMAT_VERSION = 1
+NEEDS_QMOE = "import qmoe, then from_pretrained"  # short enough for an error to show it whole
 MANIFEST_NAME = "qmoe_manifest.json"
 
 QUANTIZED_SUFFIX = "_q"
@@ -91,15 +92,33 @@ def compressed_tensors_config(weights: str, ignore: list[str]) -> dict[str, Any]
     }
 
 
+def format_of(quantization: Mapping[str, Any]) -> str | None:
+    """The format that a ``quantization_config`` tells of.
+
+    Returns:
+        ``"qmoe"``, ``"compressed-tensors"``, another program's name for its own, or None.
+    """
+    if quantization.get("format") == QMOE:
+        return QMOE
+    method = quantization.get("quant_method")  # of files from before: QMOE
+    return None if method is None else str(getattr(method, "value", method))
+
+
 def qmoe_config(weights: str, modules_to_not_convert: list[str] | None = None) -> dict[str, Any]:
     """The ``quantization_config`` of a ``qmoe`` checkpoint.
+
+    It calls itself compressed-tensors, with groups that are none: transformers without qmoe, vLLM
+    and SGLang stop there and show the text. A method that transformers does not know it only
+    warns of, and then runs with random experts.
 
     Args:
         weights: ``"int8"`` or ``"fp8"``.
         modules_to_not_convert: full names of experts modules that stay in 16 bit.
     """
     return {
-        "quant_method": QMOE,
+        "quant_method": COMPRESSED_TENSORS,
+        "format": QMOE,
+        "config_groups": {QMOE: NEEDS_QMOE},
         "format_version": FORMAT_VERSION,
         "weights": weights,
         "modules_to_not_convert": list(modules_to_not_convert or []),

@@ -10,7 +10,13 @@ from transformers import PreTrainedConfig
 from transformers.utils import is_compressed_tensors_available
 from transformers.utils.quantization_config import CompressedTensorsConfig, QuantizationConfigMixin
 
-from qmoe.checkpoints.schema import COMPRESSED_TENSORS, FORMAT_VERSION, QMOE, qmoe_config
+from qmoe.checkpoints.schema import (
+    COMPRESSED_TENSORS,
+    FORMAT_VERSION,
+    QMOE,
+    format_of,
+    qmoe_config,
+)
 from qmoe.paging.options import PagingOptions
 from qmoe_kernels.fused_moe import check_activations
 from qmoe_kernels.quantization import STORAGE_DTYPE, WeightFormat
@@ -42,7 +48,7 @@ class QmoeConfig(_ReadAsDict):
 
     Example:
         >>> import qmoe
-        >>> qmoe.QmoeConfig(weights="fp8").to_dict()["quant_method"]
+        >>> qmoe.QmoeConfig(weights="fp8").to_dict()["format"]
         'qmoe'
     """
 
@@ -56,7 +62,8 @@ class QmoeConfig(_ReadAsDict):
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ) -> None:
-        unknown.pop("quant_method", None)
+        for name in ("quant_method", "format", "config_groups"):  # as they stand on disk
+            unknown.pop(name, None)
         if unknown:
             raise ValueError(f"QmoeConfig: unknown option {sorted(unknown)[0]!r}")
         if weights not in STORAGE_DTYPE:
@@ -95,7 +102,9 @@ class ExpertsOnlyCompressedTensorsConfig(_ReadAsDict):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> QuantizationConfigMixin:
-        """The package's own configuration where the package is there, else the plain dictionary."""
+        """Ours; or the package's own where the package is there, else the plain dictionary."""
+        if format_of(config_dict) == QMOE:
+            return QmoeConfig.from_dict(config_dict, **kwargs)
         raw = dict(config_dict)
         paging = raw.pop("paging", None)
         if "hbm_budget" in raw:

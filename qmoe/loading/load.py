@@ -16,7 +16,7 @@ from transformers.utils import cached_file
 
 from qmoe.checkpoints.files import StoredTensor, check_folder, open_checkpoint
 from qmoe.checkpoints.hub import is_hub_id
-from qmoe.checkpoints.schema import COMPRESSED_TENSORS, MANIFEST_NAME, QMOE
+from qmoe.checkpoints.schema import COMPRESSED_TENSORS, MANIFEST_NAME, QMOE, format_of
 from qmoe.experts.layout import find_experts
 from qmoe.experts.quantized import quantized_modules
 from qmoe.loading.config import QmoeConfig
@@ -87,7 +87,7 @@ def load(
     dtype = _choose_dtype(dtype)
     paging = paging_options(hbm_budget, context, batch_size)
     config = _read_config(path_or_repo, revision)
-    method = _quantization(config).get("quant_method")
+    method = format_of(_quantization(config))
     if weights is None:
         if paging is not None:
             _ask_for_paging(config, paging, path_or_repo)
@@ -283,7 +283,7 @@ def _quantization(config: PreTrainedConfig) -> dict[str, Any]:
 def _ask_for_paging(config: PreTrainedConfig, options: PagingOptions, path_or_repo: str) -> None:
     """Let the quantizer of a checkpoint in 8 bit know that its experts are to be paged."""
     quantization = _quantization(config)
-    method = quantization.get("quant_method")
+    method = format_of(quantization)
     if method not in (QMOE, COMPRESSED_TENSORS):
         raise ValueError(
             f"{path_or_repo}: hbm_budget pages experts in 8 bit, and these are "

@@ -549,8 +549,10 @@ class TestInspect:
                 "outside its folder",
             ),
             (
-                lambda f: (f / "model.safetensors.index.json").write_text(
-                    '{"weight_map": {"a": "absent.safetensors"}}'
+                lambda f: (
+                    (f / "model.safetensors")
+                    .rename(f / "model.safetensors.index.json")
+                    .write_text('{"weight_map": {"a": "absent.safetensors"}}')
                 ),
                 "absent.safetensors: missing",
             ),

@@ -1,7 +1,7 @@
 """What qmoe says of the programs that read its checkpoints is what they do.
 
 `make docs` lets transformers alone read every class; here it reads those whose names differ from
-the checkpoint's, one with a layer in 16 bit, and one that it refuses.
+the checkpoint's, one with a layer in 16 bit, and two that it refuses.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ CASES = (
     ("Qwen3MoeForCausalLM", "int8", {"ignore": [r"layers\.1\."]}),
     ("NemotronHForCausalLM", "int8", {}),
     ("NemotronHForCausalLM", "fp8", {}),
-    ("Qwen3_5MoeForConditionalGeneration", "fp8", {}),
     ("LongcatFlashForCausalLM", "int8", {}),
+    ("GptOssForCausalLM", "int8", {}),  # in the format qmoe
 )
 
 
@@ -39,7 +39,7 @@ def test_transformers_alone_reads_or_refuses(tmp_path: Path) -> None:
     found = alone.readings(folders)
     refused = {name for folder, name in folders.items() if found[folder] == "refuses"}
     read = {name for folder, name in folders.items() if found[folder] == "reads"}
-    assert refused == {"LongcatFlashForCausalLM"} and not refused & read, found
+    assert refused == {"LongcatFlashForCausalLM", "GptOssForCausalLM"} and not refused & read, found
     assert refused | read == set(folders.values()), found
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -386,10 +387,7 @@ class TestAdapters:
 def converted(tmp_path_factory) -> Path:
     """The shipped model with a chat template, its experts converted to INT8."""
     folder = tmp_path_factory.mktemp("converted")
-    source = folder / "source"
-    source.mkdir()
-    for file in TINY_MOE.glob("*"):
-        (source / file.name).symlink_to(file)
+    source = shutil.copytree(TINY_MOE, folder / "source")
     template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -296,7 +296,7 @@ checkpoint. *Decodes by* says whose loop that is: where qmoe's cannot serve a mo
 does, and a warning says why. *As* names the class that the checkpoint is loaded as, where that is
 another one: a model's part for text. *Transformers alone* is what transformers does with the INT8
 and the FP8 files in a process without qmoe, with the compressed-tensors package: it *reads* both,
-with the same logits, or *refuses* both with an error. Files in the format `qmoe` it does not know.
+with the same logits, or *refuses* both with an error. Files in the format `qmoe` it refuses.
 
 | model | class | stored as | decodes by | transformers alone |
 |---|---|---|---|---|
