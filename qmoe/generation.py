@@ -411,6 +411,8 @@ class _Until(StoppingCriteria):
                         if self.until(index, tokens):
                             text.end_at(len(tokens))
                         self.done[index] = text.limit is not None or token in text.eos
+                if self.done[index] and text.done:
+                    text.finish()  # others go on; this one has all of its tokens
         return torch.tensor(self.done, dtype=torch.bool, device=input_ids.device)
 
 

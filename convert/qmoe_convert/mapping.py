@@ -334,6 +334,8 @@ class CheckpointMapping:
     # Linear layers and routers outside of experts modules, by the checkpoint's and by transformers'
     # names
     linear_names: list[str]
+    # those of `others` that the model has no place for
+    extra: list[str]
     warnings: list[str]
     _tensors: Mapping[str, StoredTensor]
     _group_of: dict[str, _Group]
@@ -431,6 +433,7 @@ def _map_checkpoint(folder: Path, tensors: Mapping[str, StoredTensor]) -> Checkp
     claimed = {name for one in experts.values() for name in one.source_names}
     others = [n for n in tensors if n not in claimed and n not in unused and n not in scales]
     num_experts = {layout.num_experts for layout in layouts.values()}
+    extra = [name for name in unmapped if name in others]
     return CheckpointMapping(
         folder=folder,
         model_class=type(model).__name__,
@@ -439,7 +442,8 @@ def _map_checkpoint(folder: Path, tensors: Mapping[str, StoredTensor]) -> Checkp
         linear_names=natural_order(
             _linear_names(others, tensors, group_of, model, num_experts) | module_names
         ),
-        warnings=_warnings(quantizer, len(unused), scales, [n for n in unmapped if n in others]),
+        extra=extra,
+        warnings=_warnings(quantizer, len(unused), scales, extra),
         _tensors=tensors,
         _group_of=group_of,
         _quantizer=quantizer,

@@ -177,6 +177,7 @@ def make_plan(
         skipped_modules=skipped,
         num_kept=sum(one.load is None for one in kept),
         num_dequantized=sum(one.load is not None for one in kept),
+        extra=mapping.extra,
         shards={shard.name: shard.nbytes for shard in shards},
         peak_memory_bytes=_peak_memory(shards, options.workers),
         warnings=warnings,

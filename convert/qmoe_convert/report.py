@@ -20,6 +20,7 @@ class Report:
         bits_per_weight: of the quantized weights on disk, scales included.
         quantized_modules, skipped_modules: experts modules, by name.
         num_kept, num_dequantized: other tensors that were copied, and brought back to 16 bit.
+        extra: kept tensors that the model has no place for.
         shards: file name -> bytes.
         peak_memory_bytes: an estimate from the plan.
         errors: experts module -> projection -> relative error (Frobenius) over every 16th row;
@@ -40,6 +41,7 @@ class Report:
     skipped_modules: list[str]
     num_kept: int
     num_dequantized: int
+    extra: list[str]
     shards: dict[str, int]
     peak_memory_bytes: int
     errors: dict[str, dict[str, float]] = field(default_factory=dict)

@@ -202,6 +202,7 @@ def write_rest(plan: Plan, output: Output, folder: Path, source_name: str) -> No
             for shard in plan.shards
         },
         errors=output.journal.errors(plan),
+        extra=report.extra,
     )
     card = model_card(folder, report, manifest)
     (output.new / CARD_NAME).write_text(card, encoding="utf-8")

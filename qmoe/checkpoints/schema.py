@@ -146,6 +146,8 @@ class Manifest:
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     # all that was written but the manifest; what else is found beside it is somebody else's
     files: list[str] = field(default_factory=list)
+    # tensors that the model has no place for
+    extra: list[str] = field(default_factory=list)
     format_version: int = FORMAT_VERSION
 
     def write(self, folder: Path) -> None:
@@ -183,7 +185,7 @@ class Manifest:
         """Raise TypeError where a manifest that somebody else wrote holds other types."""
         texts = [self.weights, self.format, self.source, self.qmoe_version]
         texts += [shard.sha256 for shard in self.shards.values()]
-        texts += self.files
+        texts += self.files + self.extra
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("a text is missing")
         errors = [error for of_module in self.errors.values() for error in of_module.values()]

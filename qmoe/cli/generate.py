@@ -68,6 +68,9 @@ class Sampling:
     def options(self) -> dict[str, Any]:
         """As :func:`qmoe.generate` takes them."""
         options = {name: value for name, value in asdict(self).items() if value is not None}
+        if options.get("temperature") == 0:
+            del options["temperature"]
+            return {**options, "do_sample": False}
         if options.keys() & {"temperature", "top_k", "top_p", "min_p"}:
             options.setdefault("do_sample", True)
         return options

@@ -22,6 +22,12 @@ LOCAL = ("127.0.0.1", "::1", "localhost")
 SECONDS_TO_LEAVE = 5
 
 
+def _printable_key(key: str | None) -> str | None:
+    if key is not None and not (key and key.isascii() and key.isprintable()):
+        raise typer.BadParameter("a key is one or more ASCII characters")
+    return key
+
+
 @dataclass(frozen=True)
 class Serving:
     """Where and how requests are served."""
@@ -30,7 +36,12 @@ class Serving:
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000
     api_key: Annotated[
         str | None,
-        typer.Option(envvar="QMOE_API_KEY", help="Key that requests must have.", show_envvar=True),
+        typer.Option(
+            callback=_printable_key,
+            envvar="QMOE_API_KEY",
+            help="Key that requests must have.",
+            show_envvar=True,
+        ),
     ] = None
     name: Annotated[
         str | None,
@@ -128,7 +139,7 @@ def _check_installed() -> None:
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """A socket that holds the port, before minutes go into loading; nobody can connect yet."""
+    """A socket that holds the port, before minutes go into loading; who connects then waits."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -137,6 +148,7 @@ def _bound(host: str, port: int) -> socket.socket:
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
+            listener.listen()  # before that, Linux lets another server have the port too
         except BaseException:
             listener.close()
             raise
@@ -164,6 +176,6 @@ def _run(app: Any, listener: socket.socket, name: str) -> None:
             super().handle_exit(sig, frame)
 
     config = uvicorn.Config(
-        app, log_level="warning", timeout_graceful_shutdown=SECONDS_TO_LEAVE, access_log=False
+        app, log_level="critical", timeout_graceful_shutdown=SECONDS_TO_LEAVE, access_log=False
     )
     Server(config).run(sockets=[listener])

@@ -16,10 +16,11 @@ from transformers.utils import cached_file
 
 from qmoe.checkpoints.files import StoredTensor, check_folder, open_checkpoint
 from qmoe.checkpoints.hub import is_hub_id
-from qmoe.checkpoints.schema import COMPRESSED_TENSORS, MANIFEST_NAME, QMOE, format_of
+from qmoe.checkpoints.schema import COMPRESSED_TENSORS, MANIFEST_NAME, QMOE, Manifest, format_of
 from qmoe.experts.layout import find_experts
 from qmoe.experts.quantized import quantized_modules
 from qmoe.loading.config import QmoeConfig
+from qmoe.loading.conversions import Renamer
 from qmoe.loading.devices import choose_device
 from qmoe.loading.patch import patch
 from qmoe.loading.quantizer import check_experts, listed
@@ -217,8 +218,10 @@ def _check_complete(
     """Refuse a model with weights that are random, or a checkpoint with weights left over."""
     mismatched = {f"{n} {list(s)} instead of {list(e)}" for n, s, e in info["mismatched_keys"]}
     unexpected = set(info["unexpected_keys"])
-    if unexpected and _find_file(path_or_repo, MANIFEST_NAME, revision) is not None:
-        unexpected = set()  # whoever converted it was told
+    manifest = _find_file(path_or_repo, MANIFEST_NAME, revision) if unexpected else None
+    if manifest is not None:  # whoever converted it was told of these
+        extra = Manifest.read(manifest.parent).extra
+        unexpected -= {*extra, *map(Renamer(model), extra)}
     for names, what in (
         (set(info["missing_keys"]), "missing; download or convert the checkpoint again"),
         (mismatched, "of another shape; config.json is another model's"),

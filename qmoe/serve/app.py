@@ -113,10 +113,6 @@ def _answer_errors(app: FastAPI) -> None:
         message = f"{request.method} {request.url.path}: {error.detail}"
         return answer(Refused(error.status_code, message, headers=dict(error.headers or {})))
 
-    @app.exception_handler(Exception)
-    async def refuse_error(request: HttpRequest, error: Exception) -> JSONResponse:
-        return answer(refusal_of(error))
-
 
 def _open_routes(engine: Engine, metrics: Metrics) -> APIRouter:
     """What needs no key."""

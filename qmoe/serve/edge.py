@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 
+from qmoe.serve.errors import refusal_of
 from qmoe.serve.metrics import Metrics
 
 MAX_BODY_BYTES = 4 << 20
@@ -39,4 +41,17 @@ class Edge:
                 self.metrics.requests.labels(path, message["status"]).inc()
             await send(message)
 
-        await self.app(scope, bounded, counted)
+        begun = False
+
+        async def watched(message: Any) -> None:
+            nonlocal begun
+            begun = True
+            await counted(message)
+
+        try:
+            await self.app(scope, bounded, watched)
+        except Exception as error:  # a fault of ours: the server goes on
+            if begun:
+                raise
+            refused = refusal_of(error)
+            await JSONResponse(refused.body(), refused.status)(scope, receive, counted)

@@ -176,7 +176,7 @@ class Engine:
     @property
     def num_waiting(self) -> int:
         """Jobs in the queue."""
-        return len(self._waiting)
+        return sum(not job.cancelled for job in [*self._waiting])
 
     def start(self) -> None:
         """Start the thread."""
@@ -209,6 +209,7 @@ class Engine:
         with self._changed:
             if self._closing:
                 raise Closing("the server is shutting down")
+            self._forget_cancelled()
             if len(self._waiting) + len(jobs) > self.max_queue:
                 raise Busy(
                     f"{len(self._waiting)} texts are waiting and {len(jobs)} more were asked for; "
@@ -225,13 +226,17 @@ class Engine:
             finally:
                 self.running = []
 
+    def _forget_cancelled(self) -> None:
+        """Let nobody wait behind jobs whose clients have left; the lock is held."""
+        for job in [job for job in self._waiting if job.cancelled]:
+            self._waiting.remove(job)
+            self.counts.cancelled += 1
+
     def _next_batch(self) -> list[Job] | None:
         """The job that has waited longest and those that can run with it; None at the end."""
         with self._changed:
             while True:
-                for job in [job for job in self._waiting if job.cancelled]:
-                    self._waiting.remove(job)
-                    self.counts.cancelled += 1
+                self._forget_cancelled()
                 if self._closing:
                     return None
                 if self._waiting:

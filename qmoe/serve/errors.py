@@ -63,7 +63,8 @@ def refusal_of_fields(errors: Sequence[Any]) -> Refused:
         return Refused(400, "the body is not JSON", code="invalid_json")
     name = place[0] if place else None
     if name is None:
-        return Refused(400, "the body is not a JSON object of a completion request")
+        message = "the body is not a JSON object sent as Content-Type: application/json"
+        return Refused(400, message)
     messages = dict.fromkeys(
         e["msg"].removeprefix("Value error, ") for e in errors if e["loc"][1:2] == first["loc"][1:2]
     )

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 MAX_STOP = 4
 MAX_CHOICES = 128
+SMALLEST_TEMPERATURE = 0.001
 
 
 def _nothing(value: Any) -> None:
@@ -22,6 +23,22 @@ def _nothing(value: Any) -> None:
 
 Unsupported = Annotated[None, BeforeValidator(_nothing)]
 Ignored = Annotated[Any, Field(exclude=True)]
+
+
+def _not_tiny(temperature: float) -> float:
+    """Logits over less than this are infinite, and no probabilities."""
+    if 0 < temperature < SMALLEST_TEMPERATURE:
+        raise ValueError(f"must be 0 or at least {SMALLEST_TEMPERATURE}")
+    return temperature
+
+
+def _encodable(text: str) -> str:
+    """JSON can hold half a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a surrogate pair, which is no text") from None
+    return text
 
 
 class StreamOptions(BaseModel):
@@ -40,7 +57,7 @@ class Request(BaseModel):
 
     model: str
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2), AfterValidator(_not_tiny)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
@@ -50,7 +67,7 @@ class Request(BaseModel):
     # Not OpenAI's, but other servers' too.
     top_k: Annotated[int, Field(ge=1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
     # What would change the answer and is not built.
     frequency_penalty: Unsupported = None
     presence_penalty: Unsupported = None
@@ -91,7 +108,7 @@ def _as_prompts(value: Any) -> list[str | list[int]]:
         raise ValueError("must be a string, a list of tokens, or a list of these")
     if not value or not all(value):
         raise ValueError("is empty; give it some text")
-    return value
+    return [_encodable(prompt) if isinstance(prompt, str) else prompt for prompt in value]
 
 
 def _is_prompt(value: Any) -> bool:
@@ -124,7 +141,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_as_text)]
+    content: Annotated[str, BeforeValidator(_as_text), AfterValidator(_encodable)]
     name: Ignored = None
     refusal: Unsupported = None
     tool_calls: Unsupported = None

@@ -16,10 +16,11 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel
 from transformers.utils import logging
 
 import qmoe
-from qmoe.checkpoints.schema import MANIFEST_NAME
+from qmoe.checkpoints.schema import QMOE, Manifest
 from qmoe.cli.main import main
 from qmoe.experts.quantized import quantized_modules
 from qmoe.generation import load_tokenizer
+from qmoe_convert.convert import convert
 
 Tensors = dict[str, torch.Tensor]
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
@@ -115,8 +116,20 @@ def test_what_a_conversion_kept_is_passed_over(folder) -> None:
     change(folder, lambda tensors: {**tensors, "model.layers.0.other": torch.ones(4)})
     with pytest.raises(ValueError, match=r"layers\.0\.other"):
         qmoe.load(folder, device="cpu")
-    (folder / MANIFEST_NAME).write_text("{}")
+    manifest = Manifest("int8", QMOE, "", "", {}, extra=["model.layers.0.other"])
+    manifest.write(folder)
     qmoe.load(folder, device="cpu")
+
+
+def test_a_converted_folder_with_another_config_is_refused(tmp_path) -> None:
+    out = tmp_path / "int8"
+    convert(Path(__file__).parents[2] / "examples" / "tiny-moe", out, verify=False)
+    config = json.loads((out / "config.json").read_text())
+    del config["quantization_config"]
+    (out / "config.json").write_text(json.dumps(config))
+    for options in ({}, {"weights": "int8"}):
+        with pytest.raises(ValueError, match=r"weight_scale and .*no part of the model"):
+            qmoe.load(out, device="cpu", **options)
 
 
 @pytest.mark.parametrize("options", HOW, ids=ID_OF_HOW)

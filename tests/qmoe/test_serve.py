@@ -192,6 +192,8 @@ WRONG: list[tuple[dict[str, Any], int, str]] = [
     ({"prompt": [1, 99999]}, 400, "token 99999; this model's are 0 to 2047"),
     ({"temperature": -1}, 400, "temperature: .* 0"),
     ({"temperature": 5}, 400, "temperature: .* 2"),
+    ({"temperature": 1e-40}, 400, "temperature: must be 0 or at least 0.001"),
+    ({"repetition_penalty": 1e-300}, 400, "repetition_penalty: .* 0.1"),
     ({"temperature": "hot"}, 400, "temperature: .*number"),
     ({"top_p": 0}, 400, "top_p: .* 0"),
     ({"n": 0}, 400, "n: .* 1"),
@@ -240,8 +242,9 @@ class TestRefusals:
         [
             ("POST", "/v1/completions", b"{nope", 400, "not JSON"),
             ("POST", "/v1/completions", b"[1]", 400, "not a JSON object"),
-            ("POST", "/v1/completions", b"", 400, "not a JSON object"),
+            ("POST", "/v1/completions", b"", 400, "not a JSON object sent as Content-Type"),
             ("POST", "/v1/completions", b"[" * 100_000, 400, "parsing the body"),
+            ("POST", "/v1/completions", b'{"model": "tiny", "prompt": "\\ud800"}', 400, "half of"),
             ("POST", "/v1/completions", b"x" * (5 << 20), 413, "larger than"),
             ("GET", "/v1/completions", b"", 405, "Method Not Allowed"),
             ("GET", "/v1/nothing", b"", 404, "Not Found"),
@@ -319,6 +322,27 @@ class TestManyAtOnce:
             assert [a.result(20).status_code for a in asked] == [503] * 3
             assert complete(client).status_code == 503
             assert client.get("/health").status_code == 503
+
+    def test_those_who_left_make_room(self, model, tokenizer) -> None:
+        with serving(model, tokenizer, batch_size=1, max_queue=2) as client:
+            prompt = tokenizer(PROMPT)["input_ids"]
+            ended = threading.Event()
+
+            def job(count: int) -> Any:
+                return engine.Job(prompt, count, {}, None, (), lambda event: ended.set())
+
+            client.engine.submit([job(200)])
+            while not client.engine.running:
+                time.sleep(0.005)
+            waiting = [job(5), job(5)]
+            client.engine.submit(waiting)
+            with pytest.raises(engine.Busy):
+                client.engine.submit([job(5)])
+            for one in waiting:
+                one.cancel()
+            assert client.engine.num_waiting == 0
+            client.engine.submit([job(5), job(5)])
+            assert client.engine.counts.cancelled == 2
 
     def test_metrics(self, tokenizer) -> None:
         paged = qmoe.load(
