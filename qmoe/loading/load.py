@@ -16,7 +16,14 @@ from transformers.utils import cached_file
 
 from qmoe.checkpoints.files import StoredTensor, check_folder, open_checkpoint
 from qmoe.checkpoints.hub import is_hub_id
-from qmoe.checkpoints.schema import COMPRESSED_TENSORS, MANIFEST_NAME, QMOE, Manifest, format_of
+from qmoe.checkpoints.schema import (
+    COMPRESSED_TENSORS,
+    MANIFEST_NAME,
+    QMOE,
+    SCALE_SUFFIX,
+    Manifest,
+    format_of,
+)
 from qmoe.experts.layout import find_experts
 from qmoe.experts.quantized import quantized_modules
 from qmoe.loading.config import QmoeConfig
@@ -232,6 +239,13 @@ def _check_complete(
     ):
         if names:
             raise ValueError(f"{path_or_repo}: {listed(names)} {what}")
+    for name, experts in quantized_modules(model).items():
+        for leaf, scale in experts.named_parameters(recurse=False):
+            if leaf.endswith(SCALE_SUFFIX) and not bool((scale.isfinite() & (scale >= 0)).all()):
+                raise ValueError(
+                    f"{path_or_repo}: {name}.{leaf} holds a negative number, an infinity or NaN; "
+                    "download or convert the checkpoint again"
+                )
 
 
 def _left_over(names: set[str], model: PreTrainedModel, architectures: Collection[str]) -> set[str]:

@@ -121,9 +121,13 @@ def test_what_a_conversion_kept_is_passed_over(folder) -> None:
     qmoe.load(folder, device="cpu")
 
 
-def test_a_converted_folder_with_another_config_is_refused(tmp_path) -> None:
+def test_a_converted_folder_with_other_scales_or_config_is_refused(tmp_path) -> None:
     out = tmp_path / "int8"
     convert(Path(__file__).parents[2] / "examples" / "tiny-moe", out, verify=False)
+    change(out, lambda tensors: {n: -t if "1.mlp.experts.3.up_proj.weight_scale" in n else t
+                                 for n, t in tensors.items()})  # fmt: skip
+    with pytest.raises(ValueError, match=r"1\.mlp\.experts\.gate_up_proj_scale holds a negative"):
+        qmoe.load(out, device="cpu")
     config = json.loads((out / "config.json").read_text())
     del config["quantization_config"]
     (out / "config.json").write_text(json.dumps(config))
