@@ -82,7 +82,7 @@ def _known_device(device: str) -> str:
     return device
 
 
-def readable_budget(budget: str | None) -> str | None:
+def _readable_budget(budget: str | None) -> str | None:
     """A budget that can be read; whether it can work, only the model knows."""
     if budget is not None:
         from qmoe.paging.budget import parse_budget
@@ -118,7 +118,7 @@ class Paging:
     hbm_budget: Annotated[
         str | None,
         typer.Option(
-            callback=readable_budget,
+            callback=_readable_budget,
             help="Page experts within so much GPU memory: 16GiB, 50%, auto.",
         ),
     ] = None

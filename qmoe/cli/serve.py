@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from qmoe.checkpoints.hub import check_place
-from qmoe.cli.generate import Loading, readable_budget
+from qmoe.cli.generate import Loading, Paging
 from qmoe.cli.output import Debug, grouped, quiet
 from qmoe.exits import interruptible
 from qmoe.paging.options import PagingOptions
@@ -56,7 +56,7 @@ class Serving:
 
 
 @dataclass(frozen=True)
-class Room:
+class Room(Paging):
     """How much runs at a time."""
 
     batch_size: Annotated[
@@ -65,25 +65,12 @@ class Room:
             min=1, help="Texts at a time.", show_default="8; with a budget, 1 that it holds"
         ),
     ] = None
-    hbm_budget: Annotated[
-        str | None,
-        typer.Option(
-            callback=readable_budget,
-            help="Page experts within so much GPU memory: 16GiB, 50%, auto.",
-        ),
-    ] = None
-    context: Annotated[
-        int | None,
-        typer.Option(min=1, help="Tokens per text that the budget holds.", show_default="8192"),
-    ] = None
 
-    def options(self) -> PagingOptions | None:
+    def options(self, num_texts: int = 1) -> PagingOptions | None:
         """As the runtime takes them; None where nothing is paged."""
-        if self.hbm_budget is not None:
-            return PagingOptions(self.hbm_budget, self.context, self.batch_size or 1)
-        if self.context is not None:
-            raise typer.BadParameter("--context needs --hbm-budget")
-        return None
+        if self.hbm_budget is None and self.context is None:
+            return None
+        return super().options(num_texts)
 
 
 @grouped
