@@ -6,15 +6,16 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import APIRouter, Depends, FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
@@ -73,25 +74,31 @@ def create_app(model: Any, tokenizer: Any, settings: Settings) -> FastAPI:
     _answer_errors(app)
     app.include_router(_open_routes(engine, metrics))
     server = _Server(engine, tokenizer, settings, metrics)
-    app.include_router(server.router(), dependencies=[Depends(_key_check(settings.api_key))])
+    app.include_router(server.router())
     app.add_middleware(Edge, metrics=metrics)
     return app
 
 
-def _key_check(api_key: str | None) -> Callable[[HttpRequest], Awaitable[None]]:
-    async def check(request: HttpRequest) -> None:
-        if api_key is None:
-            return
-        given = request.headers.get("authorization", "")
-        if not secrets.compare_digest(given.encode(), f"Bearer {api_key}".encode()):
-            raise Refused(
-                401,
-                "no API key, or another one; send 'Authorization: Bearer KEY'",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+def _needing(api_key: str | None) -> type[APIRoute]:
+    """Routes that ask for the key first: before a stranger's body is read."""
 
-    return check
+    class Route(APIRoute):
+        def get_route_handler(self) -> Callable[[HttpRequest], Coroutine[Any, Any, Response]]:
+            answer = super().get_route_handler()
+
+            async def checked(request: HttpRequest) -> Response:
+                given = request.headers.get("authorization", "").encode()
+                wanted = given if api_key is None else f"Bearer {api_key}".encode()
+                if not secrets.compare_digest(given, wanted):
+                    raise Refused(
+                        401, "no API key, or another one; send 'Authorization: Bearer KEY'",
+                        code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"},
+                    )  # fmt: skip
+                return await answer(request)
+
+            return checked
+
+    return Route
 
 
 def _answer_errors(app: FastAPI) -> None:
@@ -143,7 +150,7 @@ class _Server:
 
     def router(self) -> APIRouter:
         """Their paths."""
-        router = APIRouter(prefix="/v1")
+        router = APIRouter(prefix="/v1", route_class=_needing(self.settings.api_key))
         router.get("/models")(self.models)
         router.get("/models/{name:path}")(self.model)
         router.post("/completions")(self.completions)
@@ -245,7 +252,11 @@ class _Server:
         collected = self._collect(jobs, events)
         if body.stream:
             lines = self._stream(answer, jobs, collected)
-            return StreamingResponse(lines, media_type="text/event-stream")
+            return StreamingResponse(
+                lines, media_type="text/event-stream",
+                # A proxy in front would gather the pieces.
+                headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+            )  # fmt: skip
         async for index, event in _while_connected(http, jobs, collected):
             answer.take(index, event)
         return JSONResponse(answer.whole())

@@ -7,6 +7,7 @@ any more. A job with a seed runs alone, so that its text does not depend on who 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -16,6 +17,8 @@ from typing import Any, Literal
 
 from qmoe.generation import generate
 from qmoe.generation_config import as_list
+
+logger = logging.getLogger(__name__)
 
 Reason = Literal["stop", "length"]
 
@@ -102,7 +105,9 @@ class Job:
             return
         if self._held:
             self.listener(self._held)
-        self.listener(Finished(self.reason, self.new_tokens))
+        # The last token may have been the last allowed one and the end of a stop string.
+        reason: Reason = "stop" if self._stopped else self.reason
+        self.listener(Finished(reason, self.new_tokens))
 
     def _may_begin(self, text: str) -> int:
         """How many of the last characters may be the beginning of a stop string."""
@@ -204,11 +209,16 @@ class Engine:
 
         Raises:
             Busy: more would wait than may.
-            Closing: the engine has been told to stop.
+            Closing: the engine does not run: it has been told to stop, or nobody started it.
         """
         with self._changed:
-            if self._closing:
-                raise Closing("the server is shutting down")
+            if not self.alive:
+                never = self._thread is None and not self._closing
+                raise Closing(
+                    "the engine was not started: the application's lifespan did not run"
+                    if never
+                    else "the server is shutting down"
+                )
             self._forget_cancelled()
             if len(self._waiting) + len(jobs) > self.max_queue:
                 raise Busy(
@@ -294,6 +304,8 @@ class Engine:
             self.counts.decode_tokens_per_second = rate or 0.0
         except Exception as failure:  # whatever it is, the next batch may be fine
             error = failure
+            if not isinstance(failure, ValueError):  # which says what is wrong with the requests
+                logger.error("a batch of %d texts failed", len(batch), exc_info=failure)
         self.counts.cancelled += sum(job.cancelled for job in batch)
         for job in batch:
             if not job.cancelled:

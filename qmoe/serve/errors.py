@@ -10,6 +10,7 @@ import torch
 from qmoe.serve.engine import Busy, Closing
 
 SECONDS_TO_WAIT = "1"
+LONGEST_MESSAGE = 500  # what a client sent may be in it
 
 
 class Refused(Exception):
@@ -24,8 +25,9 @@ class Refused(Exception):
         code: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+        super().__init__(message[:LONGEST_MESSAGE])
+        self.status, self.code = status, code
+        self.param = param and param[:LONGEST_MESSAGE]
         self.headers = headers or {}
 
     def body(self) -> dict[str, Any]:

@@ -22,6 +22,8 @@ def _nothing(value: Any) -> None:
 
 
 Unsupported = Annotated[None, BeforeValidator(_nothing)]
+# For a completion, 0 asks for the chosen tokens' own.
+NoLogprobs = Annotated[None, BeforeValidator(lambda v: _nothing(v is not None and v is not False))]
 Ignored = Annotated[Any, Field(exclude=True)]
 
 
@@ -72,7 +74,7 @@ class Request(BaseModel):
     frequency_penalty: Unsupported = None
     presence_penalty: Unsupported = None
     logit_bias: Unsupported = None
-    logprobs: Unsupported = None
+    logprobs: NoLogprobs = None
     # What says nothing about the answer.
     user: Ignored = None
     metadata: Ignored = None
