@@ -135,7 +135,7 @@ def check_goes_on(
         state = "as before"
     elif all(experts.change.finished for experts in modules):
         assert torch.equal(logits(model), patched)
-        assert model.config.quantization_config.to_dict()["quant_method"] == "qmoe"
+        assert model.config.quantization_config.to_dict()["format"] == "qmoe"
         return "patched"
     else:
         check_refuses(model, "qmoe.patch", tmp_path)
