@@ -27,12 +27,12 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from qmoe.checkpoints.files import first_line
 from qmoe.decoding.loop import decode
 from qmoe.experts.guard import guard_of
 from qmoe.experts.layout import describe
 from qmoe.experts.quantized import QuantizedExperts
 from qmoe.generation_config import BEAMS, ONE_BY_ONE, as_list, configuration
-from qmoe.loading.load import one_line
 from qmoe.seeds import Draws, check_seed, refuse_dropout, thread_state
 from qmoe.text import Streamer, Text
 
@@ -202,7 +202,7 @@ def load_tokenizer(path_or_repo: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path_or_repo)
     except Exception as error:  # each tokenizer class fails in its own way
-        raise ValueError(f"{path_or_repo}: no usable tokenizer ({one_line(error)})") from error
+        raise ValueError(f"{path_or_repo}: no usable tokenizer ({first_line(error)})") from error
     # Where there are no files, transformers makes up one that knows special tokens alone.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ValueError(
@@ -458,7 +458,7 @@ def _in_template(tokenizer: Any, prompt: str) -> str:
     except Exception as error:  # a template is a program of the checkpoint's
         raise ValueError(
             f"{getattr(tokenizer, 'name_or_path', '') or type(tokenizer).__name__}: the chat "
-            f"template failed ({one_line(error)}); write the prompt out, without chat"
+            f"template failed ({first_line(error)}); write the prompt out, without chat"
         ) from error
 
 

@@ -1,5 +1,9 @@
 """Convert Mixture-of-Experts checkpoints to 8-bit experts: map, plan, write, verify."""
 
+from __future__ import annotations
+
+from qmoe.exits import printable
+
 
 class ConversionError(ValueError):
     """A conversion that cannot be done or went wrong.
@@ -10,3 +14,8 @@ class ConversionError(ValueError):
 
 class SourceError(ConversionError):
     """A checkpoint that has to change before it can be converted."""
+
+
+def one_line(error: BaseException) -> str:
+    """What an error of somebody else says, in one line that is not too long."""
+    return printable(str(error))[:200] or type(error).__name__

@@ -254,6 +254,8 @@ def describe_plan(report: Report) -> str:
 
 def describe_result(report: Report) -> str:
     """What a conversion did, for people."""
+    from qmoe.checkpoints.schema import summarize_errors
+
     lines = [
         f"{report.out}: {report.format}, {report.weights}, in {report.seconds:.1f} s"
         + (", verified" if report.verified else ", not verified"),
@@ -261,17 +263,11 @@ def describe_result(report: Report) -> str:
         f"{report.bits_per_weight:.2f} bits per quantized weight",
         "relative error of the quantized weights:",
     ]
-    projections: dict[str, list[tuple[float, str]]] = {}
-    for module, errors in report.errors.items():
-        for projection, error in errors.items():
-            projections.setdefault(projection, []).append((error, module))
-    for projection, found in projections.items():
-        found.sort()
-        median, median_at = found[(len(found) - 1) // 2]
-        worst, worst_at = found[-1]
-        lines.append(
-            f"  {projection:<12} median {median:.3%} ({median_at}), worst {worst:.3%} ({worst_at})"
-        )
+    lines += [
+        f"  {projection:<12} median {found['median']:.3%}, worst {found['worst']:.3%} "
+        f"({found['worst_module']})"
+        for projection, found in summarize_errors(report.errors).items()
+    ]
     lines.append(f"read by   {report.readers}")
     return "\n".join(lines)
 

@@ -22,10 +22,10 @@ from typing import cast
 import torch
 
 from qmoe.checkpoints.files import CheckpointError, FileVersion, StoredTensor, open_checkpoint
-from qmoe.checkpoints.hub import is_hub_id
+from qmoe.checkpoints.hub import why_no_place
 from qmoe.sizes import parse_size
-from qmoe_convert import ConversionError, SourceError
-from qmoe_convert.hub import check_name, check_rights, reason, upload
+from qmoe_convert import ConversionError, SourceError, one_line
+from qmoe_convert.hub import check_name, check_rights, upload
 from qmoe_convert.journal import fingerprints
 from qmoe_convert.mapping import map_checkpoint
 from qmoe_convert.output import Output
@@ -267,17 +267,15 @@ def _find_source(model: str | Path, revision: str | None) -> tuple[Path, str]:
     if folder.is_dir():
         return folder, folder.resolve().name
     text = str(model)
-    if folder.exists():
-        raise ConversionError(f"{text}: a file; give the folder that holds config.json")
-    if isinstance(model, Path) or not is_hub_id(text):
-        raise ConversionError(f"{text}: no such folder, and no Hub id of the form owner/name")
+    if why := why_no_place(text, hub=not isinstance(model, Path)):
+        raise ConversionError(why)
     from huggingface_hub import snapshot_download
 
     try:
         snapshot = snapshot_download(text, revision=revision, allow_patterns=list(DOWNLOADED))
     except Exception as error:  # no such repository, no access, no network: the Hub's many errors
         raise ConversionError(
-            f"{text}: no such folder, and it cannot be had from the Hub: {reason(error)}"
+            f"{text}: no such folder, and it cannot be had from the Hub: {one_line(error)}"
         ) from None
     return Path(snapshot), text
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qmoe_convert import ConversionError
+from qmoe_convert import ConversionError, one_line
 
 
 def check_name(repository: str) -> None:
@@ -45,8 +45,8 @@ def check_rights(repository: str) -> str:
             return repository
     except Exception as error:  # no token, no network, no right: the Hub's many errors
         raise ConversionError(
-            f"{repository}: cannot be written to on the Hub ({reason(error)}); log in as somebody "
-            "who may, with hf auth login"
+            f"{repository}: cannot be written to on the Hub ({one_line(error)}); log in as "
+            "somebody who may, with hf auth login"
         ) from None
     if why := _why_not_make(repository, user):
         raise ConversionError(f"{repository}: cannot be made on the Hub: {why}")
@@ -79,11 +79,6 @@ def upload(out: Path, repository: str) -> None:
         api.upload_folder(repo_id=repository, folder_path=out)
     except Exception as error:
         raise ConversionError(
-            f"{out} is complete, but uploading it to {repository} failed ({reason(error)}); "
+            f"{out} is complete, but uploading it to {repository} failed ({one_line(error)}); "
             f"try again with: hf upload {repository} {out}"
         ) from None
-
-
-def reason(error: BaseException) -> str:
-    """An error of the Hub in one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

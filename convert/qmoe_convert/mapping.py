@@ -46,7 +46,7 @@ from qmoe.checkpoints.files import (
 )
 from qmoe.checkpoints.schema import QMOE, format_of
 from qmoe.experts.layout import ExpertsLayout, find_experts
-from qmoe_convert import ConversionError, SourceError
+from qmoe_convert import ConversionError, SourceError, one_line
 from qmoe_convert.shards import Reader, read_into
 from qmoe_convert.workers import Restored
 
@@ -395,7 +395,7 @@ def _explained(folder: Path) -> Iterator[None]:
     except Exception as error:
         raise MappingError(
             f"{folder}: its config.json and its tensors do not go together "
-            f"({type(error).__name__}: {_one_line(error)}); download it again, or use another "
+            f"({type(error).__name__}: {one_line(error)}); download it again, or use another "
             "transformers"
         ) from error
 
@@ -532,7 +532,7 @@ def _load_config(folder: Path, tensors: Mapping[str, StoredTensor]) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises what its validators raise
-        raise MappingError(f"{file}: transformers cannot use it: {_one_line(error)}") from None
+        raise MappingError(f"{file}: transformers cannot use it: {one_line(error)}") from None
 
 
 def _build_meta_model(config: Any, folder: Path, tensors: Mapping[str, StoredTensor]) -> Any:
@@ -553,7 +553,7 @@ def _build_meta_model(config: Any, folder: Path, tensors: Mapping[str, StoredTen
                     return auto.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:
         raise MappingError(
-            f"{folder / 'config.json'}: transformers cannot build the model: {_one_line(error)}"
+            f"{folder / 'config.json'}: transformers cannot build the model: {one_line(error)}"
         ) from None
     raise MappingError(
         f"{folder / 'config.json'}: no class of transformers {transformers.__version__} generates "
@@ -601,7 +601,7 @@ def _dequantizer(config: Any, folder: Path) -> Any:
             quantizer = AutoHfQuantizer.from_config({**raw, "dequantize": True}, pre_quantized=True)
         quantizer.validate_environment(device_map=None, weights_only=True)
     except ImportError as error:
-        raise MappingError(f"{folder}: {_one_line(error)}") from None
+        raise MappingError(f"{folder}: {one_line(error)}") from None
     return quantizer
 
 
@@ -889,7 +889,7 @@ def _naming(names: list[str], tensors: Mapping[str, StoredTensor]) -> Iterator[N
         stored = tensors[names[0]]
         raise MappingError(
             f"{stored.file}: {_and_more(names)}, {stored.dtype} of shape {list(stored.shape)}: "
-            f"{_one_line(error)}; check that config.json belongs to these weights"
+            f"{one_line(error)}; check that config.json belongs to these weights"
         ) from error
 
 
@@ -1047,11 +1047,6 @@ def _stored_shape(stored: StoredTensor) -> tuple[int, ...]:
 
 def _stem(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return "".join(c if c.isprintable() else "?" for c in text[:300])
 
 
 def natural_order(names: Iterable[str]) -> list[str]:

@@ -54,6 +54,11 @@ class CheckpointError(ValueError):
     """A checkpoint on disk that cannot be read; the message names the file."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of somebody else says, or else of what kind it is."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 @dataclass(frozen=True)
 class FileVersion:
     """What tells a file from another that has come in its place since, or from what it was."""

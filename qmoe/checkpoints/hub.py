@@ -11,16 +11,27 @@ def is_hub_id(text: str) -> bool:
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) is not None
 
 
+def why_no_place(path: str | Path, *, hub: bool = True) -> str | None:
+    """Why there is no checkpoint at ``path``; None if there may be one.
+
+    Args:
+        path: a folder's, or a repository's on the Hub.
+        hub: whether it may be the latter.
+    """
+    if Path(path).is_dir():
+        return None
+    if Path(path).exists():
+        return f"{path}: is a file; give the folder that holds config.json"
+    if hub and is_hub_id(str(path)):
+        return None
+    return f"{path}: no such folder, and no Hub id of the form owner/name"
+
+
 def check_place(path: str | Path) -> None:
     """Refuse what is neither a folder nor could be a repository on the Hub.
 
     Raises:
-        FileNotFoundError: there is nothing there.
-        NotADirectoryError: a file is there.
+        FileNotFoundError: there is nothing there, or a file.
     """
-    if Path(path).is_dir():
-        return
-    if Path(path).exists():
-        raise NotADirectoryError(f"{path}: is a file; give the folder that holds config.json")
-    if not is_hub_id(str(path)):
-        raise FileNotFoundError(f"{path}: no such folder, and no Hub id of the form owner/name")
+    if why := why_no_place(path):
+        raise FileNotFoundError(why)

@@ -17,10 +17,11 @@ from qmoe.checkpoints.files import (
     TORCH_DTYPES,
     CheckpointError,
     StoredTensor,
+    first_line,
     open_checkpoint,
     read_json,
 )
-from qmoe.checkpoints.hub import is_hub_id
+from qmoe.checkpoints.hub import why_no_place
 from qmoe.checkpoints.schema import (
     COMPRESSED_TENSORS,
     MANIFEST_NAME,
@@ -109,10 +110,8 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
         config = read_json(folder / "config.json")
         manifest = Manifest.read(folder) if (folder / MANIFEST_NAME).exists() else None
         return _describe(str(path), config, tensors, manifest)
-    if folder.exists():
-        raise ValueError(f"{path}: is a file; give the folder that holds config.json")
-    if not is_hub_id(str(path)):
-        raise ValueError(f"{path}: no such folder, and no Hub id of the form owner/name")
+    if why := why_no_place(path):
+        raise ValueError(why)
     return _inspect_hub(str(path))
 
 
@@ -138,8 +137,7 @@ def _inspect_hub(repo: str) -> Inspection:
     except ValueError:
         raise
     except Exception as error:  # the Hub's and the network's errors have no common base
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(f"{repo}: cannot be read from the Hub ({reason})") from error
+        raise ValueError(f"{repo}: cannot be read from the Hub ({first_line(error)})") from error
     return _describe(repo, config, tensors, manifest)
 
 

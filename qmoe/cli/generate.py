@@ -85,10 +85,10 @@ def _known_device(device: str) -> str:
 def _readable_budget(budget: str | None) -> str | None:
     """A budget that can be read; whether it can work, only the model knows."""
     if budget is not None:
-        from qmoe.paging.budget import parse_budget
+        from qmoe.paging.budget import check_budget
 
         try:
-            parse_budget(budget, sys.maxsize, sys.maxsize)  # how much there is, torch knows
+            check_budget(budget)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
     return budget

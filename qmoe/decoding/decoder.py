@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from qmoe.decoding.fingerprint import Fingerprint
-from qmoe.decoding.graph import first_line
+from qmoe.decoding.graph import reason_of
 from qmoe.decoding.shadow import Undecodable
 from qmoe.decoding.step import DecodeStep, Shadows
 from qmoe.experts.guard import Guard, guard_of
@@ -131,10 +131,10 @@ class Decoder:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # too long for the machine: of this call, not of the model
-            raise Undecodable(first_line(error)) from None
+            raise Undecodable(reason_of(error)) from None
         except Exception as error:  # a configuration that no cache is known for
-            self.refuse(first_line(error))
-            raise Undecodable(first_line(error)) from None
+            self.refuse(reason_of(error))
+            raise Undecodable(reason_of(error)) from None
 
     def _room(self, model: Any) -> float:
         """Tokens that caches may hold beside those of steps in use."""
@@ -194,7 +194,7 @@ def _look_at(model: Any) -> Known:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a model's modules may be
-        return Known(fingerprint, None, first_line(error))
+        return Known(fingerprint, None, reason_of(error))
 
 
 def decoder_of(model: Any) -> Decoder:

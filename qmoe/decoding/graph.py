@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from qmoe.checkpoints.files import first_line
+
 # Runs before the capture: the first compiles kernels, the last is watched for what a graph cannot
 # do.
 WARM_UP = 2
@@ -144,15 +146,15 @@ class Graphed:
             self.capture(function)
         except Exception as error:  # whatever a model's forward may do, and too little memory
             self._failures += 1
-            self.trouble = first_line(error)
+            self.trouble = reason_of(error)
 
 
-def first_line(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """What an error says, in one line; of which kind it is, where it says no sentence."""
-    line = next(iter(str(error).strip().splitlines()), "")
-    if isinstance(error, ValueError | RuntimeError) and line:
-        return line
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+    line, kind = first_line(error), type(error).__name__
+    return (
+        line if isinstance(error, ValueError | RuntimeError) or line == kind else f"{kind}: {line}"
+    )
 
 
 def capture(

@@ -34,7 +34,7 @@ from transformers.generation.streamers import BaseStreamer
 from qmoe.decoding.decoder import decoder_of
 from qmoe.decoding.draws import drawing
 from qmoe.decoding.fingerprint import Fingerprint
-from qmoe.decoding.graph import first_line
+from qmoe.decoding.graph import reason_of
 from qmoe.decoding.selection import Selection
 from qmoe.decoding.shadow import Undecodable
 from qmoe.decoding.step import DecodeStep
@@ -270,7 +270,7 @@ def _undecodable(step: DecodeStep) -> Iterator[None]:
     except Exception as error:  # whatever the model does with a cache of this kind
         if step.shadows.uncapturable is not None:
             raise
-        raise Undecodable(first_line(error)) from error
+        raise Undecodable(reason_of(error)) from error
 
 
 @contextmanager

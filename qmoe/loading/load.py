@@ -14,13 +14,12 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import cached_file
 
-from qmoe.checkpoints.files import StoredTensor, check_folder, open_checkpoint
-from qmoe.checkpoints.hub import is_hub_id
+from qmoe.checkpoints.files import StoredTensor, check_folder, first_line, open_checkpoint
+from qmoe.checkpoints.hub import why_no_place
 from qmoe.checkpoints.schema import (
     COMPRESSED_TENSORS,
     MANIFEST_NAME,
     QMOE,
-    SCALE_SUFFIX,
     Manifest,
     format_of,
 )
@@ -129,19 +128,14 @@ def _choose_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 
 def _read_config(path_or_repo: str, revision: str | None) -> PreTrainedConfig:
-    if not Path(path_or_repo).is_dir() and not is_hub_id(path_or_repo):
-        raise ValueError(f"{path_or_repo}: no such folder, and no Hub id of the form owner/name")
+    if why := why_no_place(path_or_repo):
+        raise ValueError(why)
     if Path(path_or_repo).is_dir():
         check_folder(Path(path_or_repo))
     try:
         return AutoConfig.from_pretrained(path_or_repo, revision=revision)
     except Exception as error:  # whatever a config.json may hold
-        raise ValueError(f"{path_or_repo}: no model here ({one_line(error)})") from None
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of what an error says, or what kind of error it is."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ValueError(f"{path_or_repo}: no model here ({first_line(error)})") from None
 
 
 def _from_pretrained(
@@ -176,7 +170,7 @@ def _from_pretrained(
         if isinstance(error, SafetensorError) or Path(path_or_repo).is_dir():
             _check_files(path_or_repo, revision)
         raise ValueError(
-            f"{path_or_repo}: its weights cannot be read ({one_line(error)})"
+            f"{path_or_repo}: its weights cannot be read ({first_line(error)})"
         ) from None
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "conversion" not in str(error):
@@ -239,13 +233,6 @@ def _check_complete(
     ):
         if names:
             raise ValueError(f"{path_or_repo}: {listed(names)} {what}")
-    for name, experts in quantized_modules(model).items():
-        for leaf, scale in experts.named_parameters(recurse=False):
-            if leaf.endswith(SCALE_SUFFIX) and not bool((scale.isfinite() & (scale >= 0)).all()):
-                raise ValueError(
-                    f"{path_or_repo}: {name}.{leaf} holds a negative number, an infinity or NaN; "
-                    "download or convert the checkpoint again"
-                )
 
 
 def _left_over(names: set[str], model: PreTrainedModel, architectures: Collection[str]) -> set[str]:

@@ -19,7 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.logging import is_progress_bar_enabled
 
 from qmoe.checkpoints.files import FileVersion, StoredTensor, read_header
-from qmoe.checkpoints.schema import QMOE, QUANTIZED_SUFFIX
+from qmoe.checkpoints.schema import QMOE, QUANTIZED_SUFFIX, SCALE_SUFFIX
 from qmoe.experts.layout import ExpertsLayout, find_experts
 from qmoe.experts.quantized import (
     Change,
@@ -289,17 +289,24 @@ def check_stored(stored: StoredTensor, weights: WeightFormat, shape: tuple[int, 
 def _check_loaded(
     model: PreTrainedModel, experts: Iterable[str], shapes: Mapping[str, torch.Size]
 ) -> None:
-    """Refuse experts that were in no file, and tensors of another shape than the model's.
+    """Refuse experts that were in no file or have no scales, and tensors of a wrong shape.
 
     transformers would fill the former with random numbers and only warn; the latter it takes as
     they are, until 5.21.
     """
     for name in experts:
         for leaf, parameter in model.get_submodule(name).named_parameters():
-            if not parameter.is_meta and not getattr(parameter, "_is_hf_initialized", False):
+            if parameter.is_meta:
+                continue
+            if not getattr(parameter, "_is_hf_initialized", False):
                 raise ValueError(
                     f"{name}.{leaf} is in none of the checkpoint's files; download it again, or "
                     "convert it again"
+                )
+            if leaf.endswith(SCALE_SUFFIX) and not (parameter.isfinite() & (parameter >= 0)).all():
+                raise ValueError(
+                    f"{name}.{leaf} holds a negative number, an infinity or NaN; download or "
+                    "convert the checkpoint again"
                 )
     for name, parameter in model.named_parameters():
         if parameter.shape != shapes.get(name, parameter.shape):

@@ -301,8 +301,7 @@ class _Server:
             self.metrics.seconds.observe(time.monotonic() - jobs[0].asked)
         finally:
             for job in jobs:
-                if not job.answered:
-                    job.cancel()
+                job.cancel()
 
     async def _stream(
         self, answer: _Answer, jobs: Sequence[Job], collected: AsyncIterator[tuple[int, Event]]
@@ -321,8 +320,7 @@ class _Server:
         finally:
             # Also where the client has gone before the first event was asked for.
             for job in jobs:
-                if not job.answered:
-                    job.cancel()
+                job.cancel()
 
 
 def _line(document: dict[str, Any]) -> str:

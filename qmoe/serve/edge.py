@@ -24,7 +24,7 @@ class Edge:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        read = 0
+        read, begun = 0, False
 
         async def bounded() -> Any:
             nonlocal read
@@ -35,21 +35,16 @@ class Edge:
             return message
 
         async def counted(message: Any) -> None:
+            nonlocal begun
+            begun = True
             if message["type"] == "http.response.start":
                 # The route, not the path: strangers could make up any number of paths.
                 path = getattr(scope.get("route"), "path", "other")
                 self.metrics.requests.labels(path, message["status"]).inc()
             await send(message)
 
-        begun = False
-
-        async def watched(message: Any) -> None:
-            nonlocal begun
-            begun = True
-            await counted(message)
-
         try:
-            await self.app(scope, bounded, watched)
+            await self.app(scope, bounded, counted)
         except Exception as error:  # a fault of ours: the server goes on
             if begun:
                 raise

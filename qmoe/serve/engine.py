@@ -72,8 +72,8 @@ class Job:
     _stopped: bool = False  # at a stop string
 
     def cancel(self) -> None:
-        """End it at its next token, or before it begins: nobody listens any more."""
-        self.cancelled = True
+        """End it at its next token, or before it begins, if it has not ended: nobody listens."""
+        self.cancelled = not self.answered
 
     def write(self, piece: str) -> None:
         """Pass on text up to a stop string; what may be the beginning of one is held back."""

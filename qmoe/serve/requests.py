@@ -104,18 +104,17 @@ def _as_prompts(value: Any) -> list[str | list[int]]:
     """One prompt or several, each a text or its tokens."""
     if isinstance(value, str):
         value = [value]
-    if isinstance(value, list) and value and all(type(token) is int for token in value):
+    if value and _are_tokens(value):
         value = [value]
-    if not isinstance(value, list) or not all(_is_prompt(prompt) for prompt in value):
+    if not isinstance(value, list) or not all(isinstance(p, str) or _are_tokens(p) for p in value):
         raise ValueError("must be a string, a list of tokens, or a list of these")
     if not value or not all(value):
         raise ValueError("is empty; give it some text")
     return [_encodable(prompt) if isinstance(prompt, str) else prompt for prompt in value]
 
 
-def _is_prompt(value: Any) -> bool:
-    are_tokens = isinstance(value, list) and all(type(token) is int for token in value)
-    return isinstance(value, str) or are_tokens
+def _are_tokens(value: Any) -> bool:
+    return isinstance(value, list) and all(type(token) is int for token in value)
 
 
 class CompletionRequest(Request):

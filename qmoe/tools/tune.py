@@ -175,17 +175,18 @@ def model_shapes(path: str) -> list[LayerShape]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    from qmoe.checkpoints.hub import is_hub_id
+    from qmoe.checkpoints.files import first_line
+    from qmoe.checkpoints.hub import why_no_place
     from qmoe.checkpoints.inspection import find_top_k
     from qmoe.experts.layout import find_experts
     from qmoe_kernels.tiles import LayerShape
 
-    if not Path(path).is_dir() and not is_hub_id(path):
-        raise ValueError(f"{path}: no such folder, and no Hub id of the form owner/name")
+    if why := why_no_place(path):
+        raise ValueError(why)
     try:
         config = AutoConfig.from_pretrained(path)
     except OSError as error:
-        raise ValueError(f"{path}: no model here ({str(error).strip().splitlines()[0]})") from None
+        raise ValueError(f"{path}: no model here ({first_line(error)})") from None
     auto = AutoModelForCausalLM
     if type(config) not in AutoModelForCausalLM._model_mapping:
         auto = AutoModelForImageTextToText
