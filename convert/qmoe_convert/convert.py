@@ -97,7 +97,8 @@ def convert(
         print(report.bits_per_weight, report.worst_error)
     """
     start = time.monotonic()
-    output = Output(Path(out))
+    progress = progress or (lambda stage, done, total: None)
+    output = Output(Path(out), progress)
     options = _check_options(output, weights, format, ignore, max_shard_size, device, workers)
     if push_to_hub is not None:
         check_name(push_to_hub)
@@ -111,7 +112,6 @@ def convert(
         plan = make_plan(map_checkpoint(folder, source.tensors), source.tensors, options)
         plan.report.warnings += warnings_about(folder)
         if not dry_run:
-            progress = progress or (lambda stage, done, total: None)
             _convert(plan, source, output, options, progress, resume=resume, verify=verify)
             if push_to_hub is not None:
                 upload(output.out, push_to_hub)

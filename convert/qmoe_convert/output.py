@@ -28,16 +28,21 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from qmoe.checkpoints import schema
-from qmoe.checkpoints.files import read_json
+from qmoe.checkpoints.files import FileVersion, read_json
 from qmoe.sizes import format_size
 from qmoe_convert import ConversionError
 from qmoe_convert.journal import JOURNAL_NAME, Journal
-from qmoe_convert.shards import PARTIAL_SUFFIX
+from qmoe_convert.shards import PARTIAL_SUFFIX, sha256_of
+from qmoe_convert.workers import Progress, counting
 
 # What the lock file begins with.
 HOLDER = "convert-checkpoint, process "
 # For the moment in which the run before takes its lock file away.
 LOCK_SECONDS = 0.3
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Tell nobody how far it is."""
 
 
 class Output:
@@ -50,12 +55,17 @@ class Output:
         journal: of the run that is under way, or was interrupted.
     """
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, progress: Progress = _silent) -> None:
         if out.name in ("", ".."):
             out = out.resolve()
+        if ".." in out.parts:  # its own path may lead through OUT, which is renamed
+            out = out.parent.resolve() / out.name
         if not out.name:
             raise ValueError(f"out={str(out)!r}; give the name of a folder")
         self.out = out
+        self._progress = progress
+        # What is to be replaced, since it was found to be as we left it.
+        self._replaced: dict[Path, FileVersion] | None = None
         self.work = out.with_name(out.name + PARTIAL_SUFFIX)
         self.new, self.old, self.removed = (self.work / n for n in ("new", "old", "removed"))
         self.journal = Journal(self.work / JOURNAL_NAME)
@@ -161,10 +171,34 @@ class Output:
         return {name: shard.sha256 for name, shard in shards.items()} == ours
 
     def _check_replaceable(self) -> None:
-        if why := why_not_ours(self.out):
+        """Refuse to replace what is not ours, byte for byte, or is not any more what it was."""
+        why = why_not_ours(self.out)
+        if why is None:
+            found = {path: FileVersion.of(path) for path in files_in(self.out)}
+            if self._replaced is None:
+                why = self._why_changed()
+            elif found != self._replaced:
+                why = "has changed while this run was under way"
+            self._replaced = found
+        if why is not None:
             raise FileExistsError(
                 f"{self.out}: --overwrite replaces only what convert-checkpoint wrote, and it {why}"
             )
+
+    def _why_changed(self) -> str | None:
+        """Which file of OUT has other bytes than we wrote; all of it is read."""
+        if not any(self.out.iterdir()):
+            return None
+        manifest = schema.Manifest.read(self.out)
+        written = {name: shard.sha256 for name, shard in manifest.shards.items()} | manifest.files
+        total = sum((self.out / name).stat().st_size for name in written)
+        advance = counting(self._progress, "check OUT", total)
+        for name, sha256 in written.items():
+            file = self.out / name
+            if sha256_of(file) != sha256:
+                return f"holds a {name} that was changed since; move that away"
+            advance(file.stat().st_size)
+        return None
 
     def check_apart(self, source: Path, files: Iterable[Path]) -> None:
         """Refuse to write where anything of the checkpoint lies.
@@ -264,6 +298,8 @@ def why_not_ours(out: Path) -> str | None:
         return "is a file"
     if os.path.ismount(out):
         return "is a mount point; write to a folder inside it"
+    if strange := [path.name for path in files_in(out) if not path.is_file()]:
+        return f"holds {min(strange)}, which is no file"
     there = {str(path.relative_to(out)) for path in files_in(out)}
     if not there and not any(out.iterdir()):
         return None
@@ -272,11 +308,13 @@ def why_not_ours(out: Path) -> str | None:
         method = schema.format_of(read_json(out / "config.json")["quantization_config"])
     except (ValueError, KeyError, TypeError, AttributeError):
         return "is another folder"
-    if method != manifest.format or not manifest.shards.keys() <= there:
+    sizes = {name: (out / name).stat().st_size for name in there & manifest.shards.keys()}
+    said = {name: shard.bytes for name, shard in manifest.shards.items()}
+    if method != manifest.format or sizes != said or not manifest.files.keys() <= there:
         return f"is not what its {schema.MANIFEST_NAME} says"
     if not manifest.files:  # written before manifests named them
         return None
-    more = there - {*manifest.files, schema.MANIFEST_NAME}
+    more = there - {*manifest.files, *manifest.shards, schema.MANIFEST_NAME}
     return f"holds {min(more)} besides; move that away" if more else None
 
 

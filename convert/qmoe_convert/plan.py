@@ -208,12 +208,19 @@ def _choose_modules(
     mapping: CheckpointMapping, ignore: Iterable[str]
 ) -> tuple[dict[str, Experts], list[str]]:
     """The experts modules to quantize, and the names of those that stay."""
-    patterns = [re.compile(pattern) for pattern in ignore]
-    skipped = [
-        module
-        for module, experts in mapping.experts.items()
-        if any(p.search(n) for p in patterns for n in (module, *experts.source_names[:1]))
-    ]
+    names = {module: (module, *e.source_names[:1]) for module, e in mapping.experts.items()}
+    found: set[str] = set()
+    for pattern in ignore:
+        matches = {
+            m for m, known_as in names.items() if any(re.search(pattern, n) for n in known_as)
+        }
+        if not matches:  # what it was to keep would be quantized
+            raise PlanError(
+                f"--ignore {pattern!r} finds no experts module; they are named like "
+                f"{next(iter(names))}"
+            )
+        found |= matches
+    skipped = [module for module in names if module in found]
     chosen = {module: e for module, e in mapping.experts.items() if module not in skipped}
     if not chosen:
         raise PlanError(

@@ -23,7 +23,7 @@ from qmoe_convert.card import CARD_NAME, model_card
 from qmoe_convert.journal import Entry
 from qmoe_convert.output import Output, files_in
 from qmoe_convert.plan import Options, Piece, Plan, Shard, scale_name
-from qmoe_convert.shards import BufferPool, Reader, ShardWriter
+from qmoe_convert.shards import BufferPool, Reader, ShardWriter, sha256_of
 from qmoe_convert.small_files import copy_small_file, names_code, small_files
 from qmoe_convert.workers import Progress, counting, in_order
 from qmoe_kernels.quantization import STORAGE_DTYPE, quantize_with_squares
@@ -206,8 +206,11 @@ def write_rest(plan: Plan, output: Output, folder: Path, source_name: str) -> No
     )
     card = model_card(folder, report, manifest)
     (output.new / CARD_NAME).write_text(card, encoding="utf-8")
-    written = files_in(output.new)
-    manifest.files = sorted(file.relative_to(output.new).as_posix() for file in written)
+    manifest.files = {
+        name: sha256_of(output.new / name)
+        for name in sorted(file.relative_to(output.new).as_posix() for file in files_in(output.new))
+        if name not in manifest.shards
+    }
     manifest.write(output.new)
 
 

@@ -144,8 +144,8 @@ class Manifest:
     shards: dict[str, Shard]
     # {experts module: {projection: relative Frobenius error over sampled rows}}
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
-    # all that was written but the manifest; what else is found beside it is somebody else's
-    files: list[str] = field(default_factory=list)
+    # {file beside the shards: SHA-256}, but for the manifest; what else is found is somebody else's
+    files: dict[str, str] = field(default_factory=dict)
     # tensors that the model has no place for
     extra: list[str] = field(default_factory=list)
     format_version: int = FORMAT_VERSION
@@ -185,7 +185,7 @@ class Manifest:
         """Raise TypeError where a manifest that somebody else wrote holds other types."""
         texts = [self.weights, self.format, self.source, self.qmoe_version]
         texts += [shard.sha256 for shard in self.shards.values()]
-        texts += self.files + self.extra
+        texts += [*self.files.values(), *self.extra]
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("a text is missing")
         errors = [error for of_module in self.errors.values() for error in of_module.values()]

@@ -604,6 +604,9 @@ class TestRefused:
 
     def test_ignoring_everything(self, source: Source, tmp_path: Path) -> None:
         self.expect(source(), tmp_path / "out", "leaves nothing to quantize", ignore=["experts"])
+        for ignore in (["layer.0"], [r"layers\.0\.", "lm_head"]):
+            message = f"'{ignore[-1]}' finds no experts module; they are named like model.layers.0"
+            self.expect(source(), tmp_path / "out", message, ignore=ignore)
 
     def test_ignoring_half_of_what_is_stored_together(self, source: Source, tmp_path: Path) -> None:
         folder = source("ernie4_5_vl_moe")

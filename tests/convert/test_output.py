@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import os
 import shutil
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +66,19 @@ def write(out: Path, value: str, *, resume: bool = False, overwrite: bool = Fals
             output.begin(1, resume=resume)
             if name not in output.journal.shards:
                 (output.new / name).write_text(value)
-                output.journal.shards[name] = Entry("", value, 0, [])
+                output.journal.shards[name] = Entry("", sha256(value), 0, [])
                 output.journal.write()
-            (output.new / "config.json").write_text(
-                '{"quantization_config": {"quant_method": "qmoe"}}'
-            )
-            shards = {name: Shard(value, len(value))}
-            Manifest("int8", QMOE, "", "", shards, files=[name, "config.json"]).write(output.new)
+            config = '{"quantization_config": {"quant_method": "qmoe"}}'
+            (output.new / "config.json").write_text(config)
+            shards = {name: Shard(sha256(value), len(value))}
+            files = {"config.json": sha256(config)}
+            Manifest("int8", QMOE, "", "", shards, files=files).write(output.new)
             output.publish()
         output.clean()
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def value_of(folder: Path) -> str:
@@ -155,6 +160,17 @@ class TestWhatIsReplaced:
             (lambda out: (out / "thesis.txt").write_text("x"), "holds thesis.txt besides"),
             (lambda out: (out / "a" / "b").mkdir(parents=True), None),
             (lambda out: (out / "model.safetensors").unlink(), "not what its qmoe_manifest"),
+            (lambda out: (out / "model.safetensors").write_text("longer"), "not what its qmoe_man"),
+            (
+                lambda out: (out / "model.safetensors").write_text("own"),
+                "safetensors that was chan",
+            ),
+            (
+                lambda out: (out / "config.json").open("a").write(" "),
+                "config.json that was changed",
+            ),
+            (lambda out: os.mkfifo(out / "card.md"), "holds card.md, which is no file"),
+            (lambda out: (out / "card.md").symlink_to("gone"), "holds card.md, which is no file"),
             (lambda out: (out / "config.json").write_text("{}"), "is another folder"),
             (lambda out: [file.unlink() for file in out.iterdir()], None),
             (lambda out: (shutil.rmtree(out), out.mkdir(), (out / "x").touch()), "another folder"),
@@ -174,6 +190,24 @@ class TestWhatIsReplaced:
             self.refused(
                 out, f"--overwrite replaces only what .* wrote, and .*{message}", overwrite=True
             )
+
+    def test_what_changes_while_a_conversion_runs(self, out: Path) -> None:
+        output = Output(out)
+        with output.held():
+            output.open(resume=False, overwrite=True)
+            output.begin(1, resume=False)
+            (out / "model.safetensors").write_text("own")
+            with pytest.raises(ConversionError, match="has changed while this run was under way"):
+                output.publish()
+        assert value_of(out) == "own"
+
+    @pytest.mark.parametrize("path", ["out/../out", "../out", "."])
+    def test_a_path_that_leads_through_it(
+        self, out: Path, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(out.parent if path.startswith("out") else out)
+        write(Path(path), "new", overwrite=True)
+        assert value_of(out) == "new" and os.listdir(out.parent) == ["out"]
 
     def test_no_mount_point(self, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os.path, "ismount", lambda path: path == out)
@@ -403,7 +437,10 @@ class TestResume:
             data = bytearray(file.read_bytes())
             data[-1] ^= change == "bits"
             file.write_bytes(data)
-        convert(source, tmp_path / "out", resume=True, **SMALL)
+        with ExitStack() as stack:
+            for file in (tmp_path / "out.partial" / "new").iterdir():
+                stack.enter_context(file.open())  # or its inode would be given to another file
+            convert(source, tmp_path / "out", resume=True, **SMALL)
         assert contents(tmp_path / "out") == expected
         kept = whole.items() & inodes(tmp_path / "out").items()
         assert len(kept) >= 2 if change == "touched" else not kept
