@@ -42,9 +42,11 @@ def heuristic_tiles(
     return LayerTiles(tile, tile, sort=num_pairs > UNSORTED_PAIRS)
 
 
-def hopper_tiles(block_m: int, activations: torch.dtype, num_stages: int = 4) -> LayerTiles:
+def hopper_tiles(
+    block_m: int, activations: torch.dtype, num_stages: int = 4, tail_m: int = 0
+) -> LayerTiles:
     """Tiles for `qmoe_kernels.hopper_gemm`, of which some numbers are given."""
-    tile = TileConfig(block_m, 128, 128 // activations.itemsize, 8, num_stages)
+    tile = TileConfig(block_m, 128, 128 // activations.itemsize, 8, num_stages, tail_m)
     return LayerTiles(tile, tile, sort=True, tma=True)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, product
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -111,8 +112,24 @@ _GEMV_SUM = (
 )
 
 
-# block_m, stages. Two programs run at a time with 128 rows.
-_HOPPER = ((128, 3), (128, 4), (256, 4), (64, 3), (64, 4), (256, 3))
+# Of Hopper's own kernel: block_m, tail_m, stages, and between which mean numbers of rows per expert
+# it is tried. Two programs run at a time with up to 128 rows.
+_HOPPER = (
+    (16, 0, 4, 0, 24),
+    (16, 0, 6, 0, 24),
+    (32, 16, 4, 2, 48),
+    (32, 16, 6, 2, 48),
+    (64, 16, 4, 4, 160),
+    (64, 16, 6, 4, 160),
+    (64, 32, 4, 16, 160),
+    (128, 16, 4, 12, math.inf),
+    (128, 32, 4, 24, math.inf),
+    (128, 64, 3, 40, math.inf),
+    (128, 64, 4, 40, math.inf),
+    (256, 64, 4, 120, math.inf),
+    (256, 128, 3, 200, math.inf),
+    (256, 128, 4, 200, math.inf),
+)
 
 
 @dataclass(frozen=True)
@@ -153,17 +170,19 @@ class Candidates:
 
     def pairs(self) -> list[LayerTiles]:
         """Return layers' tiles that hold every candidate, ``start`` first: what to compile."""
-        number = max(len(self.gate_up), len(self.down))
-        starts = [replace(self.start, sort=sort) for sort in (self.start.sort, *self.sort)]
-        both = [
-            LayerTiles(
-                self.gate_up[min(i, len(self.gate_up) - 1)],
-                self.down[min(i, len(self.down) - 1)],
-                self.start.sort,
-            )
-            for i in range(number)
-        ]
-        return list(dict.fromkeys([*starts, *self.layers, *(both if self.gate_up else ())]))
+        starts = [changed(self.start, "sort", sort) for sort in (self.start.sort, *self.sort)]
+        both = [LayerTiles(tile, tile, True) for tile in (*self.gate_up, *self.down)]
+        if not self.start.sort:
+            number = max(len(self.gate_up), len(self.down))
+            both = [
+                LayerTiles(
+                    self.gate_up[min(i, len(self.gate_up) - 1)],
+                    self.down[min(i, len(self.down) - 1)],
+                    False,
+                )
+                for i in range(number)
+            ]
+        return [tiles for tiles in dict.fromkeys([*starts, *self.layers, *both]) if tiles]
 
     def without(self, broken: Collection[LayerTiles]) -> Candidates:
         """Return what is left if such layers don't compile: each tile that one of `pairs` has."""
@@ -177,6 +196,20 @@ class Candidates:
             down=[tile for tile in self.down if tile in down],
             layers=[tiles for tiles in self.layers if tiles in working],
         )
+
+
+def changed(tiles: LayerTiles, step: str, option: Any) -> LayerTiles | None:
+    """Return ``tiles`` with one thing changed; None if sorted pairs keep that from working.
+
+    A first product's tile of another block_m is both products' then.
+    """
+    if step == "layers":
+        return option
+    if step == "sort":
+        return tiles.sorted() if option and not tiles.sort else replace(tiles, sort=option)
+    if tiles.sort and option.block_m != tiles.gate_up.block_m:
+        return LayerTiles(option, option, True) if step == "gate_up" else None
+    return replace(tiles, **{step: option})
 
 
 def candidates(cell: Cell, effort: Effort = "quick", *, hopper: bool = False) -> list[Candidates]:
@@ -214,10 +247,20 @@ def candidates(cell: Cell, effort: Effort = "quick", *, hopper: bool = False) ->
         if not unsorted and cell.num_pairs <= MOST_UNSORTED:
             sort = [False, True]
         found.append(Candidates(start, gate_up, down, sort))
-    if hopper and cell.num_tokens > 1 and BYTES[cell.kind.weights] == 1:
-        layers = [hopper_tiles(m, cell.dtypes[1], s) for m, s in _HOPPER]
+    if hopper and cell.num_tokens > 1:
+        layers = hopper_candidates(cell)
         found.append(Candidates(layers[0], (), (), (), layers))
     return found
+
+
+def hopper_candidates(cell: Cell) -> list[LayerTiles]:
+    """Return tiles of `qmoe_kernels.hopper_gemm` to try, by the mean number of rows per expert."""
+    mean = cell.num_pairs / cell.kind.shape.num_experts
+    return [
+        hopper_tiles(block_m, cell.dtypes[1], num_stages, tail_m)
+        for block_m, tail_m, num_stages, least, most in _HOPPER
+        if least <= mean <= most
+    ]
 
 
 def shared_memory(tile: TileConfig, kind: LayerKind) -> int:
@@ -275,19 +318,20 @@ def _of_experts(tile: TileConfig, experts: int) -> TileConfig:
 
 def _tensor_core(cell: Cell, effort: Effort) -> list[TileConfig]:
     rows = cell.num_pairs / cell.kind.shape.num_experts
-    # Half as many again: some experts get more than the mean.
-    block_m = next((size for size in (16, 32, 64) if 1.5 * rows <= size), 128)
-    other = {16: 32 if rows > 4 else 8, 32: 16, 64: 32, 128: 256 if rows >= 256 else 64}[block_m]
+    # Twice as many: some experts get more than the mean, and what a tile has too much costs less
+    # than a second one.
+    block_m = next((size for size in (8, 16, 32, 64) if 2 * rows <= size), 128)
+    others = {8: (16,), 16: (8, 32), 32: (16, 64), 64: (32, 128), 128: (64, 256)}[block_m]
     few = rows < 32
     width = BYTES[cell.kind.weights if few else cell.kind.activations]
     grid = [(n, size // width, warps, stages) for n, size, warps, stages in _FEW_ROWS]
     if not few:
         grid = [(n, size // width, warps, stages) for n, size, warps, stages in _MANY_ROWS]
     tiles = [TileConfig(block_m, *sizes) for sizes in grid]
-    tiles += [TileConfig(other, *sizes) for sizes in (grid[:4] if few else grid)]
+    tiles += [TileConfig(m, *sizes) for m in others for sizes in grid[:3]]
     if BYTES[cell.kind.weights] < BYTES[cell.kind.activations] and 4 <= rows < 64:
-        wide = [TileConfig(m, *sizes) for m in (block_m, other) for sizes in _FEW_ROWS_WIDE]
-        tiles = wide + tiles[: len(tiles) - 6]
+        wide = [TileConfig(m, *sizes) for m in (block_m, *others[:1]) for sizes in _FEW_ROWS_WIDE]
+        tiles = wide + tiles[: len(tiles) - 8]
     if not few:  # where the last rows of an expert are few
         tiles += [
             TileConfig(block_m, *sizes, tail_m=tail) for sizes in grid[:2] for tail in (16, 32)
@@ -375,8 +419,8 @@ def search(
             until = began + seconds * (index + share) / len(options)
             screened: list[tuple[float, LayerTiles]] = []
             for option in getattr(kernel, step):
-                tiles = option if step == "layers" else replace(here, **{step: option})
-                if tiles in times:
+                tiles = changed(here, step, option)
+                if tiles is None or tiles in times:
                     continue
                 if clock() > until:
                     out_of_time = True

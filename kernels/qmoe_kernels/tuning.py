@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -87,7 +86,7 @@ def _choose(
             tiles = table.find(kind, num_tokens)
             if tiles is not None:
                 many = num_tokens * shape.top_k > MAX_UNSORTED_PAIRS
-                return replace(tiles, sort=tiles.sort or many)
+                return tiles.sorted() if many and not tiles.sort else tiles
     hopper = hopper and weights.itemsize == 1 and activations.itemsize <= 2
     return heuristic_tiles(shape, num_tokens, weights, activations, hopper=hopper)
 
