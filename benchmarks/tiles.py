@@ -46,9 +46,9 @@ FEW_TOKENS = (1, 8, 64, 256, 1024)  # for FP8, whose kernels differ from INT8's 
 MODES = {
     "int8-w8a16": ("int8", "bf16"),
     "int8-w8a8": ("int8", "int8"),
+    "bf16": ("bf16", "bf16"),
     "fp8-w8a16": ("fp8", "bf16"),
     "fp8-w8a8": ("fp8", "fp8"),
-    "bf16": ("bf16", "bf16"),
 }
 # Rows per expert, on average, for which tiles of so many rows are timed.
 WINDOWS = {8: (0, 12), 16: (1.5, 40), 32: (5, 80), 64: (12, 200), 128: (40, 1e9), 256: (150, 1e9)}
@@ -82,12 +82,15 @@ KEPT = 1.35  # times up to so many times the best are written down
 
 
 def cells(shapes: list[str], modes: list[str]) -> Iterator[tuple[str, str, list[Cell]]]:
-    """Every shape with every mode: its name, the mode's, and its cells."""
-    for name in shapes:
-        for mode in modes:
-            tokens = FEW_TOKENS if mode.startswith("fp8") else TOKENS
-            kind = LayerKind(SHAPES[name], *MODES[mode])
-            yield name, mode, [Cell(kind, t) for t in tokens]
+    """Every shape with every mode: its name, the mode's, and its cells. INT8 comes first."""
+    for weights in dict.fromkeys(MODES[mode][0] for mode in modes):
+        for name in shapes:
+            for mode in modes:
+                if MODES[mode][0] != weights:
+                    continue
+                tokens = FEW_TOKENS if weights == "fp8" else TOKENS
+                kind = LayerKind(SHAPES[name], *MODES[mode])
+                yield name, mode, [Cell(kind, t) for t in tokens]
 
 
 def options(cell: Cell) -> list[LayerTiles]:
@@ -138,14 +141,22 @@ def measure(names: list[str], modes: list[str], workers: int, out: Path, common:
     started = time.monotonic()
     found: list[dict[str, Any]] = []
     with Precompiler(workers) as precompiler:
-        compiling = {}
+        # A tile's kernels are the same for all numbers of tokens, and mostly for all shapes.
+        compiling: dict[Cell, dict[LayerTiles, Any]] = {}
         for _, _, some in todo:
+            known: dict[LayerTiles, Any] = {}
             for cell in some:
-                compiling[cell] = precompiler.submit(cell, options(cell))
+                known |= precompiler.submit(cell, [t for t in options(cell) if t not in known])
+                compiling[cell] = {t: known[t] for t in options(cell)}
+        timers: dict[tuple[str, str], LayerTimer] = {}
         for name, mode, some in todo:
-            timer = LayerTimer(SHAPES[name], MODES[mode][0], device)
+            key = name, MODES[mode][0]
+            if key not in timers:
+                timers.clear()  # first: there may be no room for both
+                timers[key] = LayerTimer(SHAPES[name], key[1], device)
             for cell in some:
                 broken = failures(compiling[cell], COMPILING_SECONDS)
+                timer = timers[key]
                 timed, errors = timer.cell(cell)
                 times: dict[str, float] = {}
                 best = None
