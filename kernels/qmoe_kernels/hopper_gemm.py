@@ -83,8 +83,9 @@ class Stages(NamedTuple):
     weight_desc: Any
     x_desc: Any
     weights: Any  # (num_stages, as weight_desc's box)
-    rows: Any  # (num_stages, as x_desc's box)
-    full: Any  # (num_stages, 1) barriers
+    rows: Any  # (num_stages, block_m, block_k)
+    weights_full: Any  # (num_stages, 1) barriers
+    rows_full: Any  # (num_stages, 1) barriers
     num_steps: Any
 
 
@@ -201,6 +202,12 @@ def sort_rows_kernel(
         tl.store(out_ptr + position * out_words + offsets, x, mask=offsets < out_words)
 
 
+def tile_heights(block_m: int, tail_m: int) -> list[int]:
+    """Return how many rows a program's tile may have: tail_m, twice that, ... block_m."""
+    lowest = max(tail_m or block_m, block_m // 16)
+    return [lowest << i for i in range((block_m // lowest).bit_length())]
+
+
 if gluon is not None:
 
     @gluon.constexpr_function
@@ -209,10 +216,16 @@ if gluon is not None:
         bases = [[0, 1 << bit] for bit in range((block_k // 4).bit_length() - 1)]
         return [*bases, [8, 0]]
 
+    _heights = gluon.constexpr_function(tile_heights)
+
     @gluon.jit(do_not_specialize=["max_tiles"])
     def hopper_gemm_kernel(
         weight_desc,  # (slots, N, K), or (slots, N / 8, 2, 8, K) if gated
-        x_desc,  # (num_pairs, K), sorted
+        x_desc,  # (num_pairs, K), sorted; its box has as many rows as the lowest tile
+        x_desc_2,  # the same with boxes twice as high, ...
+        x_desc_4,
+        x_desc_8,
+        x_desc_16,  # ... or None above block_m
         x_scale_ptr,  # (num_pairs,) fp32, sorted, or None
         scale_ptr,  # (num_experts, N or 2 * N) fp32
         bias_ptr,  # (num_experts, N or 2 * N), or None
@@ -233,7 +246,6 @@ if gluon is not None:
         """
         BLOCK_OUT: gl.constexpr = TILE.block_n // 2 if PRODUCT.gated else TILE.block_n
         BLOCK_M: gl.constexpr = TILE.block_m
-        TAIL_M: gl.constexpr = TILE.tail_m
         NUM_STAGES: gl.constexpr = TILE.num_stages
         tiles_n = gl.cdiv(N, BLOCK_OUT)
         pid = gl.program_id(0)
@@ -261,25 +273,38 @@ if gluon is not None:
         rows = gl.allocate_shared_memory(
             x_desc.dtype, [NUM_STAGES, BLOCK_M, TILE.block_k], x_desc.layout
         )  # fmt: skip
-        full = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
+        # Barriers of their own: Triton synchronizes all warps between two uses of the same.
+        weights_full = gl.allocate_shared_memory(
+            gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout()
+        )  # fmt: skip
+        rows_full = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(NUM_STAGES):
-            mbarrier.init(full.index(i), count=1)
+            mbarrier.init(weights_full.index(i), count=1)
+            mbarrier.init(rows_full.index(i), count=1)
 
-        stages = Stages(weight_desc, x_desc, weights, rows, full, gl.cdiv(K, TILE.block_k))
+        X_DESCS = (x_desc, x_desc_2, x_desc_4, x_desc_8, x_desc_16)
+        num_steps = gl.cdiv(K, TILE.block_k)
+        stages = Stages(weight_desc, x_desc, weights, rows, weights_full, rows_full, num_steps)
         place = Place(expert, slot, absent, first, num_rows, row_n)
         scales = Scales(x_scale_ptr, scale_ptr, bias_ptr)
         out = Out(out_ptr, sorted_pair_ids_ptr, N, stride_out)
         for i in gl.static_range(NUM_STAGES - 1):
+            _expect_weights(stages, i, TILE)
+        for i in gl.static_range(NUM_STAGES - 1):
             _fetch_weights(stages, place, i, PRODUCT, TILE)
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-        for i in gl.static_range(NUM_STAGES - 1):
-            _fetch_rows(stages, place, i, TILE)
-        if TAIL_M > 0:  # noqa: SIM102 (one is known when compiling)
-            if num_rows <= TAIL_M:
-                _tile(stages, place, scales, out, PRODUCT, TILE, TAIL_M)
-                return
-        _tile(stages, place, scales, out, PRODUCT, TILE, BLOCK_M)
+        # The lowest tile that has all rows: a high block costs nothing where experts have few rows,
+        # and where they have many, weights are read once instead of several times.
+        HEIGHTS: gl.constexpr = _heights(BLOCK_M, TILE.tail_m)
+        for i in gl.static_range(len(HEIGHTS)):
+            if (i == 0 or num_rows > HEIGHTS[i - 1]) and (
+                i == len(HEIGHTS) - 1 or num_rows <= HEIGHTS[i]
+            ):
+                at_height = Stages(
+                    weight_desc, X_DESCS[i], weights, rows, weights_full, rows_full, num_steps
+                )
+                _tile(at_height, place, scales, out, PRODUCT, TILE, HEIGHTS[i])
 
     @gluon.jit
     def _tile(
@@ -289,9 +314,9 @@ if gluon is not None:
         out_place,  # Out
         PRODUCT: gl.constexpr,
         TILE: gl.constexpr,
-        BLOCK_M: gl.constexpr,  # TILE's, or its tail's
+        BLOCK_M: gl.constexpr,  # TILE's, or less
     ):
-        """One tile, transposed: (channels, rows). Its first steps are on the way already."""
+        """One tile, transposed: (channels, rows). Weights of its first steps are on the way."""
         # Triton 3.6 hands on what is declared a constant, not a constant's attribute.
         ACTIVATION: gl.constexpr = PRODUCT.activation
         GATED: gl.constexpr = PRODUCT.gated
@@ -307,20 +332,23 @@ if gluon is not None:
         MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, MMA_M, 256 // X_BITS])
         N = out_place.num_columns
         num_steps = stages.num_steps
+        for i in gl.static_range(NUM_STAGES - 1):
+            _expect_rows(stages, i, TILE)
+        for i in gl.static_range(NUM_STAGES - 1):
+            _fetch_rows(stages, place, i, TILE)
         if X_BITS == 8:
             acc = gl.zeros([BLOCK_N, BLOCK_M], gl.int32 if INTEGER else gl.float32, MMA)
             for step in range(num_steps):
                 _wait_for(stages, step, TILE)
                 weight = _weight_tile(stages, step, TILE)
-                x = _row_tile(stages, step, BLOCK_M, TILE)
+                x = _rows_of(stages, step, BLOCK_M, TILE).permute([1, 0])
                 acc = warpgroup_mma(weight, x, acc, is_async=True)
                 # This product may run on; the one before it is over, and so its stage is free.
                 acc = warpgroup_mma_wait(1, deps=[acc])
-                tl.debug_barrier()
                 _fetch(stages, place, step + NUM_STAGES - 1, PRODUCT, TILE)
         else:
             acc = warpgroup_mma_init(gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA))
-            mbarrier.wait(stages.full.index(0), 0)
+            _wait_for(stages, 0, TILE)
             # Two steps at a time, because the tensor cores read one step's weights from their
             # registers while those of the next are being written.
             for pair in range(num_steps // 2):
@@ -330,15 +358,14 @@ if gluon is not None:
                     # Early: a branch keeps the assembler from widening after the wait for wgmma.
                     _wait_for(stages, step + 1, TILE)
                     acc, weight = warpgroup_mma_wait(0, deps=[acc, weight])
-                    x = _row_tile(stages, step, BLOCK_M, TILE)
+                    x = _rows_of(stages, step, BLOCK_M, TILE).permute([1, 0])
                     acc = warpgroup_mma(weight, x, acc, is_async=True)
-                    tl.debug_barrier()
                     _fetch(stages, place, step + NUM_STAGES - 1, PRODUCT, TILE)
             acc = warpgroup_mma_wait(0, deps=[acc])
             if num_steps % 2 == 1:
                 step = num_steps - 1
                 weight = _wide_weights(stages, step, PRODUCT, TILE, MMA)
-                x = _row_tile(stages, step, BLOCK_M, TILE)
+                x = _rows_of(stages, step, BLOCK_M, TILE).permute([1, 0])
                 acc = warpgroup_mma(weight, x, acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=[acc])
         acc = warpgroup_mma_wait(0, deps=[acc])
@@ -402,44 +429,63 @@ if gluon is not None:
 
     @gluon.jit
     def _fetch(stages, place, step, PRODUCT: gl.constexpr, TILE: gl.constexpr):
-        """Start to read the tiles of ``step``, if there is one; zeros beyond the tensors."""
+        """Start to read the tiles of ``step``, if there is one; zeros beyond the tensors.
+
+        For all warps, which have waited for the step before and are through with its tiles.
+        """
+        _expect_weights(stages, step, TILE)
+        _expect_rows(stages, step, TILE)
+        tl.debug_barrier()
         _fetch_weights(stages, place, step, PRODUCT, TILE)
         _fetch_rows(stages, place, step, TILE)
 
     @gluon.jit
+    def _expect_weights(stages, step, TILE: gl.constexpr):
+        num_bytes: gl.constexpr = stages.weight_desc.block_type.nbytes
+        barrier = stages.weights_full.index(step % TILE.num_stages)
+        mbarrier.expect(barrier, num_bytes, pred=step < stages.num_steps)
+
+    @gluon.jit
+    def _expect_rows(stages, step, TILE: gl.constexpr):
+        num_bytes: gl.constexpr = stages.x_desc.block_type.nbytes
+        barrier = stages.rows_full.index(step % TILE.num_stages)
+        mbarrier.expect(barrier, num_bytes, pred=step < stages.num_steps)
+
+    @gluon.jit
     def _fetch_weights(stages, place, step, PRODUCT: gl.constexpr, TILE: gl.constexpr):
-        """Start to read weights, and expect rows with them."""
-        desc = stages.weight_desc
         exists = step < stages.num_steps
         stage = step % TILE.num_stages
-        barrier = stages.full.index(stage)
-        num_bytes: gl.constexpr = desc.block_type.nbytes + stages.x_desc.block_type.nbytes
-        mbarrier.expect(barrier, num_bytes, pred=exists)
+        barrier = stages.weights_full.index(stage)
         k = step * TILE.block_k
         tile = stages.weights.index(stage)
         if PRODUCT.gated:
             # 8 rows of gates, 8 of the same ups, and so on.
             tma.async_copy_global_to_shared(
-                desc, [place.slot, place.row_n // GATE_ROWS, 0, 0, k], barrier, tile, pred=exists
+                stages.weight_desc, [place.slot, place.row_n // GATE_ROWS, 0, 0, k],
+                barrier, tile, pred=exists,
             )  # fmt: skip
         else:
             tma.async_copy_global_to_shared(
-                desc, [place.slot, place.row_n, k], barrier, tile, pred=exists
+                stages.weight_desc, [place.slot, place.row_n, k], barrier, tile, pred=exists
             )  # fmt: skip
 
     @gluon.jit
     def _fetch_rows(stages, place, step, TILE: gl.constexpr):
-        stage = step % TILE.num_stages
+        BLOCK_M: gl.constexpr = stages.x_desc.block_type.shape[0]
         tma.async_copy_global_to_shared(
-            stages.x_desc, [place.first, step * TILE.block_k], stages.full.index(stage),
-            stages.rows.index(stage), pred=step < stages.num_steps,
+            stages.x_desc, [place.first, step * TILE.block_k],
+            stages.rows_full.index(step % TILE.num_stages),
+            _rows_of(stages, step, BLOCK_M, TILE), pred=step < stages.num_steps,
         )  # fmt: skip
 
     @gluon.jit
     def _wait_for(stages, step, TILE: gl.constexpr):
         """Wait until the tiles of ``step``, if there is one, have come."""
-        barrier = stages.full.index(step % TILE.num_stages)
-        mbarrier.wait(barrier, (step // TILE.num_stages) & 1, pred=step < stages.num_steps)
+        stage = step % TILE.num_stages
+        phase = (step // TILE.num_stages) & 1
+        exists = step < stages.num_steps
+        mbarrier.wait(stages.weights_full.index(stage), phase, pred=exists)
+        mbarrier.wait(stages.rows_full.index(stage), phase, pred=exists)
 
     @gluon.jit
     def _weight_tile(stages, step, TILE: gl.constexpr):
@@ -450,10 +496,9 @@ if gluon is not None:
         )  # fmt: skip
 
     @gluon.jit
-    def _row_tile(stages, step, BLOCK_M: gl.constexpr, TILE: gl.constexpr):
-        rows = stages.rows
-        tile = rows.index(step % TILE.num_stages)
-        return tile._reinterpret(rows.dtype, [BLOCK_M, TILE.block_k], rows.layout).permute([1, 0])
+    def _rows_of(stages, step, BLOCK_M: gl.constexpr, TILE: gl.constexpr):
+        tile = stages.rows.index(step % TILE.num_stages)
+        return tile._reinterpret(stages.rows.dtype, [BLOCK_M, TILE.block_k], stages.rows.layout)
 
     @gluon.jit
     def _wide_weights(stages, step, PRODUCT: gl.constexpr, TILE: gl.constexpr, MMA: gl.constexpr):
@@ -598,15 +643,15 @@ def launch_hopper_gemm(
         permute=BLOCK_K_16 if permute else 0,
         activation=activation,
     )
-    # The epilogue's tile goes through shared memory as well, not more than two stages of it.
-    stage_bytes = BLOCK_N * block_k + block_m * 128
+    # A step's tiles and barriers. The epilogue's tile goes through the memory of not more than two.
+    stage_bytes = BLOCK_N * block_k + block_m * 128 + 16
     tile = TileConfig(
         block_m,
         BLOCK_N,
         block_k,
         num_warps=8,
         num_stages=max(3, min(tile.num_stages, SHARED_MEMORY // stage_bytes)),
-        tail_m=block_m // 2 if block_m > 64 else 0,
+        tail_m=tile.tail_m,
     )
     shape, box = [num_slots, out_features, in_features], [1, BLOCK_N, block_k]
     strides = list(weight.stride())
@@ -620,9 +665,13 @@ def launch_hopper_gemm(
     x_layout = gl.NVMMASharedLayout(128, 8 * x.element_size(), rank=2)
     max_tiles = table.shape[0] - 1
     tiles_n = triton.cdiv(out_features * (2 if product.gated else 1), BLOCK_N)
+    x_descs: list[Any] = [
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [height, block_k], x_layout)
+        for height in tile_heights(block_m, tile.tail_m)
+    ]
     hopper_gemm_kernel[(max_tiles * tiles_n,)](
         TensorDescriptor(weight_bits(weight, x), shape, strides, box, weight_layout),
-        TensorDescriptor(x, list(x.shape), list(x.stride()), [block_m, block_k], x_layout),
+        *(x_descs + [None] * 4)[:5],
         x_scale,
         projection.scale,
         projection.bias,
@@ -658,10 +707,14 @@ def hopper_fused_moe(
     Arguments and result as of `qmoe_kernels.layer.fused_moe_triton`, all contiguous, but for:
 
     Args:
-        tile: of both products. block_m is 64, 128 or 256. num_stages are the steps in flight and
-            in use, at least 3, at most what fits: one takes 128 bytes times block_m and 8 KiB more,
-            16 KiB with 8-bit rows, of shared memory. Two programs run at a time where each takes
-            half of it: block_m=128 with 4 stages, or 3 with 8-bit rows. The rest is given.
+        tile: of both products. block_m is a power of two from 8 to 256: an expert's rows are cut
+            into so many. A program's own tile is no higher than its rows need, of the heights
+            tail_m, twice that, ... block_m (0: block_m alone), at most five; each of them is code
+            of its own, in need of registers, and a tensor map for the launch to make. num_stages
+            are the steps in flight and in use, at least 3, at most what fits: one takes 128 bytes
+            times block_m and 8 KiB more, 16 KiB with 8-bit rows, of shared memory. Two programs run
+            at a time where each takes half of it: block_m=128 with 4 stages, or 3 with 8-bit rows.
+            The rest is given.
     """
     num_tokens, top_k = topk_ids.shape
     num_pairs = num_tokens * top_k

@@ -22,7 +22,8 @@ class TileConfig:
 
     ``block_m == 1`` stands for the kernel without tensor cores, one row per program. With a gate,
     ``block_n`` counts gate and up channels together: a tile of 128 writes 64 columns. ``tail_m``:
-    an expert's last tile is only so high if no more rows are left for it; 0 for none.
+    an expert's last tile is only so high if no more rows are left for it; 0 for none. In
+    `qmoe_kernels.hopper_gemm` it is the lowest of several heights, each twice the one before.
     """
 
     block_m: int
@@ -42,7 +43,7 @@ class LayerTiles:
         sort: pairs are sorted by a launch of its own first. Otherwise each program looks for the
             rows of its expert in ``topk_ids`` itself, which pays while these are few.
         tma: products are those of `qmoe_kernels.hopper_gemm`, for sorted pairs. Of ``gate_up``,
-            which is also ``down``, block_m and num_stages count; the rest is the kernel's.
+            which is also ``down``, block_m, num_stages and tail_m count; the rest is the kernel's.
     """
 
     gate_up: TileConfig

@@ -124,12 +124,14 @@ routing = ExpertRouting(torch.zeros(512, dtype=torch.int32), torch.zeros(9, dtyp
 table = torch.zeros(20, 4, dtype=torch.int32)
 limited = Activation(alpha=1.702, up_shift=1.0, limit=7.0)
 with compiling_for(90) as compiled:
-    for rows, weights, gated, block_m, num_stages in [
-        ("bf16", "int8", True, 128, 4), ("bf16", "int8", False, 256, 4),
-        ("bf16", "fp8", True, 256, 4), ("fp16", "fp8", False, 64, 4),
-        ("fp16", "int8", True, 64, 3), ("int8", "int8", True, 128, 3),
-        ("int8", "int8", False, 256, 4), ("fp8", "fp8", True, 128, 3),
-        ("fp8", "fp8", False, 256, 4), ("fp8", "fp8", True, 64, 4),
+    for rows, weights, gated, block_m, tail_m, num_stages in [
+        ("bf16", "int8", True, 128, 64, 4), ("bf16", "int8", False, 256, 128, 4),
+        ("bf16", "fp8", True, 256, 64, 4), ("fp16", "fp8", False, 64, 16, 4),
+        ("fp16", "int8", True, 64, 0, 3), ("bf16", "int8", True, 16, 8, 6),
+        ("bf16", "fp8", False, 128, 16, 4), ("int8", "int8", True, 128, 64, 3),
+        ("int8", "int8", False, 256, 16, 4), ("int8", "int8", True, 32, 8, 4),
+        ("fp8", "fp8", True, 128, 16, 3), ("fp8", "fp8", False, 256, 128, 4),
+        ("fp8", "fp8", True, 64, 8, 4),
     ]:
         wide = rows.endswith("16")
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, **STORAGE}[rows]
@@ -143,15 +145,15 @@ with compiling_for(90) as compiled:
                 torch.zeros(8, features * 2 if gated else features, dtype=torch.bfloat16),
             ),
             routing, table, torch.zeros(512, features, dtype=out_dtype),
-            hopper_tiles(block_m, dtype, num_stages).gate_up, out_features=features,
+            hopper_tiles(block_m, dtype, num_stages, tail_m).gate_up, out_features=features,
             x_scale=None if wide else torch.zeros(512), activation=limited if gated else None,
             scatter=not gated, permute=wide and gated,
         )
         kernel = compiled[-1]
         ptx = kernel.asm["ptx"]
         print(json.dumps({
-            "case": f"{rows} {weights} gated={gated} {block_m}",
-            "wide": wide,
+            "case": f"{rows} {weights} gated={gated} {block_m} {tail_m}",
+            "wide": wide, "heights": len(hopper.tile_heights(block_m, tail_m)),
             "shared": kernel.metadata.shared,
             "spilled": spilled_bytes(kernel.asm["cubin"]),
             "products": len(set(re.findall(r"wgmma.mma_async\\S+", ptx))),
@@ -166,9 +168,10 @@ with compiling_for(90) as compiled:
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
 def test_compiles() -> None:
     kernels = run_compiler(COMPILE)
-    assert len(kernels) == 10
+    assert len(kernels) == 13
     for kernel in kernels:
-        assert kernel["products"], f"no tensor cores: {kernel}"
+        # A height is a kind of product, but for two of 128 rows instead of one of 256.
+        assert kernel["products"] >= min(kernel["heights"], 4), f"no tensor cores: {kernel}"
         assert kernel["shared"] <= SHARED_MEMORY[90] * 1024, kernel
         assert kernel["spilled"] <= 32, kernel
         if kernel["wide"]:
@@ -183,6 +186,7 @@ def run(
     layer: Layer,
     activations: str | None = None,
     block_m: int = 128,
+    tail_m: int = 64,
     num_stages: int = 4,
 ) -> torch.Tensor:
     layer = layer.to("cuda")
@@ -190,7 +194,7 @@ def run(
     assert hopper.hopper_supports(
         layer.hidden_states, layer.experts(), layer.topk_ids, activations=storage
     )
-    tiles = hopper_tiles(block_m, storage or layer.hidden_states.dtype, num_stages)
+    tiles = hopper_tiles(block_m, storage or layer.hidden_states.dtype, num_stages, tail_m)
     return layer.triton(activations=activations, tiles=tiles)
 
 
@@ -209,13 +213,20 @@ def moe(**sizes: object) -> Layer:
 @pytest.mark.skipif(not ON_HOPPER, reason="needs compute capability 9")
 class TestOnHopper:
     @pytest.mark.parametrize(
-        ("block_m", "num_stages"), [(64, 3), (64, 5), (128, 3), (128, 4), (256, 4)]
-    )
+        ("block_m", "tail_m", "num_stages"),
+        [(8, 0, 6), (16, 0, 6), (32, 16, 4), (64, 0, 3), (64, 8, 5), (128, 64, 3), (128, 0, 4),
+         (128, 16, 4), (256, 128, 4), (256, 16, 3)],
+    )  # fmt: skip
     @pytest.mark.parametrize("weights", ["int8", "fp8"])
     @pytest.mark.parametrize("quantized", [False, True])
-    def test_formats(self, weights: str, quantized: bool, block_m: int, num_stages: int) -> None:
+    def test_formats(
+        self, weights: str, quantized: bool, block_m: int, tail_m: int, num_stages: int
+    ) -> None:
         layer = moe(weights=weights, bias=True)
-        out = run(layer, weights if quantized else None, block_m, num_stages)
+        # An expert for every height, and one for more than one tile of all of them.
+        ids = torch.repeat_interleave(torch.arange(6), torch.tensor([5, 12, 25, 50, 100, 408]))
+        layer.topk_ids = ids[torch.randperm(600)].view(300, 2)
+        out = run(layer, weights if quantized else None, block_m, tail_m, num_stages)
         expected = layer.reference(activations=weights if quantized else None)
         # A sum that ends a little off may be rounded to the next 8-bit number.
         assert relative_error(out, expected) < (0.03 if quantized else 0.015)
