@@ -1,16 +1,17 @@
 """An MoE layer for many tokens on Hopper: grouped GEMM with TMA and asynchronous tensor cores.
 
-The contract is that of the sorted products of `qmoe_kernels.grouped_gemm`, weights of 8 bits, rows
-of 16 bits (converted weights go from registers into the tensor cores) or of the weights' dtype.
-What differs is how data moves: Triton's own pipelines compute addresses and convert weights
-between two products; here TMA brings tiles, and weights of the next tile are converted while the
-tensor cores multiply this one. Rows lie sorted in memory before each product, since TMA gathers
-none.
+The contract is that of the sorted products of `qmoe_kernels.grouped_gemm`: weights of 8 bits, with
+rows of 16 bits (converted weights go from registers into the tensor cores) or of the weights'
+dtype; or both of 16 bits, of one dtype. What differs is how data moves: Triton's own pipelines
+compute addresses and convert weights between two products; here TMA brings tiles, and weights of
+the next tile are converted while the tensor cores multiply this one. Rows lie sorted in memory
+before each product, since TMA gathers none.
 
-Order of K for 16-bit rows: a thread of a quad feeds ``wgmma`` with columns 2t, 2t+1, 2t+8, 2t+9 of
-every 16. It had better read neighbouring bytes of weights. So within every `BLOCK_K_16` columns,
-column ``(t, j, h, e)`` (4, BLOCK_K_16 / 16, 2, 2) of rows lies at ``(j, h, t, e)``, and weights lie
-as they are: thread t's quarter of the columns are then its operands, of one step after another.
+Order of K where weights are converted: a thread of a quad feeds ``wgmma`` with columns 2t, 2t+1,
+2t+8, 2t+9 of every 16. It had better read neighbouring bytes of weights. So within every
+`BLOCK_K_16` columns, column ``(t, j, h, e)`` (4, BLOCK_K_16 / 16, 2, 2) of rows lies at
+``(j, h, t, e)``, and weights lie as they are: thread t's quarter of the columns are then its
+operands, of one step after another.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class Scales(NamedTuple):
     """What sums are multiplied by, and what is added."""
 
     rows_ptr: Any  # (num_pairs,) fp32, or None
-    weights_ptr: Any  # (num_experts, N or 2 * N) fp32
+    weights_ptr: Any  # (num_experts, N or 2 * N) fp32, or None
     bias_ptr: Any  # (num_experts, N or 2 * N), or None
 
 
@@ -181,7 +182,7 @@ def sort_rows_kernel(
     words,
     out_words,
     TOP_K: tl.constexpr,
-    GROUP: tl.constexpr,  # words whose order changes among themselves
+    GROUP: tl.constexpr,  # words whose order changes among themselves; 0: none does
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -192,8 +193,9 @@ def sort_rows_kernel(
     token = tl.program_id(0).to(tl.int64)
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + token * words + offsets, mask=offsets < words, other=0)
-    x = tl.reshape(x, (BLOCK // GROUP, 4, GROUP // 4))
-    x = tl.reshape(tl.permute(x, (0, 2, 1)), (BLOCK,))
+    if GROUP > 0:
+        x = tl.reshape(x, (BLOCK // GROUP, 4, GROUP // 4))
+        x = tl.reshape(tl.permute(x, (0, 2, 1)), (BLOCK,))
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -227,7 +229,7 @@ if gluon is not None:
         x_desc_8,
         x_desc_16,  # ... or None above block_m
         x_scale_ptr,  # (num_pairs,) fp32, sorted, or None
-        scale_ptr,  # (num_experts, N or 2 * N) fp32
+        scale_ptr,  # (num_experts, N or 2 * N) fp32, or None
         bias_ptr,  # (num_experts, N or 2 * N), or None
         out_ptr,  # (num_pairs, stride_out)
         table_ptr,  # (max_tiles + 1, 4) int32, see tile_table_kernel
@@ -326,6 +328,7 @@ if gluon is not None:
         BLOCK_OUT: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
         # wgmma: 16 rows of weights per warp, and 32 bytes of rows at a time.
         X_BITS: gl.constexpr = stages.x_desc.dtype.primitive_bitwidth
+        WIDEN: gl.constexpr = stages.weight_desc.dtype.primitive_bitwidth < X_BITS
         INTEGER: gl.constexpr = stages.x_desc.dtype == gl.int8
         # Triton knows no product of integers with 256 rows.
         MMA_M: gl.constexpr = 128 if INTEGER and BLOCK_M > 128 else BLOCK_M
@@ -336,7 +339,7 @@ if gluon is not None:
             _expect_rows(stages, i, TILE)
         for i in gl.static_range(NUM_STAGES - 1):
             _fetch_rows(stages, place, i, TILE)
-        if X_BITS == 8:
+        if not WIDEN:
             acc = gl.zeros([BLOCK_N, BLOCK_M], gl.int32 if INTEGER else gl.float32, MMA)
             for step in range(num_steps):
                 _wait_for(stages, step, TILE)
@@ -380,10 +383,11 @@ if gluon is not None:
             channels = gl.minimum(place.row_n + channels, N - 1) + halves * N
         else:
             channels = gl.minimum(place.row_n + tile_rows, N - 1)
-        scale = gl.load(scales.weights_ptr + place.expert * all_channels + channels)
-        if PRODUCT.fp8:
-            scale = scale * 256.0  # what widen_weights left out
-        acc = acc * gl.expand_dims(scale, 1)
+        if scales.weights_ptr is not None:
+            scale = gl.load(scales.weights_ptr + place.expert * all_channels + channels)
+            if PRODUCT.fp8:
+                scale = scale * 256.0  # what widen_weights left out
+            acc = acc * gl.expand_dims(scale, 1)
         if scales.rows_ptr is not None:
             tile_columns = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))
             inside = tile_columns < place.num_rows
@@ -490,7 +494,8 @@ if gluon is not None:
     @gluon.jit
     def _weight_tile(stages, step, TILE: gl.constexpr):
         # The boxes' leading dimensions have the bytes of block_n rows, one after another.
-        LAYOUT: gl.constexpr = gl.NVMMASharedLayout(TILE.block_k, 8, rank=2)
+        BITS: gl.constexpr = stages.weights.dtype.primitive_bitwidth
+        LAYOUT: gl.constexpr = gl.NVMMASharedLayout(TILE.block_k * BITS // 8, BITS, rank=2)
         return stages.weights.index(step % TILE.num_stages)._reinterpret(
             stages.weights.dtype, [TILE.block_n, TILE.block_k], LAYOUT
         )  # fmt: skip
@@ -530,21 +535,21 @@ def hopper_supports(
     """Return whether `hopper_fused_moe` takes these, which are otherwise as it takes them."""
     projections = (experts.gate_up, experts.down)
     weights = [projection.weight for projection in projections]
-    dtype = weights[0].dtype
+    dtype, size = weights[0].dtype, weights[0].itemsize
     return (
         gluon is not None
         and is_hopper(hidden_states.device)
         and hidden_states.dtype in (torch.bfloat16, torch.float16)
-        and dtype in (torch.int8, torch.float8_e4m3fn)
+        and dtype in (torch.int8, torch.float8_e4m3fn, hidden_states.dtype)
         and activations in (None, dtype)
-        and all(projection.scale is not None for projection in projections)
+        and all(projection.scale is not None or size == 2 for projection in projections)
         and topk_ids.numel() > 0
         and experts.num_experts <= 2048
         # TMA's addresses and strides are multiples of 16 bytes; 8 rows of gates alternate with 8
         # of ups.
-        and all(weight.shape[2] % 16 == 0 for weight in weights)
+        and all(weight.shape[2] * size % 16 == 0 for weight in weights)
         and all(weight.data_ptr() % 16 == 0 and weight.stride(2) == 1 for weight in weights)
-        and all(weight.stride(d) % 16 == 0 for weight in weights for d in (0, 1))
+        and all(weight.stride(d) * size % 16 == 0 for weight in weights for d in (0, 1))
         and weights[0].shape[1] % (2 * 8 if experts.activation.gated else 1) == 0
     )
 
@@ -582,15 +587,21 @@ def launch_tile_table(
     return table, positions
 
 
-def launch_sort_rows(x: torch.Tensor, positions: torch.Tensor, top_k: int) -> torch.Tensor:
+def padded(in_features: int) -> int:
+    """Return the length of rows of which K's order changes."""
+    return triton.cdiv(in_features, BLOCK_K_16) * BLOCK_K_16
+
+
+def launch_sort_rows(
+    x: torch.Tensor, positions: torch.Tensor, top_k: int, *, permute: bool
+) -> torch.Tensor:
     """Return rows of ``x`` (num_tokens, K), 16 bits wide, K even, at their pairs' positions.
 
-    K is in the order that the module's docstring says, padded with zeros. For a
-    place after the kernel that wrote ``positions`` and did
-    not write ``x``, which is contiguous.
+    ``permute``: K is in the order that the module's docstring says, padded with zeros. For a place
+    after the kernel that wrote ``positions`` and did not write ``x``, which is contiguous.
     """
     num_tokens, in_features = x.shape
-    width = triton.cdiv(in_features, BLOCK_K_16) * BLOCK_K_16
+    width = padded(in_features) if permute else in_features
     out = x.new_empty(num_tokens * top_k, width)
     words, out_words = in_features // 2, width // 2
     block = max(BLOCK_K_16, min(1024, triton.next_power_of_2(out_words)))
@@ -601,7 +612,7 @@ def launch_sort_rows(x: torch.Tensor, positions: torch.Tensor, top_k: int) -> to
         words,
         out_words,
         TOP_K=top_k,
-        GROUP=BLOCK_K_16 // 2,
+        GROUP=BLOCK_K_16 // 2 if permute else 0,
         BLOCK=block,
         PDL=has_dependent_launch(x.device),
         **launch_options(True, x.device),
@@ -610,8 +621,8 @@ def launch_sort_rows(x: torch.Tensor, positions: torch.Tensor, top_k: int) -> to
 
 
 def launch_hopper_gemm(
-    x: torch.Tensor,  # (num_pairs, K), sorted; 16-bit: launch_sort_rows's order of K, padded
-    projection: Projection,  # with a scale
+    x: torch.Tensor,  # (num_pairs, K), sorted; wider than weights: launch_sort_rows's order of K
+    projection: Projection,
     routing: ExpertRouting,
     table: torch.Tensor,  # launch_tile_table's
     out: torch.Tensor,  # (num_pairs, at least out_features)
@@ -635,8 +646,7 @@ def launch_hopper_gemm(
     """
     weight, block_m = projection.weight, tile.block_m
     num_slots, in_features = weight.shape[0], weight.shape[2]
-    wide = x.element_size() == 2
-    block_k = BLOCK_K_16 if wide else BLOCK_K_8
+    block_k = BLOCK_K_16 if x.itemsize == 2 else BLOCK_K_8
     product = HopperProduct(
         scatter=scatter,
         fp8=is_widened_fp8(weight, x),
@@ -644,7 +654,7 @@ def launch_hopper_gemm(
         activation=activation,
     )
     # A step's tiles and barriers. The epilogue's tile goes through the memory of not more than two.
-    stage_bytes = BLOCK_N * block_k + block_m * 128 + 16
+    stage_bytes = BLOCK_N * block_k * weight.itemsize + block_m * 128 + 16
     tile = TileConfig(
         block_m,
         BLOCK_N,
@@ -660,9 +670,11 @@ def launch_hopper_gemm(
         shape = [num_slots, out_features // 8, 2, 8, in_features]
         strides = [strides[0], 8 * strides[1], half, strides[1], 1]
         box = [1, BLOCK_N // 16, 2, 8, block_k]
-    # Weights' inner boxes have block_k bytes, and rows' 128: the spans of their swizzles.
-    weight_layout = gl.NVMMASharedLayout(block_k, 8, rank=len(box))
-    x_layout = gl.NVMMASharedLayout(128, 8 * x.element_size(), rank=2)
+    # The inner boxes are 128 bytes wide, or 64 if weights are to be widened: so their swizzles.
+    weight_layout = gl.NVMMASharedLayout(
+        block_k * weight.itemsize, 8 * weight.itemsize, rank=len(box)
+    )
+    x_layout = gl.NVMMASharedLayout(128, 8 * x.itemsize, rank=2)
     max_tiles = table.shape[0] - 1
     tiles_n = triton.cdiv(out_features * (2 if product.gated else 1), BLOCK_N)
     x_descs: list[Any] = [
@@ -712,28 +724,26 @@ def hopper_fused_moe(
             tail_m, twice that, ... block_m (0: block_m alone), at most five; each of them is code
             of its own, in need of registers, and a tensor map for the launch to make. num_stages
             are the steps in flight and in use, at least 3, at most what fits: one takes 128 bytes
-            times block_m and 8 KiB more, 16 KiB with 8-bit rows, of shared memory. Two programs run
-            at a time where each takes half of it: block_m=128 with 4 stages, or 3 with 8-bit rows.
-            The rest is given.
+            times block_m and 8 KiB more, 16 KiB where weights are as wide as rows, of shared
+            memory. Two programs run at a time where each takes half of it: block_m=128 with 4
+            stages, or 3 of 16 KiB and more. The rest is given.
     """
     num_tokens, top_k = topk_ids.shape
     num_pairs = num_tokens * top_k
-    wide = activations is None
+    widen = activations is None and experts.gate_up.weight.itemsize == 1
     # Rows of skipped ids are written by nobody: zeros if the caller sees them. Before the kernels,
     # each of which starts while the one before it ends.
     new_rows = hidden_states.new_zeros if topk_weights is None else hidden_states.new_empty
     out = new_rows(num_pairs, experts.hidden_size)
     width = experts.intermediate_size
-    if wide:
-        width = triton.cdiv(width, BLOCK_K_16) * BLOCK_K_16
-    hidden = hidden_states.new_empty(num_pairs, width)
+    hidden = hidden_states.new_empty(num_pairs, padded(width) if widen else width)
 
     routing = ExpertRouting.from_topk_ids(topk_ids, experts.num_experts)
     slots = experts.gate_up.expert_to_slot
     table, positions = launch_tile_table(routing, slots, tile.block_m)
     x_scale = None
     if activations is None:
-        x = launch_sort_rows(hidden_states, positions, top_k)
+        x = launch_sort_rows(hidden_states, positions, top_k, permute=widen)
     else:
         x, x_scale = launch_quantize_rows(
             hidden_states, activations, places=positions, dependent=True, early=True
@@ -748,7 +758,7 @@ def hopper_fused_moe(
         out_features=experts.intermediate_size,
         x_scale=x_scale,
         activation=experts.activation,
-        permute=wide,
+        permute=widen,
     )
     if activations is not None:
         hidden, x_scale = launch_quantize_rows(hidden, activations, dependent=True)
