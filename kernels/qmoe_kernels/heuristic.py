@@ -37,7 +37,8 @@ def heuristic_tiles(
         block_m = 64 if rows < 48 else 128 if rows < 400 else 256
         # 3 stages of 8-bit rows leave room for two programs; 256 rows take all registers anyway.
         num_stages = 3 if activations.itemsize == 1 and block_m < 256 else 4
-        return hopper_tiles(block_m, activations, num_stages)
+        tail_m = block_m // 2 if block_m > 64 else 0
+        return hopper_tiles(block_m, activations, num_stages, tail_m)
     tile = heuristic_tile(rows, weights, activations)
     return LayerTiles(tile, tile, sort=num_pairs > UNSORTED_PAIRS)
 

@@ -1,16 +1,17 @@
 """An MoE layer for many tokens on Hopper: grouped GEMM with TMA and asynchronous tensor cores.
 
-The contract is that of the sorted products of `qmoe_kernels.grouped_gemm`, weights of 8 bits, rows
-of 16 bits (converted weights go from registers into the tensor cores) or of the weights' dtype.
-What differs is how data moves: Triton's own pipelines compute addresses and convert weights
-between two products; here TMA brings tiles, and weights of the next tile are converted while the
-tensor cores multiply this one. Rows lie sorted in memory before each product, since TMA gathers
-none.
+The contract is that of the sorted products of `qmoe_kernels.grouped_gemm`: weights of 8 bits, with
+rows of 16 bits (converted weights go from registers into the tensor cores) or of the weights'
+dtype; or both of 16 bits, of one dtype. What differs is how data moves: Triton's own pipelines
+compute addresses and convert weights between two products; here TMA brings tiles, and weights of
+the next tile are converted while the tensor cores multiply this one. Rows lie sorted in memory
+before each product, since TMA gathers none.
 
-Order of K for 16-bit rows: a thread of a quad feeds ``wgmma`` with columns 2t, 2t+1, 2t+8, 2t+9 of
-every 16. It had better read neighbouring bytes of weights. So within every `BLOCK_K_16` columns,
-column ``(t, j, h, e)`` (4, BLOCK_K_16 / 16, 2, 2) of rows lies at ``(j, h, t, e)``, and weights lie
-as they are: thread t's quarter of the columns are then its operands, of one step after another.
+Order of K where weights are converted: a thread of a quad feeds ``wgmma`` with columns 2t, 2t+1,
+2t+8, 2t+9 of every 16. It had better read neighbouring bytes of weights. So within every
+`BLOCK_K_16` columns, column ``(t, j, h, e)`` (4, BLOCK_K_16 / 16, 2, 2) of rows lies at
+``(j, h, t, e)``, and weights lie as they are: thread t's quarter of the columns are then its
+operands, of one step after another.
 """
 
 from __future__ import annotations
@@ -83,8 +84,9 @@ class Stages(NamedTuple):
     weight_desc: Any
     x_desc: Any
     weights: Any  # (num_stages, as weight_desc's box)
-    rows: Any  # (num_stages, as x_desc's box)
-    full: Any  # (num_stages, 1) barriers
+    rows: Any  # (num_stages, block_m, block_k)
+    weights_full: Any  # (num_stages, 1) barriers
+    rows_full: Any  # (num_stages, 1) barriers
     num_steps: Any
 
 
@@ -103,7 +105,7 @@ class Scales(NamedTuple):
     """What sums are multiplied by, and what is added."""
 
     rows_ptr: Any  # (num_pairs,) fp32, or None
-    weights_ptr: Any  # (num_experts, N or 2 * N) fp32
+    weights_ptr: Any  # (num_experts, N or 2 * N) fp32, or None
     bias_ptr: Any  # (num_experts, N or 2 * N), or None
 
 
@@ -180,7 +182,7 @@ def sort_rows_kernel(
     words,
     out_words,
     TOP_K: tl.constexpr,
-    GROUP: tl.constexpr,  # words whose order changes among themselves
+    GROUP: tl.constexpr,  # words whose order changes among themselves; 0: none does
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -191,14 +193,21 @@ def sort_rows_kernel(
     token = tl.program_id(0).to(tl.int64)
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + token * words + offsets, mask=offsets < words, other=0)
-    x = tl.reshape(x, (BLOCK // GROUP, 4, GROUP // 4))
-    x = tl.reshape(tl.permute(x, (0, 2, 1)), (BLOCK,))
+    if GROUP > 0:
+        x = tl.reshape(x, (BLOCK // GROUP, 4, GROUP // 4))
+        x = tl.reshape(tl.permute(x, (0, 2, 1)), (BLOCK,))
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     for k in tl.static_range(TOP_K):
         position = tl.load(positions_ptr + token * TOP_K + k).to(tl.int64)
         tl.store(out_ptr + position * out_words + offsets, x, mask=offsets < out_words)
+
+
+def tile_heights(block_m: int, tail_m: int) -> list[int]:
+    """Return how many rows a program's tile may have: tail_m, twice that, ... block_m."""
+    lowest = max(tail_m or block_m, block_m // 16)
+    return [lowest << i for i in range((block_m // lowest).bit_length())]
 
 
 if gluon is not None:
@@ -209,12 +218,18 @@ if gluon is not None:
         bases = [[0, 1 << bit] for bit in range((block_k // 4).bit_length() - 1)]
         return [*bases, [8, 0]]
 
+    _heights = gluon.constexpr_function(tile_heights)
+
     @gluon.jit(do_not_specialize=["max_tiles"])
     def hopper_gemm_kernel(
         weight_desc,  # (slots, N, K), or (slots, N / 8, 2, 8, K) if gated
-        x_desc,  # (num_pairs, K), sorted
+        x_desc,  # (num_pairs, K), sorted; its box has as many rows as the lowest tile
+        x_desc_2,  # the same with boxes twice as high, ...
+        x_desc_4,
+        x_desc_8,
+        x_desc_16,  # ... or None above block_m
         x_scale_ptr,  # (num_pairs,) fp32, sorted, or None
-        scale_ptr,  # (num_experts, N or 2 * N) fp32
+        scale_ptr,  # (num_experts, N or 2 * N) fp32, or None
         bias_ptr,  # (num_experts, N or 2 * N), or None
         out_ptr,  # (num_pairs, stride_out)
         table_ptr,  # (max_tiles + 1, 4) int32, see tile_table_kernel
@@ -233,7 +248,6 @@ if gluon is not None:
         """
         BLOCK_OUT: gl.constexpr = TILE.block_n // 2 if PRODUCT.gated else TILE.block_n
         BLOCK_M: gl.constexpr = TILE.block_m
-        TAIL_M: gl.constexpr = TILE.tail_m
         NUM_STAGES: gl.constexpr = TILE.num_stages
         tiles_n = gl.cdiv(N, BLOCK_OUT)
         pid = gl.program_id(0)
@@ -261,25 +275,38 @@ if gluon is not None:
         rows = gl.allocate_shared_memory(
             x_desc.dtype, [NUM_STAGES, BLOCK_M, TILE.block_k], x_desc.layout
         )  # fmt: skip
-        full = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
+        # Barriers of their own: Triton synchronizes all warps between two uses of the same.
+        weights_full = gl.allocate_shared_memory(
+            gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout()
+        )  # fmt: skip
+        rows_full = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(NUM_STAGES):
-            mbarrier.init(full.index(i), count=1)
+            mbarrier.init(weights_full.index(i), count=1)
+            mbarrier.init(rows_full.index(i), count=1)
 
-        stages = Stages(weight_desc, x_desc, weights, rows, full, gl.cdiv(K, TILE.block_k))
+        X_DESCS = (x_desc, x_desc_2, x_desc_4, x_desc_8, x_desc_16)
+        num_steps = gl.cdiv(K, TILE.block_k)
+        stages = Stages(weight_desc, x_desc, weights, rows, weights_full, rows_full, num_steps)
         place = Place(expert, slot, absent, first, num_rows, row_n)
         scales = Scales(x_scale_ptr, scale_ptr, bias_ptr)
         out = Out(out_ptr, sorted_pair_ids_ptr, N, stride_out)
         for i in gl.static_range(NUM_STAGES - 1):
+            _expect_weights(stages, i, TILE)
+        for i in gl.static_range(NUM_STAGES - 1):
             _fetch_weights(stages, place, i, PRODUCT, TILE)
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-        for i in gl.static_range(NUM_STAGES - 1):
-            _fetch_rows(stages, place, i, TILE)
-        if TAIL_M > 0:  # noqa: SIM102 (one is known when compiling)
-            if num_rows <= TAIL_M:
-                _tile(stages, place, scales, out, PRODUCT, TILE, TAIL_M)
-                return
-        _tile(stages, place, scales, out, PRODUCT, TILE, BLOCK_M)
+        # The lowest tile that has all rows: a high block costs nothing where experts have few rows,
+        # and where they have many, weights are read once instead of several times.
+        HEIGHTS: gl.constexpr = _heights(BLOCK_M, TILE.tail_m)
+        for i in gl.static_range(len(HEIGHTS)):
+            if (i == 0 or num_rows > HEIGHTS[i - 1]) and (
+                i == len(HEIGHTS) - 1 or num_rows <= HEIGHTS[i]
+            ):
+                at_height = Stages(
+                    weight_desc, X_DESCS[i], weights, rows, weights_full, rows_full, num_steps
+                )
+                _tile(at_height, place, scales, out, PRODUCT, TILE, HEIGHTS[i])
 
     @gluon.jit
     def _tile(
@@ -289,9 +316,9 @@ if gluon is not None:
         out_place,  # Out
         PRODUCT: gl.constexpr,
         TILE: gl.constexpr,
-        BLOCK_M: gl.constexpr,  # TILE's, or its tail's
+        BLOCK_M: gl.constexpr,  # TILE's, or less
     ):
-        """One tile, transposed: (channels, rows). Its first steps are on the way already."""
+        """One tile, transposed: (channels, rows). Weights of its first steps are on the way."""
         # Triton 3.6 hands on what is declared a constant, not a constant's attribute.
         ACTIVATION: gl.constexpr = PRODUCT.activation
         GATED: gl.constexpr = PRODUCT.gated
@@ -301,26 +328,30 @@ if gluon is not None:
         BLOCK_OUT: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
         # wgmma: 16 rows of weights per warp, and 32 bytes of rows at a time.
         X_BITS: gl.constexpr = stages.x_desc.dtype.primitive_bitwidth
+        WIDEN: gl.constexpr = stages.weight_desc.dtype.primitive_bitwidth < X_BITS
         INTEGER: gl.constexpr = stages.x_desc.dtype == gl.int8
         # Triton knows no product of integers with 256 rows.
         MMA_M: gl.constexpr = 128 if INTEGER and BLOCK_M > 128 else BLOCK_M
         MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, MMA_M, 256 // X_BITS])
         N = out_place.num_columns
         num_steps = stages.num_steps
-        if X_BITS == 8:
+        for i in gl.static_range(NUM_STAGES - 1):
+            _expect_rows(stages, i, TILE)
+        for i in gl.static_range(NUM_STAGES - 1):
+            _fetch_rows(stages, place, i, TILE)
+        if not WIDEN:
             acc = gl.zeros([BLOCK_N, BLOCK_M], gl.int32 if INTEGER else gl.float32, MMA)
             for step in range(num_steps):
                 _wait_for(stages, step, TILE)
                 weight = _weight_tile(stages, step, TILE)
-                x = _row_tile(stages, step, BLOCK_M, TILE)
+                x = _rows_of(stages, step, BLOCK_M, TILE).permute([1, 0])
                 acc = warpgroup_mma(weight, x, acc, is_async=True)
                 # This product may run on; the one before it is over, and so its stage is free.
                 acc = warpgroup_mma_wait(1, deps=[acc])
-                tl.debug_barrier()
                 _fetch(stages, place, step + NUM_STAGES - 1, PRODUCT, TILE)
         else:
             acc = warpgroup_mma_init(gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA))
-            mbarrier.wait(stages.full.index(0), 0)
+            _wait_for(stages, 0, TILE)
             # Two steps at a time, because the tensor cores read one step's weights from their
             # registers while those of the next are being written.
             for pair in range(num_steps // 2):
@@ -330,15 +361,14 @@ if gluon is not None:
                     # Early: a branch keeps the assembler from widening after the wait for wgmma.
                     _wait_for(stages, step + 1, TILE)
                     acc, weight = warpgroup_mma_wait(0, deps=[acc, weight])
-                    x = _row_tile(stages, step, BLOCK_M, TILE)
+                    x = _rows_of(stages, step, BLOCK_M, TILE).permute([1, 0])
                     acc = warpgroup_mma(weight, x, acc, is_async=True)
-                    tl.debug_barrier()
                     _fetch(stages, place, step + NUM_STAGES - 1, PRODUCT, TILE)
             acc = warpgroup_mma_wait(0, deps=[acc])
             if num_steps % 2 == 1:
                 step = num_steps - 1
                 weight = _wide_weights(stages, step, PRODUCT, TILE, MMA)
-                x = _row_tile(stages, step, BLOCK_M, TILE)
+                x = _rows_of(stages, step, BLOCK_M, TILE).permute([1, 0])
                 acc = warpgroup_mma(weight, x, acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=[acc])
         acc = warpgroup_mma_wait(0, deps=[acc])
@@ -353,10 +383,11 @@ if gluon is not None:
             channels = gl.minimum(place.row_n + channels, N - 1) + halves * N
         else:
             channels = gl.minimum(place.row_n + tile_rows, N - 1)
-        scale = gl.load(scales.weights_ptr + place.expert * all_channels + channels)
-        if PRODUCT.fp8:
-            scale = scale * 256.0  # what widen_weights left out
-        acc = acc * gl.expand_dims(scale, 1)
+        if scales.weights_ptr is not None:
+            scale = gl.load(scales.weights_ptr + place.expert * all_channels + channels)
+            if PRODUCT.fp8:
+                scale = scale * 256.0  # what widen_weights left out
+            acc = acc * gl.expand_dims(scale, 1)
         if scales.rows_ptr is not None:
             tile_columns = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))
             inside = tile_columns < place.num_rows
@@ -402,58 +433,77 @@ if gluon is not None:
 
     @gluon.jit
     def _fetch(stages, place, step, PRODUCT: gl.constexpr, TILE: gl.constexpr):
-        """Start to read the tiles of ``step``, if there is one; zeros beyond the tensors."""
+        """Start to read the tiles of ``step``, if there is one; zeros beyond the tensors.
+
+        For all warps, which have waited for the step before and are through with its tiles.
+        """
+        _expect_weights(stages, step, TILE)
+        _expect_rows(stages, step, TILE)
+        tl.debug_barrier()
         _fetch_weights(stages, place, step, PRODUCT, TILE)
         _fetch_rows(stages, place, step, TILE)
 
     @gluon.jit
+    def _expect_weights(stages, step, TILE: gl.constexpr):
+        num_bytes: gl.constexpr = stages.weight_desc.block_type.nbytes
+        barrier = stages.weights_full.index(step % TILE.num_stages)
+        mbarrier.expect(barrier, num_bytes, pred=step < stages.num_steps)
+
+    @gluon.jit
+    def _expect_rows(stages, step, TILE: gl.constexpr):
+        num_bytes: gl.constexpr = stages.x_desc.block_type.nbytes
+        barrier = stages.rows_full.index(step % TILE.num_stages)
+        mbarrier.expect(barrier, num_bytes, pred=step < stages.num_steps)
+
+    @gluon.jit
     def _fetch_weights(stages, place, step, PRODUCT: gl.constexpr, TILE: gl.constexpr):
-        """Start to read weights, and expect rows with them."""
-        desc = stages.weight_desc
         exists = step < stages.num_steps
         stage = step % TILE.num_stages
-        barrier = stages.full.index(stage)
-        num_bytes: gl.constexpr = desc.block_type.nbytes + stages.x_desc.block_type.nbytes
-        mbarrier.expect(barrier, num_bytes, pred=exists)
+        barrier = stages.weights_full.index(stage)
         k = step * TILE.block_k
         tile = stages.weights.index(stage)
         if PRODUCT.gated:
             # 8 rows of gates, 8 of the same ups, and so on.
             tma.async_copy_global_to_shared(
-                desc, [place.slot, place.row_n // GATE_ROWS, 0, 0, k], barrier, tile, pred=exists
+                stages.weight_desc, [place.slot, place.row_n // GATE_ROWS, 0, 0, k],
+                barrier, tile, pred=exists,
             )  # fmt: skip
         else:
             tma.async_copy_global_to_shared(
-                desc, [place.slot, place.row_n, k], barrier, tile, pred=exists
+                stages.weight_desc, [place.slot, place.row_n, k], barrier, tile, pred=exists
             )  # fmt: skip
 
     @gluon.jit
     def _fetch_rows(stages, place, step, TILE: gl.constexpr):
-        stage = step % TILE.num_stages
+        BLOCK_M: gl.constexpr = stages.x_desc.block_type.shape[0]
         tma.async_copy_global_to_shared(
-            stages.x_desc, [place.first, step * TILE.block_k], stages.full.index(stage),
-            stages.rows.index(stage), pred=step < stages.num_steps,
+            stages.x_desc, [place.first, step * TILE.block_k],
+            stages.rows_full.index(step % TILE.num_stages),
+            _rows_of(stages, step, BLOCK_M, TILE), pred=step < stages.num_steps,
         )  # fmt: skip
 
     @gluon.jit
     def _wait_for(stages, step, TILE: gl.constexpr):
         """Wait until the tiles of ``step``, if there is one, have come."""
-        barrier = stages.full.index(step % TILE.num_stages)
-        mbarrier.wait(barrier, (step // TILE.num_stages) & 1, pred=step < stages.num_steps)
+        stage = step % TILE.num_stages
+        phase = (step // TILE.num_stages) & 1
+        exists = step < stages.num_steps
+        mbarrier.wait(stages.weights_full.index(stage), phase, pred=exists)
+        mbarrier.wait(stages.rows_full.index(stage), phase, pred=exists)
 
     @gluon.jit
     def _weight_tile(stages, step, TILE: gl.constexpr):
         # The boxes' leading dimensions have the bytes of block_n rows, one after another.
-        LAYOUT: gl.constexpr = gl.NVMMASharedLayout(TILE.block_k, 8, rank=2)
+        BITS: gl.constexpr = stages.weights.dtype.primitive_bitwidth
+        LAYOUT: gl.constexpr = gl.NVMMASharedLayout(TILE.block_k * BITS // 8, BITS, rank=2)
         return stages.weights.index(step % TILE.num_stages)._reinterpret(
             stages.weights.dtype, [TILE.block_n, TILE.block_k], LAYOUT
         )  # fmt: skip
 
     @gluon.jit
-    def _row_tile(stages, step, BLOCK_M: gl.constexpr, TILE: gl.constexpr):
-        rows = stages.rows
-        tile = rows.index(step % TILE.num_stages)
-        return tile._reinterpret(rows.dtype, [BLOCK_M, TILE.block_k], rows.layout).permute([1, 0])
+    def _rows_of(stages, step, BLOCK_M: gl.constexpr, TILE: gl.constexpr):
+        tile = stages.rows.index(step % TILE.num_stages)
+        return tile._reinterpret(stages.rows.dtype, [BLOCK_M, TILE.block_k], stages.rows.layout)
 
     @gluon.jit
     def _wide_weights(stages, step, PRODUCT: gl.constexpr, TILE: gl.constexpr, MMA: gl.constexpr):
@@ -485,21 +535,21 @@ def hopper_supports(
     """Return whether `hopper_fused_moe` takes these, which are otherwise as it takes them."""
     projections = (experts.gate_up, experts.down)
     weights = [projection.weight for projection in projections]
-    dtype = weights[0].dtype
+    dtype, size = weights[0].dtype, weights[0].itemsize
     return (
         gluon is not None
         and is_hopper(hidden_states.device)
         and hidden_states.dtype in (torch.bfloat16, torch.float16)
-        and dtype in (torch.int8, torch.float8_e4m3fn)
+        and dtype in (torch.int8, torch.float8_e4m3fn, hidden_states.dtype)
         and activations in (None, dtype)
-        and all(projection.scale is not None for projection in projections)
+        and all(projection.scale is not None or size == 2 for projection in projections)
         and topk_ids.numel() > 0
         and experts.num_experts <= 2048
         # TMA's addresses and strides are multiples of 16 bytes; 8 rows of gates alternate with 8
         # of ups.
-        and all(weight.shape[2] % 16 == 0 for weight in weights)
+        and all(weight.shape[2] * size % 16 == 0 for weight in weights)
         and all(weight.data_ptr() % 16 == 0 and weight.stride(2) == 1 for weight in weights)
-        and all(weight.stride(d) % 16 == 0 for weight in weights for d in (0, 1))
+        and all(weight.stride(d) * size % 16 == 0 for weight in weights for d in (0, 1))
         and weights[0].shape[1] % (2 * 8 if experts.activation.gated else 1) == 0
     )
 
@@ -537,15 +587,21 @@ def launch_tile_table(
     return table, positions
 
 
-def launch_sort_rows(x: torch.Tensor, positions: torch.Tensor, top_k: int) -> torch.Tensor:
+def padded(in_features: int) -> int:
+    """Return the length of rows of which K's order changes."""
+    return triton.cdiv(in_features, BLOCK_K_16) * BLOCK_K_16
+
+
+def launch_sort_rows(
+    x: torch.Tensor, positions: torch.Tensor, top_k: int, *, permute: bool
+) -> torch.Tensor:
     """Return rows of ``x`` (num_tokens, K), 16 bits wide, K even, at their pairs' positions.
 
-    K is in the order that the module's docstring says, padded with zeros. For a
-    place after the kernel that wrote ``positions`` and did
-    not write ``x``, which is contiguous.
+    ``permute``: K is in the order that the module's docstring says, padded with zeros. For a place
+    after the kernel that wrote ``positions`` and did not write ``x``, which is contiguous.
     """
     num_tokens, in_features = x.shape
-    width = triton.cdiv(in_features, BLOCK_K_16) * BLOCK_K_16
+    width = padded(in_features) if permute else in_features
     out = x.new_empty(num_tokens * top_k, width)
     words, out_words = in_features // 2, width // 2
     block = max(BLOCK_K_16, min(1024, triton.next_power_of_2(out_words)))
@@ -556,7 +612,7 @@ def launch_sort_rows(x: torch.Tensor, positions: torch.Tensor, top_k: int) -> to
         words,
         out_words,
         TOP_K=top_k,
-        GROUP=BLOCK_K_16 // 2,
+        GROUP=BLOCK_K_16 // 2 if permute else 0,
         BLOCK=block,
         PDL=has_dependent_launch(x.device),
         **launch_options(True, x.device),
@@ -565,8 +621,8 @@ def launch_sort_rows(x: torch.Tensor, positions: torch.Tensor, top_k: int) -> to
 
 
 def launch_hopper_gemm(
-    x: torch.Tensor,  # (num_pairs, K), sorted; 16-bit: launch_sort_rows's order of K, padded
-    projection: Projection,  # with a scale
+    x: torch.Tensor,  # (num_pairs, K), sorted; wider than weights: launch_sort_rows's order of K
+    projection: Projection,
     routing: ExpertRouting,
     table: torch.Tensor,  # launch_tile_table's
     out: torch.Tensor,  # (num_pairs, at least out_features)
@@ -590,23 +646,22 @@ def launch_hopper_gemm(
     """
     weight, block_m = projection.weight, tile.block_m
     num_slots, in_features = weight.shape[0], weight.shape[2]
-    wide = x.element_size() == 2
-    block_k = BLOCK_K_16 if wide else BLOCK_K_8
+    block_k = BLOCK_K_16 if x.itemsize == 2 else BLOCK_K_8
     product = HopperProduct(
         scatter=scatter,
         fp8=is_widened_fp8(weight, x),
         permute=BLOCK_K_16 if permute else 0,
         activation=activation,
     )
-    # The epilogue's tile goes through shared memory as well, not more than two stages of it.
-    stage_bytes = BLOCK_N * block_k + block_m * 128
+    # A step's tiles and barriers. The epilogue's tile goes through the memory of not more than two.
+    stage_bytes = BLOCK_N * block_k * weight.itemsize + block_m * 128 + 16
     tile = TileConfig(
         block_m,
         BLOCK_N,
         block_k,
         num_warps=8,
         num_stages=max(3, min(tile.num_stages, SHARED_MEMORY // stage_bytes)),
-        tail_m=block_m // 2 if block_m > 64 else 0,
+        tail_m=tile.tail_m,
     )
     shape, box = [num_slots, out_features, in_features], [1, BLOCK_N, block_k]
     strides = list(weight.stride())
@@ -615,14 +670,20 @@ def launch_hopper_gemm(
         shape = [num_slots, out_features // 8, 2, 8, in_features]
         strides = [strides[0], 8 * strides[1], half, strides[1], 1]
         box = [1, BLOCK_N // 16, 2, 8, block_k]
-    # Weights' inner boxes have block_k bytes, and rows' 128: the spans of their swizzles.
-    weight_layout = gl.NVMMASharedLayout(block_k, 8, rank=len(box))
-    x_layout = gl.NVMMASharedLayout(128, 8 * x.element_size(), rank=2)
+    # The inner boxes are 128 bytes wide, or 64 if weights are to be widened: so their swizzles.
+    weight_layout = gl.NVMMASharedLayout(
+        block_k * weight.itemsize, 8 * weight.itemsize, rank=len(box)
+    )
+    x_layout = gl.NVMMASharedLayout(128, 8 * x.itemsize, rank=2)
     max_tiles = table.shape[0] - 1
     tiles_n = triton.cdiv(out_features * (2 if product.gated else 1), BLOCK_N)
+    x_descs: list[Any] = [
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [height, block_k], x_layout)
+        for height in tile_heights(block_m, tile.tail_m)
+    ]
     hopper_gemm_kernel[(max_tiles * tiles_n,)](
         TensorDescriptor(weight_bits(weight, x), shape, strides, box, weight_layout),
-        TensorDescriptor(x, list(x.shape), list(x.stride()), [block_m, block_k], x_layout),
+        *(x_descs + [None] * 4)[:5],
         x_scale,
         projection.scale,
         projection.bias,
@@ -658,29 +719,31 @@ def hopper_fused_moe(
     Arguments and result as of `qmoe_kernels.layer.fused_moe_triton`, all contiguous, but for:
 
     Args:
-        tile: of both products. block_m is 64, 128 or 256. num_stages are the steps in flight and
-            in use, at least 3, at most what fits: one takes 128 bytes times block_m and 8 KiB more,
-            16 KiB with 8-bit rows, of shared memory. Two programs run at a time where each takes
-            half of it: block_m=128 with 4 stages, or 3 with 8-bit rows. The rest is given.
+        tile: of both products. block_m is a power of two from 8 to 256: an expert's rows are cut
+            into so many. A program's own tile is no higher than its rows need, of the heights
+            tail_m, twice that, ... block_m (0: block_m alone), at most five; each of them is code
+            of its own, in need of registers, and a tensor map for the launch to make. num_stages
+            are the steps in flight and in use, at least 3, at most what fits: one takes 128 bytes
+            times block_m and 8 KiB more, 16 KiB where weights are as wide as rows, of shared
+            memory. Two programs run at a time where each takes half of it: block_m=128 with 4
+            stages, or 3 of 16 KiB and more. The rest is given.
     """
     num_tokens, top_k = topk_ids.shape
     num_pairs = num_tokens * top_k
-    wide = activations is None
+    widen = activations is None and experts.gate_up.weight.itemsize == 1
     # Rows of skipped ids are written by nobody: zeros if the caller sees them. Before the kernels,
     # each of which starts while the one before it ends.
     new_rows = hidden_states.new_zeros if topk_weights is None else hidden_states.new_empty
     out = new_rows(num_pairs, experts.hidden_size)
     width = experts.intermediate_size
-    if wide:
-        width = triton.cdiv(width, BLOCK_K_16) * BLOCK_K_16
-    hidden = hidden_states.new_empty(num_pairs, width)
+    hidden = hidden_states.new_empty(num_pairs, padded(width) if widen else width)
 
     routing = ExpertRouting.from_topk_ids(topk_ids, experts.num_experts)
     slots = experts.gate_up.expert_to_slot
     table, positions = launch_tile_table(routing, slots, tile.block_m)
     x_scale = None
     if activations is None:
-        x = launch_sort_rows(hidden_states, positions, top_k)
+        x = launch_sort_rows(hidden_states, positions, top_k, permute=widen)
     else:
         x, x_scale = launch_quantize_rows(
             hidden_states, activations, places=positions, dependent=True, early=True
@@ -695,7 +758,7 @@ def hopper_fused_moe(
         out_features=experts.intermediate_size,
         x_scale=x_scale,
         activation=experts.activation,
-        permute=wide,
+        permute=widen,
     )
     if activations is not None:
         hidden, x_scale = launch_quantize_rows(hidden, activations, dependent=True)

@@ -44,7 +44,7 @@ class LayerTiles:
             the same block_m for both products. Otherwise each program looks for the rows of its
             expert in ``topk_ids`` itself, which pays while these are few.
         tma: products are those of `qmoe_kernels.hopper_gemm`, for sorted pairs. Of ``gate_up``,
-            which is also ``down``, block_m and num_stages count; the rest is the kernel's.
+            which is also ``down``, block_m, num_stages and tail_m count; the rest is the kernel's.
     """
 
     gate_up: TileConfig

@@ -81,11 +81,11 @@ with compiling_for(90) as compiled:
         layer = random_layer(num_tokens=num_tokens, top_k=top_k, weights=weights, **sizes)
         layer.triton(activations=activations)
     if gluon is not None:
-        layer = random_layer(num_tokens=64, weights="int8", **sizes)
-        for activations in (None, torch.int8):
+        for weights, activations in [("int8", None), ("int8", torch.int8), (None, None)]:
+            layer = random_layer(num_tokens=64, weights=weights, **sizes)
             hopper_fused_moe(
                 layer.hidden_states, layer.experts(), layer.topk_ids, layer.topk_weights,
-                hopper_tiles(128, activations or bf16).gate_up, activations=activations,
+                hopper_tiles(128, activations or bf16, 3, 16).gate_up, activations=activations,
             )
     launch_routing(torch.zeros(600, 8, dtype=torch.int32), 8)
     x = torch.zeros(1, 2048, dtype=bf16)

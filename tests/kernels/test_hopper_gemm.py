@@ -53,13 +53,16 @@ def tokens_and_routing(in_features: int, dtype: torch.dtype) -> tuple[torch.Tens
 
 
 @pytest.mark.parametrize("in_features", [16, 64, 176, 4096])
-def test_sort_rows(in_features: int) -> None:
+@pytest.mark.parametrize("permute", [False, True])
+def test_sort_rows(in_features: int, permute: bool) -> None:
     x, routing = tokens_and_routing(in_features, torch.float16)
     _, positions = hopper.launch_tile_table(routing, None, block_m=16)
-    out = hopper.launch_sort_rows(x, positions, 2)
-    padding = -in_features % hopper.BLOCK_K_16
-    expected = torch.nn.functional.pad(x[routing.sorted_token_ids], (0, padding))
-    assert torch.equal(out, reordered(expected, hopper.BLOCK_K_16))
+    out = hopper.launch_sort_rows(x, positions, 2, permute=permute)
+    expected = x[routing.sorted_token_ids]
+    if permute:
+        expected = torch.nn.functional.pad(expected, (0, -in_features % hopper.BLOCK_K_16))
+        expected = reordered(expected, hopper.BLOCK_K_16)
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("in_features", [16, 176, 4096])
@@ -119,39 +122,45 @@ from qmoe_kernels import hopper_gemm as hopper
 from qmoe_kernels.experts import Projection
 from qmoe_kernels.heuristic import hopper_tiles
 
-STORAGE = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+DTYPES = {
+    "int8": torch.int8, "fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16, "fp16": torch.float16
+}
 routing = ExpertRouting(torch.zeros(512, dtype=torch.int32), torch.zeros(9, dtype=torch.int32), 2)
 table = torch.zeros(20, 4, dtype=torch.int32)
 limited = Activation(alpha=1.702, up_shift=1.0, limit=7.0)
 with compiling_for(90) as compiled:
-    for rows, weights, gated, block_m, num_stages in [
-        ("bf16", "int8", True, 128, 4), ("bf16", "int8", False, 256, 4),
-        ("bf16", "fp8", True, 256, 4), ("fp16", "fp8", False, 64, 4),
-        ("fp16", "int8", True, 64, 3), ("int8", "int8", True, 128, 3),
-        ("int8", "int8", False, 256, 4), ("fp8", "fp8", True, 128, 3),
-        ("fp8", "fp8", False, 256, 4), ("fp8", "fp8", True, 64, 4),
+    for rows, weights, gated, block_m, tail_m, num_stages in [
+        ("bf16", "int8", True, 128, 64, 4), ("bf16", "int8", False, 256, 128, 4),
+        ("bf16", "fp8", True, 256, 64, 4), ("fp16", "fp8", False, 64, 16, 4),
+        ("fp16", "int8", True, 64, 0, 3), ("bf16", "int8", True, 16, 8, 6),
+        ("bf16", "fp8", False, 128, 16, 4), ("int8", "int8", True, 128, 64, 3),
+        ("int8", "int8", False, 256, 16, 4), ("int8", "int8", True, 32, 8, 4),
+        ("fp8", "fp8", True, 128, 16, 3), ("fp8", "fp8", False, 256, 128, 4),
+        ("fp8", "fp8", True, 64, 8, 4), ("bf16", "bf16", True, 128, 16, 3),
+        ("bf16", "bf16", False, 256, 64, 3), ("fp16", "fp16", True, 32, 8, 6),
     ]:
-        wide = rows.endswith("16")
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, **STORAGE}[rows]
+        quantized, widen = not rows.endswith("16"), rows.endswith("16") > weights.endswith("16")
+        dtype = DTYPES[rows]
         out_dtype = torch.float16 if rows == "fp16" else torch.bfloat16
         features = 512
         hopper.launch_hopper_gemm(
             torch.zeros(512, 1024, dtype=dtype),
             Projection(
-                torch.zeros(8, features * 2 if gated else features, 1024, dtype=STORAGE[weights]),
-                torch.zeros(8, features * 2 if gated else features),
+                torch.zeros(8, features * 2 if gated else features, 1024, dtype=DTYPES[weights]),
+                None if weights == rows and not quantized
+                else torch.zeros(8, features * 2 if gated else features),
                 torch.zeros(8, features * 2 if gated else features, dtype=torch.bfloat16),
             ),
             routing, table, torch.zeros(512, features, dtype=out_dtype),
-            hopper_tiles(block_m, dtype, num_stages).gate_up, out_features=features,
-            x_scale=None if wide else torch.zeros(512), activation=limited if gated else None,
-            scatter=not gated, permute=wide and gated,
+            hopper_tiles(block_m, dtype, num_stages, tail_m).gate_up, out_features=features,
+            x_scale=torch.zeros(512) if quantized else None, activation=limited if gated else None,
+            scatter=not gated, permute=widen and gated,
         )
         kernel = compiled[-1]
         ptx = kernel.asm["ptx"]
         print(json.dumps({
-            "case": f"{rows} {weights} gated={gated} {block_m}",
-            "wide": wide,
+            "case": f"{rows} {weights} gated={gated} {block_m} {tail_m}",
+            "widen": widen, "heights": len(hopper.tile_heights(block_m, tail_m)),
             "shared": kernel.metadata.shared,
             "spilled": spilled_bytes(kernel.asm["cubin"]),
             "products": len(set(re.findall(r"wgmma.mma_async\\S+", ptx))),
@@ -166,12 +175,13 @@ with compiling_for(90) as compiled:
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
 def test_compiles() -> None:
     kernels = run_compiler(COMPILE)
-    assert len(kernels) == 10
+    assert len(kernels) == 16
     for kernel in kernels:
-        assert kernel["products"], f"no tensor cores: {kernel}"
+        # A height is a kind of product, but for two of 128 rows instead of one of 256.
+        assert kernel["products"] >= min(kernel["heights"], 4), f"no tensor cores: {kernel}"
         assert kernel["shared"] <= SHARED_MEMORY[90] * 1024, kernel
         assert kernel["spilled"] <= 32, kernel
-        if kernel["wide"]:
+        if kernel["widen"]:
             # Weights come sixteen bytes at a time: two loads in each of three places.
             assert kernel["wide_loads"] >= 6 and not kernel["byte_loads"], kernel
 
@@ -183,6 +193,7 @@ def run(
     layer: Layer,
     activations: str | None = None,
     block_m: int = 128,
+    tail_m: int = 64,
     num_stages: int = 4,
 ) -> torch.Tensor:
     layer = layer.to("cuda")
@@ -190,7 +201,7 @@ def run(
     assert hopper.hopper_supports(
         layer.hidden_states, layer.experts(), layer.topk_ids, activations=storage
     )
-    tiles = hopper_tiles(block_m, storage or layer.hidden_states.dtype, num_stages)
+    tiles = hopper_tiles(block_m, storage or layer.hidden_states.dtype, num_stages, tail_m)
     return layer.triton(activations=activations, tiles=tiles)
 
 
@@ -209,13 +220,22 @@ def moe(**sizes: object) -> Layer:
 @pytest.mark.skipif(not ON_HOPPER, reason="needs compute capability 9")
 class TestOnHopper:
     @pytest.mark.parametrize(
-        ("block_m", "num_stages"), [(64, 3), (64, 5), (128, 3), (128, 4), (256, 4)]
+        ("block_m", "tail_m", "num_stages"),
+        [(8, 0, 6), (16, 0, 6), (32, 16, 4), (64, 0, 3), (64, 8, 5), (128, 64, 3), (128, 0, 4),
+         (128, 16, 4), (256, 128, 4), (256, 16, 3)],
+    )  # fmt: skip
+    @pytest.mark.parametrize(
+        ("weights", "quantized"),
+        [("int8", False), ("fp8", False), ("int8", True), ("fp8", True), (None, False)],
     )
-    @pytest.mark.parametrize("weights", ["int8", "fp8"])
-    @pytest.mark.parametrize("quantized", [False, True])
-    def test_formats(self, weights: str, quantized: bool, block_m: int, num_stages: int) -> None:
+    def test_formats(
+        self, weights: str | None, quantized: bool, block_m: int, tail_m: int, num_stages: int
+    ) -> None:
         layer = moe(weights=weights, bias=True)
-        out = run(layer, weights if quantized else None, block_m, num_stages)
+        # An expert for every height, and one for more than one tile of all of them.
+        ids = torch.repeat_interleave(torch.arange(6), torch.tensor([5, 12, 25, 50, 100, 408]))
+        layer.topk_ids = ids[torch.randperm(600)].view(300, 2)
+        out = run(layer, weights if quantized else None, block_m, tail_m, num_stages)
         expected = layer.reference(activations=weights if quantized else None)
         # A sum that ends a little off may be rounded to the next 8-bit number.
         assert relative_error(out, expected) < (0.03 if quantized else 0.015)
@@ -229,14 +249,19 @@ class TestOnHopper:
             {"hidden_size": 16, "intermediate_size": 16},
             {"hidden_size": 720, "intermediate_size": 176},  # no multiple of any block
             {"hidden_size": 64, "intermediate_size": 128},  # one step, two steps
+            {"hidden_size": 80, "intermediate_size": 400},  # two steps and seven
             {"dtype": torch.float16},
             {"activation": Activation("relu2", gated=False), "bias": True},
         ],
         ids=str,
     )
-    @pytest.mark.parametrize("activations", [None, "int8"])
-    def test_sizes(self, case: dict[str, object], activations: str | None) -> None:
-        layer = moe(**case)
+    @pytest.mark.parametrize(
+        ("weights", "activations"), [("int8", None), ("int8", "int8"), (None, None)]
+    )
+    def test_sizes(
+        self, case: dict[str, object], weights: str | None, activations: str | None
+    ) -> None:
+        layer = moe(weights=weights, **case)
         error = relative_error(run(layer, activations), layer.reference(activations=activations))
         assert error < (0.015 if activations is None else 0.03)
 
