@@ -61,6 +61,33 @@ def test_example_of_the_docstring() -> None:
     assert routing.expert_offsets.tolist() == [0, 2, 5]
 
 
+def test_tiles_of_the_docstring() -> None:
+    ids = torch.tensor([[1, 0], [1, 2], [0, 1]])
+    routing = ExpertRouting.from_topk_ids(ids, 2, block_m=2)
+    assert routing.positions.tolist() == [2, 0, 3, 5, 1, 4]
+    assert routing.tiles[:3].tolist() == [[0, 0, 0, 2], [1, 1, 2, 3], [1, 1, 4, 1]]
+    assert routing.tiles[-1, 0] == 3
+    without = ExpertRouting.from_topk_ids(ids, 2)
+    assert without.positions is without.tiles is without.block_m is None
+
+
+@pytest.mark.parametrize("counts", [[1, 1, 1, 45], [17, 0, 16, 1], [0, 0, 0, 52], [0, 0, 0, 0]])
+@pytest.mark.parametrize("skipped", [0, 3])
+def test_tiles_have_every_row_once(counts: list[int], skipped: int) -> None:
+    ids = torch.repeat_interleave(torch.arange(5), torch.tensor([*counts, skipped]))
+    ids = ids[torch.randperm(len(ids))]
+    slots = torch.tensor([2, -1, 0, 1], dtype=torch.int32)
+    routing = ExpertRouting.from_topk_ids(ids[:, None], 4, block_m=16, expert_to_slot=slots)
+    num_tiles = int(routing.tiles[-1, 0])
+    assert num_tiles == sum(-(-count // 16) for count in counts) <= len(routing.tiles) - 1
+    tiles = routing.tiles[:num_tiles].tolist()
+    rows = [(e, p) for e, _, first, n in tiles for p in range(first, first + min(n, 16))]
+    ordered = ids[routing.sorted_pair_ids].tolist()
+    assert rows == [(e, p) for p, e in enumerate(ordered) if e < 4]
+    assert [slot for _, slot, _, _ in tiles] == [int(slots[e]) for e, *_ in tiles]
+    assert torch.equal(routing.positions[routing.sorted_pair_ids], torch.arange(len(ids)))
+
+
 def test_one_expert_takes_all() -> None:
     routing = ExpertRouting.from_topk_ids(torch.full((9, 1), 3), 5)
     assert routing.expert_offsets.tolist() == [0, 0, 0, 0, 9, 9]
@@ -84,12 +111,33 @@ def random_ids(num_tokens: int, num_experts: int, top_k: int, dtype: torch.dtype
 
 def assert_like_torch(topk_ids: torch.Tensor, num_experts: int) -> None:
     """``topk_ids`` are on the CPU, where `ExpertRouting.from_topk_ids` is torch's sort."""
-    expected = ExpertRouting.from_topk_ids(topk_ids, num_experts)
-    routing = launch_routing(topk_ids.to(DEVICE), num_experts)
-    assert routing.top_k == expected.top_k
-    for name in ("sorted_pair_ids", "expert_offsets"):
+    ids = topk_ids.to(DEVICE)
+    assert_equal(launch_routing(ids, num_experts), ExpertRouting.from_topk_ids(topk_ids, num_experts))
+    slots = torch.randperm(num_experts, dtype=torch.int32) - 1
+    for block_m, slot in ((8, slots), (64, None)):
+        expected = ExpertRouting.from_topk_ids(
+            topk_ids, num_experts, block_m=block_m, expert_to_slot=slot
+        )
+        slot = None if slot is None else slot.to(DEVICE)
+        assert_equal(
+            launch_routing(ids, num_experts, block_m=block_m, expert_to_slot=slot), expected
+        )
+
+
+def assert_equal(routing: ExpertRouting, expected: ExpertRouting) -> None:
+    """All that is written is what the other one has."""
+    assert (routing.top_k, routing.block_m) == (expected.top_k, expected.block_m)
+    names = ["sorted_pair_ids", "expert_offsets"]
+    if expected.block_m is not None:
+        names += ["positions", "tiles"]
+    for name in names:
         ours, theirs = getattr(routing, name).cpu(), getattr(expected, name)
         assert ours.dtype == theirs.dtype == torch.int32
+        assert ours.shape == theirs.shape
+        if name == "tiles":
+            num_tiles = theirs[-1, 0]
+            assert ours[-1, 0] == num_tiles
+            ours, theirs = ours[:num_tiles], theirs[:num_tiles]
         assert torch.equal(ours, theirs), name
 
 
