@@ -1,4 +1,4 @@
-"""Which expert works on which tokens: (token, expert) pairs sorted by expert, and cut into tiles."""
+"""Which expert works on which tokens: (token, expert) pairs by expert, and their tiles."""
 
 from __future__ import annotations
 
