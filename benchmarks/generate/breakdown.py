@@ -45,7 +45,7 @@ MODULE_KINDS = {
     "router": "routing",
     "routing": "routing",
 }
-KERNEL_KINDS = {"sort_rows_kernel": "routing", "tile_table_kernel": "routing"}
+KERNEL_KINDS = {"sort_rows_kernel": "routing"}
 REDUCTION = re.compile(r"split_?k.*reduce", re.IGNORECASE)  # the second half of a product
 PRODUCT = re.compile(r"nvjet|gemm|gemv|cublas|cutlass|xmma|^aten::linear$", re.IGNORECASE)
 TORCH_KINDS = (

@@ -15,13 +15,15 @@ from qmoe_kernels.routing import ExpertRouting
 from qmoe_kernels.tiles import LayerShape
 
 NUM_CALLS = 32
+BLOCK_M = 16  # rows of a tile
 
 
 def run_routing(bench: Bench) -> None:
     """Microseconds in a CUDA graph.
 
-    ``sort``: `ExpertRouting.from_topk_ids`. ``select``: `select_experts` from logits. ``router``:
-    the router's product and `select_experts`; ``transformers``: its router, product included.
+    ``sort``: `ExpertRouting.from_topk_ids`; ``tiles``: the same, with a layer's tiles. ``select``:
+    `select_experts` from logits. ``router``: the router's product and `select_experts`;
+    ``transformers``: its router, product included.
     """
     bench.results.begin("routing")
     for name, shape in bench.shapes.items():
@@ -95,6 +97,12 @@ def calls(
         x, logits = one.hidden_states, logits_of(one.hidden_states)
         for what, call in (
             ("sort", lambda ids=one.topk_ids: ExpertRouting.from_topk_ids(ids, num_experts)),
+            (
+                "tiles",
+                lambda ids=one.topk_ids: ExpertRouting.from_topk_ids(
+                    ids, num_experts, block_m=BLOCK_M
+                ),
+            ),
             ("select", lambda logits=logits: select_experts(logits, spec, bias)),
             ("router", lambda x=x: ours(x)),
             ("transformers", lambda x=x: theirs(x)),

@@ -9,8 +9,9 @@ and the bias are applied to the sum. Layouts: rows (num_rows, K), weights (num_s
 contiguous.
 
 A pair is one token with one of its experts. Few pairs stay in the order of ``topk_ids``, and each
-program looks for its expert's rows itself; many are sorted by expert first, see `ExpertRouting`,
-and lie in that order between the two products: the first one gathers tokens, the second scatters.
+program looks for its expert's rows itself; many are sorted by expert and cut into tiles first, see
+`ExpertRouting`, and lie in that order between the two products: the first one gathers tokens, the
+second scatters.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Product:
 
     Attributes:
         sorted: ids are pairs sorted by expert; else ``topk_ids``.
-        gather: rows are read by token or pair, rather than by sorted position.
+        gather: so many pairs share a row, which is read by pair; 0: by sorted position.
         scatter: rows are written by pair, rather than by sorted position.
         fp8: weights are e4m3fn, given as int8, and rows are wider.
         even_k: tiles divide K.
@@ -57,7 +58,7 @@ class Product:
     """
 
     sorted: bool
-    gather: bool
+    gather: int
     scatter: bool
     fp8: bool
     even_k: bool
@@ -76,7 +77,6 @@ class Rows(NamedTuple):
     ptr: Any  # (num_rows, K)
     scale_ptr: Any  # (num_rows,) fp32, or None
     stride: Any
-    per_row: Any  # how many pairs share one row, if gathered
 
 
 class Weights(NamedTuple):
@@ -90,7 +90,7 @@ class Weights(NamedTuple):
 
 
 # Not specialized: they vary with the number of tokens, which must not compile anything.
-@triton.jit(do_not_specialize=["num_pairs", "num_experts", "max_tiles_m", "pairs_per_row"])
+@triton.jit(do_not_specialize=["num_pairs", "num_experts", "max_tiles_m"])
 def grouped_gemm_kernel(
     x_ptr,  # (num_rows, K)
     x_scale_ptr,  # (num_rows,) fp32, or None
@@ -99,12 +99,11 @@ def grouped_gemm_kernel(
     bias_ptr,  # (num_experts, N or 2 * N), or None
     out_ptr,  # (num_pairs, N)
     ids_ptr,  # (num_pairs,) int32: sorted pairs if sorted, else topk_ids, any int
-    expert_offsets_ptr,  # (num_experts + 1,) int32 if sorted
-    expert_to_slot_ptr,  # (num_experts,) int32, or None
+    tiles_ptr,  # (max_tiles_m + 1, 4) int32 if sorted, see ExpertRouting
+    expert_to_slot_ptr,  # (num_experts,) int32, or None; not read if sorted
     num_pairs,
     num_experts,
     max_tiles_m,
-    pairs_per_row,  # how many pairs share one row of x, if gathered
     N,  # out_features
     K,  # in_features
     stride_x,
@@ -112,7 +111,7 @@ def grouped_gemm_kernel(
     stride_weight_n,
     PRODUCT: tl.constexpr,  # a Product
     TILE: tl.constexpr,  # a TileConfig
-    BLOCK_IDS: tl.constexpr,  # power of two, at least num_experts if sorted, else num_pairs
+    BLOCK_IDS: tl.constexpr,  # power of two, at least num_pairs if not sorted
     GROUP_M: tl.constexpr,
     PREFETCH_LINES: tl.constexpr,
     PDL: tl.constexpr,
@@ -122,7 +121,7 @@ def grouped_gemm_kernel(
     With a gate, channels are gate and up ones together, 2 * N.
 
     PREFETCH_LINES: ask for so many cache lines of each row of weights before waiting for the
-    kernel before this one, which must not have written ids, offsets or slots.
+    kernel before this one, which must not have written ids, tiles or slots.
     """
     if PDL and PREFETCH_LINES == 0:
         tl.extra.cuda.gdc_wait()
@@ -140,25 +139,20 @@ def grouped_gemm_kernel(
     tile_m = group * GROUP_M + (pid % (GROUP_M * tiles_n)) % group_m
     tile_n = (pid % (GROUP_M * tiles_n)) // group_m
 
-    ids = tl.arange(0, BLOCK_IDS)
     if PRODUCT.sorted:
-        # Which expert tile_m belongs to, and which of its tiles it is.
-        exists = ids < num_experts
-        starts = tl.load(expert_offsets_ptr + ids, mask=exists, other=0)
-        ends = tl.load(expert_offsets_ptr + ids + 1, mask=exists, other=0)
-        tiles = tl.cdiv(ends - starts, BLOCK_M)
-        last_tiles = tl.cumsum(tiles, 0)
-        expert = tl.sum((last_tiles <= tile_m).to(tl.int32), 0)
-        if expert >= BLOCK_IDS:
+        tile_ptr = tiles_ptr + 4 * tile_m
+        expert = tl.load(tile_ptr)
+        slot = tl.load(tile_ptr + 1)
+        first = tl.load(tile_ptr + 2)
+        num_rows = tl.load(tile_ptr + 3)
+        # Asked for together: what is read of a tile that there is not is not looked at.
+        if tile_m >= tl.load(tiles_ptr + 4 * max_tiles_m):
             _wait_late(PREFETCH_LINES)
             return
-        this = ids == expert
-        first_tile = tl.sum(tl.where(this, last_tiles - tiles, 0), 0)
-        first = tl.sum(tl.where(this, starts, 0), 0) + (tile_m - first_tile) * BLOCK_M
-        num_rows = tl.sum(tl.where(this, ends, 0), 0) - first
     else:
         # Program tile_m has the rows of its pair's expert if the pair is that expert's first, or
         # its (BLOCK_M + 1)-th, and so on.
+        ids = tl.arange(0, BLOCK_IDS)
         all_experts = tl.load(ids_ptr + ids, mask=ids < num_pairs, other=-1).to(tl.int32)
         expert = tl.sum(tl.where(ids == tile_m, all_experts, 0), 0)
         if (expert < 0) | (expert >= num_experts):
@@ -172,10 +166,10 @@ def grouped_gemm_kernel(
         # Pairs of other experts get a rank that nobody has.
         rank = tl.where(all_experts == expert, rank, -1)
         num_rows = tl.max(rank, 0) + 1 - first
+        slot = expert
+        if expert_to_slot_ptr is not None:
+            slot = tl.load(expert_to_slot_ptr + expert)
 
-    slot = expert
-    if expert_to_slot_ptr is not None:
-        slot = tl.load(expert_to_slot_ptr + expert)
     absent = slot < 0
     # int64: slots times a page pass 2**31.
     weight_ptr += tl.maximum(slot, 0).to(tl.int64) * stride_weight_slot
@@ -192,7 +186,7 @@ def grouped_gemm_kernel(
         prefetch(weight_ptr, prefetched.to(tl.int64) * stride_weight_n, K, PREFETCH_LINES)
     _wait_late(PREFETCH_LINES)
 
-    x = Rows(x_ptr, x_scale_ptr, stride_x, pairs_per_row)
+    x = Rows(x_ptr, x_scale_ptr, stride_x)
     weights = Weights(weight_ptr, scale_ptr, bias_ptr, stride_weight_n, absent)
     if TAIL_M > 0:  # noqa: SIM102 (one is known when compiling)
         if num_rows <= TAIL_M:
@@ -260,11 +254,11 @@ def _tile(
     BLOCK_K: tl.constexpr = TILE.block_k
     BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     pairs = positions
-    if PRODUCT.sorted and (PRODUCT.gather or PRODUCT.scatter):
+    if PRODUCT.sorted and (PRODUCT.gather > 0 or PRODUCT.scatter):
         pairs = tl.load(ids_ptr + positions)
     x_rows = positions
-    if PRODUCT.gather:
-        x_rows = pairs // rows.per_row
+    if PRODUCT.gather > 0:
+        x_rows = pairs // PRODUCT.gather
     out_rows = positions
     if PRODUCT.scatter:
         out_rows = pairs
@@ -285,12 +279,12 @@ def _tile(
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32 if INTEGER else tl.float32)
     for k in range(0, K, BLOCK_K):
         if PRODUCT.even_k:
-            x = tl.load(x_ptrs)
             weight = tl.load(weight_ptrs)
+            x = tl.load(x_ptrs)
         else:
             mask_k = offsets_k < K - k
-            x = tl.load(x_ptrs, mask=mask_k[:, None], other=0.0)
             weight = tl.load(weight_ptrs, mask=mask_k[None, :], other=0.0)
+            x = tl.load(x_ptrs, mask=mask_k[:, None], other=0.0)
         weight = widen_weights(weight, x.dtype, FP8, ASM)
         if PRODUCT.two_level:
             acc = tl.dot(weight, x, acc, max_num_imprecise_acc=32 if BLOCK_K == 32 else 64)
@@ -346,8 +340,8 @@ def launch_grouped_gemm(
     All tensors but weights are contiguous; see `qmoe_kernels.layer`.
 
     Args:
-        routing: sorted pairs; None: programs look for their rows in ``topk_ids``, and rows of
-            ``x`` and ``out`` are in the order of pairs.
+        routing: sorted pairs in tiles of the tile's block_m; None: programs look
+            for their rows in ``topk_ids``, and rows of ``x`` and ``out`` are in the order of pairs.
         x_scale: where ``x`` has the weights' 8-bit dtype.
         activation: fused into the epilogue.
         two_level_sums: see `qmoe_kernels.fused_moe`.
@@ -366,18 +360,19 @@ def launch_grouped_gemm(
     in_features = x.shape[1]
     product = Product(
         sorted=routing is not None,
-        gather=pairs_per_row is not None,
+        gather=pairs_per_row or 0,
         scatter=scatter,
         fp8=is_widened_fp8(weight, x),
         even_k=in_features % tile.block_k == 0,
         two_level=two_level_sums and x.dtype == torch.float8_e4m3fn,
         activation=activation,
     )
-    max_tiles_m = num_pairs
+    tiles, max_tiles_m = None, num_pairs
     if routing is not None:
-        # Every expert but one may leave its last tile nearly empty.
-        extra = max(0, num_pairs - num_experts) // tile.block_m
-        max_tiles_m = min(num_pairs, num_experts + extra)
+        tiles = routing.tiles
+        if tiles is None or routing.block_m != tile.block_m:
+            raise ValueError(f"pairs are in tiles of {routing.block_m}; {tile} needs its block_m")
+        max_tiles_m = tiles.shape[0] - 1
     pdl = has_dependent_launch(x.device)
     # Few: they bridge the microseconds between two kernels, and all have to stay in L2.
     lines = min(2, triton.cdiv(in_features * weight.element_size(), 128))
@@ -390,12 +385,11 @@ def launch_grouped_gemm(
         projection.bias,
         out,
         topk_ids if routing is None else routing.sorted_pair_ids,
-        None if routing is None else routing.expert_offsets,
+        tiles,
         projection.expert_to_slot,
         num_pairs,
         num_experts,
         max_tiles_m,
-        pairs_per_row or 1,
         out_features,
         in_features,
         x.stride(0),
@@ -403,7 +397,7 @@ def launch_grouped_gemm(
         weight.stride(1),
         PRODUCT=product,
         TILE=tile,
-        BLOCK_IDS=_block_ids(num_experts if routing is not None else num_pairs),
+        BLOCK_IDS=_block_ids(num_pairs) if routing is None else 1,
         GROUP_M=8,
         PREFETCH_LINES=triton.next_power_of_2(lines) if prefetch and pdl else 0,
         PDL=pdl,

@@ -118,62 +118,6 @@ class Out(NamedTuple):
     stride: Any
 
 
-@triton.jit(do_not_specialize=["num_pairs", "num_experts", "max_tiles"])
-def tile_table_kernel(
-    expert_offsets_ptr,  # (num_experts + 1,) int32
-    sorted_pair_ids_ptr,  # (num_pairs,) int32
-    expert_to_slot_ptr,  # (num_experts,) int32, or None
-    table_ptr,  # (max_tiles + 1, 4) int32: expert, slot, first sorted position, rows from there on
-    positions_ptr,  # (num_pairs,) int32: where sorted_pair_ids has a pair
-    num_pairs,
-    num_experts,
-    max_tiles,
-    BLOCK_M: tl.constexpr,
-    BLOCK_EXPERTS: tl.constexpr,  # power of two, at least num_experts
-    BLOCK_TILES: tl.constexpr,
-    BLOCK_PAIRS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Cut every expert's rows into tiles of BLOCK_M; the table's last row says how many they are.
-
-    Grid: (cdiv(max_tiles + 1, BLOCK_TILES) + cdiv(num_pairs, BLOCK_PAIRS),), the second kind of
-    which inverts sorted_pair_ids.
-    """
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    pid = tl.program_id(0)
-    table_programs = tl.cdiv(max_tiles + 1, BLOCK_TILES)
-    if pid >= table_programs:
-        positions = (pid - table_programs) * BLOCK_PAIRS + tl.arange(0, BLOCK_PAIRS)
-        mask = positions < num_pairs
-        pairs = tl.load(sorted_pair_ids_ptr + positions, mask=mask, other=0)
-        tl.store(positions_ptr + pairs, positions, mask=mask)
-        return
-    tiles = pid * BLOCK_TILES + tl.arange(0, BLOCK_TILES)
-    experts = tl.arange(0, BLOCK_EXPERTS)
-    exists = experts < num_experts
-    starts = tl.load(expert_offsets_ptr + experts, mask=exists, other=0)
-    ends = tl.load(expert_offsets_ptr + experts + 1, mask=exists, other=0)
-    counts = tl.cdiv(ends - starts, BLOCK_M)
-    before = tl.cumsum(counts, 0)[None, :] <= tiles[:, None]
-    expert = tl.sum(before.to(tl.int32), 1)
-    first_tile = tl.sum(tl.where(before, counts[None, :], 0), 1)
-    inside = expert < num_experts
-    start = tl.load(expert_offsets_ptr + expert, mask=inside, other=0)
-    end = tl.load(expert_offsets_ptr + expert + 1, mask=inside, other=0)
-    slot = expert
-    if expert_to_slot_ptr is not None:
-        slot = tl.load(expert_to_slot_ptr + expert, mask=inside, other=0)
-    first = start + (tiles - first_tile) * BLOCK_M
-    last = tiles == max_tiles
-    mask = tiles <= max_tiles
-    tl.store(table_ptr + 4 * tiles, tl.where(last, tl.sum(counts, 0), expert), mask=mask)
-    tl.store(table_ptr + 4 * tiles + 1, slot, mask=mask)
-    tl.store(table_ptr + 4 * tiles + 2, first, mask=mask)
-    tl.store(table_ptr + 4 * tiles + 3, end - first, mask=mask)
-
-
 @triton.jit
 def sort_rows_kernel(
     x_ptr,  # (num_tokens, words) int32
@@ -232,7 +176,7 @@ if gluon is not None:
         scale_ptr,  # (num_experts, N or 2 * N) fp32, or None
         bias_ptr,  # (num_experts, N or 2 * N), or None
         out_ptr,  # (num_pairs, stride_out)
-        table_ptr,  # (max_tiles + 1, 4) int32, see tile_table_kernel
+        table_ptr,  # (max_tiles + 1, 4) int32, see ExpertRouting
         sorted_pair_ids_ptr,  # (num_pairs,) int32
         max_tiles,
         N,
@@ -554,39 +498,6 @@ def hopper_supports(
     )
 
 
-def launch_tile_table(
-    routing: ExpertRouting, expert_to_slot: torch.Tensor | None, block_m: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (max_tiles + 1, 4) int32 and (num_pairs,) int32, see `tile_table_kernel`."""
-    num_pairs = routing.sorted_pair_ids.shape[0]
-    num_experts = routing.expert_offsets.shape[0] - 1
-    # Every expert but one may leave its last tile nearly empty.
-    max_tiles = min(num_pairs, num_experts + max(0, num_pairs - num_experts) // block_m)
-    table = routing.expert_offsets.new_empty(max_tiles + 1, 4)
-    positions = torch.empty_like(routing.sorted_pair_ids)
-    block_experts = max(32, triton.next_power_of_2(num_experts))
-    block_tiles = max(1, min(32, 4096 // block_experts))
-    block_pairs = 1024
-    grid = triton.cdiv(max_tiles + 1, block_tiles) + triton.cdiv(num_pairs, block_pairs)
-    tile_table_kernel[(grid,)](
-        routing.expert_offsets,
-        routing.sorted_pair_ids,
-        expert_to_slot,
-        table,
-        positions,
-        num_pairs,
-        num_experts,
-        max_tiles,
-        BLOCK_M=block_m,
-        BLOCK_EXPERTS=block_experts,
-        BLOCK_TILES=block_tiles,
-        BLOCK_PAIRS=block_pairs,
-        PDL=has_dependent_launch(table.device),
-        **launch_options(True, table.device),
-    )
-    return table, positions
-
-
 def padded(in_features: int) -> int:
     """Return the length of rows of which K's order changes."""
     return triton.cdiv(in_features, BLOCK_K_16) * BLOCK_K_16
@@ -624,7 +535,7 @@ def launch_hopper_gemm(
     x: torch.Tensor,  # (num_pairs, K), sorted; wider than weights: launch_sort_rows's order of K
     projection: Projection,
     routing: ExpertRouting,
-    table: torch.Tensor,  # launch_tile_table's
+    table: torch.Tensor,  # the routing's tiles
     out: torch.Tensor,  # (num_pairs, at least out_features)
     tile: TileConfig,
     *,
@@ -738,9 +649,14 @@ def hopper_fused_moe(
     width = experts.intermediate_size
     hidden = hidden_states.new_empty(num_pairs, padded(width) if widen else width)
 
-    routing = ExpertRouting.from_topk_ids(topk_ids, experts.num_experts)
-    slots = experts.gate_up.expert_to_slot
-    table, positions = launch_tile_table(routing, slots, tile.block_m)
+    routing = ExpertRouting.from_topk_ids(
+        topk_ids,
+        experts.num_experts,
+        block_m=tile.block_m,
+        expert_to_slot=experts.gate_up.expert_to_slot,
+    )
+    table, positions = routing.tiles, routing.positions
+    assert table is not None and positions is not None
     x_scale = None
     if activations is None:
         x = launch_sort_rows(hidden_states, positions, top_k, permute=widen)

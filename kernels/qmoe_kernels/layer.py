@@ -121,7 +121,19 @@ def _by_grouped_gemm(
     # otherwise. Before the kernels, each of which starts while the one before it ends.
     new_rows = hidden_states.new_zeros if topk_weights is None else hidden_states.new_empty
     out = new_rows(num_pairs, experts.hidden_size)
-    routing = ExpertRouting.from_topk_ids(topk_ids, experts.num_experts) if tiles.sort else None
+    routing = None
+    if tiles.sort:
+        block_m = tiles.gate_up.block_m
+        if tiles.down.block_m != block_m:
+            raise ValueError(
+                f"{tiles}: sorted pairs are cut into tiles once, and both products need one block_m"
+            )
+        routing = ExpertRouting.from_topk_ids(
+            topk_ids,
+            experts.num_experts,
+            block_m=block_m,
+            expert_to_slot=experts.gate_up.expert_to_slot,
+        )
     x, x_scale = hidden_states, None
     if activations is not None:
         x, x_scale = launch_quantize_rows(x, activations, dependent=tiles.sort, early=True)
@@ -171,7 +183,15 @@ def grouped_linear_triton(
     pairs_per_row = top_k if x.ndim == 2 else 1
     projection = projection.contiguous()
     x, topk_ids, x_scale = x.flatten(0, -2).contiguous(), topk_ids.contiguous(), None
-    routing = ExpertRouting.from_topk_ids(topk_ids, projection.num_experts)
+    rows_dtype = activations or x.dtype
+    num_experts = projection.num_experts
+    tile = heuristic_tile(num_pairs / num_experts, projection.weight.dtype, rows_dtype)
+    routing = ExpertRouting.from_topk_ids(
+        topk_ids,
+        num_experts,
+        block_m=tile.block_m,
+        expert_to_slot=projection.expert_to_slot,
+    )
     if activations is not None:
         x, x_scale = launch_quantize_rows(x, activations, dependent=True, early=True)
     rows = launch_grouped_gemm(
@@ -180,7 +200,7 @@ def grouped_linear_triton(
         topk_ids,
         routing,
         out,
-        heuristic_tile(num_pairs / projection.num_experts, projection.weight.dtype, x.dtype),
+        tile,
         x_scale=x_scale,
         pairs_per_row=pairs_per_row,
         scatter=True,

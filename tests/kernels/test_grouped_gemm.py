@@ -202,7 +202,7 @@ def test_tiles_fit_any_routing(sort: bool) -> None:
             x,
             Projection(weight),
             ids,
-            ExpertRouting.from_topk_ids(ids, 4) if sort else None,
+            ExpertRouting.from_topk_ids(ids, 4, block_m=16) if sort else None,
             torch.full((len(ids), 5), torch.nan, device=DEVICE),
             tile,
             pairs_per_row=1,
@@ -210,6 +210,14 @@ def test_tiles_fit_any_routing(sort: bool) -> None:
             dependent=False,
         )
         assert_close(out[:, None], grouped_linear_reference(x, weight, None, ids))
+
+
+def test_sorted_products_share_their_tiles() -> None:
+    layer = random_layer()
+    tiles = LayerTiles(TILE, replace(TILE, block_m=32), sort=True)
+    with pytest.raises(ValueError, match="both products need one block_m"):
+        layer.triton(tiles=tiles)
+    layer.triton(tiles=replace(tiles, sort=False))
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)

@@ -20,25 +20,6 @@ needs_gluon = pytest.mark.skipif(hopper.gluon is None, reason="Triton has no Glu
 ON_HOPPER = DEVICE.type == "cuda" and torch.cuda.get_device_capability()[0] == 9
 
 
-@pytest.mark.parametrize("counts", [[1, 1, 1, 45], [17, 0, 16, 1], [0, 0, 0, 52], [0, 0, 0, 0]])
-@pytest.mark.parametrize("skipped", [0, 3])
-def test_tile_table(counts: list[int], skipped: int) -> None:
-    ids = torch.repeat_interleave(torch.arange(5), torch.tensor([*counts, skipped]))
-    ids = ids if len(ids) else torch.tensor([4])
-    ids = ids[torch.randperm(len(ids))]
-    routing = ExpertRouting.from_topk_ids(ids[:, None].to(DEVICE), 4)
-    slots = torch.tensor([2, -1, 0, 1], dtype=torch.int32, device=DEVICE)
-    table, positions = hopper.launch_tile_table(routing, slots, block_m=16)
-    num_tiles = int(table[-1, 0])
-    assert num_tiles == sum(-(-count // 16) for count in counts) <= len(table) - 1
-    tiles = table[:num_tiles].tolist()
-    rows = [(e, p) for e, _, first, n in tiles for p in range(first, first + min(n, 16))]
-    ordered = ids[routing.sorted_pair_ids.cpu()].tolist()
-    assert rows == [(e, p) for p, e in enumerate(ordered) if e < 4]
-    assert [slot for _, slot, _, _ in tiles] == [int(slots[e]) for e, *_ in tiles]
-    assert torch.equal(positions[routing.sorted_pair_ids], torch.arange(len(ids)).to(positions))
-
-
 def reordered(x: torch.Tensor, block_k: int) -> torch.Tensor:
     """Order K as the module's docstring says; K a multiple of ``block_k``."""
     x = x.unflatten(1, (-1, 4, block_k // 16, 2, 2))
@@ -49,15 +30,14 @@ def tokens_and_routing(in_features: int, dtype: torch.dtype) -> tuple[torch.Tens
     x = torch.randn(7, in_features, device=DEVICE).to(dtype)
     # Experts 4 and 5 are another rank's: their pairs come last.
     topk_ids = torch.rand(7, 6, device=DEVICE).topk(2).indices
-    return x, ExpertRouting.from_topk_ids(topk_ids, 4)
+    return x, ExpertRouting.from_topk_ids(topk_ids, 4, block_m=16)
 
 
 @pytest.mark.parametrize("in_features", [16, 64, 176, 4096])
 @pytest.mark.parametrize("permute", [False, True])
 def test_sort_rows(in_features: int, permute: bool) -> None:
     x, routing = tokens_and_routing(in_features, torch.float16)
-    _, positions = hopper.launch_tile_table(routing, None, block_m=16)
-    out = hopper.launch_sort_rows(x, positions, 2, permute=permute)
+    out = hopper.launch_sort_rows(x, routing.positions, 2, permute=permute)
     expected = x[routing.sorted_token_ids]
     if permute:
         expected = torch.nn.functional.pad(expected, (0, -in_features % hopper.BLOCK_K_16))
@@ -71,8 +51,9 @@ def test_quantize_sorted_rows(in_features: int, dtype: torch.dtype) -> None:
     x, routing = tokens_and_routing(in_features, torch.float16)
     x[3] = 0.0
     x[5, 3] = float("nan")
-    _, positions = hopper.launch_tile_table(routing, None, block_m=16)
-    out, scale = launch_quantize_rows(x, dtype, places=positions, dependent=True, early=True)
+    out, scale = launch_quantize_rows(
+        x, dtype, places=routing.positions, dependent=True, early=True
+    )
     expected, expected_scale = launch_quantize_rows(x, dtype, dependent=False)
     tokens = routing.sorted_token_ids
     assert torch.equal(scale.isnan(), tokens == 5)

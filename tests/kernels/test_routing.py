@@ -61,6 +61,33 @@ def test_example_of_the_docstring() -> None:
     assert routing.expert_offsets.tolist() == [0, 2, 5]
 
 
+def test_tiles_of_the_docstring() -> None:
+    ids = torch.tensor([[1, 0], [1, 2], [0, 1]])
+    routing = ExpertRouting.from_topk_ids(ids, 2, block_m=2)
+    assert routing.positions.tolist() == [2, 0, 3, 5, 1, 4]
+    assert routing.tiles[:3].tolist() == [[0, 0, 0, 2], [1, 1, 2, 3], [1, 1, 4, 1]]
+    assert routing.tiles[-1, 0] == 3
+    without = ExpertRouting.from_topk_ids(ids, 2)
+    assert without.positions is without.tiles is without.block_m is None
+
+
+@pytest.mark.parametrize("counts", [[1, 1, 1, 45], [17, 0, 16, 1], [0, 0, 0, 52], [0, 0, 0, 0]])
+@pytest.mark.parametrize("skipped", [0, 3])
+def test_tiles_have_every_row_once(counts: list[int], skipped: int) -> None:
+    ids = torch.repeat_interleave(torch.arange(5), torch.tensor([*counts, skipped]))
+    ids = ids[torch.randperm(len(ids))]
+    slots = torch.tensor([2, -1, 0, 1], dtype=torch.int32)
+    routing = ExpertRouting.from_topk_ids(ids[:, None], 4, block_m=16, expert_to_slot=slots)
+    num_tiles = int(routing.tiles[-1, 0])
+    assert num_tiles == sum(-(-count // 16) for count in counts) <= len(routing.tiles) - 1
+    tiles = routing.tiles[:num_tiles].tolist()
+    rows = [(e, p) for e, _, first, n in tiles for p in range(first, first + min(n, 16))]
+    ordered = ids[routing.sorted_pair_ids].tolist()
+    assert rows == [(e, p) for p, e in enumerate(ordered) if e < 4]
+    assert [slot for _, slot, _, _ in tiles] == [int(slots[e]) for e, *_ in tiles]
+    assert torch.equal(routing.positions[routing.sorted_pair_ids], torch.arange(len(ids)))
+
+
 def test_one_expert_takes_all() -> None:
     routing = ExpertRouting.from_topk_ids(torch.full((9, 1), 3), 5)
     assert routing.expert_offsets.tolist() == [0, 0, 0, 0, 9, 9]
@@ -84,12 +111,28 @@ def random_ids(num_tokens: int, num_experts: int, top_k: int, dtype: torch.dtype
 
 def assert_like_torch(topk_ids: torch.Tensor, num_experts: int) -> None:
     """``topk_ids`` are on the CPU, where `ExpertRouting.from_topk_ids` is torch's sort."""
-    expected = ExpertRouting.from_topk_ids(topk_ids, num_experts)
-    routing = launch_routing(topk_ids.to(DEVICE), num_experts)
-    assert routing.top_k == expected.top_k
-    for name in ("sorted_pair_ids", "expert_offsets"):
-        ours, theirs = getattr(routing, name).cpu(), getattr(expected, name)
+    slots = torch.randperm(num_experts, dtype=torch.int32) - 1
+    expected = ExpertRouting.from_topk_ids(topk_ids, num_experts, block_m=8, expert_to_slot=slots)
+    routing = launch_routing(
+        topk_ids.to(DEVICE), num_experts, block_m=8, expert_to_slot=slots.to(DEVICE)
+    )
+    assert_equal(routing, expected)
+
+
+def assert_equal(routing: ExpertRouting, expected: ExpertRouting) -> None:
+    """All that is written is what the other one has."""
+    assert (routing.top_k, routing.block_m) == (expected.top_k, expected.block_m)
+    names = ["sorted_pair_ids", "expert_offsets"]
+    if expected.block_m is not None:
+        names += ["positions", "tiles"]
+    for name in names:
+        ours, theirs = getattr(routing, name).cpu(), getattr(expected, name).cpu()
         assert ours.dtype == theirs.dtype == torch.int32
+        assert ours.shape == theirs.shape
+        if name == "tiles":
+            num_tiles = theirs[-1, 0]
+            assert ours[-1, 0] == num_tiles
+            ours, theirs = ours[:num_tiles], theirs[:num_tiles]
         assert torch.equal(ours, theirs), name
 
 
@@ -112,6 +155,14 @@ def assert_like_torch(topk_ids: torch.Tensor, num_experts: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_kernels(num_tokens: int, num_experts: int, top_k: int, dtype: torch.dtype) -> None:
     assert_like_torch(random_ids(num_tokens, num_experts, top_k, dtype), num_experts)
+
+
+@pytest.mark.parametrize("num_tokens", [9, FEW_PAIRS + 9])
+@pytest.mark.parametrize("block_m", [None, 64])
+def test_kernels_without_slots_or_tiles(num_tokens: int, block_m: int | None) -> None:
+    ids = random_ids(num_tokens, 5, 1, torch.int64)
+    routing = launch_routing(ids.to(DEVICE), 5, block_m=block_m)
+    assert_equal(routing, ExpertRouting.from_topk_ids(ids, 5, block_m=block_m))
 
 
 def test_kernel_with_512_experts() -> None:
@@ -158,9 +209,7 @@ def test_many_pairs(num_experts: int, dtype: torch.dtype) -> None:
     for num_tokens, top_k in ((1, 10), (409, 10), (410, 10), (4096, 8), (8192, 10), (16384, 8)):
         ids = random_ids(num_tokens, num_experts, top_k, dtype)
         assert_like_torch(ids, num_experts)
-        again = [launch_routing(ids.cuda(), num_experts) for _ in range(2)]
-        assert torch.equal(again[0].sorted_pair_ids, again[1].sorted_pair_ids)
-        assert torch.equal(again[0].expert_offsets, again[1].expert_offsets)
+        assert_equal(*(launch_routing(ids.cuda(), num_experts, block_m=16) for _ in range(2)))
     one_expert = torch.full((16384, 8), num_experts // 2, dtype=dtype)
     assert_like_torch(one_expert, num_experts)
 
@@ -180,19 +229,19 @@ def test_launches_and_no_compilation_for_another_number_of_tokens(
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     names = ["routing_kernel", "count_pairs_kernel", "sort_pairs_kernel"]
     for num_tokens in (1, 4096):  # one launch, two
-        launch_routing(random_ids(num_tokens, 128, 8, torch.int64).cuda(), 128)
+        launch_routing(random_ids(num_tokens, 128, 8, torch.int64).cuda(), 128, block_m=16)
     device = torch.cuda.current_device()
     caches = [getattr(routing_module, name).device_caches[device][0] for name in names]
     num_compiled = [len(cache) for cache in caches]
     for num_tokens in (2, 16, 37, 3000, 8192, 16384, 30000):
         ids = random_ids(num_tokens, 128, 8, torch.int64).cuda()
-        launch_routing(ids, 128)
-        launch_routing(ids[1:], 120)
+        launch_routing(ids, 128, block_m=16)
+        launch_routing(ids[1:], 120, block_m=16)
     assert [len(cache) for cache in caches] == num_compiled
     for num_tokens, launched in ((FEW_PAIRS // 8, names[:1]), (FEW_PAIRS // 8 + 1, names[1:])):
         ids = random_ids(num_tokens, 128, 8, torch.int64).cuda()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            ExpertRouting.from_topk_ids(ids, 128)
+            ExpertRouting.from_topk_ids(ids, 128, block_m=16)
             torch.cuda.synchronize()
         kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
         assert sorted(e.name for e in kernels) == sorted(launched)
@@ -204,16 +253,14 @@ def test_cuda_graph_and_no_synchronization(num_tokens: int) -> None:
     torch.manual_seed(0)
     draws = [torch.randint(-1, 65, (num_tokens, 6)) for _ in range(5)]
     ids = draws[0].cuda()
-    ExpertRouting.from_topk_ids(ids, 64)
+    ExpertRouting.from_topk_ids(ids, 64, block_m=8)
     with no_synchronization():
-        ExpertRouting.from_topk_ids(ids, 64)
-    graph, captured = capture(lambda: ExpertRouting.from_topk_ids(ids, 64))
+        ExpertRouting.from_topk_ids(ids, 64, block_m=8)
+    graph, captured = capture(lambda: ExpertRouting.from_topk_ids(ids, 64, block_m=8))
     for draw in draws:
         ids.copy_(draw)
         graph.replay()
-        expected = ExpertRouting.from_topk_ids(draw, 64)
-        assert torch.equal(captured.sorted_pair_ids.cpu(), expected.sorted_pair_ids)
-        assert torch.equal(captured.expert_offsets.cpu(), expected.expert_offsets)
+        assert_equal(captured, ExpertRouting.from_topk_ids(draw, 64, block_m=8))
 
 
 # ---- compilation without a GPU -----------------------------------------------------------------
@@ -233,7 +280,10 @@ with compiling_for(CAPABILITY) as compiled:
         (FEW_PAIRS + 1, 512, torch.int64),
         (1 << 20, 2048, torch.int64),
     ):
-        launch_routing(torch.zeros(num_pairs, 1, dtype=dtype), num_experts)
+        launch_routing(
+            torch.zeros(num_pairs, 1, dtype=dtype), num_experts, block_m=16,
+            expert_to_slot=torch.zeros(num_experts, dtype=torch.int32),
+        )
         for kernel in compiled:
             ptx = kernel.asm["ptx"]
             print(json.dumps({
@@ -274,5 +324,5 @@ def test_compiles_for_every_architecture(capability: int) -> None:
         else:
             assert order[0] == "griddepcontrol.launch_dependents"
             assert steps == ["launch_dependents"]
-        if kernel["kernel"] == "routing_kernel":  # every id is read once
-            assert order.count("ld.global") == PAIRS_AT_ONCE // (32 * FEW_WARPS)
+        if kernel["kernel"] == "routing_kernel":  # every id is read once, and two slots
+            assert order.count("ld.global") == PAIRS_AT_ONCE // (32 * FEW_WARPS) + 2
