@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.kernels import __main__ as benchmark
-from benchmarks.kernels import layers, peers, sections, targets
+from benchmarks.kernels import layers, peers, sections, shapes, targets
 from benchmarks.kernels.table import tables
 from qmoe_kernels.tiles import LayerShape
 from qmoe_kernels.timing import random_layer
@@ -35,7 +35,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
 
 def test_every_section_runs(results: tuple[Path, dict[str, Any]]) -> None:
     found = results[1]["sections"]
-    names = "ceilings, errors, latency.tiny, accumulation.tiny, skew.tiny, routing, layer"
+    names = "ceilings, errors, latency.tiny, untuned.tiny, accumulation.tiny, skew.tiny, "
+    names += "routing, layer"
     assert ", ".join(found) == names
     assert all(0 < cell["levels_2_error"] < 0.1 for cell in found["accumulation.tiny"]["sums"])
     for section in found.values():
@@ -67,10 +68,15 @@ def test_pictures_and_tables_come_from_the_file(results: tuple[Path, dict[str, A
     out, data = results
     assert benchmark.main(["--draw", f"--out={out}"]) == 0
     assert {picture.name for picture in out.parent.glob("*.png")} == {
-        "kernels_latency.png", "kernels_layer.png",
+        "kernels_latency.png", "kernels_untuned.png", "kernels_layer.png",
     }  # fmt: skip
     text = "\n".join(tables(data["sections"]))
-    assert "int8-w8a16" in text and "FAILED" not in text and "skewed: tiny" in text
+    assert (
+        "int8-w8a16" in text
+        and "FAILED" not in text
+        and "skewed: tiny" in text
+        and "no table row" in text
+    )
 
 
 def test_sections_that_are_not_run_stay(tmp_path: Path) -> None:
@@ -132,12 +138,12 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_floors_are_bytes_and_operations_over_the_ceilings() -> None:
-    qwen3 = targets.SHAPES["qwen3"]
+    qwen3 = shapes.SHAPES["qwen3"]
     # 8 experts of 3 * 2048 * 768 bytes; 64 * 8 pairs of twice as many operations.
     assert targets.floors(qwen3, 1, 8, 8, 16)[0] == pytest.approx(8 * 4.718592 / 4.5, rel=1e-6)
     assert targets.floors(qwen3, 1, 8, 16, 16)[0] == pytest.approx(16.8, abs=0.05)
     assert targets.floors(qwen3, 64, 125.5, 8, 16)[1] == pytest.approx(7.0, abs=0.05)
-    mixtral = targets.SHAPES["mixtral"]
+    mixtral = shapes.SHAPES["mixtral"]
     assert targets.floors(mixtral, 4096, 8, 8, 8) == pytest.approx((313, 2220), rel=2e-3)
 
 
@@ -145,7 +151,7 @@ def test_targets_of_cells() -> None:
     def target(name: str, tokens: int, floor: float, bits: int = 8) -> float | None:
         return targets.target_microseconds(name, tokens, floor, weight_bits=8, product_bits=bits)
 
-    assert [target(name, 1, 8.4) for name in targets.SHAPES] == [14, 90, 88]
+    assert [target(name, 1, 8.4) for name in shapes.TUNED] == [14, 90, 88]
     assert target("qwen3", 4, 31.2) == pytest.approx(1.3 * 31.2)
     assert target("qwen3", 16, 86.0) == pytest.approx(1.2 * 86.0)
     assert target("dsv3", 16, 1001) == 1017  # the best peer is under 1.08 floors
@@ -182,8 +188,8 @@ def test_which_targets_were_met() -> None:
 
 def test_table_of_peers_is_whole() -> None:
     for name, rows in targets.PEER_MICROSECONDS.items():
-        assert name in targets.SHAPES
-        assert len(rows) == len(targets.TOKENS)
+        assert name in shapes.SHAPES
+        assert len(rows) == len(shapes.TOKENS)
         assert all(len(row) == len(targets.PEERS) for row in rows)
     assert targets.best_peer("qwen3", 1024) == ("torch scaled_grouped_mm fp8", 250)
     assert targets.best_peer("qwen3", 1024, targets.BF16_PEERS) == ("Triton bf16", 382)
@@ -227,7 +233,7 @@ def test_results_that_differ_from_run_to_run_fail() -> None:
 
 @pytest.mark.parametrize("num_tokens", [1, 4, 64, 1024])
 def test_uniform_routing_has_as_many_active_experts(num_tokens: int) -> None:
-    shape = targets.SHAPES["qwen3"]
+    shape = shapes.SHAPES["qwen3"]
     skewed = layers.draw_inputs(shape, num_tokens, DEVICE, count=8, skew=1.0)
     active = layers.mean_active(skewed)
     among = sections.experts_to_draw_from(shape, num_tokens, active)
@@ -241,8 +247,8 @@ def test_peers_that_are_not_there_or_too_large() -> None:
     except ImportError:
         assert not any(name.startswith("vLLM") for name in peers.peers())
     batched = peers.peers()["transformers batched_mm"]
-    assert batched.reason_to_skip(targets.SHAPES["qwen3"], 64) is None
-    assert "19 GB of weights" in str(batched.reason_to_skip(targets.SHAPES["qwen3"], 256))
+    assert batched.reason_to_skip(shapes.SHAPES["qwen3"], 64) is None
+    assert "19 GB of weights" in str(batched.reason_to_skip(shapes.SHAPES["qwen3"], 256))
 
 
 def test_torch_grouped_products_multiply_an_experts_rows() -> None:
