@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.kernels import __main__ as benchmark
 from benchmarks.kernels import layers, peers, sections, shapes, targets
-from benchmarks.kernels.table import tables
+from benchmarks.kernels.table import ratio_table, tables
 from qmoe_kernels.tiles import LayerShape
 from qmoe_kernels.timing import random_layer
 
@@ -186,6 +186,47 @@ def test_which_targets_were_met() -> None:
     }
 
 
+def test_ratios_of_a_shape_without_a_table_row() -> None:
+    def cell(what: str, name: str, us: float, tokens: int = 16) -> dict[str, Any]:
+        return {"shape": "lfm2", "tokens": tokens, what: name, "us": us}
+
+    section = {
+        "cells": [
+            cell("mode", "int8-w8a16", 100.0),
+            cell("mode", "int8-w8a8", 80.0),
+            cell("mode", "fp8-w8a16", 90.0),
+            cell("mode", "auto", 100.0),  # the slower of the two
+            cell("mode", "fp8-auto", 90.0),
+            cell("mode", "bf16", 150.0),
+            {"shape": "lfm2", "tokens": 16, "mode": "fp8-w8a8", "failed": "wrong"},
+            cell("mode", "bf16", 10.0, tokens=1),
+        ],
+        "peers": [
+            cell("peer", "torch scaled_grouped_mm fp8", 1.0),
+            cell("peer", "vLLM Triton fp8 W8A8", 160.0),
+            cell("peer", "vLLM Marlin int8 W8A16", 100.0),
+            cell("peer", "vLLM Triton bf16", 120.0),
+        ],
+    }
+    found = targets.targets({"untuned.lfm2": section, "latency.lfm2": section})
+    assert [(t["what"], t["measured"], t["met"]) for t in found if "W8A8" not in t["what"]] == [
+        ("lfm2, 16 tokens, best over vLLM's 8-bit", 0.8, True),
+        ("lfm2, 16 tokens, int8 auto over best", 1.25, False),
+        ("lfm2, 16 tokens, fp8 auto over best", 1.0, True),
+        ("lfm2, 16 tokens, bf16 over vLLM's", 1.25, False),
+    ]
+    text = "\n".join(ratio_table([section]))
+    assert "1.250 - of 1.03" in text and "0.800 +" in text
+    assert targets.best_vllm(section, 16) == (100.0, "vLLM Marlin int8 W8A16")
+    assert targets.best_vllm(section, 1) is None
+
+
+def test_groups_of_shapes() -> None:
+    assert set(shapes.TUNED) == set(targets.PEER_MICROSECONDS)
+    assert set(shapes.FITTED).isdisjoint(shapes.UNTUNED)
+    assert set(shapes.FITTED) | set(shapes.UNTUNED) == set(shapes.SHAPES)
+
+
 def test_table_of_peers_is_whole() -> None:
     for name, rows in targets.PEER_MICROSECONDS.items():
         assert name in shapes.SHAPES
@@ -249,6 +290,19 @@ def test_peers_that_are_not_there_or_too_large() -> None:
     batched = peers.peers()["transformers batched_mm"]
     assert batched.reason_to_skip(shapes.SHAPES["qwen3"], 64) is None
     assert "19 GB of weights" in str(batched.reason_to_skip(shapes.SHAPES["qwen3"], 256))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_four_weights_in_one_integer(dtype: torch.dtype) -> None:
+    weight = torch.randint(-127, 128, (6, 8)).to(dtype)
+    packed = peers.four_in_one(weight)
+    assert packed.shape == (2, 6) and packed.is_contiguous()
+    for k in range(8):
+        byte = (packed[k // 4] >> (8 * (k % 4))) & 255
+        expected = (
+            weight[:, k].int() + 128 if dtype == torch.int8 else weight[:, k].view(torch.uint8)
+        )
+        assert torch.equal(byte, expected.int())
 
 
 def test_torch_grouped_products_multiply_an_experts_rows() -> None:

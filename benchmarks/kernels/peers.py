@@ -219,7 +219,8 @@ def vllm_marlin(
 
     def call(i: int, one: Input, ids: Tensor) -> Tensor:
         up, up_scale, down, down_scale = weights[i]
-        return fused_marlin_moe(
+        output = torch.empty_like(one.hidden_states)
+        fused_marlin_moe(
             one.hidden_states,
             up,
             down,
@@ -230,8 +231,10 @@ def vllm_marlin(
             topk_weights=one.topk_weights,
             topk_ids=ids,
             quant_type_id=kind.id,
-            moe_sum=ops.moe_sum,
+            moe_sum=lambda rows, summed, *_: ops.moe_sum(rows, summed),
+            output=output,
         )
+        return output
 
     return _with_int32_ids(call, len(layers), inputs)
 

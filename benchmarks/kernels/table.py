@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from benchmarks.kernels.layers import MODES
@@ -51,11 +51,7 @@ def tables(sections: dict[str, Any]) -> Iterator[str]:
         )
     untuned = [s for name, s in timed.items() if name.startswith("untuned.")]
     if untuned:
-        yield ""
-        yield f"{'no table row':15} |" + "|".join(f"{w:^24}" for w in UNTUNED_TARGETS)
-    for row in (row for section in untuned for row in untuned_ratios(section)):
-        entries = (_ratio(row.get(what), target) for what, target in UNTUNED_TARGETS.items())
-        yield f"{row['shape']:10}{row['tokens']:5} |" + "|".join(entries)
+        yield from ratio_table(untuned)
 
 
 def latency_table(section: dict[str, Any]) -> Iterator[str]:
@@ -75,6 +71,15 @@ def latency_table(section: dict[str, Any]) -> Iterator[str]:
     for cell in section["cells"]:
         if "failed" in cell:
             yield f"FAILED {shape} {cell['tokens']} {cell['mode']}: {cell['failed']}"
+
+
+def ratio_table(sections: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """Yield the table of shapes without a table row: a row for each shape and number of tokens."""
+    yield ""
+    yield f"{'no table row':15} |" + "|".join(f"{what:^24}" for what in UNTUNED_TARGETS)
+    for row in (row for section in sections for row in untuned_ratios(section)):
+        entries = (_ratio(row.get(what), target) for what, target in UNTUNED_TARGETS.items())
+        yield f"{row['shape']:10}{row['tokens']:5} |" + "|".join(entries)
 
 
 def _entry(cell: dict[str, Any] | None) -> str:

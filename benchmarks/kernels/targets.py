@@ -200,7 +200,8 @@ def targets(sections: dict[str, Any]) -> list[dict[str, Any]]:
                 add(what, cell["target_us"], cell["us"])
         for (shape, tokens, mode), us in times.items():
             other = times.get((shape, tokens, mode.replace("w8a16", "w8a8")))
-            if mode.endswith("w8a16") and 1 < tokens <= 64 and other is not None:
+            asked = name.startswith("latency.") and 1 < tokens <= 64
+            if asked and mode.endswith("w8a16") and other is not None:
                 what = f"{shape}, {tokens} tokens, {mode} over W8A8"
                 add(what, W8A16_OVER_W8A8, round(us / other, 3))
         for row in untuned_ratios(section) if name.startswith("untuned.") else ():
