@@ -116,7 +116,8 @@ def facts(name: str, arguments: Sequence[str], given_commit: str | None) -> dict
     if not given_commit:
         with suppress(OSError):  # no git
             described["commit"] = commit()
-    with suppress(PackageNotFoundError):
-        described["machine"]["triton"] = version("triton")
+    for package in ("triton", "vllm"):
+        with suppress(PackageNotFoundError):
+            described["machine"][package] = version(package)
     described["machine"]["cuda"] = torch.version.cuda
     return described

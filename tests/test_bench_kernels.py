@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks.kernels import __main__ as benchmark
-from benchmarks.kernels import layers, peers, sections, targets
-from benchmarks.kernels.table import tables
+from benchmarks.kernels import layers, peers, sections, shapes, targets
+from benchmarks.kernels.table import ratio_table, tables
 from qmoe_kernels.tiles import LayerShape
 from qmoe_kernels.timing import random_layer
 
@@ -35,7 +35,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
 
 def test_every_section_runs(results: tuple[Path, dict[str, Any]]) -> None:
     found = results[1]["sections"]
-    names = "ceilings, errors, latency.tiny, accumulation.tiny, skew.tiny, routing, layer"
+    names = "ceilings, errors, latency.tiny, untuned.tiny, accumulation.tiny, skew.tiny, "
+    names += "routing, layer"
     assert ", ".join(found) == names
     assert all(0 < cell["levels_2_error"] < 0.1 for cell in found["accumulation.tiny"]["sums"])
     for section in found.values():
@@ -67,10 +68,15 @@ def test_pictures_and_tables_come_from_the_file(results: tuple[Path, dict[str, A
     out, data = results
     assert benchmark.main(["--draw", f"--out={out}"]) == 0
     assert {picture.name for picture in out.parent.glob("*.png")} == {
-        "kernels_latency.png", "kernels_layer.png",
+        "kernels_latency.png", "kernels_untuned.png", "kernels_layer.png",
     }  # fmt: skip
     text = "\n".join(tables(data["sections"]))
-    assert "int8-w8a16" in text and "FAILED" not in text and "skewed: tiny" in text
+    assert (
+        "int8-w8a16" in text
+        and "FAILED" not in text
+        and "skewed: tiny" in text
+        and "no table row" in text
+    )
 
 
 def test_sections_that_are_not_run_stay(tmp_path: Path) -> None:
@@ -132,12 +138,12 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_floors_are_bytes_and_operations_over_the_ceilings() -> None:
-    qwen3 = targets.SHAPES["qwen3"]
+    qwen3 = shapes.SHAPES["qwen3"]
     # 8 experts of 3 * 2048 * 768 bytes; 64 * 8 pairs of twice as many operations.
     assert targets.floors(qwen3, 1, 8, 8, 16)[0] == pytest.approx(8 * 4.718592 / 4.5, rel=1e-6)
     assert targets.floors(qwen3, 1, 8, 16, 16)[0] == pytest.approx(16.8, abs=0.05)
     assert targets.floors(qwen3, 64, 125.5, 8, 16)[1] == pytest.approx(7.0, abs=0.05)
-    mixtral = targets.SHAPES["mixtral"]
+    mixtral = shapes.SHAPES["mixtral"]
     assert targets.floors(mixtral, 4096, 8, 8, 8) == pytest.approx((313, 2220), rel=2e-3)
 
 
@@ -145,7 +151,7 @@ def test_targets_of_cells() -> None:
     def target(name: str, tokens: int, floor: float, bits: int = 8) -> float | None:
         return targets.target_microseconds(name, tokens, floor, weight_bits=8, product_bits=bits)
 
-    assert [target(name, 1, 8.4) for name in targets.SHAPES] == [14, 90, 88]
+    assert [target(name, 1, 8.4) for name in shapes.TUNED] == [14, 90, 88]
     assert target("qwen3", 4, 31.2) == pytest.approx(1.3 * 31.2)
     assert target("qwen3", 16, 86.0) == pytest.approx(1.2 * 86.0)
     assert target("dsv3", 16, 1001) == 1017  # the best peer is under 1.08 floors
@@ -180,10 +186,51 @@ def test_which_targets_were_met() -> None:
     }
 
 
+def test_ratios_of_a_shape_without_a_table_row() -> None:
+    def cell(what: str, name: str, us: float, tokens: int = 16) -> dict[str, Any]:
+        return {"shape": "lfm2", "tokens": tokens, what: name, "us": us}
+
+    section = {
+        "cells": [
+            cell("mode", "int8-w8a16", 100.0),
+            cell("mode", "int8-w8a8", 80.0),
+            cell("mode", "fp8-w8a16", 90.0),
+            cell("mode", "auto", 100.0),  # the slower of the two
+            cell("mode", "fp8-auto", 90.0),
+            cell("mode", "bf16", 150.0),
+            {"shape": "lfm2", "tokens": 16, "mode": "fp8-w8a8", "failed": "wrong"},
+            cell("mode", "bf16", 10.0, tokens=1),
+        ],
+        "peers": [
+            cell("peer", "torch scaled_grouped_mm fp8", 1.0),
+            cell("peer", "vLLM Triton fp8 W8A8", 160.0),
+            cell("peer", "vLLM Marlin int8 W8A16", 100.0),
+            cell("peer", "vLLM Triton bf16", 120.0),
+        ],
+    }
+    found = targets.targets({"untuned.lfm2": section, "latency.lfm2": section})
+    assert [(t["what"], t["measured"], t["met"]) for t in found if "W8A8" not in t["what"]] == [
+        ("lfm2, 16 tokens, best over vLLM's 8-bit", 0.8, True),
+        ("lfm2, 16 tokens, int8 auto over best", 1.25, False),
+        ("lfm2, 16 tokens, fp8 auto over best", 1.0, True),
+        ("lfm2, 16 tokens, bf16 over vLLM's", 1.25, False),
+    ]
+    text = "\n".join(ratio_table([section]))
+    assert "1.250 - of 1.03" in text and "0.800 +" in text
+    assert targets.best_vllm(section, 16) == (100.0, "vLLM Marlin int8 W8A16")
+    assert targets.best_vllm(section, 1) is None
+
+
+def test_groups_of_shapes() -> None:
+    assert set(shapes.TUNED) == set(targets.PEER_MICROSECONDS)
+    assert set(shapes.FITTED).isdisjoint(shapes.UNTUNED)
+    assert set(shapes.FITTED) | set(shapes.UNTUNED) == set(shapes.SHAPES)
+
+
 def test_table_of_peers_is_whole() -> None:
     for name, rows in targets.PEER_MICROSECONDS.items():
-        assert name in targets.SHAPES
-        assert len(rows) == len(targets.TOKENS)
+        assert name in shapes.SHAPES
+        assert len(rows) == len(shapes.TOKENS)
         assert all(len(row) == len(targets.PEERS) for row in rows)
     assert targets.best_peer("qwen3", 1024) == ("torch scaled_grouped_mm fp8", 250)
     assert targets.best_peer("qwen3", 1024, targets.BF16_PEERS) == ("Triton bf16", 382)
@@ -227,7 +274,7 @@ def test_results_that_differ_from_run_to_run_fail() -> None:
 
 @pytest.mark.parametrize("num_tokens", [1, 4, 64, 1024])
 def test_uniform_routing_has_as_many_active_experts(num_tokens: int) -> None:
-    shape = targets.SHAPES["qwen3"]
+    shape = shapes.SHAPES["qwen3"]
     skewed = layers.draw_inputs(shape, num_tokens, DEVICE, count=8, skew=1.0)
     active = layers.mean_active(skewed)
     among = sections.experts_to_draw_from(shape, num_tokens, active)
@@ -241,8 +288,21 @@ def test_peers_that_are_not_there_or_too_large() -> None:
     except ImportError:
         assert not any(name.startswith("vLLM") for name in peers.peers())
     batched = peers.peers()["transformers batched_mm"]
-    assert batched.reason_to_skip(targets.SHAPES["qwen3"], 64) is None
-    assert "19 GB of weights" in str(batched.reason_to_skip(targets.SHAPES["qwen3"], 256))
+    assert batched.reason_to_skip(shapes.SHAPES["qwen3"], 64) is None
+    assert "19 GB of weights" in str(batched.reason_to_skip(shapes.SHAPES["qwen3"], 256))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_four_weights_in_one_integer(dtype: torch.dtype) -> None:
+    weight = torch.randint(-127, 128, (6, 8)).to(dtype)
+    packed = peers.four_in_one(weight)
+    assert packed.shape == (2, 6) and packed.is_contiguous()
+    for k in range(8):
+        byte = (packed[k // 4] >> (8 * (k % 4))) & 255
+        expected = (
+            weight[:, k].int() + 128 if dtype == torch.int8 else weight[:, k].view(torch.uint8)
+        )
+        assert torch.equal(byte, expected.int())
 
 
 def test_torch_grouped_products_multiply_an_experts_rows() -> None:

@@ -8,6 +8,7 @@ names some of them):
 - *latency*: microseconds of the whole layer, by tokens, of our modes, torch's grouped products
   (GEMMs alone), transformers' experts implementations and, where it is installed, vLLM's kernels:
   CUDA-graph replay, two layers' weights and many routings in turn, so that nothing is in L2.
+- *untuned*: the same of shapes that no table has, without transformers.
 - *accumulation*: FP8 sums in one level and in two: time and error.
 - *skew*: Zipf-distributed routing over uniform routing with as many active experts.
 - *routing*: sorting pairs by expert, by itself, and routers, fused and transformers' own.
@@ -40,9 +41,11 @@ from benchmarks.kernels.sections import (
     run_latency,
     run_layer,
     run_skew,
+    run_untuned,
 )
+from benchmarks.kernels.shapes import SHAPES, TOKENS, TUNED, UNTUNED, UNTUNED_TOKENS
 from benchmarks.kernels.table import tables
-from benchmarks.kernels.targets import SHAPES, TOKENS, targets
+from benchmarks.kernels.targets import targets
 from benchmarks.options import check, check_names, parser_of
 from benchmarks.record import Results, facts
 from qmoe_kernels.tiles import LayerShape
@@ -58,6 +61,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "ceilings": run_ceilings,
     "errors": run_errors,
     "latency": run_latency,
+    "untuned": run_untuned,
     "accumulation": run_accumulation,
     "skew": run_skew,
     "routing": run_routing,
@@ -69,8 +73,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Run sections; the number of those that failed, and of cells whose check did."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = parser_of(__doc__, SECTIONS, RESULTS)
-    parser.add_argument("--shapes", help=f"some of {','.join(SHAPES)}")
-    parser.add_argument("--tokens", help=f"{','.join(map(str, TOKENS))} if absent")
+    parser.add_argument(
+        "--shapes",
+        help=f"some of {','.join(SHAPES)}; if absent, {','.join(UNTUNED)} in section untuned "
+        f"and {','.join(TUNED)} in the others",
+    )
+    parser.add_argument("--tokens", help=f"{','.join(map(str, TOKENS))} if absent, untuned 512 too")
     parser.add_argument("--modes", default=",".join(MODES), help="%(default)s")
     parser.add_argument("--seconds", type=float, default=0.1, help="of replays, per cell")
     options = parser.parse_args(arguments)
@@ -80,11 +88,11 @@ def main(arguments: list[str] | None = None) -> int:
         draw(options.out)
         return 0
     known = TINY_SHAPES if options.tiny else SHAPES
-    shapes = options.shapes.split(",") if options.shapes else list(known)
+    shapes = options.shapes.split(",") if options.shapes else []
     modes = options.modes.split(",")
     check_names(parser, "shape", shapes, known)
     check_names(parser, "mode", modes, MODES)
-    tokens = TINY_TOKENS if options.tiny else TOKENS
+    tokens: tuple[int, ...] = ()
     if options.tokens:
         try:
             tokens = tuple(int(t) for t in options.tokens.split(","))
@@ -93,18 +101,16 @@ def main(arguments: list[str] | None = None) -> int:
     only = check(parser, options, SECTIONS)
     common = facts("kernels", arguments, options.commit)
     results = Results("kernels", options.out, common, targets)
-    bench = Bench(
-        {name: known[name] for name in shapes},
-        tokens,
-        tuple(modes),
-        options.seconds,
-        torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        results,
-    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     failed = 0
     for name, run in SECTIONS.items():
         if name not in only:
             continue
+        group, usual = (UNTUNED, UNTUNED_TOKENS) if name == "untuned" else (TUNED, TOKENS)
+        if options.tiny:
+            group, usual = tuple(TINY_SHAPES), TINY_TOKENS
+        chosen = {shape: known[shape] for shape in shapes or group}
+        bench = Bench(chosen, tokens or usual, tuple(modes), options.seconds, device, results)
         started = time.monotonic()
         try:
             run(bench)

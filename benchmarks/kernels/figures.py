@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks.drawing import BLACK, BLUE, GREEN, GREY, ORANGE, RED, SKY, save, tidy
-from benchmarks.kernels.targets import BF16_PEERS, PEER_MICROSECONDS, PEERS, SHAPES, best_peer
+from benchmarks.kernels.shapes import SHAPES, TOKENS
+from benchmarks.kernels.targets import best_of_ours, best_vllm
 
 # INT8 alone: FP8 lies within a few per cent of it. From so many tokens on the two differ.
 MODES = {
@@ -26,16 +28,20 @@ BARS = {
     "fused fp8": ("GPU, qmoe, FP8", RED),
 }
 Section = dict[str, Any]
+Line = tuple[dict[int, float], str, str, str, str]  # us by tokens, label, colour, marker, style
+Series = Callable[[Section], Iterator[Line]]
 
 
 def draw(path: Path) -> list[Path]:
     """Draw what ``path`` holds beside it, as far as it has been measured; the pictures' paths."""
     sections = json.loads(path.read_text())["sections"]
     drawn = []
-    measured = [s for n, s in sections.items() if n.startswith("latency.") and s.get("cells")]
-    if measured:
-        drawn.append(path.with_name(f"{path.stem}_latency.png"))
-        latency(measured, drawn[-1])
+    for kind in ("latency", "untuned"):
+        measured = [s for n, s in sections.items() if n.startswith(f"{kind}.") and s.get("cells")]
+        if measured:
+            drawn.append(path.with_name(f"{path.stem}_{kind}.png"))
+            series = tuned_series if kind == "latency" else untuned_series
+            latency(measured, series, drawn[-1])
     if sections.get("layer", {}).get("bars"):
         drawn.append(path.with_name(f"{path.stem}_layer.png"))
         layer(sections["layer"], drawn[-1])
@@ -44,7 +50,7 @@ def draw(path: Path) -> list[Path]:
     return drawn
 
 
-def latency(sections: list[Section], path: Path) -> None:
+def latency(sections: list[Section], series: Series, path: Path) -> None:
     """Draw time over what the hardware allows, by tokens, a panel for each shape."""
     order = list(SHAPES)
     sections.sort(key=lambda s: (*order, s["cells"][0]["shape"]).index(s["cells"][0]["shape"]))
@@ -52,7 +58,7 @@ def latency(sections: list[Section], path: Path) -> None:
         1, len(sections), figsize=(1 + 3.4 * len(sections), 4.2), sharey=True, squeeze=False
     )
     for axis, section in zip(axes[0], sections, strict=True):
-        _latency_panel(axis, section)
+        _latency_panel(axis, section, series(section))
     axes[0, 0].set_ylabel("time / what the hardware allows")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(
@@ -63,34 +69,60 @@ def latency(sections: list[Section], path: Path) -> None:
     save(figure, title, path, *sections)
 
 
-def _latency_panel(axis: Axes, section: Section) -> None:
-    shape = section["cells"][0]["shape"]
-    cells = {(cell["mode"], cell["tokens"]): cell for cell in section["cells"]}
-    tokens = sorted({cell["tokens"] for cell in section["cells"]})
-    # Bytes of the active experts in 8 bits, or all products in 8 bits, whichever takes longer; what
-    # a test's small layer takes is rounded to nothing.
-    eight_bit = {t: cells["int8-w8a8", t] for t in tokens}
-    floor = {t: max(c["floor_us"], c["flop_us"], 0.01) for t, c in eight_bit.items()}
-
-    def line(times: dict[int, float], label: str, colour: str, marker: str, style: str) -> None:
-        x = list(times)
-        y = [times[t] / floor[t] for t in x]
-        axis.plot(x, y, c=colour, marker=marker, ls=style, ms=5, lw=1.6, label=label)
-
-    axis.axhline(1, c=BLACK, lw=1, label="1: what memory or arithmetic in 8 bits allows")
+def tuned_series(section: Section) -> Iterator[Line]:
+    """Yield what is drawn of a shape that has rows in the table."""
     grouped = [p for p in section.get("peers", []) if p["peer"] == "transformers grouped_mm"]
     times = {p["tokens"]: p["us"] for p in grouped if "us" in p}
-    line(times, "transformers grouped_mm, bf16", GREY, "v", "-")
-    if shape in PEER_MICROSECONDS:
-        among = tuple(peer for peer in PEERS if peer not in BF16_PEERS)
-        times = {t: best_peer(shape, t, among)[1] for t in tokens}
-        line(times, "best 8-bit kernel of vLLM 0.26 and torch 2.11", GREEN, "x", "--")
+    yield times, "transformers grouped_mm, bf16", GREY, "v", "-"
+    yield _vllm(section, 8, GREEN)
     for mode, (label, colour, marker, first) in MODES.items():
-        timed = {t: cells[mode, t]["us"] for t in tokens if t >= first and (mode, t) in cells}
-        line(timed, label, colour, marker, "-")
+        times = {t: us for t, us in _ours(section, mode).items() if t >= first}
+        yield times, label, colour, marker, "-"
+
+
+def untuned_series(section: Section) -> Iterator[Line]:
+    """Yield what is drawn of a shape that no table has."""
+    yield _vllm(section, 16, GREY)
+    yield _vllm(section, 8, GREEN)
+    yield _ours(section, "bf16"), "qmoe, bf16", ORANGE, "v", "-"
+    best = {t: min(us) for t in _tokens(section) if (us := best_of_ours(section, t).values())}
+    yield best, "qmoe, 8-bit weights: its best mode", SKY, "s", "-"
+    yield _ours(section, "auto"), "qmoe, INT8 weights: auto", BLUE, ".", "-"
+
+
+def _tokens(section: Section) -> list[int]:
+    return sorted({cell["tokens"] for cell in section["cells"]})
+
+
+def _ours(section: Section, mode: str) -> dict[int, float]:
+    cells = (cell for cell in section["cells"] if cell["mode"] == mode and "us" in cell)
+    return {cell["tokens"]: cell["us"] for cell in cells}
+
+
+def _vllm(section: Section, bits: int, colour: str) -> Line:
+    found = ((t, best_vllm(section, t, bits)) for t in _tokens(section))
+    times = {t: best[0] for t, best in found if best is not None}
+    version = section["machine"].get("vllm", "")
+    what = "best 8-bit kernel" if bits == 8 else "kernel for bf16"
+    return times, f"vLLM {version}: {what}", colour, "x", "--"
+
+
+def _latency_panel(axis: Axes, section: Section, lines: Iterator[Line]) -> None:
+    shape = section["cells"][0]["shape"]
+    tokens = _tokens(section)
+    # Bytes of the active experts in 8 bits, or all products in 8 bits, whichever takes longer; what
+    # a test's small layer takes is rounded to nothing.
+    eight_bit = {c["tokens"]: c for c in section["cells"] if c["mode"] == "int8-w8a8"}
+    floor = {t: max(c["floor_us"], c["flop_us"], 0.01) for t, c in eight_bit.items()}
+    axis.axhline(1, c=BLACK, lw=1, label="1: what memory or arithmetic in 8 bits allows")
+    for times, label, colour, marker, style in lines:
+        if times:
+            y = [us / floor[t] for t, us in times.items()]
+            axis.plot(list(times), y, c=colour, marker=marker, ls=style, ms=5, lw=1.6, label=label)
     axis.set_xscale("log", base=4)
     axis.set_yscale("log")
-    axis.set_xticks(tokens, [str(t) for t in tokens])
+    ticks = [t for t in tokens if t in TOKENS] or tokens  # 512 would touch its neighbours
+    axis.set_xticks(ticks, [str(t) for t in ticks])
     axis.set_yticks([1, 1.5, 2, 3, 5, 10], ["1", "1.5", "2", "3", "5", "10"])
     axis.minorticks_off()
     axis.set_xlabel("tokens")

@@ -46,6 +46,7 @@ MODES = {
     "fp8-w8a8": Mode("fp8", "fp8"),
     "bf16": Mode("bf16", "bf16"),
     "auto": Mode("int8", "auto"),
+    "fp8-auto": Mode("fp8", "auto"),
 }
 
 

@@ -138,9 +138,18 @@ def run_errors(bench: Bench) -> None:
 
 def run_latency(bench: Bench) -> None:
     """Every mode, and the peers that take the same weights: a section for each shape."""
-    known = peers()
+    _time_shapes(bench, "latency", peers())
+
+
+def run_untuned(bench: Bench) -> None:
+    """The same of shapes that no table has; of the peers, vLLM's kernels and torch's products."""
+    fast = {n: peer for n, peer in peers().items() if not n.startswith("transformers")}
+    _time_shapes(bench, "untuned", fast)
+
+
+def _time_shapes(bench: Bench, section: str, known: dict[str, Peer]) -> None:
     for name, shape in bench.shapes.items():
-        bench.results.begin(f"latency.{name}")
+        bench.results.begin(f"{section}.{name}")
         bench.results.set(shape=vars(shape))
         for weights in ("int8", "fp8", "bf16"):
             modes = {m: MODES[m] for m in bench.modes if MODES[m].weights == weights}
@@ -160,6 +169,14 @@ def _time_weights(
     layers = two_layers(shape, weights, bench.device)
     inputs = {t: draw_inputs(shape, t, bench.device) for t in bench.tokens}
     _compile(bench, layers, inputs.values(), modes.values())
+    compile_ahead(
+        [
+            lambda peer=peer, drawn=drawn: peer.prepare(shape, layers, drawn[:1])[0]()
+            for peer in others.values()
+            if peer.compiles
+            for drawn in inputs.values()
+        ]
+    )
     for num_tokens, drawn in inputs.items():
         expected = Expected(shape, layers, drawn, bench.device)
         for mode_name, mode in modes.items():

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from benchmarks.kernels.layers import MODES
-from benchmarks.kernels.targets import TOKENS, best_peer
+from benchmarks.kernels.shapes import TOKENS
+from benchmarks.kernels.targets import (
+    PEER_MICROSECONDS,
+    UNTUNED_TARGETS,
+    best_peer,
+    untuned_ratios,
+)
 
 LEGEND = (
     "microseconds, % of the floor (the larger of memory's and arithmetic's), + target reached, "
@@ -15,12 +21,15 @@ LEGEND = (
 )
 
 
+TIMED = ("latency.", "untuned.")
+
+
 def tables(sections: dict[str, Any]) -> Iterator[str]:
     """Yield lines: latencies shape by shape, then what else there is."""
-    latencies = {n: s for n, s in sections.items() if n.startswith("latency.") and s.get("cells")}
-    if latencies:
+    timed = {n: s for n, s in sections.items() if n.startswith(TIMED) and s.get("cells")}
+    if timed:
         yield LEGEND
-    for section in latencies.values():
+    for section in timed.values():
         yield from latency_table(section)
     for section in sections.values():
         for cell in section.get("skewed", []):
@@ -40,6 +49,9 @@ def tables(sections: dict[str, Any]) -> Iterator[str]:
             f"error: {cell['shape']:8} {cell['tokens']:5} {cell['mode']:10} {cell['error']:.5f}, "
             f"the format's {cell['format_error']:.5f}, ratio {cell['ratio']:.3f}"
         )
+    untuned = [s for name, s in timed.items() if name.startswith("untuned.")]
+    if untuned:
+        yield from ratio_table(untuned)
 
 
 def latency_table(section: dict[str, Any]) -> Iterator[str]:
@@ -61,6 +73,15 @@ def latency_table(section: dict[str, Any]) -> Iterator[str]:
             yield f"FAILED {shape} {cell['tokens']} {cell['mode']}: {cell['failed']}"
 
 
+def ratio_table(sections: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """Yield the table of shapes without a table row: a row for each shape and number of tokens."""
+    yield ""
+    yield f"{'no table row':15} |" + "|".join(f"{what:^24}" for what in UNTUNED_TARGETS)
+    for row in (row for section in sections for row in untuned_ratios(section)):
+        entries = (_ratio(row.get(what), target) for what, target in UNTUNED_TARGETS.items())
+        yield f"{row['shape']:10}{row['tokens']:5} |" + "|".join(entries)
+
+
 def _entry(cell: dict[str, Any] | None) -> str:
     if cell is None:
         return " " * 17
@@ -72,6 +93,13 @@ def _entry(cell: dict[str, Any] | None) -> str:
     return f"{cell['us']:9.1f} {100 * cell['share_of_floor']:3.0f}% {mark} "
 
 
+def _ratio(ratio: float | None, target: float) -> str:
+    if ratio is None:
+        return " " * 24
+    mark = "+" if ratio <= target else f"- of {target}"
+    return f"{ratio:10.3f} {mark:13}"
+
+
 def _peers(section: dict[str, Any], shape: str, tokens: int) -> str:
     here = [
         (p["us"], p["peer"])
@@ -79,6 +107,6 @@ def _peers(section: dict[str, Any], shape: str, tokens: int) -> str:
         if p["tokens"] == tokens and "us" in p and p["whole_layer"]
     ]
     text = "{1} {0:.1f}".format(*min(here)) if here else ""
-    if tokens in TOKENS and shape in ("qwen3", "mixtral", "dsv3"):
+    if tokens in TOKENS and shape in PEER_MICROSECONDS:
         text += ", {} {:.1f}".format(*best_peer(shape, tokens))
     return text

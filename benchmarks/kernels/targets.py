@@ -7,15 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.kernels.shapes import TOKENS
 from qmoe_kernels.tiles import LayerShape
 from qmoe_kernels.timing import expert_elements
-
-SHAPES = {
-    "qwen3": LayerShape(num_experts=128, top_k=8, hidden_size=2048, intermediate_size=768),
-    "mixtral": LayerShape(num_experts=8, top_k=2, hidden_size=4096, intermediate_size=14336),
-    "dsv3": LayerShape(num_experts=256, top_k=8, hidden_size=7168, intermediate_size=2048),
-}
-TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 
 # Of one H200, measured: reading HBM; bf16 and FP8 matrix products of 8192 cubed.
 BYTES_PER_SECOND = 4.5e12
@@ -67,6 +61,13 @@ ONE_TOKEN = {"qwen3": 14.0, "mixtral": 90.0, "dsv3": 88.0}
 W8A16_OVER_W8A8 = 1.05
 SKEWED_OVER_UNIFORM = 1.15
 ERROR_OVER_FORMATS = 1.2
+# Of shapes without a table row, by what `untuned_ratios` calls them.
+UNTUNED_TARGETS = {
+    "best over vLLM's 8-bit": 0.95,
+    "int8 auto over best": 1.03,
+    "fp8 auto over best": 1.03,
+    "bf16 over vLLM's": 1.0,
+}
 
 
 def floors(
@@ -120,6 +121,65 @@ def target_microseconds(
     return 1.05 * best_peer(name, num_tokens, BF16_PEERS)[1]
 
 
+def best_vllm(
+    section: dict[str, Any], num_tokens: int, weight_bits: int = 8
+) -> tuple[float, str] | None:
+    """Return microseconds and name of vLLM's fastest kernel in a section; None if there is none.
+
+    Args:
+        section: of the results.
+        num_tokens: in a call.
+        weight_bits: 16 or 8: of the kernels that are compared.
+    """
+    found = (
+        (peer["us"], peer["peer"])
+        for peer in section.get("peers", [])
+        if peer["peer"].startswith("vLLM") and peer["tokens"] == num_tokens and "us" in peer
+        if peer["peer"].endswith("bf16") == (weight_bits == 16)
+    )
+    return min(found, default=None)
+
+
+def best_of_ours(section: dict[str, Any], num_tokens: int) -> dict[str, float]:
+    """Return microseconds of our best mode for ``"int8"`` and ``"fp8"`` weights, `auto` apart."""
+    best: dict[str, float] = {}
+    for cell in section.get("cells", []):
+        weights, _, rows = cell["mode"].partition("-")
+        if cell["tokens"] == num_tokens and rows in ("w8a16", "w8a8") and "us" in cell:
+            best[weights] = min(cell["us"], best.get(weights, cell["us"]))
+    return best
+
+
+def untuned_ratios(section: dict[str, Any]) -> list[dict[str, Any]]:
+    """Compare times of a section: ours with vLLM's, and what `auto` chose with the better way.
+
+    Args:
+        section: of the results, of one shape.
+
+    Returns:
+        for each number of tokens ``shape``, ``tokens`` and a ratio for each of `UNTUNED_TARGETS`,
+        as far as both of its times were measured.
+    """
+    cells = section.get("cells", [])
+    rows = []
+    for num_tokens in sorted({cell["tokens"] for cell in cells}):
+        times = {c["mode"]: c["us"] for c in cells if c["tokens"] == num_tokens and "us" in c}
+        best = best_of_ours(section, num_tokens)
+        peer_8, peer_16 = (best_vllm(section, num_tokens, bits) for bits in (8, 16))
+        pairs = (
+            (min(best.values(), default=None), peer_8 and peer_8[0]),
+            (times.get("auto"), best.get("int8")),
+            (times.get("fp8-auto"), best.get("fp8")),
+            (times.get("bf16"), peer_16 and peer_16[0]),
+        )
+        row = {"shape": cells[0]["shape"], "tokens": num_tokens}
+        for what, (ours, other) in zip(UNTUNED_TARGETS, pairs, strict=True):
+            if ours and other:
+                row[what] = round(ours / other, 3)
+        rows.append(row)
+    return rows
+
+
 def targets(sections: dict[str, Any]) -> list[dict[str, Any]]:
     """Say of every target whether it was met, as far as it has been measured."""
     found: list[dict[str, Any]] = []
@@ -129,7 +189,7 @@ def targets(sections: dict[str, Any]) -> list[dict[str, Any]]:
             {"what": what, "target": target, "measured": measured, "met": measured <= target}
         )
 
-    for section in sections.values():
+    for name, section in sections.items():
         times = {}
         for cell in section.get("cells", []):
             if "us" not in cell:
@@ -140,9 +200,14 @@ def targets(sections: dict[str, Any]) -> list[dict[str, Any]]:
                 add(what, cell["target_us"], cell["us"])
         for (shape, tokens, mode), us in times.items():
             other = times.get((shape, tokens, mode.replace("w8a16", "w8a8")))
-            if mode.endswith("w8a16") and 1 < tokens <= 64 and other is not None:
+            asked = name.startswith("latency.") and 1 < tokens <= 64
+            if asked and mode.endswith("w8a16") and other is not None:
                 what = f"{shape}, {tokens} tokens, {mode} over W8A8"
                 add(what, W8A16_OVER_W8A8, round(us / other, 3))
+        for row in untuned_ratios(section) if name.startswith("untuned.") else ():
+            for what, target in UNTUNED_TARGETS.items():
+                if what in row:
+                    add(f"{row['shape']}, {row['tokens']} tokens, {what}", target, row[what])
         for cell in section.get("skewed", []):
             what = f"{cell['shape']}, {cell['tokens']} tokens, {cell['mode']}: skewed over uniform"
             add(what, SKEWED_OVER_UNIFORM, cell["ratio"])
