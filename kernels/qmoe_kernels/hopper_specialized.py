@@ -371,14 +371,19 @@ def _tile(
             mbarrier.arrive(stages.empty.index(before), pred=step > 0)
             before = stage
             stage, phase = _next(stage, phase, TILE)
+        _hand_over(stages, PRODUCT, CONSUMER)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(stages.empty.index(before))
     else:
         acc = _widened_product(stages, stage, phase, PRODUCT, TILE, CONSUMER, BLOCK_M, MMA)
-    if PRODUCT.in_turn:
-        # All that this consumer waits for has come: the next barriers are the other's.
-        mbarrier.arrive(stages.turn.index(1 - CONSUMER))
     _finish(acc, place, scales, out, PRODUCT, CONSUMER, BLOCK_M, MMA)
+
+
+@gluon.jit
+def _hand_over(stages, PRODUCT: gl.constexpr, CONSUMER: gl.constexpr):
+    """The other consumer's turn: all that this one had to wait for has come."""
+    if PRODUCT.in_turn:
+        mbarrier.arrive(stages.turn.index(1 - CONSUMER))
 
 
 @gluon.jit
@@ -414,12 +419,15 @@ def _widened_product(
             before = stage
             stage = after
             phase = after_phase
+    if num_steps % 2 == 0:
+        _hand_over(stages, PRODUCT, CONSUMER)
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.arrive(stages.empty.index(before), pred=num_steps > 1)
     if num_steps % 2 == 1:
         weight = _wide_weights(stages, stage, PRODUCT, TILE, CONSUMER, MMA)
         x = _row_tile(stages, stage, BLOCK_M, TILE)
         acc = warpgroup_mma(weight, x, acc, is_async=True)
+        _hand_over(stages, PRODUCT, CONSUMER)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(stages.empty.index(stage))
     return warpgroup_mma_wait(0, deps=[acc])
