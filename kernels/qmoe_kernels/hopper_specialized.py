@@ -1,4 +1,4 @@
-"""A trial: the products of `qmoe_kernels.hopper_gemm`, with a warp that does nothing but ask for tiles.
+"""A trial: the products of `qmoe_kernels.hopper_gemm`, with a warp that only asks for tiles.
 
 The contract, the order of K and the epilogue are those of `launch_hopper_gemm`. What differs: one
 warp (the producer) waits until a stage is empty and has TMA fill it; two warpgroups (the consumers)
@@ -258,9 +258,7 @@ def _produce(stages, work, PRODUCT: gl.constexpr, TILE: gl.constexpr):
         done = ahead * 0
         tile += gl.num_programs(0)
         # A place beyond the last one is not used; the table has a row there, the last one.
-        place = _place(
-            work, gl.minimum(tile, work.num_tiles * work.tiles_n - 1), PRODUCT, TILE
-        )
+        place = _place(work, gl.minimum(tile, work.num_tiles * work.tiles_n - 1), PRODUCT, TILE)
 
 
 @gluon.jit
