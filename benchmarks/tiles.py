@@ -22,25 +22,16 @@ from typing import Any
 
 import torch
 
+from benchmarks.kernels.shapes import FITTED, SHAPES
 from benchmarks.record import facts
 from qmoe_kernels.heuristic import heuristic_tiles
 from qmoe_kernels.precompile import Precompiler, failures
 from qmoe_kernels.tile_search import Cell, hopper_candidates
 from qmoe_kernels.tile_tables import LayerKind
 from qmoe_kernels.tile_timing import LayerTimer
-from qmoe_kernels.tiles import LayerShape, LayerTiles, TileConfig
+from qmoe_kernels.tiles import LayerTiles, TileConfig
 
 RESULTS = Path(__file__).parent / "results" / "kernel_tiles.json"
-SHAPES = {
-    "qwen3": LayerShape(128, 8, 2048, 768),
-    "mixtral": LayerShape(8, 2, 4096, 14336),
-    "dsv3": LayerShape(256, 8, 7168, 2048),
-    "olmoe": LayerShape(64, 8, 2048, 1024),
-    "gptoss": LayerShape(32, 4, 2880, 2880),
-    "qwen3next": LayerShape(512, 10, 2048, 512),
-    "phimoe": LayerShape(16, 2, 4096, 6400),
-    "granite": LayerShape(40, 8, 1536, 512),
-}
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 FEW_TOKENS = (1, 8, 64, 256, 1024)  # for FP8, whose kernels differ from INT8's in widening alone
 MODES = {
@@ -224,7 +215,7 @@ def fit(out: Path) -> None:
 def main() -> None:
     """Parse options and do it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--shapes", default=",".join(FITTED))
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 2))
     parser.add_argument("--out", type=Path, default=RESULTS)

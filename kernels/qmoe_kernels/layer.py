@@ -123,15 +123,10 @@ def _by_grouped_gemm(
     out = new_rows(num_pairs, experts.hidden_size)
     routing = None
     if tiles.sort:
-        block_m = tiles.gate_up.block_m
-        if tiles.down.block_m != block_m:
-            raise ValueError(
-                f"{tiles}: sorted pairs are cut into tiles once, and both products need one block_m"
-            )
         routing = ExpertRouting.from_topk_ids(
             topk_ids,
             experts.num_experts,
-            block_m=block_m,
+            block_m=tiles.gate_up.block_m,
             expert_to_slot=experts.gate_up.expert_to_slot,
         )
     x, x_scale = hidden_states, None
