@@ -55,6 +55,7 @@ BLOCK_N = 128  # weight rows of a tile: two warpgroups' 64
 BLOCK_K_16, BLOCK_K_8 = 64, 128  # columns of a tile, by the bits of rows: 128 bytes of rows
 GATE_ROWS = tl.constexpr(8)  # as in grouped_gemm
 SHARED_MEMORY = 227 << 10  # bytes that a program may take
+EPILOGUE_MEMORY = 16 << 10  # of them, at most, but where it may take that of the steps
 
 
 @dataclass(frozen=True)
@@ -296,6 +297,8 @@ if gluon is not None:
         else:
             acc = warpgroup_mma_init(gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA))
             _wait_for(stages, 0, TILE)
+            # Here once; or else Triton finds a need for it in every step.
+            tl.debug_barrier()
             # Two steps at a time, because the tensor cores read one step's weights from their
             # registers while those of the next are being written.
             for pair in range(num_steps // 2):
@@ -564,14 +567,13 @@ def launch_hopper_gemm(
         permute=BLOCK_K_16 if permute else 0,
         activation=activation,
     )
-    # A step's tiles and barriers. The epilogue's tile goes through the memory of not more than two.
     stage_bytes = BLOCK_N * block_k * weight.itemsize + block_m * 128 + 16
     tile = TileConfig(
         block_m,
         BLOCK_N,
         block_k,
         num_warps=8,
-        num_stages=max(3, min(tile.num_stages, SHARED_MEMORY // stage_bytes)),
+        num_stages=max(3, min(tile.num_stages, (SHARED_MEMORY - EPILOGUE_MEMORY) // stage_bytes)),
         tail_m=tile.tail_m,
     )
     shape, box = [num_slots, out_features, in_features], [1, BLOCK_N, block_k]

@@ -112,7 +112,7 @@ limited = Activation(alpha=1.702, up_shift=1.0, limit=7.0)
 with compiling_for(90) as compiled:
     for rows, weights, gated, block_m, tail_m, num_stages in [
         ("bf16", "int8", True, 128, 64, 4), ("bf16", "int8", False, 256, 128, 4),
-        ("bf16", "fp8", True, 256, 64, 4), ("fp16", "fp8", False, 64, 16, 4),
+        ("bf16", "fp8", True, 256, 64, 4), ("fp16", "fp8", False, 64, 16, 20),
         ("fp16", "int8", True, 64, 0, 3), ("bf16", "int8", True, 16, 8, 6),
         ("bf16", "fp8", False, 128, 16, 4), ("int8", "int8", True, 128, 64, 3),
         ("int8", "int8", False, 256, 16, 4), ("int8", "int8", True, 32, 8, 4),
