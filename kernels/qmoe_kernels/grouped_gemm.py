@@ -16,7 +16,8 @@ second scatters.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +55,7 @@ class Product:
         scatter: rows are written by pair, rather than by sorted position.
         fp8: weights are e4m3fn, given as int8, and rows are wider.
         even_k: tiles divide K.
+        align: a power of two that divides K and the strides. Loads are no wider.
         two_level: FP8 with FP8: sum up in fp32 what few products give.
         activation: fused into the epilogue, or None.
         asm: widen weights by inline assembly.
@@ -64,6 +66,7 @@ class Product:
     scatter: bool
     fp8: bool
     even_k: bool
+    align: int
     two_level: bool
     activation: Activation | None
     asm: bool = COMPILED
@@ -92,7 +95,17 @@ class Weights(NamedTuple):
 
 
 # Not specialized: they vary with the number of tokens, which must not compile anything.
-@triton.jit(do_not_specialize=["num_pairs", "num_experts", "max_tiles_m"])
+@triton.jit(
+    do_not_specialize=[
+        "num_pairs",
+        "num_experts",
+        "max_tiles_m",
+        "K",
+        "stride_x",
+        "stride_weight_slot",
+        "stride_weight_n",
+    ]
+)
 def grouped_gemm_kernel(
     x_ptr,  # (num_rows, K)
     x_scale_ptr,  # (num_rows,) fp32, or None
@@ -107,7 +120,7 @@ def grouped_gemm_kernel(
     num_experts,
     max_tiles_m,
     N,  # out_features
-    K,  # in_features
+    K,  # in_features; this and the strides over PRODUCT.align
     stride_x,
     stride_weight_slot,
     stride_weight_n,
@@ -128,6 +141,10 @@ def grouped_gemm_kernel(
     if PDL and PREFETCH_LINES == 0:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    K *= PRODUCT.align
+    stride_x *= PRODUCT.align
+    stride_weight_slot = stride_weight_slot.to(tl.int64) * PRODUCT.align
+    stride_weight_n *= PRODUCT.align
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
     TAIL_M: tl.constexpr = TILE.tail_m
@@ -174,7 +191,7 @@ def grouped_gemm_kernel(
 
     absent = slot < 0
     # int64: slots times a page pass 2**31.
-    weight_ptr += tl.maximum(slot, 0).to(tl.int64) * stride_weight_slot
+    weight_ptr += tl.maximum(slot, 0) * stride_weight_slot
     channels = N
     if PRODUCT.gated:
         channels = 2 * N
@@ -375,12 +392,18 @@ def launch_grouped_gemm(
         return out
     weight, num_experts = projection.weight, projection.num_experts
     in_features = x.shape[1]
+    strides = (x.stride(0), weight.stride(0), weight.stride(1))
+    align = math.gcd(16, in_features, *strides)
+    if align * weight.element_size() < 4:
+        # Too narrow for copies to shared memory: each number comes to a register of its own.
+        tile = replace(tile, block_k=32)
     product = Product(
         sorted=routing is not None,
         gather=pairs_per_row or 0,
         scatter=scatter,
         fp8=is_widened_fp8(weight, x),
         even_k=in_features % tile.block_k == 0,
+        align=align,
         two_level=two_level_sums and x.dtype == torch.float8_e4m3fn,
         activation=activation,
     )
@@ -409,10 +432,8 @@ def launch_grouped_gemm(
         num_experts,
         max_tiles_m,
         out_features,
-        in_features,
-        x.stride(0),
-        weight.stride(0),
-        weight.stride(1),
+        in_features // align,
+        *(stride // align for stride in strides),
         PRODUCT=product,
         TILE=tile,
         BLOCK_IDS=_block_ids(num_pairs) if routing is None else 1,
