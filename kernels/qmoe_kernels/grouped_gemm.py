@@ -16,7 +16,8 @@ second scatters.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +41,8 @@ from qmoe_kernels.widening import widen_weights
 # Of 16 neighbouring rows in a tile of a gated product, 8 are gate channels and 8 the same up
 # channels: a thread of the tensor cores' layout holds rows i and i + 8, so both meet there.
 GATE_ROWS = tl.constexpr(8)
+# Neighbouring programs have the same channels of so many tiles of rows.
+GROUP_M = 8
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Product:
         scatter: rows are written by pair, rather than by sorted position.
         fp8: weights are e4m3fn, given as int8, and rows are wider.
         even_k: tiles divide K.
+        align: a power of two that divides K and the strides. Loads are no wider.
         two_level: FP8 with FP8: sum up in fp32 what few products give.
         activation: fused into the epilogue, or None.
         asm: widen weights by inline assembly.
@@ -62,6 +66,7 @@ class Product:
     scatter: bool
     fp8: bool
     even_k: bool
+    align: int
     two_level: bool
     activation: Activation | None
     asm: bool = COMPILED
@@ -90,7 +95,17 @@ class Weights(NamedTuple):
 
 
 # Not specialized: they vary with the number of tokens, which must not compile anything.
-@triton.jit(do_not_specialize=["num_pairs", "num_experts", "max_tiles_m"])
+@triton.jit(
+    do_not_specialize=[
+        "num_pairs",
+        "num_experts",
+        "max_tiles_m",
+        "K",
+        "stride_x",
+        "stride_weight_slot",
+        "stride_weight_n",
+    ]
+)
 def grouped_gemm_kernel(
     x_ptr,  # (num_rows, K)
     x_scale_ptr,  # (num_rows,) fp32, or None
@@ -105,7 +120,7 @@ def grouped_gemm_kernel(
     num_experts,
     max_tiles_m,
     N,  # out_features
-    K,  # in_features
+    K,  # in_features; this and the strides over PRODUCT.align
     stride_x,
     stride_weight_slot,
     stride_weight_n,
@@ -116,9 +131,9 @@ def grouped_gemm_kernel(
     PREFETCH_LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Grid: (max_tiles_m * cdiv(channels, BLOCK_N),); programs without rows only wait.
+    """Grid: (min(GROUP_M, max_tiles_m) * cdiv(channels, BLOCK_N), cdiv(max_tiles_m, GROUP_M)).
 
-    With a gate, channels are gate and up ones together, 2 * N.
+    Programs without rows only wait. With a gate, channels are gate and up ones together, 2 * N.
 
     PREFETCH_LINES: ask for so many cache lines of each row of weights before waiting for the
     kernel before this one, which must not have written ids, tiles or slots.
@@ -126,27 +141,31 @@ def grouped_gemm_kernel(
     if PDL and PREFETCH_LINES == 0:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    K *= PRODUCT.align
+    stride_x *= PRODUCT.align
+    stride_weight_slot = stride_weight_slot.to(tl.int64) * PRODUCT.align
+    stride_weight_n *= PRODUCT.align
     BLOCK_M: tl.constexpr = TILE.block_m
     BLOCK_N: tl.constexpr = TILE.block_n
     TAIL_M: tl.constexpr = TILE.tail_m
     # Neighbouring programs share weights (same expert, same channels) and then rows: L2 serves
     # both.
     BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if PRODUCT.gated else BLOCK_N
-    tiles_n = tl.cdiv(N, BLOCK_OUT)
     pid = tl.program_id(0)
-    group = pid // (GROUP_M * tiles_n)
-    group_m = tl.minimum(max_tiles_m - group * GROUP_M, GROUP_M)
-    tile_m = group * GROUP_M + (pid % (GROUP_M * tiles_n)) % group_m
-    tile_n = (pid % (GROUP_M * tiles_n)) // group_m
+    tile_m = pid % GROUP_M
+    tile_n = pid // GROUP_M
+    group_m = max_tiles_m - tl.program_id(1) * GROUP_M
+    if group_m < GROUP_M:  # the last: a division takes as long as all else here
+        tile_m = pid % group_m
+        tile_n = pid // group_m
+        if tile_n * BLOCK_OUT >= N:
+            _wait_late(PREFETCH_LINES)
+            return
+    tile_m += tl.program_id(1) * GROUP_M
 
     if PRODUCT.sorted:
-        tile_ptr = tiles_ptr + 4 * tile_m
-        expert = tl.load(tile_ptr)
-        slot = tl.load(tile_ptr + 1)
-        first = tl.load(tile_ptr + 2)
-        num_rows = tl.load(tile_ptr + 3)
-        # Asked for together: what is read of a tile that there is not is not looked at.
-        if tile_m >= tl.load(tiles_ptr + 4 * max_tiles_m):
+        expert, slot, first, num_rows = _load_tile(tiles_ptr + 4 * tile_m, PRODUCT.asm)
+        if num_rows <= 0:
             _wait_late(PREFETCH_LINES)
             return
     else:
@@ -172,7 +191,7 @@ def grouped_gemm_kernel(
 
     absent = slot < 0
     # int64: slots times a page pass 2**31.
-    weight_ptr += tl.maximum(slot, 0).to(tl.int64) * stride_weight_slot
+    weight_ptr += tl.maximum(slot, 0) * stride_weight_slot
     channels = N
     if PRODUCT.gated:
         channels = 2 * N
@@ -216,6 +235,21 @@ def _wait_late(PREFETCH_LINES: tl.constexpr):
     if PREFETCH_LINES > 0:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def _load_tile(ptr, ASM: tl.constexpr):
+    """Four numbers that lie side by side, in one load: the compiler parts it at the next branch."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];",
+            "=r,=r,=r,=r,l",
+            [ptr.to(tl.int64)],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=False,
+            pack=1,
+        )
+    return tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3)
 
 
 @triton.jit
@@ -358,12 +392,18 @@ def launch_grouped_gemm(
         return out
     weight, num_experts = projection.weight, projection.num_experts
     in_features = x.shape[1]
+    strides = (x.stride(0), weight.stride(0), weight.stride(1))
+    align = math.gcd(16, in_features, *strides)
+    if align * weight.element_size() < 4:
+        # Too narrow for copies to shared memory: each number comes to a register of its own.
+        tile = replace(tile, block_k=32)
     product = Product(
         sorted=routing is not None,
         gather=pairs_per_row or 0,
         scatter=scatter,
         fp8=is_widened_fp8(weight, x),
         even_k=in_features % tile.block_k == 0,
+        align=align,
         two_level=two_level_sums and x.dtype == torch.float8_e4m3fn,
         activation=activation,
     )
@@ -376,7 +416,8 @@ def launch_grouped_gemm(
     pdl = has_dependent_launch(x.device)
     # Few: they bridge the microseconds between two kernels, and all have to stay in L2.
     lines = min(2, triton.cdiv(in_features * weight.element_size(), 128))
-    grid = (max_tiles_m * triton.cdiv(out_features * (2 if product.gated else 1), tile.block_n),)
+    tiles_n = triton.cdiv(out_features * (2 if product.gated else 1), tile.block_n)
+    grid = (min(GROUP_M, max_tiles_m) * tiles_n, triton.cdiv(max_tiles_m, GROUP_M))
     grouped_gemm_kernel[grid](
         x,
         x_scale,
@@ -391,14 +432,12 @@ def launch_grouped_gemm(
         num_experts,
         max_tiles_m,
         out_features,
-        in_features,
-        x.stride(0),
-        weight.stride(0),
-        weight.stride(1),
+        in_features // align,
+        *(stride // align for stride in strides),
         PRODUCT=product,
         TILE=tile,
         BLOCK_IDS=_block_ids(num_pairs) if routing is None else 1,
-        GROUP_M=8,
+        GROUP_M=GROUP_M,
         PREFETCH_LINES=triton.next_power_of_2(lines) if prefetch and pdl else 0,
         PDL=pdl,
         num_warps=tile.num_warps,

@@ -44,8 +44,8 @@ class ExpertRouting:
         tiles     = [[0, 0, 0, 2],      # expert 0: two rows from sorted position 0 on
                      [1, 1, 2, 3],      # expert 1: three rows from 2 on, of which a tile takes two
                      [1, 1, 4, 1],
-                     ...,               # anything
-                     [3, ...]]          # that many tiles
+                     [.., .., .., 0],   # no more rows
+                     [3, .., .., ..]]   # so many tiles
 
     Attributes:
         sorted_pair_ids: (num_tokens * top_k,) int32.
@@ -53,8 +53,8 @@ class ExpertRouting:
         top_k: experts per token.
         positions: (num_tokens * top_k,) int32; None without ``block_m``.
         tiles: (`max_tiles` + 1, 4) int32: expert, its slot, the tile's first sorted position, and
-            how many rows the expert has from there on; in the last row, the number of tiles, and
-            nothing else that counts. Rows between are not written. None without ``block_m``.
+            how many rows the expert has from there on, 0 where there is no tile; first in the
+            last row, the number of tiles. The rest is anything. None without ``block_m``.
         block_m: rows of a tile, a power of two.
     """
 
@@ -131,7 +131,8 @@ def _sort(
     expert = torch.searchsorted(ends, tile, right=True).clamp(max=num_experts - 1)
     first = offsets[expert] + (tile - (ends - counts)[expert]) * block_m
     slot = expert if expert_to_slot is None else expert_to_slot[expert]
-    tiles[:most] = torch.stack((expert, slot, first, offsets[expert + 1] - first), 1)
+    num_rows = (offsets[expert + 1] - first).clamp(min=0)
+    tiles[:most] = torch.stack((expert, slot, first, num_rows), 1)
     tiles[most, 0] = counts.sum()
     return ExpertRouting(sorted_pair_ids, offsets, topk_ids.shape[1], positions, tiles, block_m)
 
@@ -294,6 +295,8 @@ if triton is not None:
             end_tile = second_tile + tl.cdiv(numbers >> 16, BLOCK_M)
             if first + 2 > num_experts:
                 tl.store(tiles_ptr + 4 * max_tiles, end_tile)
+                for start in range(end_tile, max_tiles, BLOCK):
+                    tl.store(tiles_ptr + 4 * (start + lanes) + 3, 0, mask=start + lanes < max_tiles)
             for start in range(first_tile, end_tile, 32):
                 tile = start + tl.arange(0, 32)
                 is_first = tile < second_tile
@@ -424,8 +427,11 @@ if triton is not None:
         if tiles_ptr is not None:
             num_tiles = tl.cdiv(totals, BLOCK_M)
             end_tiles = tl.cumsum(num_tiles, 0)
+            end_tile = tl.sum(num_tiles, 0)
             if block == 0:
-                tl.store(tiles_ptr + 4 * max_tiles, tl.sum(num_tiles, 0))
+                tl.store(tiles_ptr + 4 * max_tiles, end_tile)
+            for start in range(end_tile + block * BLOCK, max_tiles, tl.num_programs(0) * BLOCK):
+                tl.store(tiles_ptr + 4 * (start + lanes) + 3, 0, mask=start + lanes < max_tiles)
             num_rows = tl.gather(ends, experts_of_pairs, 0) - positions
             rank = tl.gather(totals, experts_of_pairs, 0) - num_rows
             tile = tl.gather(end_tiles - num_tiles, experts_of_pairs, 0) + rank // BLOCK_M

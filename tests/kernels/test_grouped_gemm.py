@@ -657,6 +657,42 @@ def test_compiles(capability: int) -> None:
     }
 
 
+COMPILE_SIZES = """
+import json
+import torch
+from compiling import compiling_for, spilled_bytes
+from random_layer import random_layer
+
+with compiling_for(90) as compiled:
+    for size in (1032, 1028, 1026):
+        for num_tokens, weights, activations in (
+            (4, "int8", None), (32, "fp8", None), (32, None, None), (16, "int8", "int8"),
+        ):
+            layer = random_layer(num_tokens=num_tokens, num_experts=8, top_k=8, hidden_size=size,
+                                 intermediate_size=size, weights=weights, dtype=torch.bfloat16)
+            layer.triton(activations=activations)
+            for kernel in compiled:
+                print(json.dumps({
+                    "kernel": kernel.metadata.name,
+                    "layer": f"{size}, {num_tokens} tokens, {weights}, {activations}",
+                    "size": size,
+                    "asynchronous": "cp.async" in kernel.asm["ptx"],
+                    "spilled": spilled_bytes(kernel.asm["cubin"]),
+                }))
+            compiled.clear()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
+def test_sizes_that_16_does_not_divide_spill_nothing() -> None:
+    kernels = [k for k in run_compiler(COMPILE_SIZES) if k["kernel"] == "grouped_gemm_kernel"]
+    assert len(kernels) == 24
+    for kernel in kernels:
+        assert kernel["spilled"] == 0, kernel
+        assert kernel["asynchronous"] or kernel["size"] % 4, kernel
+
+
 @pytest.mark.parametrize("weights", [torch.int8, torch.bfloat16])
 def test_tile_grows_with_rows(weights: torch.dtype) -> None:
     shape = LayerShape(128, 8, 2048, 768)

@@ -132,6 +132,7 @@ def assert_equal(routing: ExpertRouting, expected: ExpertRouting) -> None:
         if name == "tiles":
             num_tiles = theirs[-1, 0]
             assert ours[-1, 0] == num_tiles
+            assert ours[num_tiles:-1, 3].eq(0).all() and theirs[num_tiles:-1, 3].eq(0).all()
             ours, theirs = ours[:num_tiles], theirs[:num_tiles]
         assert torch.equal(ours, theirs), name
 
