@@ -15,7 +15,7 @@ from qmoe_kernels.tile_search import shared_memory
 from qmoe_kernels.tile_tables import OPERANDS, LayerKind
 from qmoe_kernels.tiles import LayerShape, LayerTiles, TileConfig
 
-# Experts, top-k, hidden size, intermediate size of real models, by their published configurations.
+# Experts, top-k, hidden size, intermediate size of real models.
 MODELS = [
     (160, 6, 5120, 1536),  # DeepSeek-V2
     (64, 6, 2048, 1408),  # DeepSeek-V2-Lite, Moonlight
@@ -38,6 +38,7 @@ MODELS = [
     (256, 8, 2048, 512),  # Ling-mini-2.0, Qwen3.5-35B-A3B
     (32, 8, 1024, 512),  # Granite-3.1-1b-A400m
     (64, 6, 2560, 1664),  # Aria
+    (512, 22, 1024, 2688),  # Nemotron-3-Super, whose experts have no gate
 ]
 # Every number of tokens up to 64, then sixteen for each doubling.
 TOKENS = [*range(1, 65), *(round(64 * 2 ** (step / 16)) for step in range(1, 129))]
@@ -68,8 +69,9 @@ def chosen(
 
 def needed(tile: TileConfig, experts: int, weights: torch.dtype, rows: torch.dtype) -> int:
     """Bytes of shared memory, estimated from above."""
-    if tile.block_m == 1:  # weights go to registers by way of shared memory, in each stage
-        return tile.num_stages * tile.block_n * experts * tile.block_k * weights.itemsize
+    if tile.block_m == 1:  # and a row of each expert; the last stage is in registers
+        columns = experts * (tile.block_n * weights.itemsize + rows.itemsize)
+        return (tile.num_stages - 1) * tile.block_k * columns
     if FP32 in (weights, rows):  # no name in tables
         columns = tile.block_n * max(weights.itemsize, 2) + tile.block_m * rows.itemsize
         return tile.num_stages * tile.block_k * columns
