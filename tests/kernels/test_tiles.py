@@ -106,7 +106,7 @@ from compiling import compiling_for
 from random_layer import random_layer
 
 with compiling_for(CAPABILITY) as compiled:
-    layer = random_layer(num_tokens=NUM_TOKENS, num_experts=16, top_k=TOP_K, hidden_size=1024,
+    layer = random_layer(num_tokens=NUM_TOKENS, num_experts=32, top_k=TOP_K, hidden_size=1024,
                          intermediate_size=704, weights=WEIGHTS, dtype=torch.bfloat16)
     layer.triton(tiles=TILES, activations=ACTIVATIONS)
 for kernel in compiled:
