@@ -30,7 +30,12 @@ def heuristic_tiles(
     if num_tokens == 1 and activations.itemsize > 1:
         experts = 1 << (shape.top_k - 1).bit_length()
         gate_up = TileConfig(1, 8, 256, num_warps=2, num_stages=4)
-        down = TileConfig(1, max(1, 32 // experts), 256, num_warps=4, num_stages=3)
+        block_n = max(1, 32 // experts)
+        # Two stages of all experts' weights and rows. 256 columns are too many where more than 16
+        # experts have fp32 weights.
+        column_bytes = experts * (block_n * weights.itemsize + activations.itemsize)
+        block_k = 256 if 2 * 256 * column_bytes <= 99 << 10 else 128
+        down = TileConfig(1, block_n, block_k, num_warps=4, num_stages=3)
         return LayerTiles(gate_up, down, sort=False)
     rows = num_pairs / shape.num_experts
     if hopper and rows >= (48 if activations.itemsize == 1 else 24):
