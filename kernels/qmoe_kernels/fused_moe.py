@@ -28,9 +28,10 @@ from qmoe_kernels.routing import ExpertRouting
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# From so many rows per expert on, products are bound by arithmetic rather than by the bytes of
-# 8-bit weights: on an H200, 690 TFLOP/s in bf16 and 4.5 TB/s balance at 690 / (2 * 4.5) = 77 rows.
-ARITHMETIC_BOUND_ROWS = 64
+# From so many rows per expert on, products of 8-bit rows are quicker by 4 % and more, over eight
+# models' layers on an H200 (``benchmarks/results/kernel_tiles.json``): 1.04 to 1.16 times at 8 rows,
+# 1.15 to 1.33 at 16, 1.4 to 2.1 at 128 and more. At 4 it is 0.99 to 1.05, and not worth the rounding.
+EIGHT_BIT_ROWS = 8
 
 
 def fused_moe(
@@ -70,9 +71,9 @@ def fused_moe(
             ``(..., intermediate_size)`` that treats each row by itself.
         activations: what the products take. ``"bf16"``: rows as they are, in the dtype of
             ``hidden_states``. ``"int8"``, ``"fp8"``: rows quantized to the weights' dtype with a
-            scale each, by `quantize_rows`, before either product. ``"auto"``: 8 bit where a GPU is
-            bound by arithmetic, which is from `ARITHMETIC_BOUND_ROWS` pairs per expert on; as they
-            are everywhere else.
+            scale each, by `quantize_rows`, before either product. ``"auto"``: 8 bit where that is
+            quicker, which is from `EIGHT_BIT_ROWS` pairs per expert on, on average, on a GPU; as
+            they are everywhere else.
         two_level_sums: where FP8 meets FP8. Hopper's tensor cores keep some 14 bits of such sums;
             true adds up to fp32 every 64 products, which takes longer. Other products and devices
             are exact enough as they are; an ``activation`` that is a callable goes without.
@@ -237,7 +238,7 @@ def _row_format(activations: str, projection: Projection, num_pairs: int) -> Wei
     if activations == "bf16":
         return None
     if activations == "auto":
-        weight, few = projection.weight, ARITHMETIC_BOUND_ROWS * projection.num_experts
+        weight, few = projection.weight, EIGHT_BIT_ROWS * projection.num_experts
         if weight.device.type != "cuda" or num_pairs < few:
             return None
         found = FORMAT_OF.get(weight.dtype)

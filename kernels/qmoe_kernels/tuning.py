@@ -1,7 +1,7 @@
-"""Which tiles a layer runs with: measured ones by GPU, shape and size, else a heuristic.
+"""Which tiles a layer runs with: a user's measured ones by GPU, shape and size, else the rule's.
 
-Tables lie in ``configs`` beside this file, and in the folder that the environment variable
-``QMOE_CONFIGS`` names, which is asked first. ``qmoe tune`` writes them; nothing here
+Tables lie in the folder that the environment variable ``QMOE_CONFIGS`` names; ``qmoe tune`` writes
+them. None is shipped: the rule is within some per cent of what a search finds. Nothing here
 measures while a model runs.
 """
 
@@ -17,7 +17,6 @@ from qmoe_kernels.heuristic import heuristic_tiles
 from qmoe_kernels.tile_tables import OPERANDS, LayerKind, TileTable, table_path
 from qmoe_kernels.tiles import LayerShape, LayerTiles
 
-CONFIGS = Path(__file__).parent / "configs"
 CONFIGS_VARIABLE = "QMOE_CONFIGS"
 
 # A program that looks for its rows itself reads all pairs: not for more than this, twice as many
@@ -34,7 +33,7 @@ def choose_tiles(
 ) -> LayerTiles:
     """Choose by what was measured, or by rows per expert.
 
-    A function of its arguments, of the device's name and of the tables, which are read once.
+    A function of its arguments, of the device's name and of its table, which is read once.
 
     Args:
         shape: of the layer.
@@ -82,21 +81,20 @@ def _choose(
 ) -> LayerTiles:
     if gpu is not None and num_tokens > 0 and {weights, activations} <= OPERANDS.keys():
         kind = LayerKind(shape, OPERANDS[weights], OPERANDS[activations])
-        for table in _tables(gpu, folder):
-            tiles = table.find(kind, num_tokens)
-            if tiles is not None:
-                many = num_tokens * shape.top_k > MAX_UNSORTED_PAIRS
-                return tiles.sorted() if many and not tiles.sort else tiles
-    hopper = hopper and weights.itemsize == 1 and activations.itemsize <= 2
+        table = _table(gpu, folder)
+        tiles = table.find(kind, num_tokens) if table else None
+        if tiles is not None:
+            many = num_tokens * shape.top_k > MAX_UNSORTED_PAIRS
+            return tiles.sorted() if many and not tiles.sort else tiles
+    hopper = hopper and activations.itemsize <= 2
     return heuristic_tiles(shape, num_tokens, weights, activations, hopper=hopper)
 
 
 @functools.cache
-def _tables(gpu: str, folder: str | None) -> list[TileTable]:
-    folders = [CONFIGS]
-    if folder:
-        if not Path(folder).is_dir():
-            raise ValueError(f"{CONFIGS_VARIABLE}={folder}: no such folder")
-        folders.insert(0, Path(folder))
-    paths = [table_path(each, gpu) for each in folders]
-    return [TileTable.read(path) for path in paths if path.exists()]
+def _table(gpu: str, folder: str | None) -> TileTable | None:
+    if not folder:
+        return None
+    if not Path(folder).is_dir():
+        raise ValueError(f"{CONFIGS_VARIABLE}={folder}: no such folder")
+    path = table_path(Path(folder), gpu)
+    return TileTable.read(path) if path.exists() else None

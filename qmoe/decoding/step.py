@@ -35,7 +35,7 @@ from qmoe.decoding.selection import Key, Selection, key_of
 from qmoe.decoding.shadow import Shadow, Undecodable
 from qmoe.experts.guard import Guard, guard_of
 from qmoe.experts.quantized import quantized_modules
-from qmoe_kernels.fused_moe import ARITHMETIC_BOUND_ROWS
+from qmoe_kernels.fused_moe import EIGHT_BIT_ROWS
 
 _OWN_MASKS = ("eager", "sdpa")  # implementations that a mask over a static cache is enough for
 # With more tokens the kernels themselves take longer than their launches, so that a graph no
@@ -56,7 +56,7 @@ class Shadows:
             cannot be replaced. Then ``prompts`` decodes too, with masks.
         config, device: the model's.
         takes_last: whether it can be told to compute the logits of some tokens only.
-        arithmetic_bound: tokens from which on experts quantize their rows; None where that is not
+        eight_bit_tokens: tokens from which on experts quantize their rows; None where that is not
             known.
         has_budget: whether memory is counted.
     """
@@ -86,7 +86,7 @@ class Shadows:
             self.steps = Shadow(model, found.forwards, IMPLEMENTATION)
         self.config, self.device = self.prompts.root.config, model.device
         self.takes_last = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self.arithmetic_bound = _arithmetic_bound(model)
+        self.eight_bit_tokens = _eight_bit_tokens(model)
         self.has_budget = getattr(model, "qmoe_paging", None) is not None
         self.experts = list(quantized_modules(model).values())
 
@@ -257,7 +257,7 @@ class DecodeStep:
         if self.rows * rounded > _MAX_GRAPHED_TOKENS or rounded > self.length:
             return None
         # Rows that are quantized because there are more of them would not be the same rows.
-        bound = self.shadows.arithmetic_bound
+        bound = self.shadows.eight_bit_tokens
         if bound is None or (self.rows * columns < bound) != (self.rows * rounded < bound):
             return None
         return rounded
@@ -365,7 +365,7 @@ def step_of(model: Any, rows: int, length: int, pieces: Iterable[str] = PIECES) 
     return DecodeStep(Shadows(model, Fingerprint(model), pieces), guard_of(model), rows, length)
 
 
-def _arithmetic_bound(model: Any) -> float | None:
+def _eight_bit_tokens(model: Any) -> float | None:
     experts = [m for m in quantized_modules(model).values() if m.activations == "auto"]
     if not experts:
         return float("inf")
@@ -373,4 +373,4 @@ def _arithmetic_bound(model: Any) -> float | None:
     counts = {m.num_experts for m in experts}
     if top_k is None or len(counts) != 1:
         return None
-    return ARITHMETIC_BOUND_ROWS * counts.pop() / top_k
+    return EIGHT_BIT_ROWS * counts.pop() / top_k

@@ -26,7 +26,7 @@ from trained_layer import trained_layer
 import qmoe_kernels
 from qmoe_kernels import Activation, fused_moe, grouped_linear, weighted_sum
 from qmoe_kernels.activations import apply
-from qmoe_kernels.fused_moe import ARITHMETIC_BOUND_ROWS, check_activations
+from qmoe_kernels.fused_moe import EIGHT_BIT_ROWS, check_activations
 from qmoe_kernels.reference import grouped_linear_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -167,10 +167,10 @@ def test_sums_are_exact_enough_on_a_cpu() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_auto_quantizes_rows_where_arithmetic_bounds(weights: str | None) -> None:
+def test_auto_quantizes_rows_where_eight_bit_tokenss(weights: str | None) -> None:
     # Both experts for every token.
     layer = random_layer(
-        num_tokens=ARITHMETIC_BOUND_ROWS,
+        num_tokens=EIGHT_BIT_ROWS,
         num_experts=2,
         hidden_size=64,
         weights=weights,
