@@ -28,9 +28,9 @@ from qmoe_kernels.routing import ExpertRouting
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-# From so many rows per expert on, products of 8-bit rows are quicker by 4 % and more, over eight
-# models' layers on an H200 (``benchmarks/results/kernel_tiles.json``): 1.04 to 1.16 times at 8 rows,
-# 1.15 to 1.33 at 16, 1.4 to 2.1 at 128 and more. At 4 it is 0.99 to 1.05, and not worth the rounding.
+# From so many rows per expert on, products of 8-bit rows are quicker. Times of 16-bit rows over
+# theirs, eight models' layers on an H200 (``benchmarks/results/kernel_tiles.json``): 1.00 to 1.05
+# at 4 rows, 1.02 to 1.16 at 8 to 10 (once 0.98, at 13), 1.15 to 1.33 at 16, 1.26 to 2.1 from 64 on.
 EIGHT_BIT_ROWS = 8
 
 

@@ -167,7 +167,7 @@ def test_sums_are_exact_enough_on_a_cpu() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_auto_quantizes_rows_where_eight_bit_tokenss(weights: str | None) -> None:
+def test_auto_quantizes_rows_where_that_is_quicker(weights: str | None) -> None:
     # Both experts for every token.
     layer = random_layer(
         num_tokens=EIGHT_BIT_ROWS,
