@@ -44,6 +44,7 @@ from qmoe.checkpoints.files import (
     check_sizes,
     read_json,
 )
+from qmoe.checkpoints.inspection import check_top_k
 from qmoe.checkpoints.schema import QMOE, format_of
 from qmoe.experts.layout import ExpertsLayout, find_experts
 from qmoe_convert import ConversionError, SourceError, one_line
@@ -411,6 +412,8 @@ def _map_checkpoint(folder: Path, tensors: Mapping[str, StoredTensor]) -> Checkp
             layouts = find_experts(model)
         except ValueError as error:
             raise MappingError(f"{folder}: {error}") from None
+        fewest = min(each.num_experts + each.num_identity_experts for each in layouts.values())
+        check_top_k(folder, config.to_dict(), fewest)
         module_names = _linear_modules(model, config)
         transforms = get_model_conversion_mapping(model, hf_quantizer=quantizer)
         if hasattr(quantizer, "compressor"):

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+import qmoe
 from qmoe.checkpoints.files import CheckpointError, open_checkpoint
+from qmoe.checkpoints.inspection import inspect_checkpoint
 from qmoe.experts.layout import find_experts
 from qmoe_convert.mapping import CheckpointMapping, MappingError, map_checkpoint
 from qmoe_convert.shards import Reader
@@ -100,6 +102,12 @@ class TestRefused:
         folder = source()
         rewrite(folder, load(folder), num_experts=3, num_local_experts=3)
         self.expect(folder, r"experts\.3\.\w+\.weight: 4 experts in the checkpoint, 3 in config")
+
+    def test_more_experts_per_token_than_experts(self, source: Callable[..., Path]) -> None:
+        folder = source("qwen3_moe", num_experts_per_tok=5)
+        for read in (mapping_of, inspect_checkpoint, qmoe.load):
+            with pytest.raises(CheckpointError, match="a token to 5 experts, and a layer has 4;"):
+                read(folder)
 
     @pytest.mark.parametrize("name", ["self_attn.v_proj", "input_layernorm", "mlp.gate"])
     def test_a_tensor_missing_elsewhere(self, source: Callable[..., Path], name: str) -> None:
