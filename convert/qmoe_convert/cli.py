@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qmoe.checkpoints.hub import check_place
+from qmoe.checkpoints.hub import check_place, check_revision
 from qmoe.exits import UNUSABLE, USAGE, interruptible, run
 from qmoe.progress import redraws
 from qmoe.sizes import format_size, parse_size
@@ -118,6 +118,9 @@ def command(
     failed, 130 interrupted, 143 terminated.
     """
     check_place(model)
+    check_revision(model, revision)
+    if not out:
+        raise ValueError("--out is empty; give the folder to write")
     if not dry_run:
         if os.path.lexists(out) and not (resume or overwrite):
             raise FileExistsError(f"{out} exists; choose another folder or use --overwrite")

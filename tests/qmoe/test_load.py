@@ -151,6 +151,11 @@ def test_files_that_cannot_be_read_are_named(what, options, folder) -> None:
         qmoe.load(folder, device="cpu", **options)
 
 
+def test_a_folder_has_no_revisions(folder) -> None:
+    with pytest.raises(ValueError, match="revision='main' has no effect: .*is a folder"):
+        qmoe.load(folder, revision="main")
+
+
 def test_the_command_ends_with_exit_code_3(folder, capsys) -> None:
     change(folder, without("v_proj"))
     assert main(["generate", str(folder), "--prompt", "a", "--device", "cpu"]) == 3
