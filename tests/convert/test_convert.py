@@ -738,9 +738,18 @@ class TestResume:
         journaled = [n for n, inode in whole.items() if (out / n).stat().st_ino == inode]
         assert len(journaled) >= 3  # the fourth may have been killed before its entry
 
-    @pytest.mark.parametrize("change", ["options", "source"])
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"weights": "fp8"}, "begun with --weights int8, and this is --weights fp8; repeat"),
+            ({"format": "qmoe"}, "--format compressed-tensors, and this is --format qmoe"),
+            ({"max_shard_size": "40kB"}, "size 30000, .* 40000; .*30000 to keep what is finished"),
+            ({"ignore": "s.0"}, "--ignore nothing, and this is --ignore 's.0'"),
+            ({}, "another source, or from one that has changed"),
+        ],
+    )
     def test_another_source_or_other_options(
-        self, source: Source, tmp_path: Path, change: str
+        self, source: Source, tmp_path: Path, options: dict[str, Any], message: str
     ) -> None:
         folder, out = source(), tmp_path / "out"
 
@@ -750,13 +759,13 @@ class TestResume:
 
         with pytest.raises(KeyboardInterrupt):
             convert(folder, out, max_shard_size="30kB", progress=interrupt)
-        options = {"weights": "fp8"} if change == "options" else {}
-        if change == "source":
+        if not options:
             os.utime(next(folder.glob("*.safetensors")), ns=(0, 0))
-        with pytest.raises(ConversionError, match="another source or with other options"):
-            convert(folder, out, max_shard_size="30kB", resume=True, **options)
-        assert (tmp_path / "out.partial").exists()
-        convert(folder, out, max_shard_size="30kB", overwrite=True, **options)
+        options = {"max_shard_size": "30kB"} | options
+        with pytest.raises(ConversionError, match=message):
+            convert(folder, out, resume=True, **options)
+        assert len(list((tmp_path / "out.partial" / "new").glob("*.safetensors"))) >= 2
+        convert(folder, out, overwrite=True, **options)
 
     def test_a_shard_that_shrank_is_written_again(self, source: Source, tmp_path: Path) -> None:
         folder, out = source(), tmp_path / "out"

@@ -422,7 +422,7 @@ class TestResume:
         with pytest.raises(Killed), pytest.MonkeyPatch.context() as patch:
             patch.setattr(Output, "publish", lambda self: (publish(self), kill()))
             convert(source, out, **SMALL)
-        with pytest.raises(ConversionError, match="other options"):
+        with pytest.raises(ConversionError, match="begun with --weights int8"):
             convert(source, out, resume=True, weights="fp8", **SMALL)
         assert convert(source, out, resume=True, **SMALL).errors
         assert os.listdir(tmp_path) == ["out"]
