@@ -115,7 +115,7 @@ def command(
     """Convert the experts of a Mixture-of-Experts checkpoint to INT8 or FP8.
 
     OUT is complete or absent. Exit codes: 0 done, 2 wrong usage, 3 not converted, 4 verification
-    failed, 130 interrupted, 143 terminated.
+    failed, 129 hung up, 130 interrupted, 143 terminated.
     """
     check_place(model)
     check_revision(model, revision)

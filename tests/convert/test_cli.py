@@ -230,7 +230,11 @@ def test_verification_failure(
 class TestSignals:
     @pytest.mark.parametrize(
         ("number", "code", "word"),
-        [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+        [
+            (signal.SIGHUP, 129, "hung up"),
+            (signal.SIGINT, 130, "interrupted"),
+            (signal.SIGTERM, 143, "terminated"),
+        ],
     )
     def test_one_line_and_resume(
         self,

@@ -744,7 +744,7 @@ class TestResume:
             ({"weights": "fp8"}, "begun with --weights int8, and this is --weights fp8; repeat"),
             ({"format": "qmoe"}, "--format compressed-tensors, and this is --format qmoe"),
             ({"max_shard_size": "40kB"}, "size 30000, .* 40000; .*30000 to keep what is finished"),
-            ({"ignore": "s.0"}, "--ignore nothing, and this is --ignore 's.0'"),
+            ({"ignore": "layers.0"}, "--ignore nothing, and this is --ignore 'layers.0'"),
             ({}, "another source, or from one that has changed"),
         ],
     )

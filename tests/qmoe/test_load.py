@@ -152,7 +152,7 @@ def test_files_that_cannot_be_read_are_named(what, options, folder) -> None:
 
 
 def test_a_folder_has_no_revisions(folder) -> None:
-    with pytest.raises(ValueError, match="revision='main' has no effect: .*is a folder"):
+    with pytest.raises(ValueError, match="revision='main' has no effect"):
         qmoe.load(folder, revision="main")
 
 
