@@ -6,6 +6,7 @@ checked.
 
 from __future__ import annotations
 
+import errno
 import json as json_module
 import os
 import sys
@@ -22,7 +23,7 @@ from qmoe.checkpoints.hub import check_place, check_revision
 from qmoe.exits import UNUSABLE, USAGE, interruptible, run
 from qmoe.progress import redraws
 from qmoe.sizes import format_size, parse_size
-from qmoe_convert import ConversionError
+from qmoe_convert import ConversionError, why_full
 
 if TYPE_CHECKING:
     from qmoe_convert.report import Report
@@ -186,9 +187,9 @@ def _check_writable(out: Path) -> None:
         with interruptible():
             tempfile.TemporaryDirectory(prefix=".qmoe-", dir=out.absolute().parent).cleanup()
     except OSError as error:
-        raise OSError(
-            f"{out}: cannot be made ({error.strerror}); choose another folder with -o"
-        ) from None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        why = why_full(out.absolute()) if full else error.strerror
+        raise OSError(f"{out}: cannot be made ({why}); choose another folder with -o") from None
 
 
 # What people see

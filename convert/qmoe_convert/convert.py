@@ -24,7 +24,7 @@ import torch
 from qmoe.checkpoints.files import CheckpointError, FileVersion, StoredTensor, open_checkpoint
 from qmoe.checkpoints.hub import check_revision, why_no_place
 from qmoe.sizes import parse_size
-from qmoe_convert import ConversionError, SourceError, one_line
+from qmoe_convert import ConversionError, SourceError, one_line, why_full
 from qmoe_convert.hub import check_name, check_rights, upload
 from qmoe_convert.journal import choices, fingerprints
 from qmoe_convert.mapping import map_checkpoint
@@ -210,7 +210,7 @@ def _explained(out: Path) -> Iterator[None]:
         # Of a copy that fails for want of room, the second is the one written.
         name = (full and error.filename2) or error.filename or out
         if full:
-            text = "the disk is full; make room, then go on with --resume"
+            text = f"{why_full(Path(name))}, then go on with --resume"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             text = f"no permission ({error.strerror}); change the folder or its permissions"
         else:

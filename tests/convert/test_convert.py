@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -662,8 +663,16 @@ class TestFailures:
             convert(qwen3_folder, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.parametrize(
+        ("inodes", "message"), [(9, "the disk is full"), (0, "no inodes left")]
+    )
     def test_disk_full_on_the_way(
-        self, qwen3_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self,
+        qwen3_folder: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        inodes: int,
+        message: str,
     ) -> None:
         out = tmp_path / "out"
         undisturbed = tmp_path / "undisturbed"
@@ -677,7 +686,11 @@ class TestFailures:
 
         with monkeypatch.context() as patch:
             patch.setattr(ShardWriter, "write", fail)
-            with pytest.raises(ConversionError, match=r"model-00002.*the disk is full.*--resume"):
+            status = SimpleNamespace(
+                f_files=99, f_favail=inodes, f_bavail=99, f_frsize=1 << 40, f_blocks=99, f_bfree=99
+            )
+            patch.setattr("qmoe_convert.os.statvfs", lambda path: status)
+            with pytest.raises(ConversionError, match=rf"model-00002.*{message}.*--resume"):
                 convert(qwen3_folder, out, max_shard_size="60kB")
         assert not out.exists()
         convert(qwen3_folder, out, max_shard_size="60kB", resume=True)
