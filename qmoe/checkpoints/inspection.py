@@ -17,6 +17,7 @@ from qmoe.checkpoints.files import (
     TORCH_DTYPES,
     CheckpointError,
     StoredTensor,
+    check_config,
     first_line,
     open_checkpoint,
     read_json,
@@ -155,6 +156,7 @@ def _describe(
     tensors: list[StoredTensor],
     manifest: Manifest | None,
 ) -> Inspection:
+    check_config(Path(path) / "config.json", config, {tensor.name: tensor for tensor in tensors})
     try:
         return _describe_config(path, config, tensors, manifest)
     except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:

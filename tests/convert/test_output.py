@@ -322,6 +322,17 @@ class TestLock:
             write(tmp_path / "out", "new")
         assert (tmp_path / "out.partial.lock").read_text() == "poetry"
 
+    def test_a_folder_in_its_place(self, tmp_path: Path) -> None:
+        (tmp_path / "out.partial.lock").mkdir()
+        with pytest.raises(ConversionError, match="stands where our lock would"):
+            write(tmp_path / "out", "new")
+
+    @pytest.mark.parametrize("length", [250, 300])
+    def test_a_name_that_is_too_long(self, tmp_path: Path, length: int) -> None:
+        with pytest.raises(ConversionError, match=rf"^x+\.\.\.: a name of {length} bytes is too"):
+            write(tmp_path / ("x" * length), "new")
+        assert not list(tmp_path.iterdir())
+
 
 def interrupted(source: Path, out: Path, **options: Any) -> dict[str, int]:
     """Interrupt a conversion when three shards are whole; returns their inodes."""
