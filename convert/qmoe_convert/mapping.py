@@ -42,6 +42,7 @@ from qmoe.checkpoints.files import (
     CheckpointError,
     StoredTensor,
     check_config,
+    check_generation_config,
     read_json,
 )
 from qmoe.checkpoints.inspection import check_top_k
@@ -531,6 +532,7 @@ def _load_config(folder: Path, tensors: Mapping[str, StoredTensor]) -> Any:
     if not file.exists():
         raise MappingError(f"{file}: missing; a Hugging Face model folder has one")
     raw = read_json(file)
+    check_generation_config(folder)
     check_config(file, raw, tensors)
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):

@@ -406,6 +406,18 @@ def check_folder(folder: Path) -> None:
     tensors = open_checkpoint(folder)
     file = folder / "config.json"
     check_config(file, read_json(file), tensors)
+    check_generation_config(folder)
+
+
+def check_generation_config(folder: Path) -> None:
+    """Refuse a generation_config.json that cannot be read: transformers would do without it.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    file = folder / "generation_config.json"
+    if file.exists():
+        read_json(file)
 
 
 # Weights in other forms, by how their names begin or end, and what to do about them.
@@ -433,4 +445,5 @@ def _no_weights(folder: Path) -> CheckpointError:
             if re.fullmatch(pattern, name):
                 empty = (folder / name).is_file() and (folder / name).stat().st_size == 0
                 return CheckpointError(f"{folder / name}: {'empty; ' if empty else ''}{text}")
-    return CheckpointError(f"{folder}: holds neither {INDEX_NAME} nor {SINGLE_NAME}")
+    config = "" if "config.json" in names else "no config.json, and "
+    return CheckpointError(f"{folder}: holds {config}neither {INDEX_NAME} nor {SINGLE_NAME}")

@@ -29,6 +29,7 @@ from qmoe.checkpoints.schema import (
     QMOE,
     Manifest,
     format_of,
+    read_manifest,
     summarize_errors,
 )
 
@@ -108,10 +109,10 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
         raise ValueError(why)
     folder = Path(path)
     if folder.is_dir():
+        manifest = read_manifest(folder)
         # The weights first: a folder without any may be an adapter's, and says so.
         tensors = list(open_checkpoint(folder).values())
         config = read_json(folder / "config.json")
-        manifest = Manifest.read(folder) if (folder / MANIFEST_NAME).exists() else None
         return _describe(str(path), config, tensors, manifest)
     return _inspect_hub(str(path))
 

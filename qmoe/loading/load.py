@@ -23,6 +23,7 @@ from qmoe.checkpoints.schema import (
     QMOE,
     Manifest,
     format_of,
+    read_manifest,
 )
 from qmoe.experts.layout import find_experts
 from qmoe.experts.quantized import quantized_modules
@@ -133,6 +134,7 @@ def _read_config(path_or_repo: str, revision: str | None) -> PreTrainedConfig:
         raise ValueError(why)
     check_revision(path_or_repo, revision)
     if Path(path_or_repo).is_dir():
+        read_manifest(Path(path_or_repo))
         check_folder(Path(path_or_repo))
     try:
         config = AutoConfig.from_pretrained(path_or_repo, revision=revision)
