@@ -10,6 +10,7 @@ option should not wait.
 | 2 | wrong usage |
 | 3 | input that cannot be used |
 | 4 | what ``convert-checkpoint`` wrote is not what it should be |
+| 129 | hung up (SIGHUP: the terminal was closed) |
 | 130 | interrupted (Ctrl-C) |
 | 141 | the reader of stdout left, as ``head`` does; this is no failure |
 | 143 | terminated (SIGTERM) |
@@ -27,14 +28,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
+from qmoe.start import SIGNALS
+
 FAILED, USAGE, UNUSABLE, UNVERIFIED = 1, 2, 3, 4
-INTERRUPTED, READER_LEFT, TERMINATED = 130, 141, 143
+INTERRUPTED, READER_LEFT = 130, 141
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM."""
+    """SIGTERM or SIGHUP."""
 
-    exit_code = TERMINATED
+    def __init__(self, note: str, number: int) -> None:
+        super().__init__(note)
+        self.number = number
+        self.exit_code = 128 + number
 
 
 def run(
@@ -88,25 +94,25 @@ def run(
 
 @contextmanager
 def interruptible(note: str = "") -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM unwind the block, so that files are closed and workers stop.
+    """Let Ctrl-C, SIGTERM and SIGHUP unwind the block, so that files are closed and workers stop.
 
     Args:
-        note: what the last line says after "interrupted" or "terminated".
+        note: what the last line says after "interrupted", "terminated" or "hung up".
     """
 
     def unwind(number: int, frame: Any) -> NoReturn:
-        raise (Terminated if number == signal.SIGTERM else KeyboardInterrupt)(note)
+        raise KeyboardInterrupt(note) if number == signal.SIGINT else Terminated(note, number)
 
     def again(unraisable: Any) -> None:
         """Python drops what is raised inside a ``__del__`` or a callback; Ctrl-C comes again."""
         if isinstance(unraisable.exc_value, KeyboardInterrupt):
-            number = signal.SIGTERM if unraisable.exc_type is Terminated else signal.SIGINT
+            number = getattr(unraisable.exc_value, "number", signal.SIGINT)
             threading.Timer(0.05, os.kill, [os.getpid(), number]).start()
         else:
             hook(unraisable)
 
     hook, sys.unraisablehook = sys.unraisablehook, again
-    before = {number: _handle(number, unwind) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: _handle(number, unwind) for number in SIGNALS}
     try:
         yield
     finally:
@@ -133,7 +139,7 @@ def _explain(
     """A failure in one line, and its exit code."""
     text = printable(str(error))
     if isinstance(error, KeyboardInterrupt):
-        what = "terminated" if isinstance(error, Terminated) else "interrupted"
+        what = SIGNALS[getattr(error, "number", signal.SIGINT)]
         return f"{what}; {text}" if text else what, getattr(error, "exit_code", INTERRUPTED)
     if hasattr(error, "format_message"):  # what typer finds wrong with the usage
         context = getattr(error, "ctx", None)

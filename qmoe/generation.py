@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,7 +28,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from qmoe.checkpoints.files import first_line
+from qmoe.checkpoints.files import check_folder, first_line
 from qmoe.decoding.loop import decode
 from qmoe.experts.guard import guard_of
 from qmoe.experts.layout import describe
@@ -193,6 +194,18 @@ def expert_bytes(model: nn.Module) -> int:
     return total
 
 
+class OverBudget(ValueError):
+    """Texts that a model's budget has no room for.
+
+    Attributes:
+        on_command_line: the message for people who gave the budget there.
+    """
+
+    def __init__(self, what: str, remedy: str, remedy_on_command_line: str) -> None:
+        super().__init__(f"{what}; {remedy}")
+        self.on_command_line = f"{what}; {remedy_on_command_line}"
+
+
 def load_tokenizer(path_or_repo: str) -> Any:
     """The tokenizer of a checkpoint.
 
@@ -202,6 +215,8 @@ def load_tokenizer(path_or_repo: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path_or_repo)
     except Exception as error:  # each tokenizer class fails in its own way
+        if Path(path_or_repo).is_dir():
+            check_folder(Path(path_or_repo))  # no model: that comes before its tokenizer
         raise ValueError(f"{path_or_repo}: no usable tokenizer ({first_line(error)})") from error
     # Where there are no files, transformers makes up one that knows special tokens alone.
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
@@ -484,10 +499,12 @@ def _keep_to_budget(
     longest = max(map(len, token_ids))
     tokens = longest + max_new_tokens
     if rows * tokens > budget.batch_size * budget.context:
-        raise ValueError(
+        raise OverBudget(
             f"{rows} texts of {longest} + {max_new_tokens} tokens do not fit into the "
-            f"budget, which has room for {budget.batch_size} of {budget.context}; make room with "
-            f"qmoe.resize(model, hbm_budget=..., context={tokens}, batch_size={rows})"
+            f"budget, which has room for {budget.batch_size} of {budget.context}",
+            f"make room with qmoe.resize(model, hbm_budget=..., context={tokens}, "
+            f"batch_size={rows})",
+            f"give --context {tokens} --batch-size {rows}, and --hbm-budget as much as they take",
         )
     # At least two: some models take a chunk of a single token for one that they generated.
     chunk = max(2, budget.chunk * budget.batch_size // rows)

@@ -15,26 +15,38 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 
+# What ends a command, and the word for it. Windows has no terminal that hangs up.
+SIGNALS = {
+    getattr(signal, name): word
+    for name, word in (("SIGINT", "interrupted"), ("SIGTERM", "terminated"), ("SIGHUP", "hung up"))
+    if hasattr(signal, name)
+}
+
+
 def start(program: str, module: str) -> NoReturn:
     """Be the process of a command: import ``module``, run its ``main()``, and exit.
 
     Ctrl-C ends the process at once, for while modules are imported and options are read there is
-    nothing to undo. Work that has to be undone runs inside :func:`qmoe.exits.interruptible`.
+    nothing to undo; so do SIGTERM and SIGHUP. Work that has to be undone runs inside
+    :func:`qmoe.exits.interruptible`.
     """
-    interrupted = 128 + signal.SIGINT
 
-    def leave(*signal_and_frame: Any) -> None:
-        # Not print: the signal may strike in the middle of one.
-        if "--json" in sys.argv:
-            os.write(1, b'{"error": "interrupted", "exit_code": %d}\n' % interrupted)
-        os.write(2, f"{program}: interrupted\n".encode())
-        os._exit(interrupted)
+    def leave(number: int, frame: Any) -> None:
+        word, code = SIGNALS[signal.Signals(number)], 128 + number
+        try:
+            # Not print: the signal may strike in the middle of one.
+            if "--json" in sys.argv:
+                os.write(1, f'{{"error": "{word}", "exit_code": {code}}}\n'.encode())
+            os.write(2, f"{program}: {word}\n".encode())
+        finally:  # a terminal that hung up takes no more
+            os._exit(code)
 
-    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # in the background of a script
-    if not ignored:
-        signal.signal(signal.SIGINT, leave)
+    # In the background of a script Ctrl-C is ignored, under nohup SIGHUP.
+    ours = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    for number in ours:
+        signal.signal(number, leave)
         # The first to be registered runs last: Python would hand Ctrl-C back to the system.
-        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+        atexit.register(signal.signal, number, signal.SIG_IGN)
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started us
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
@@ -44,6 +56,6 @@ def start(program: str, module: str) -> NoReturn:
 
     code = import_module(module).main()
     # All has been said; Ctrl-C only ends the farewell of threads and libraries.
-    if not ignored:
-        signal.signal(signal.SIGINT, lambda *signal_and_frame: os._exit(code))
+    for number in ours:
+        signal.signal(number, lambda *signal_and_frame: os._exit(code))
     sys.exit(code)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from qmoe.exits import printable
 
 
@@ -19,3 +22,17 @@ class SourceError(ConversionError):
 def one_line(error: BaseException) -> str:
     """What an error of somebody else says, in one line that is not too long."""
     return printable(str(error))[:200] or type(error).__name__
+
+
+def why_full(place: Path) -> str:
+    """What a disk that takes no more has run out of, at a place that need not be there yet."""
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        status = os.statvfs(place)
+    except (AttributeError, OSError):  # Windows
+        return "the disk is full; make room"
+    # A file system that has no table of inodes says 0 of 0.
+    if status.f_files and not status.f_favail and status.f_bavail:
+        return "the disk has no inodes left, however many bytes are free; remove files"
+    return "the disk is full; make room"

@@ -6,6 +6,7 @@ checked.
 
 from __future__ import annotations
 
+import errno
 import json as json_module
 import os
 import sys
@@ -18,11 +19,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qmoe.checkpoints.hub import check_place
+from qmoe.checkpoints.hub import check_place, check_revision
 from qmoe.exits import UNUSABLE, USAGE, interruptible, run
 from qmoe.progress import redraws
 from qmoe.sizes import format_size, parse_size
-from qmoe_convert import ConversionError
+from qmoe_convert import ConversionError, why_full
 
 if TYPE_CHECKING:
     from qmoe_convert.report import Report
@@ -115,9 +116,12 @@ def command(
     """Convert the experts of a Mixture-of-Experts checkpoint to INT8 or FP8.
 
     OUT is complete or absent. Exit codes: 0 done, 2 wrong usage, 3 not converted, 4 verification
-    failed, 130 interrupted, 143 terminated.
+    failed, 129 hung up, 130 interrupted, 143 terminated.
     """
     check_place(model)
+    check_revision(model, revision)
+    if not out:
+        raise ValueError("--out is empty; give the folder to write")
     if not dry_run:
         if os.path.lexists(out) and not (resume or overwrite):
             raise FileExistsError(f"{out} exists; choose another folder or use --overwrite")
@@ -183,9 +187,9 @@ def _check_writable(out: Path) -> None:
         with interruptible():
             tempfile.TemporaryDirectory(prefix=".qmoe-", dir=out.absolute().parent).cleanup()
     except OSError as error:
-        raise OSError(
-            f"{out}: cannot be made ({error.strerror}); choose another folder with -o"
-        ) from None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        why = why_full(out.absolute()) if full else error.strerror
+        raise OSError(f"{out}: cannot be made ({why}); choose another folder with -o") from None
 
 
 # What people see

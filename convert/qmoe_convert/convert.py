@@ -22,11 +22,11 @@ from typing import cast
 import torch
 
 from qmoe.checkpoints.files import CheckpointError, FileVersion, StoredTensor, open_checkpoint
-from qmoe.checkpoints.hub import why_no_place
+from qmoe.checkpoints.hub import check_revision, why_no_place
 from qmoe.sizes import parse_size
-from qmoe_convert import ConversionError, SourceError, one_line
+from qmoe_convert import ConversionError, SourceError, one_line, why_full
 from qmoe_convert.hub import check_name, check_rights, upload
-from qmoe_convert.journal import fingerprints
+from qmoe_convert.journal import choices, fingerprints
 from qmoe_convert.mapping import map_checkpoint
 from qmoe_convert.output import Output
 from qmoe_convert.plan import Options, Plan, make_plan
@@ -168,11 +168,13 @@ def _convert(
     """Write what is planned, or what of it an interrupted run has not, and publish it."""
     journal, report = output.journal, plan.report
     shards = fingerprints(plan, source.tensors, source.config, source.name)
+    asked = choices(plan, options, source.name)
     if output.published:
-        journal.keep(plan, shards, output.out)
+        journal.keep(plan, asked, shards, output.out)
     else:
         if resume:
-            journal.keep(plan, shards, output.new)
+            journal.keep(plan, asked, shards, output.new)
+        journal.options = asked
         todo = [s.nbytes for s in plan.shards if not resume or s.name not in journal.shards]
         output.begin(sum(todo) + rest_bytes(plan, source.folder), resume=resume)
         try:
@@ -208,7 +210,7 @@ def _explained(out: Path) -> Iterator[None]:
         # Of a copy that fails for want of room, the second is the one written.
         name = (full and error.filename2) or error.filename or out
         if full:
-            text = "the disk is full; make room, then go on with --resume"
+            text = f"{why_full(Path(name))}, then go on with --resume"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             text = f"no permission ({error.strerror}); change the folder or its permissions"
         else:
@@ -263,12 +265,13 @@ def _check_options(
 
 def _find_source(model: str | Path, revision: str | None) -> tuple[Path, str]:
     """The folder of a local or Hub checkpoint, and the name that the manifest gives it."""
-    folder = Path(model)
-    if folder.is_dir():
-        return folder, folder.resolve().name
     text = str(model)
     if why := why_no_place(text, hub=not isinstance(model, Path)):
         raise ConversionError(why)
+    check_revision(model, revision)
+    folder = Path(model)
+    if folder.is_dir():
+        return folder, folder.resolve().name
     from huggingface_hub import snapshot_download
 
     try:

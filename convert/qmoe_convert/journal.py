@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qmoe.checkpoints.files import StoredTensor, read_json
 from qmoe_convert import ConversionError
-from qmoe_convert.plan import Plan
+from qmoe_convert.plan import Options, Plan
 from qmoe_convert.shards import sha256_of
 
 JOURNAL_NAME = "journal.json"
@@ -53,11 +53,13 @@ class Journal:
     Attributes:
         file: where it is kept.
         overwrite: whether OUT is to be replaced.
+        options: of the run, what decides the bytes, as the command line has it; see `choices`.
         shards: by name.
     """
 
     file: Path
     overwrite: bool = False
+    options: dict[str, str] = field(default_factory=dict)
     shards: dict[str, Entry] = field(default_factory=dict)
 
     @classmethod
@@ -66,7 +68,8 @@ class Journal:
         try:
             stored = read_json(file)
             shards = {name: Entry(**entry) for name, entry in stored["shards"].items()}
-            return cls(file, bool(stored["overwrite"]), shards)
+            options = {str(name): str(value) for name, value in stored.get("options", {}).items()}
+            return cls(file, bool(stored["overwrite"]), options, shards)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             return None
 
@@ -75,22 +78,34 @@ class Journal:
         shards = {name: asdict(entry) for name, entry in self.shards.items()}
         new = self.file.with_name(f"{self.file.name}.new")
         with new.open("w", encoding="utf-8") as stream:
-            stream.write(json.dumps({"overwrite": self.overwrite, "shards": shards}))
+            stored = {"overwrite": self.overwrite, "options": self.options, "shards": shards}
+            stream.write(json.dumps(stored))
             stream.flush()
             os.fsync(stream.fileno())
         os.rename(new, self.file)
 
-    def keep(self, plan: Plan, fingerprints: dict[str, str], folder: Path) -> None:
+    def keep(
+        self, plan: Plan, options: dict[str, str], fingerprints: dict[str, str], folder: Path
+    ) -> None:
         """Forget the shards that are not those of ``plan``, or not in ``folder`` any more.
 
         Raises:
-            ConversionError: none is; the run had another source or other options.
+            ConversionError: other ``options`` would make other shards, which is named; or no shard
+                is left, since the source is another one.
         """
         fit = {n: e for n, e in self.shards.items() if fingerprints.get(n) == e.fingerprint}
+        if len(fit) < len(self.shards):
+            for name, now in options.items():
+                if (before := self.options.get(name, now)) != now:
+                    raise ConversionError(
+                        f"{folder.parent} was begun with {name} {before}, and this is {name} {now}"
+                        f"; repeat it with {before} to keep what is finished, or start afresh with "
+                        "--overwrite"
+                    )
         if self.shards and not fit:
             raise ConversionError(
-                f"{folder.parent} was made from another source or with other options; "
-                "start afresh with --overwrite"
+                f"{folder.parent} was made from another source, or from one that has changed since;"
+                " start afresh with --overwrite"
             )
         sizes, modules = {s.name: s.nbytes for s in plan.shards}, plan.report.quantized_modules
         self.shards = {
@@ -121,6 +136,20 @@ class Journal:
             }
             for module, projections in sums.items()
         }
+
+
+def choices(plan: Plan, options: Options, source_name: str) -> dict[str, str]:
+    """What a run may be repeated with another value of, and then makes other shards."""
+    from qmoe import __version__
+
+    return {
+        "MODEL": source_name,
+        "--weights": options.weights,
+        "--format": plan.report.format,
+        "--ignore": " ".join(map(repr, options.ignore)) or "nothing",
+        "--max-shard-size": f"{options.max_shard_size}",
+        "qmoe": __version__,
+    }
 
 
 def _is_whole(file: Path, size: int, entry: Entry) -> bool:

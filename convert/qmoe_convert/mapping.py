@@ -41,9 +41,11 @@ from qmoe.checkpoints.files import (
     DTYPE_NAMES,
     CheckpointError,
     StoredTensor,
-    check_sizes,
+    check_config,
+    check_generation_config,
     read_json,
 )
+from qmoe.checkpoints.inspection import check_top_k
 from qmoe.checkpoints.schema import QMOE, format_of
 from qmoe.experts.layout import ExpertsLayout, find_experts
 from qmoe_convert import ConversionError, SourceError, one_line
@@ -406,11 +408,16 @@ def _map_checkpoint(folder: Path, tensors: Mapping[str, StoredTensor]) -> Checkp
         transformers.logging.set_verbosity_error()
         config = _load_config(folder, tensors)
         quantizer = _dequantizer(config, folder)
+        said, plain = quantizer, not any(map(_is_quantized, tensors.values()))
+        if plain:
+            quantizer = None
         model = _build_meta_model(config, folder, tensors)
         try:
             layouts = find_experts(model)
         except ValueError as error:
             raise MappingError(f"{folder}: {error}") from None
+        fewest = min(each.num_experts + each.num_identity_experts for each in layouts.values())
+        check_top_k(folder, config.to_dict(), fewest)
         module_names = _linear_modules(model, config)
         transforms = get_model_conversion_mapping(model, hf_quantizer=quantizer)
         if hasattr(quantizer, "compressor"):
@@ -443,7 +450,7 @@ def _map_checkpoint(folder: Path, tensors: Mapping[str, StoredTensor]) -> Checkp
             _linear_names(others, tensors, group_of, model, num_experts) | module_names
         ),
         extra=extra,
-        warnings=_warnings(quantizer, len(unused), scales, extra),
+        warnings=_warnings(said, plain, len(unused), scales, extra),
         _tensors=tensors,
         _group_of=group_of,
         _quantizer=quantizer,
@@ -476,8 +483,15 @@ def _map_experts(
     return Experts(module, layout, projections)
 
 
-def _warnings(quantizer: Any, num_unused: int, scales: list[str], unmapped: list[str]) -> list[str]:
-    """What the user should know about the checkpoint."""
+def _is_quantized(stored: StoredTensor) -> bool:
+    """Whether a tensor is a quantized weight or what lies beside one."""
+    return stored.dtype not in (*_WEIGHT_DTYPES, "F64", "I64", "BOOL") or "scale" in stored.name
+
+
+def _warnings(
+    quantizer: Any, plain: bool, num_unused: int, scales: list[str], unmapped: list[str]
+) -> list[str]:
+    """What the user should know about the checkpoint; ``plain``: no tensor of it is quantized."""
     warnings = []
     if num_unused:
         warnings.append(f"{num_unused} tensors of experts that return their input are left out")
@@ -485,8 +499,11 @@ def _warnings(quantizer: Any, num_unused: int, scales: list[str], unmapped: list
         method = quantizer.quantization_config.quant_method
         method = str(getattr(method, "value", method))
         warnings.append(
-            f"the checkpoint is quantized already ({method}): quantizing twice adds both errors; "
-            "convert the 16-bit original if there is one. Its other layers are dequantized"
+            f"config.json says that the checkpoint is quantized ({method}), and no tensor of it "
+            "is: taken as it is"
+            if plain
+            else f"the checkpoint is quantized already ({method}): quantizing twice adds both "
+            "errors; convert the 16-bit original if there is one. Its other layers are dequantized"
         )
     if scales:
         warnings.append(
@@ -515,7 +532,8 @@ def _load_config(folder: Path, tensors: Mapping[str, StoredTensor]) -> Any:
     if not file.exists():
         raise MappingError(f"{file}: missing; a Hugging Face model folder has one")
     raw = read_json(file)
-    check_sizes(file, raw, tensors)
+    check_generation_config(folder)
+    check_config(file, raw, tensors)
     model_type = raw.get("model_type")
     if not isinstance(model_type, str):
         raise MappingError(f"{file}: model_type is no name; download it again")
@@ -841,6 +859,11 @@ def _check_projection(
             )
             dtype, shape = found.most_common(1)[0][0]
             for stored in map(tensors.__getitem__, names):
+                if stored.dtype != dtype and {stored.dtype, dtype} <= set(_WEIGHT_DTYPES):
+                    raise MappingError(
+                        f"{stored.file}: {stored.name} is {stored.dtype}, other experts' are "
+                        f"{dtype}; save all of a layer's experts in one dtype"
+                    )
                 if (stored.dtype, stored.shape if projection.parts else ()) != (dtype, shape):
                     raise MappingError(
                         f"{stored.file}: {stored.name} is {stored.dtype} of shape "

@@ -80,7 +80,7 @@ class Output:
         if not self.out.absolute().parent.is_dir():
             raise ConversionError(f"{self.out.parent}: no such folder; create it first")
         file = self.work.with_name(self.work.name + ".lock")
-        if (text := _text(file)) and not text.startswith(HOLDER):
+        if os.path.isdir(file) or ((text := _text(file)) and not text.startswith(HOLDER)):
             raise ConversionError(
                 f"{file}: stands where our lock would; move it, or choose another OUT"
             )
@@ -98,6 +98,12 @@ class Output:
                 raise ConversionError(
                     f"{self.out.parent}: its file system has no locks ({error.strerror}), so two "
                     "conversions could mix; write to another one"
+                ) from None
+            if error.errno == errno.ENAMETOOLONG:
+                raise ConversionError(
+                    f"{self.out.name:.20}...: a name of {len(os.fsencode(self.out.name))} bytes is "
+                    f"too long, {file.name.removeprefix(self.out.name)} is put behind it; choose a "
+                    "shorter one"
                 ) from None
             raise
         try:

@@ -5,6 +5,7 @@ Read by the converter, by the loader and by ``qmoe inspect``; no weight is touch
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import os
@@ -139,6 +140,17 @@ def open_file(path: Path) -> BinaryIO:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
 
 
+# What git leaves in a file's place if git-lfs is not installed.
+_POINTER = b"version https://git-lfs"
+
+
+def _check_no_pointer(path: Path, start: bytes) -> None:
+    if start.startswith(_POINTER):
+        raise CheckpointError(
+            f"{path}: is only a pointer of git-lfs; run git lfs pull there, or download it again"
+        )
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file that somebody else wrote.
 
@@ -147,6 +159,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     with open_file(path) as stream:
         raw = stream.read(LARGEST_HEADER + 1)
+    _check_no_pointer(path, raw)
+    if raw.startswith(codecs.BOM_UTF8):
+        raise CheckpointError(
+            f"{path}: begins with a byte order mark, which transformers does not read; save it as "
+            "UTF-8 without one"
+        )
     if len(raw) > LARGEST_HEADER:
         raise CheckpointError(f"{path}: larger than {LARGEST_HEADER} bytes; download it again")
     try:
@@ -171,7 +189,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     with open_file(file) as stream:
         version = FileVersion.of(stream.fileno())
         size = version.size
-        length = int.from_bytes(stream.read(8), "little")
+        start = stream.read(8)
+        length = int.from_bytes(start, "little")
+        if start == _POINTER[:8]:
+            _check_no_pointer(file, start + stream.read(99))
         if size == 0:
             raise CheckpointError(f"{file}: the file is empty; download it again")
         if size < 8 or length < 2 or length > LARGEST_HEADER:
@@ -248,8 +269,8 @@ _COUNT = re.compile(
 )
 
 
-def check_sizes(file: Path, config: dict[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse a config that asks for more layers or experts than the checkpoint can hold.
+def check_config(file: Path, config: dict[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse a config that asks for more layers or experts than the checkpoint can hold, or for -1.
 
     A module costs time and memory even on the meta device, so this comes before a model is built.
     Layers and experts are numbered in the tensors' names, or are a dimension. A tower that is not
@@ -271,6 +292,13 @@ def check_sizes(file: Path, config: dict[str, Any], tensors: Mapping[str, Stored
         for key, value in parts.pop().items():
             if isinstance(value, dict):
                 parts.append(value)
+            elif key == "quantization_config" and value is not None:
+                raise CheckpointError(
+                    f"{file}: {key} is {value!r:.40} and no object; if the weights are in 16 bit, "
+                    "take it out"
+                )
+            elif key == "num_hidden_layers" and isinstance(value, int) and value < 0:
+                raise CheckpointError(f"{file}: {key} is {value}; download it again")
             elif _COUNT.fullmatch(key):
                 count = len(value) if isinstance(value, (str, list)) else value
                 most = most_experts if key.endswith(("experts", "labels")) else most_layers
@@ -377,7 +405,19 @@ def check_folder(folder: Path) -> None:
     """
     tensors = open_checkpoint(folder)
     file = folder / "config.json"
-    check_sizes(file, read_json(file), tensors)
+    check_config(file, read_json(file), tensors)
+    check_generation_config(folder)
+
+
+def check_generation_config(folder: Path) -> None:
+    """Refuse a generation_config.json that cannot be read: transformers would do without it.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    file = folder / "generation_config.json"
+    if file.exists():
+        read_json(file)
 
 
 # Weights in other forms, by how their names begin or end, and what to do about them.
@@ -405,4 +445,5 @@ def _no_weights(folder: Path) -> CheckpointError:
             if re.fullmatch(pattern, name):
                 empty = (folder / name).is_file() and (folder / name).stat().st_size == 0
                 return CheckpointError(f"{folder / name}: {'empty; ' if empty else ''}{text}")
-    return CheckpointError(f"{folder}: holds neither {INDEX_NAME} nor {SINGLE_NAME}")
+    config = "" if "config.json" in names else "no config.json, and "
+    return CheckpointError(f"{folder}: holds {config}neither {INDEX_NAME} nor {SINGLE_NAME}")

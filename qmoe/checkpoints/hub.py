@@ -18,6 +18,8 @@ def why_no_place(path: str | Path, *, hub: bool = True) -> str | None:
         path: a folder's, or a repository's on the Hub.
         hub: whether it may be the latter.
     """
+    if path == "":  # Path() would make it the current folder
+        return "the checkpoint's name is empty; give a folder or a Hub id of the form owner/name"
     if Path(path).is_dir():
         return None
     if Path(path).exists():
@@ -25,6 +27,19 @@ def why_no_place(path: str | Path, *, hub: bool = True) -> str | None:
     if hub and is_hub_id(str(path)):
         return None
     return f"{path}: no such folder, and no Hub id of the form owner/name"
+
+
+def check_revision(path: str | Path, revision: str | None) -> None:
+    """Refuse a revision of a folder: it would have no effect.
+
+    Raises:
+        ValueError: it has one.
+    """
+    if revision is not None and Path(path).is_dir():
+        raise ValueError(
+            f"revision={revision!r} has no effect: {path} is a folder, and only a repository on "
+            "the Hub has revisions; leave it out"
+        )
 
 
 def check_place(path: str | Path) -> None:

@@ -17,6 +17,7 @@ from qmoe.checkpoints.files import (
     TORCH_DTYPES,
     CheckpointError,
     StoredTensor,
+    check_config,
     first_line,
     open_checkpoint,
     read_json,
@@ -28,6 +29,7 @@ from qmoe.checkpoints.schema import (
     QMOE,
     Manifest,
     format_of,
+    read_manifest,
     summarize_errors,
 )
 
@@ -103,15 +105,15 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
         ValueError: no such checkpoint, no safetensors in it, or a file that is broken; one line
             that names the file.
     """
+    if why := why_no_place(path):
+        raise ValueError(why)
     folder = Path(path)
     if folder.is_dir():
+        manifest = read_manifest(folder)
         # The weights first: a folder without any may be an adapter's, and says so.
         tensors = list(open_checkpoint(folder).values())
         config = read_json(folder / "config.json")
-        manifest = Manifest.read(folder) if (folder / MANIFEST_NAME).exists() else None
         return _describe(str(path), config, tensors, manifest)
-    if why := why_no_place(path):
-        raise ValueError(why)
     return _inspect_hub(str(path))
 
 
@@ -155,6 +157,7 @@ def _describe(
     tensors: list[StoredTensor],
     manifest: Manifest | None,
 ) -> Inspection:
+    check_config(Path(path) / "config.json", config, {tensor.name: tensor for tensor in tensors})
     try:
         return _describe_config(path, config, tensors, manifest)
     except (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
@@ -175,6 +178,8 @@ def _describe_config(
     modules, experts = _named_experts(tensors, num_experts)
     if not experts and num_experts and num_experts > 1:
         modules, experts = _stacked_experts(tensors, num_experts)
+    if modules:
+        check_top_k(path, config, max(modules.values()) + _num_identity_experts(text))
     weights = [t for t in experts if not _NO_WEIGHT.search(t.name)]
     expert_weights = sum(_num_weights(t, quantization) for t in weights)
     expert_bytes = sum(t.nbytes for t in experts)
@@ -210,6 +215,33 @@ def _architecture(config: dict[str, Any]) -> str:
 def find_top_k(config: dict[str, Any]) -> int | None:
     """Experts per token, by a model's config; None where it does not tell."""
     return _first(_sizes(_text_config(config)), _TOP_K)
+
+
+def check_top_k(path: str | Path, config: dict[str, Any], num_experts: int | None = None) -> None:
+    """Refuse a config that sends a token to more experts than a layer has: no such model can run.
+
+    Args:
+        path: the checkpoint's, for the message.
+        config: as JSON.
+        num_experts: of a layer, those that return their input included; None: as the config says.
+
+    Raises:
+        CheckpointError: with both numbers.
+    """
+    text, top_k = _text_config(config), find_top_k(config)
+    if num_experts is None:
+        num_experts = (_first(_sizes(text), _NUM_EXPERTS) or 0) + _num_identity_experts(text)
+        if num_experts <= 1:  # so says a dense model, and has the others' default for the rest
+            return
+    if top_k is not None and top_k > num_experts:
+        raise CheckpointError(
+            f"{path}: config.json sends a token to {top_k} experts, and a layer has {num_experts}; "
+            "check that it belongs to these weights"
+        )
+
+
+def _num_identity_experts(text: dict[str, Any]) -> int:
+    return _first(text, ["zero_expert_num"]) or 0  # LongCat's
 
 
 def _sizes(text: dict[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qmoe.checkpoints.files import read_json
+from qmoe.checkpoints.files import CheckpointError, read_json
 
 QMOE = "qmoe"
 COMPRESSED_TENSORS = "compressed-tensors"
@@ -181,6 +181,20 @@ class Manifest:
             )
         return manifest
 
+    def check_sizes(self, folder: Path) -> None:
+        """Refuse shards in ``folder`` that have another size than was written; none is opened.
+
+        Raises:
+            CheckpointError: naming the file and both sizes.
+        """
+        for name, shard in self.shards.items():
+            file = folder / name
+            if file.is_file() and (size := file.stat().st_size) != shard.bytes:
+                raise CheckpointError(
+                    f"{file}: {size} bytes, and {MANIFEST_NAME} says {shard.bytes}; copy it or "
+                    f"convert again, or remove {MANIFEST_NAME} if you changed the file"
+                )
+
     def _check_types(self) -> None:
         """Raise TypeError where a manifest that somebody else wrote holds other types."""
         texts = [self.weights, self.format, self.source, self.qmoe_version]
@@ -193,6 +207,19 @@ class Manifest:
             raise TypeError("errors are numbers")
         if not all(type(shard.bytes) is int for shard in self.shards.values()):
             raise TypeError("bytes are numbers")
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a folder whose shards have the sizes that it says; None if there is none.
+
+    Raises:
+        ValueError: it is broken, or a shard has another size.
+    """
+    if not (folder / MANIFEST_NAME).exists():
+        return None
+    manifest = Manifest.read(folder)
+    manifest.check_sizes(folder)
+    return manifest
 
 
 def summarize_errors(errors: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Any]]:

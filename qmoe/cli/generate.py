@@ -225,6 +225,7 @@ def _generate(
 ) -> tuple[GenerationResult, Recording | None, int]:
     """The result, the routing if it is recorded, and the exit code of what interrupted it, or 0."""
     import qmoe
+    from qmoe.generation import OverBudget
 
     recording = None
     try:
@@ -234,6 +235,8 @@ def _generate(
             if record:
                 recording = stack.enter_context(qmoe.record_routing(model))
             result = qmoe.generate(model, tokenizer, prompts, **options)
+    except OverBudget as error:
+        raise ValueError(error.on_command_line) from None
     except qmoe.GenerationInterrupted as interruption:
         cause = interruption.__context__
         return interruption.result, recording, getattr(cause, "exit_code", INTERRUPTED)

@@ -15,13 +15,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.utils import cached_file
 
 from qmoe.checkpoints.files import StoredTensor, check_folder, first_line, open_checkpoint
-from qmoe.checkpoints.hub import why_no_place
+from qmoe.checkpoints.hub import check_revision, why_no_place
+from qmoe.checkpoints.inspection import check_top_k
 from qmoe.checkpoints.schema import (
     COMPRESSED_TENSORS,
     MANIFEST_NAME,
     QMOE,
     Manifest,
     format_of,
+    read_manifest,
 )
 from qmoe.experts.layout import find_experts
 from qmoe.experts.quantized import quantized_modules
@@ -130,12 +132,16 @@ def _choose_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 def _read_config(path_or_repo: str, revision: str | None) -> PreTrainedConfig:
     if why := why_no_place(path_or_repo):
         raise ValueError(why)
+    check_revision(path_or_repo, revision)
     if Path(path_or_repo).is_dir():
+        read_manifest(Path(path_or_repo))
         check_folder(Path(path_or_repo))
     try:
-        return AutoConfig.from_pretrained(path_or_repo, revision=revision)
+        config = AutoConfig.from_pretrained(path_or_repo, revision=revision)
     except Exception as error:  # whatever a config.json may hold
         raise ValueError(f"{path_or_repo}: no model here ({first_line(error)})") from None
+    check_top_k(path_or_repo, config.to_dict())
+    return config
 
 
 def _from_pretrained(

@@ -7,7 +7,7 @@ own format (:mod:`qmoe.checkpoints.schema`) and of quantizing on load.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -321,7 +321,10 @@ def check_experts(
     layouts: Mapping[str, ExpertsLayout],
     headers: Mapping[str, StoredTensor],
 ) -> None:
-    """Refuse a 16-bit checkpoint that lacks an expert, before anything of it is read."""
+    """Refuse a 16-bit checkpoint that lacks an expert or has one of another shape than the others.
+
+    Headers alone are read, and the tensors are named as the checkpoint does.
+    """
     rename = Renamer(model)
     found: dict[str, dict[int, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))
     for key in headers:
@@ -337,6 +340,13 @@ def check_experts(
             if not parts:
                 missing.append(f"{name}.{source}")
             for keys in parts.values():
+                shapes = Counter(headers[key].shape for key in keys.values())
+                common = max(shapes, key=shapes.__getitem__)
+                for odd in (headers[key] for key in keys.values() if headers[key].shape != common):
+                    raise ValueError(
+                        f"{odd.file}: {odd.name} has the shape {list(odd.shape)}, other experts' "
+                        f"is {list(common)}; download it again"
+                    )
                 first = next(iter(keys.values()))
                 head, _, tail = re.split(r"(?<=\.)(\d+)(?=\.)(?!.*\.\d+\.)", first + ".")
                 missing += [

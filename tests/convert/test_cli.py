@@ -138,6 +138,8 @@ class TestUsage:
             (["--ignore", "("], "not a regular expression"),
             (["--max-shard-size", "huge"], "'huge' is not a size"),
             (["--push-to-hub", "a/b/c"], "no name of a repository"),
+            (["--revision", "main"], "revision='main' has no effect"),
+            (["-o", ""], "--out is empty"),
         ],
     )
     def test_so_do_we(
@@ -185,6 +187,7 @@ class TestNotConverted:
 
     def test_no_such_model(self, command: Callable[..., Result], tmp_path: Path) -> None:
         assert "nowhere" in one_line(command(tmp_path / "nowhere"), 3)
+        assert "name is empty" in one_line(command(""), 3)
 
     def test_nan(
         self, command: Callable[..., Result], source: Callable[..., Path], tmp_path: Path
@@ -227,7 +230,11 @@ def test_verification_failure(
 class TestSignals:
     @pytest.mark.parametrize(
         ("number", "code", "word"),
-        [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+        [
+            (signal.SIGHUP, 129, "hung up"),
+            (signal.SIGINT, 130, "interrupted"),
+            (signal.SIGTERM, 143, "terminated"),
+        ],
     )
     def test_one_line_and_resume(
         self,

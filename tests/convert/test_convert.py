@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -662,8 +663,16 @@ class TestFailures:
             convert(qwen3_folder, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
+    @pytest.mark.parametrize(
+        ("inodes", "message"), [(9, "the disk is full"), (0, "no inodes left")]
+    )
     def test_disk_full_on_the_way(
-        self, qwen3_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self,
+        qwen3_folder: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        inodes: int,
+        message: str,
     ) -> None:
         out = tmp_path / "out"
         undisturbed = tmp_path / "undisturbed"
@@ -677,7 +686,11 @@ class TestFailures:
 
         with monkeypatch.context() as patch:
             patch.setattr(ShardWriter, "write", fail)
-            with pytest.raises(ConversionError, match=r"model-00002.*the disk is full.*--resume"):
+            status = SimpleNamespace(
+                f_files=99, f_favail=inodes, f_bavail=99, f_frsize=1 << 40, f_blocks=99, f_bfree=99
+            )
+            patch.setattr("qmoe_convert.os.statvfs", lambda path: status)
+            with pytest.raises(ConversionError, match=rf"model-00002.*{message}.*--resume"):
                 convert(qwen3_folder, out, max_shard_size="60kB")
         assert not out.exists()
         convert(qwen3_folder, out, max_shard_size="60kB", resume=True)
@@ -738,9 +751,18 @@ class TestResume:
         journaled = [n for n, inode in whole.items() if (out / n).stat().st_ino == inode]
         assert len(journaled) >= 3  # the fourth may have been killed before its entry
 
-    @pytest.mark.parametrize("change", ["options", "source"])
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"weights": "fp8"}, "begun with --weights int8, and this is --weights fp8; repeat"),
+            ({"format": "qmoe"}, "--format compressed-tensors, and this is --format qmoe"),
+            ({"max_shard_size": "40kB"}, "size 30000, .* 40000; .*30000 to keep what is finished"),
+            ({"ignore": "layers.0"}, "--ignore nothing, and this is --ignore 'layers.0'"),
+            ({}, "another source, or from one that has changed"),
+        ],
+    )
     def test_another_source_or_other_options(
-        self, source: Source, tmp_path: Path, change: str
+        self, source: Source, tmp_path: Path, options: dict[str, Any], message: str
     ) -> None:
         folder, out = source(), tmp_path / "out"
 
@@ -750,13 +772,13 @@ class TestResume:
 
         with pytest.raises(KeyboardInterrupt):
             convert(folder, out, max_shard_size="30kB", progress=interrupt)
-        options = {"weights": "fp8"} if change == "options" else {}
-        if change == "source":
+        if not options:
             os.utime(next(folder.glob("*.safetensors")), ns=(0, 0))
-        with pytest.raises(ConversionError, match="another source or with other options"):
-            convert(folder, out, max_shard_size="30kB", resume=True, **options)
-        assert (tmp_path / "out.partial").exists()
-        convert(folder, out, max_shard_size="30kB", overwrite=True, **options)
+        options = {"max_shard_size": "30kB"} | options
+        with pytest.raises(ConversionError, match=message):
+            convert(folder, out, resume=True, **options)
+        assert len(list((tmp_path / "out.partial" / "new").glob("*.safetensors"))) >= 2
+        convert(folder, out, overwrite=True, **options)
 
     def test_a_shard_that_shrank_is_written_again(self, source: Source, tmp_path: Path) -> None:
         folder, out = source(), tmp_path / "out"

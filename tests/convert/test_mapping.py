@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+import qmoe
 from qmoe.checkpoints.files import CheckpointError, open_checkpoint
+from qmoe.checkpoints.inspection import inspect_checkpoint
 from qmoe.experts.layout import find_experts
 from qmoe_convert.mapping import CheckpointMapping, MappingError, map_checkpoint
 from qmoe_convert.shards import Reader
@@ -101,6 +103,12 @@ class TestRefused:
         rewrite(folder, load(folder), num_experts=3, num_local_experts=3)
         self.expect(folder, r"experts\.3\.\w+\.weight: 4 experts in the checkpoint, 3 in config")
 
+    def test_more_experts_per_token_than_experts(self, source: Callable[..., Path]) -> None:
+        folder = source("qwen3_moe", num_experts_per_tok=5)
+        for read in (mapping_of, inspect_checkpoint, qmoe.load):
+            with pytest.raises(CheckpointError, match="a token to 5 experts, and a layer has 4;"):
+                read(folder)
+
     @pytest.mark.parametrize("name", ["self_attn.v_proj", "input_layernorm", "mlp.gate"])
     def test_a_tensor_missing_elsewhere(self, source: Callable[..., Path], name: str) -> None:
         folder = source()
@@ -122,6 +130,10 @@ class TestRefused:
         [
             ("", "is not JSON"),
             ("[]", "holds no JSON object"),
+            ("\ufeff{}", "begins with a byte order mark"),
+            ("version https://git-lfs.github.com/spec/v1\noid sha256:1", "git lfs pull"),
+            ('{"model_type": "qwen3_moe", "num_hidden_layers": -1}', "num_hidden_layers is -1"),
+            ('{"model_type": "x", "quantization_config": []}', r"_config is \[\] and no object"),
             ('{"a": ' * 9999 + "1" + "}" * 9999, "nested too deeply"),
             ('{"model_type": {"a": 1}}', "model_type is no name"),
             ('{"model_type": "qwen3_moe", "num_hidden_layers": 1e12}', "num_hidden_layers stands"),
@@ -134,7 +146,7 @@ class TestRefused:
     )
     def test_configs(self, source: Callable[..., Path], config: str, message: str) -> None:
         folder = source()
-        (folder / "config.json").write_text(config)
+        (folder / "config.json").write_text(config, encoding="utf-8")
         self.expect(folder, message)
 
     def test_no_config(self, source: Callable[..., Path]) -> None:
@@ -171,7 +183,7 @@ class TestRefused:
             ("mlp.experts.1.down_proj", lambda t: t[:, :8], r"of shape \[64, 8\], other experts"),
             ("mlp.experts.3.up_proj", lambda t: t[:0, 0], r"of shape \[0\], other experts"),
             ("mlp.experts.2.gate_proj", lambda t: t.to(torch.int8), "is I8; weights must be"),
-            ("mlp.experts.2.gate_proj", lambda t: t.float(), "is F32 of shape"),
+            ("mlp.experts.2.gate_proj", lambda t: t.float(), "is F32, .* are BF16; save all"),
             ("mlp.gate", lambda t: t[:3], r"of shape \[3, 64\]: the model expects \[4, 64\]"),
             ("self_attn.q_norm", lambda t: t[:0], r"of shape \[0\]: the model expects \[16\]"),
             ("self_attn.q_proj", lambda t: t.bool(), "is BOOL; weights must be BF16"),
@@ -190,6 +202,23 @@ class TestRefused:
         tensors[name] = change(tensors[name]).contiguous()
         rewrite(folder, tensors)
         self.expect(folder, f"{re.escape(name)}.*{message}")
+
+    @pytest.mark.parametrize("method", ["fp8", "mxfp4", "compressed-tensors"])
+    def test_a_quantization_that_no_tensor_shows(
+        self, source: Callable[..., Path], method: str
+    ) -> None:
+        folder = source()
+        rewrite(folder, load(folder), quantization_config={"quant_method": method})
+        (warning,) = mapping_of(folder).warnings
+        assert (
+            f"says that the checkpoint is quantized ({method}), and no tensor of it is" in warning
+        )
+
+    def test_a_pointer_of_git_lfs(self, source: Callable[..., Path]) -> None:
+        folder = source()
+        (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+        with pytest.raises(CheckpointError, match="pointer of git-lfs; run git lfs pull"):
+            inspect_checkpoint(folder)
 
     def test_a_dtype_that_nobody_reads(self, source: Callable[..., Path]) -> None:
         folder = source()

@@ -322,6 +322,17 @@ class TestLock:
             write(tmp_path / "out", "new")
         assert (tmp_path / "out.partial.lock").read_text() == "poetry"
 
+    def test_a_folder_in_its_place(self, tmp_path: Path) -> None:
+        (tmp_path / "out.partial.lock").mkdir()
+        with pytest.raises(ConversionError, match="stands where our lock would"):
+            write(tmp_path / "out", "new")
+
+    @pytest.mark.parametrize("length", [250, 300])
+    def test_a_name_that_is_too_long(self, tmp_path: Path, length: int) -> None:
+        with pytest.raises(ConversionError, match=rf"^x+\.\.\.: a name of {length} bytes is too"):
+            write(tmp_path / ("x" * length), "new")
+        assert not list(tmp_path.iterdir())
+
 
 def interrupted(source: Path, out: Path, **options: Any) -> dict[str, int]:
     """Interrupt a conversion when three shards are whole; returns their inodes."""
@@ -422,7 +433,7 @@ class TestResume:
         with pytest.raises(Killed), pytest.MonkeyPatch.context() as patch:
             patch.setattr(Output, "publish", lambda self: (publish(self), kill()))
             convert(source, out, **SMALL)
-        with pytest.raises(ConversionError, match="other options"):
+        with pytest.raises(ConversionError, match="begun with --weights int8"):
             convert(source, out, resume=True, weights="fp8", **SMALL)
         assert convert(source, out, resume=True, **SMALL).errors
         assert os.listdir(tmp_path) == ["out"]

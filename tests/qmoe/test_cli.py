@@ -106,6 +106,8 @@ class TestGenerate:
         refusal = capsys.readouterr().err
         assert "smallest that works" in refusal and "batch_size=2" in refusal
         smallest = re.search(r"\((\d+) bytes\)", refusal)[1]
+        assert main([*arguments, f"--hbm-budget={smallest}", "--context=16", "--batch-size=1"]) == 3
+        assert "give --context 18 --batch-size 2, and --hbm-budget" in capsys.readouterr().err
         paging = [f"--hbm-budget={smallest}", "--context=64", "--stats"]
 
         assert main([*arguments, *paging]) == 0
@@ -396,7 +398,9 @@ class TestInspect:
             format="compressed-tensors",
             source="somebody/model",
             qmoe_version="0",
-            shards={"model.safetensors": Shard("", 1)},
+            shards={
+                "model.safetensors": Shard("", (tmp_path / "model.safetensors").stat().st_size)
+            },
             errors={"layers.1": {"up_proj": 0.002}, "layers.2": {"up_proj": 0.004}},
         ).write(tmp_path)
         i = inspect_checkpoint(tmp_path)

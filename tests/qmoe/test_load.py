@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel
 from transformers.utils import logging
 
 import qmoe
-from qmoe.checkpoints.schema import QMOE, Manifest
+from qmoe.checkpoints.files import CheckpointError
+from qmoe.checkpoints.inspection import inspect_checkpoint
+from qmoe.checkpoints.schema import MANIFEST_NAME, QMOE, Manifest
 from qmoe.cli.main import main
 from qmoe.experts.quantized import quantized_modules
 from qmoe.generation import load_tokenizer
@@ -67,7 +69,7 @@ DAMAGE = {
     "an expert": (without(re.escape(EXPERT)), re.escape(EXPERT)),
     "a layer's experts": (without(r"1\.mlp\.experts"), r"1\.mlp\.experts\.(gate_up|down)_proj"),
     "another shape": (narrower(r"model\.norm"), r"model\.norm\.weight.*\[63\].* instead of \[64\]"),
-    "one expert's shape": (narrower(re.escape(EXPERT)), "shape"),
+    "one expert's shape": (narrower(re.escape(EXPERT)), rf"{re.escape(EXPERT)} has the shape \["),
     "all experts' shape": (narrower("experts.*down_proj"), r"experts\.down_proj.*, 31\] "),
     "scales that nobody multiplies by": (
         lambda tensors: {**tensors, f"{EXPERT}_scale": torch.ones(32, 1)},
@@ -124,6 +126,7 @@ def test_what_a_conversion_kept_is_passed_over(folder) -> None:
 def test_a_converted_folder_with_other_scales_or_config_is_refused(tmp_path) -> None:
     out = tmp_path / "int8"
     convert(Path(__file__).parents[2] / "examples" / "tiny-moe", out, verify=False)
+    (out / MANIFEST_NAME).unlink()  # which would say that the file is another one
     change(out, lambda tensors: {n: -t if "1.mlp.experts.3.up_proj.weight_scale" in n else t
                                  for n, t in tensors.items()})  # fmt: skip
     with pytest.raises(ValueError, match=r"1\.mlp\.experts\.gate_up_proj_scale holds a negative"):
@@ -149,6 +152,35 @@ def test_files_that_cannot_be_read_are_named(what, options, folder) -> None:
         file.rename(folder / ("pytorch_model.bin" if what == "pickled" else "elsewhere"))
     with pytest.raises(ValueError, match=rf"^{re.escape(str(folder))}.*{what}"):
         qmoe.load(folder, device="cpu", **options)
+
+
+def test_a_folder_has_no_revisions(folder) -> None:
+    with pytest.raises(ValueError, match="revision='main' has no effect"):
+        qmoe.load(folder, revision="main")
+
+
+def test_a_generation_config_that_cannot_be_read_is_named(folder) -> None:
+    (folder / "generation_config.json").write_text('{"eos_tok')
+    with pytest.raises(ValueError, match=r"generation_config\.json: is not JSON"):
+        qmoe.load(folder, device="cpu")
+    with pytest.raises(ValueError, match=r"generation_config\.json: is not JSON"):
+        convert(folder, folder.parent / "out")
+    assert not list(folder.parent.glob("out*"))
+
+
+@pytest.mark.parametrize("read", [qmoe.load, inspect_checkpoint])
+def test_a_shard_of_another_size_than_the_manifest_says(read, folder, tmp_path) -> None:
+    convert(folder, tmp_path / "out", verify=False)
+    shard = tmp_path / "out" / "model.safetensors"
+    size = shard.stat().st_size
+    shard.write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=rf"bytes, and qmoe_manifest\.json says {size}; "):
+        read(tmp_path / "out")
+
+
+def test_a_folder_without_a_model(tmp_path, capsys) -> None:
+    assert main(["generate", str(tmp_path), "--prompt", "a"]) == 3
+    assert "holds no config.json, and neither" in capsys.readouterr().err
 
 
 def test_the_command_ends_with_exit_code_3(folder, capsys) -> None:
