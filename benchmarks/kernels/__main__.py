@@ -13,6 +13,7 @@ names some of them):
 - *skew*: Zipf-distributed routing over uniform routing with as many active experts.
 - *routing*: sorting pairs by expert, by itself, and routers, fused and transformers' own.
 - *layer*: one layer computed on the CPU, eagerly, grouped and fused.
+- *perplexity*: of the shipped model, with rows of its experts' products in 16 bits and in 8.
 
 Every cell is checked before it is timed: up to 32 tokens against fp64 on the same rounded operands,
 on memory poisoned with NaN, twice for equal bits. One that fails has no time. Results go to
@@ -31,6 +32,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.kernels.accuracy import run_perplexity
 from benchmarks.kernels.layers import MODES
 from benchmarks.kernels.routing import run_routing
 from benchmarks.kernels.sections import (
@@ -66,6 +68,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "skew": run_skew,
     "routing": run_routing,
     "layer": run_layer,
+    "perplexity": run_perplexity,
 }
 
 
