@@ -62,12 +62,11 @@ _ROOMY_EIGHT_BIT = (
 )
 _ROOMY_SIXTEEN_BIT: _Rule = (*_SIXTEEN_BIT[:2], (12, (16, 128, 256, 8, 3)), *_SIXTEEN_BIT[3:])
 _Hopper = tuple[tuple[float, tuple[int, int, int] | None], ...]
-_HOPPER_FROM_64: _Hopper = ((96, (128, 64, 4)), (192, (128, 32, 4)), (384, (128, 64, 4)))
+_HOPPER_FROM_24: _Hopper = ((48, (64, 16, 6)), (96, (128, 64, 4)), (192, (128, 32, 4)))
 _HOPPER_WIDE: tuple[_Hopper, _Hopper] = (
-    ((24, None), (48, (64, 16, 6)), *_HOPPER_FROM_64, (math.inf, (256, 64, 4))),
-    ((12, None), (24, (32, 16, 6)), (48, (64, 16, 6)), *_HOPPER_FROM_64,
-     (math.inf, (256, 64, 4))),
-)  # fmt: skip
+    ((24, None), *_HOPPER_FROM_24, (384, (128, 64, 4)), (math.inf, (256, 64, 4))),
+    ((12, None), (24, (32, 16, 6)), *_HOPPER_FROM_24, (math.inf, (256, 64, 4))),
+)
 _HOPPER_EIGHT_BIT: tuple[_Hopper, _Hopper] = (
     ((48, None), (math.inf, (128, 64, 3))),
     ((24, None), (48, (64, 32, 4)), (192, (128, 64, 3)), (math.inf, (256, 64, 4))),
@@ -108,8 +107,8 @@ def heuristic_tiles(
             return hopper_tiles(block_m, activations, num_stages, tail_m)
     sort = num_pairs > UNSORTED_PAIRS
     tile = heuristic_tile(rows, weights, activations, large=large, sort=sort, roomy=hopper)
-    if num_tokens == 1 and activations.itemsize == 1 and not large:
-        tile = TileConfig(8, 64, 128, num_warps=4, num_stages=5)
+    if num_tokens == 1 and activations.itemsize == 1:
+        tile = TileConfig(8, 64, 256, 4, 4) if large else TileConfig(8, 64, 128, 4, 5)
     return LayerTiles(tile, tile, sort)
 
 
@@ -151,7 +150,7 @@ def heuristic_tile(
     else:
         rule = _WIDE
     block_m, block_n, nbytes, num_warps, num_stages, *tail_m = _first(rule, rows)
-    if rule is _WIDE and block_m == 8 and not sort:
+    if rule is _WIDE and rows <= 1.5 and not sort:
         num_stages += 1  # few programs: each has to keep more on its way
     return TileConfig(block_m, block_n, nbytes // width, num_warps, num_stages, *tail_m)
 
