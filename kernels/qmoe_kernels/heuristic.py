@@ -145,7 +145,7 @@ def heuristic_tile(
         rule = _ROOMY_EIGHT_BIT[large] if roomy else _EIGHT_BIT
     elif width == activations.itemsize:
         rule = _ROOMY_SIXTEEN_BIT if roomy else _SIXTEEN_BIT
-    elif rows <= 0.35 and not large:
+    elif rows <= 0.35 and not large and not sort:
         return TileConfig(8, 128, 128, num_warps=8, num_stages=4)
     else:
         rule = _WIDE
