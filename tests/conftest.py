@@ -10,8 +10,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-# Workers side by side share the cores: with all of them each, threads that wait for one another took
-# twenty times as long, and the first GPU tests of fifteen workers ran into their time limit.
+# Workers side by side share the cores: threads that waited for one another took twenty times as
+# long, and the first GPU tests of fifteen workers ran into their time limit.
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(workers)))
 

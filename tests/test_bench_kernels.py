@@ -36,7 +36,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
 def test_every_section_runs(results: tuple[Path, dict[str, Any]]) -> None:
     found = results[1]["sections"]
     names = "ceilings, errors, latency.tiny, untuned.tiny, accumulation.tiny, skew.tiny, "
-    names += "routing, layer"
+    names += "routing, layer, perplexity"
     assert ", ".join(found) == names
     assert all(0 < cell["levels_2_error"] < 0.1 for cell in found["accumulation.tiny"]["sums"])
     for section in found.values():
