@@ -46,7 +46,7 @@ def perplexity(
         raise ValueError(f"the text has {len(ids)} tokens; perplexity needs at least 2")
     tokens = torch.tensor(ids, device=model.device)
     whole = len(ids) // window * window
-    batches = list(tokens[:whole].view(-1, window).split(batch_size))
+    batches = list(tokens[:whole].view(-1, window).split(batch_size)) if whole else []
     if len(ids) - whole >= 2:
         batches.append(tokens[whole:][None])
     loss, count = 0.0, 0

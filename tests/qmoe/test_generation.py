@@ -455,6 +455,10 @@ class TestPerplexity:
             model, tokenizer, text + "tail", window=8, max_tokens=32
         ) == pytest.approx(expected, rel=1e-4)
 
+    def test_a_text_shorter_than_a_window(self, model, tokenizer):
+        short = perplexity(model, tokenizer, "The quick", window=32)
+        assert short == pytest.approx(perplexity(model, tokenizer, "The quick", window=9))
+
     def test_errors(self, model, tokenizer):
         with pytest.raises(ValueError, match="at least 2"):
             perplexity(model, tokenizer, "a")
