@@ -6,25 +6,27 @@ Three operators of torch, with fakes, for torch.compile and CUDA graphs:
 ``qmoe::grouped_linear``  one of its two products, for a gate that is not among `Activation`'s
 ``qmoe::weighted_sum``    the sum over a token's experts
 
-On the CPU they are plain torch and touch the weights of routed experts only; on a GPU they are the
-Triton kernels of `grouped_gemm`. No result depends on the order in which threads ran, and no GPU
+On the CPU they are the native loops of `cpu` for few rows of an expert and torch's matrix product
+for many, and touch the weights of routed experts only; on a GPU they are the Triton kernels of
+`grouped_gemm`. No result depends on the order in which threads ran, and no GPU
 path reads a device value on the host.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from qmoe_kernels import activations as _activations
+from qmoe_kernels import cpu
 from qmoe_kernels.activations import SWIGLU, Activation, ActivationName
+from qmoe_kernels.cpu import Routed
 from qmoe_kernels.experts import Experts, Projection
 from qmoe_kernels.operators import operator
 from qmoe_kernels.quantization import FORMAT_OF, STORAGE_DTYPE, WeightFormat, quantize_rows, widen
-from qmoe_kernels.routing import ExpertRouting
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -283,14 +285,16 @@ def _fused_moe(
         up_softcap,
     )
     num_tokens, top_k = topk_ids.shape
-    rows = hidden_states.new_zeros(num_tokens * top_k, down_proj.shape[1])
     gate_up = Projection(gate_up_proj, gate_up_proj_scale, gate_up_proj_bias, expert_to_slot)
+    down = Projection(down_proj, down_proj_scale, down_proj_bias)
     to = _row_format(activations, gate_up, num_tokens * top_k)
-    up = _CPULinear(gate_up, to)
-    down = _CPULinear(Projection(down_proj, down_proj_scale, down_proj_bias), to)
-    for expert, slot, pairs in _routed_experts(topk_ids, gate_up):
-        hidden = _activations.apply(activation, up(hidden_states[pairs // top_k], expert, slot))
-        rows[pairs] = down(hidden.to(hidden_states.dtype), expert, slot).to(rows.dtype)
+    few, many = _routed_experts(topk_ids, gate_up, down)
+    rows = _native_layer(hidden_states, few, gate_up, down, activation, to, topk_ids)
+    up_linear, down_linear = _CPULinear(gate_up, to), _CPULinear(down, to)
+    for routed in many:
+        pairs = topk_ids.new_tensor(routed.pairs)
+        hidden = _activations.apply(activation, up_linear(hidden_states[pairs // top_k], routed))
+        rows[pairs] = down_linear(hidden.to(hidden_states.dtype), routed).to(rows.dtype)
     rows = rows.view(num_tokens, top_k, down_proj.shape[1])
     if topk_weights is None:
         return rows
@@ -328,11 +332,19 @@ def _grouped_linear(
     num_tokens, top_k = topk_ids.shape
     pairs_per_row = top_k if x.ndim == 2 else 1
     x = x.flatten(0, -2)
-    rows = x.new_zeros(num_tokens * top_k, weight.shape[1])
     projection = Projection(weight, scale, bias, expert_to_slot)
-    linear = _CPULinear(projection, _row_format(activations, projection, num_tokens * top_k))
-    for expert, slot, pairs in _routed_experts(topk_ids, projection):
-        rows[pairs] = linear(x[pairs // pairs_per_row], expert, slot).to(rows.dtype)
+    to = _row_format(activations, projection, num_tokens * top_k)
+    few, many = _routed_experts(topk_ids, projection)
+    pairs = [pair for routed in few for pair in routed.pairs]
+    rows = _row_buffer(x, weight, len(pairs), topk_ids)
+    if few:
+        sources = [pair // pairs_per_row for pair in pairs]
+        cpu.product(*_native_rows(x, to), sources, few, projection, rows, pairs)
+    rows = rows.to(x.dtype)
+    linear = _CPULinear(projection, to)
+    for routed in many:
+        those = topk_ids.new_tensor(routed.pairs)
+        rows[those] = linear(x[those // pairs_per_row], routed).to(rows.dtype)
     return rows.view(num_tokens, top_k, weight.shape[1])
 
 
@@ -424,48 +436,109 @@ def _(rows: Tensor, topk_weights: Tensor) -> Tensor:
 # ---- CPU ---------------------------------------------------------------------------------------
 
 
+def _native_layer(
+    hidden_states: Tensor,
+    few: Sequence[Routed],
+    gate_up: Projection,
+    down: Projection,
+    activation: Activation,
+    to: WeightFormat | None,
+    topk_ids: Tensor,
+) -> Tensor:
+    """(num_pairs, hidden_size): the outputs of experts with few rows, by the native loops."""
+    top_k = topk_ids.shape[1]
+    pairs = [pair for routed in few for pair in routed.pairs]
+    rows = _row_buffer(hidden_states, down.weight, len(pairs), topk_ids)
+    if few:
+        size, order = down.weight.shape[2], range(len(pairs))
+        hidden = cpu.room(len(pairs), size)
+        sources = [pair // top_k for pair in pairs]
+        cpu.product(
+            *_native_rows(hidden_states, to), sources, few, gate_up, hidden, order, activation
+        )
+        hidden_scale = None
+        if to is not None:
+            hidden, hidden_scale = _native_rows(hidden[:, :size].to(hidden_states.dtype), to)
+        cpu.product(hidden, hidden_scale, order, few, down, rows, pairs)
+    return rows.to(hidden_states.dtype)
+
+
+def _row_buffer(x: Tensor, weight: Tensor, num_native: int, topk_ids: Tensor) -> Tensor:
+    """(num_pairs, out_features) fp32 for a product's results; zeros unless all are written."""
+    shape = (topk_ids.numel(), weight.shape[1])
+    new = x.new_empty if num_native == shape[0] else x.new_zeros
+    return new(shape, dtype=torch.float32)
+
+
+def _native_rows(x: Tensor, to: WeightFormat | None) -> tuple[Tensor, Tensor | None]:
+    """Rows as `cpu.product` takes them, and their scales if they are quantized on the way."""
+    if to is None:
+        return cpu.padded(x), None
+    q, scale = quantize_rows(x, to)
+    return cpu.padded(widen(q, out=torch.empty_like(q, dtype=torch.float32))), scale
+
+
 class _CPULinear:
-    """One projection of every expert, in fp32; a weight is widened when it is asked for."""
+    """One projection of every expert by torch's matrix product, which widens a weight once.
+
+    Of bf16 rows in bf16, where the processor multiplies it: 8-bit numbers are exact in it, sums
+    are rounded to it. In fp32 else.
+    """
 
     def __init__(self, projection: Projection, row_format: WeightFormat | None) -> None:
         self.projection, self.row_format = projection, row_format
         self.scratch: Tensor | None = None
 
-    def __call__(self, x: Tensor, expert: int, slot: int) -> Tensor:
+    def __call__(self, x: Tensor, routed: Routed) -> Tensor:
         """(num_rows, in_features) -> (num_rows, out_features) fp32."""
-        weight = self.projection.weight[slot]
-        if weight.dtype != torch.float32:
-            if self.scratch is None:
-                self.scratch = torch.empty_like(weight, dtype=torch.float32)
-            weight = widen(weight, out=self.scratch)
+        weight = self.projection.weight[routed.slot]
         x_scale = None
         if self.row_format is not None:
             q, x_scale = quantize_rows(x, self.row_format)
             x = widen(q, out=torch.empty_like(q, dtype=torch.float32))
-        y = x.float() @ weight.t()
+        if x.dtype == torch.bfloat16 and cpu.available(weight) and cpu.multiplies_bf16():
+            y = (x @ cpu.widen(weight).t()).float()
+        else:
+            y = x.float() @ self._float(weight).t()
         if self.projection.scale is not None:
-            y = y.mul_(self.projection.scale[expert])
+            y = y.mul_(self.projection.scale[routed.expert])
         if x_scale is not None:
             y = y.mul_(x_scale[:, None])
-        return y if self.projection.bias is None else y.add_(self.projection.bias[expert])
+        bias = self.projection.bias
+        return y if bias is None else y.add_(bias[routed.expert])
+
+    def _float(self, weight: Tensor) -> Tensor:
+        if weight.dtype == torch.float32:
+            return weight
+        if self.scratch is None:
+            self.scratch = torch.empty_like(weight, dtype=torch.float32)
+        return widen(weight, out=self.scratch)
 
 
-def _routed_experts(topk_ids: Tensor, projection: Projection) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield (expert, slot, its pairs) of every expert that a token is routed to, in order."""
-    routing = ExpertRouting.from_topk_ids(topk_ids, projection.num_experts)
-    offsets = routing.expert_offsets.tolist()
-    slots = range(projection.num_experts)
+def _routed_experts(
+    topk_ids: Tensor, projection: Projection, *others: Projection
+) -> tuple[list[Routed], list[Routed]]:
+    """Every expert that a token is routed to: with few rows, for native loops, and with many."""
+    pairs_of: dict[int, list[int]] = {}
+    for pair, expert in enumerate(topk_ids.flatten().tolist()):
+        if 0 <= expert < projection.num_experts:
+            pairs_of.setdefault(expert, []).append(pair)
+    experts = sorted(pairs_of)
+    slots = experts
     if projection.expert_to_slot is not None:
-        slots = projection.expert_to_slot.tolist()
-    for expert, slot in enumerate(slots):
-        start, end = offsets[expert], offsets[expert + 1]
-        if start == end:
-            continue
+        slots = projection.expert_to_slot[experts].tolist()
+    native = cpu.available(projection.weight, *(other.weight for other in others))
+    few: list[Routed] = []
+    many: list[Routed] = []
+    for expert, slot in zip(experts, slots, strict=True):
         if slot < 0:
             raise ValueError(
                 f"expert {expert} is routed to but has no slot (expert_to_slot is {slot})"
             )
-        yield expert, slot, routing.sorted_pair_ids[start:end]
+        pairs = pairs_of[expert]
+        into = few if native and len(pairs) <= cpu.FEW_ROWS else many
+        into.append(Routed(expert, slot, pairs))
+    return few, many
 
 
 def _routed_weights(topk_weights: Tensor, topk_ids: Tensor, num_experts: int) -> Tensor:
@@ -474,6 +547,8 @@ def _routed_weights(topk_weights: Tensor, topk_ids: Tensor, num_experts: int) ->
 
 
 def _weighted_sum_cpu(rows: Tensor, topk_weights: Tensor) -> Tensor:
+    if cpu.native.address_of("weighted_sum") is not None:
+        return cpu.weighted_sum(rows, topk_weights)
     total = rows.new_zeros(rows.shape[0], rows.shape[2], dtype=torch.float32)
     for k in range(rows.shape[1]):
         total.addcmul_(rows[:, k].float(), topk_weights[:, k, None].float())

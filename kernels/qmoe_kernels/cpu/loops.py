@@ -1,0 +1,380 @@
+"""The loops themselves, in numba's Python; `native` compiles them once and imports this never again.
+
+A loop takes the address of int64 arguments, of which the first two are addresses of counters, of
+items and of threads: any number of threads call the loop at once with the same arguments, and each
+claims the next item until none is left. No thread needs Python. Items are rows of an output, so
+that who does which changes no bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import cfunc, njit, types
+
+from qmoe_kernels.cpu import ROWS_AT_ONCE
+from qmoe_kernels.cpu.intrinsics import (
+    bits_of_float,
+    call,
+    claim,
+    float_of_bits,
+    float_of_half_bits,
+    pointer_to,
+)
+
+bytes_at = pointer_to(types.int8)
+shorts_at = pointer_to(types.int16)
+longs_at = pointer_to(types.int64)
+floats_at = pointer_to(types.float32)
+doubles_at = pointer_to(types.float64)
+
+BF16, FP16, FP32 = 0, 1, 2  # places in `cpu.DTYPES`
+SAMPLED_ROWS = 16  # `quantization`'s
+
+OPTIONS = {"error_model": "numpy"}  # x / 0 is infinity and raises nothing
+ONE, HALF = np.float32(1.0), np.float32(0.5)
+TINY = np.float32(np.finfo(np.float32).tiny)
+
+
+def loop(function: Callable[..., Any]) -> Any:
+    """Compile ``function(arguments)`` for threads that Python does not know."""
+    return cfunc("void(CPointer(int64))", **OPTIONS)(function)
+
+
+# ---- numbers -----------------------------------------------------------------------------------
+
+
+@njit(**OPTIONS)
+def float_of_code(code, fp8):  # type: ignore[no-untyped-def]
+    """An int8, or the bits of an e4m3fn number as int8, in fp32."""
+    if not fp8:
+        return np.float32(code)
+    half = np.int16((np.int16(code) << 7) & ~0x4000)
+    value = float_of_half_bits(half) * np.float32(256.0)
+    return np.float32(np.nan) if (code & 0x7F) == 0x7F else value
+
+
+@njit(**OPTIONS)
+def code_of_float(x, fp8):  # type: ignore[no-untyped-def]
+    """Round half to even to an integer, or to the bits of an e4m3fn number; x is in range."""
+    if not fp8:
+        return np.int8(np.rint(x))
+    bits = bits_of_float(x)
+    magnitude = bits & 0x7FFFFFFF
+    # Normal: drop 20 bits of the mantissa and rebase the exponent from 127 to 7.
+    odd = (magnitude >> 20) & 1
+    normal = (magnitude + 0x7FFFF + odd - (120 << 23)) >> 20
+    # Below 2**-6: in the sum with 2**14 the last bit counts units of 2**-9.
+    magic = np.int32((127 + 14) << 23)
+    small = bits_of_float(float_of_bits(np.int32(magnitude)) + float_of_bits(magic)) - magic
+    code = small if magnitude < ((127 - 6) << 23) else normal
+    return np.int8(code | ((bits >> 24) & 0x80))
+
+
+@njit(**OPTIONS)
+def read_floats(to, address, count, dtype):  # type: ignore[no-untyped-def]
+    """Widen ``count`` numbers to fp32 and return the bits of the largest magnitude."""
+    largest = np.int32(0)
+    if dtype == BF16:
+        shorts = shorts_at(address)
+        for i in range(count):
+            bits = np.int32(shorts[i]) << 16
+            largest = max(largest, np.int32(bits & 0x7FFFFFFF))
+            to[i] = float_of_bits(np.int32(bits))
+    elif dtype == FP16:
+        shorts = shorts_at(address)
+        for i in range(count):
+            x = float_of_half_bits(shorts[i])
+            largest = max(largest, np.int32(bits_of_float(x) & 0x7FFFFFFF))
+            to[i] = x
+    else:
+        floats = floats_at(address)
+        for i in range(count):
+            x = floats[i]
+            largest = max(largest, np.int32(bits_of_float(x) & 0x7FFFFFFF))
+            to[i] = x
+    return largest
+
+
+# ---- products ----------------------------------------------------------------------------------
+
+
+@njit(**OPTIONS)
+def tanh(x):  # type: ignore[no-untyped-def]
+    return np.float32(math.tanh(x))
+
+
+@njit(**OPTIONS)
+def gated(x, up, flags, numbers):  # type: ignore[no-untyped-def]
+    """`activations.apply` on one number of gate and up; ``up`` is not used without a gate."""
+    name, has_gate, limited, gate_capped, up_capped = (
+        flags[0], flags[1], flags[2], flags[3], flags[4],
+    )  # fmt: skip
+    alpha, shift, limit = numbers[0], numbers[1], numbers[2]
+    if limited:
+        up = limit if up > limit else (-limit if up < -limit else up)
+        if limited == 1:
+            x = limit if x > limit else x
+    if name == 0:
+        linear = numbers[3] * tanh(x / numbers[3]) if gate_capped else x
+        out = linear / (ONE + np.float32(math.exp(-alpha * x)))
+    elif name == 1:
+        out = HALF * x * (ONE + np.float32(math.erf(x * np.float32(0.7071067811865476))))
+    elif name == 2:
+        inner = x + np.float32(0.044715) * x * x * x
+        out = HALF * x * (ONE + tanh(np.float32(0.7978845608028654) * inner))
+    else:
+        out = np.float32(0.0) if x < 0 else x
+        if name == 4:
+            out = out * out
+    if has_gate:
+        if limited == 2:
+            out = limit if out > limit else out
+        if up_capped:
+            up = numbers[4] * tanh(up / numbers[4])
+        out = out * (up + shift)
+    return out
+
+
+@njit(**OPTIONS)
+def multiply(dots, rows, weights, row_bytes, table, count, columns, ahead, out, out_bytes):  # type: ignore[no-untyped-def]
+    """At most `ROWS_AT_ONCE` rows of weights with ``count`` rows of an expert.
+
+    ``dots`` are the address of a function for one row of each; then for 1, 2 and 4 tokens an
+    address, and for how many rows of weights it is.
+    """
+    token = 0
+    while token < count:
+        which, tokens = 1, 1
+        if rows < ROWS_AT_ONCE:
+            function, step = dots[0], 1
+        else:
+            if count - token >= 4:
+                which, tokens = 5, 4
+            elif count - token >= 2:
+                which, tokens = 3, 2
+            function, step = dots[which], dots[which + 1]
+        row = 0
+        while row < rows:
+            call(function, weights + row * row_bytes, row_bytes, table + 8 * token, columns, ahead,
+                 out + token * out_bytes + 4 * row, out_bytes)  # fmt: skip
+            row += step
+        token += tokens
+        ahead = 0  # asked for with the first token's
+
+
+@njit(**OPTIONS)
+def finish(a, expert, first, last):  # type: ignore[no-untyped-def]
+    """Scales, bias and gate of some channels of an expert's rows, from its sums."""
+    channels, parts, offsets = a[5], a[6], longs_at(a[12])
+    scales = floats_at(a[15] + 4 * longs_at(a[13])[expert] * parts * channels)
+    biases = floats_at(a[16] + 4 * expert * parts * channels)
+    row_scales, tables, flags = floats_at(a[17]), longs_at(a[18]), longs_at(a[20])
+    numbers = floats_at(a[21])
+    for row in range(offsets[expert], offsets[expert + 1]):
+        sums = floats_at(a[19] + 4 * row * parts * channels)
+        out = floats_at(tables[row])
+        row_scale = row_scales[row] if a[17] else ONE
+        for i in range(first, last):
+            x = sums[i] * scales[i] * row_scale
+            if a[16]:
+                x += biases[i]
+            up = x
+            if parts == 2:
+                j = channels + i
+                up = sums[j] * scales[j] * row_scale
+                if a[16]:
+                    up += biases[j]
+            out[i] = gated(x, up, flags, numbers) if a[20] else x
+
+
+def make_product() -> Any:
+    """Products of every routed expert's rows; see `cpu.product` for the arguments."""
+
+    def product(a):  # type: ignore[no-untyped-def]
+        counter, items, blocks, size, channels, parts = a[0], a[2], a[3], a[4], a[5], a[6]
+        weights, slot_bytes, row_bytes, columns = a[7], a[8], a[9], a[10]
+        table, offsets, slots = a[11], longs_at(a[12]), longs_at(a[14])
+        item = claim(counter)
+        while item < items:
+            following = claim(counter)  # now, so that its first rows can be asked for in time
+            expert, first = item // blocks, item % blocks * size
+            last = min(first + size, channels)
+            start, count = offsets[expert], offsets[expert + 1] - offsets[expert]
+            for part in range(parts):
+                for channel in range(first, last, ROWS_AT_ONCE):
+                    row = part * channels + channel
+                    at = weights + slots[expert] * slot_bytes + row * row_bytes
+                    upcoming = at
+                    if channel + ROWS_AT_ONCE < last:
+                        upcoming = at + ROWS_AT_ONCE * row_bytes
+                    elif part + 1 < parts:
+                        upcoming = at + (channels - (channel - first)) * row_bytes
+                    elif following < items:
+                        upcoming = (
+                            weights
+                            + slots[following // blocks] * slot_bytes
+                            + following % blocks * size * row_bytes
+                        )
+                    multiply(
+                        longs_at(a[22]), min(ROWS_AT_ONCE, last - channel), at, row_bytes, table + 8 * start, count,
+                        columns, upcoming - at, a[19] + 4 * (start * parts * channels + row),
+                        4 * parts * channels,
+                    )  # fmt: skip
+            finish(a, expert, first, last)
+            item = following
+
+    return loop(product)
+
+
+def make_weighted_sum() -> Any:
+    """The sum over a token's experts; see `cpu.weighted_sum`."""
+
+    def weighted_sum(a):  # type: ignore[no-untyped-def]
+        tokens, top_k, columns, dtype = a[2], a[3], a[4], a[5]
+        itemsize = 4 if dtype == FP32 else 2
+        token = claim(a[0])
+        while token < tokens:
+            out = floats_at(a[8] + 4 * token * columns)
+            weights = floats_at(a[7] + 4 * token * top_k)
+            for i in range(columns):
+                out[i] = np.float32(0.0)
+            for k in range(top_k):
+                weight = weights[k]
+                address = a[6] + (token * top_k + k) * columns * itemsize
+                if dtype == FP32:
+                    floats = floats_at(address)
+                    for i in range(columns):
+                        out[i] += weight * floats[i]
+                elif dtype == BF16:
+                    shorts = shorts_at(address)
+                    for i in range(columns):
+                        out[i] += weight * float_of_bits(np.int32(np.int32(shorts[i]) << 16))
+                else:
+                    shorts = shorts_at(address)
+                    for i in range(columns):
+                        out[i] += weight * float_of_half_bits(shorts[i])
+            token = claim(a[0])
+
+    return loop(weighted_sum)
+
+
+# ---- formats -----------------------------------------------------------------------------------
+
+
+@njit(fastmath={"reassoc"}, **OPTIONS)
+def squares(exact, codes, columns, fp8, out):  # type: ignore[no-untyped-def]
+    error, norm = 0.0, 0.0
+    for i in range(columns):
+        x = np.float64(exact[i])
+        off = np.float64(float_of_code(codes[i], fp8)) - x
+        error += off * off
+        norm += x * x
+    out[0], out[1] = error, norm
+
+
+@njit(**OPTIONS)
+def narrow(x, scale, codes, columns, fp8):  # type: ignore[no-untyped-def]
+    if fp8:
+        for i in range(columns):
+            x[i] = x[i] / scale
+            codes[i] = code_of_float(x[i], True)
+    else:
+        for i in range(columns):
+            x[i] = x[i] / scale
+            codes[i] = code_of_float(x[i], False)
+
+
+def make_quantize() -> Any:
+    """Rows to codes and scales, and the squares of sampled rows; see `cpu.quantize`."""
+
+    def quantize(a):  # type: ignore[no-untyped-def]
+        rows, columns, dtype, fp8 = a[2], a[3], a[4], a[5] != 0
+        x = floats_at(a[10] + 4 * columns * claim(a[1]))  # the thread's own
+        scales = floats_at(a[9])
+        largest = np.float32(448.0) if fp8 else np.float32(127.0)
+        row = claim(a[0])
+        while row < rows:
+            codes = bytes_at(a[8] + row * columns)
+            scale = float_of_bits(read_floats(x, a[6] + row * a[7], columns, dtype)) / largest
+            scale = TINY if scale < TINY else scale
+            scales[row] = scale
+            if math.isfinite(scale):
+                narrow(x, scale, codes, columns, fp8)
+                if a[11] and row % SAMPLED_ROWS == 0:
+                    out = doubles_at(a[11] + row // SAMPLED_ROWS * 16)
+                    if fp8:
+                        squares(x, codes, columns, True, out)
+                    else:
+                        squares(x, codes, columns, False, out)
+            row = claim(a[0])
+
+    return loop(quantize)
+
+
+@njit(**OPTIONS)
+def row_is_wrong(x, codes, scale, columns, fp8, relative, bound):  # type: ignore[no-untyped-def]
+    wrong = 0
+    for i in range(columns):
+        off = abs(float_of_code(codes[i], fp8) * scale - x[i]) - relative * abs(x[i])
+        wrong |= not (off <= bound)  # so that NaN is
+    return wrong
+
+
+def make_compare() -> Any:
+    """Which rows are further from their source than rounding; see `cpu.wrong_rows`."""
+
+    def compare(a):  # type: ignore[no-untyped-def]
+        rows, columns, dtype, fp8 = a[2], a[3], a[4], a[5] != 0
+        x = floats_at(a[10] + 4 * columns * claim(a[1]))
+        scales, limits, flags = floats_at(a[9]), floats_at(a[11]), bytes_at(a[12])
+        row = claim(a[0])
+        while row < rows:
+            codes, scale = bytes_at(a[8] + row * columns), scales[row]
+            read_floats(x, a[6] + row * a[7], columns, dtype)
+            bound = limits[1] * scale
+            if fp8:
+                wrong = row_is_wrong(x, codes, scale, columns, True, limits[0], bound)
+            else:
+                wrong = row_is_wrong(x, codes, scale, columns, False, limits[0], bound)
+            flags[row] = np.int8(wrong or not math.isfinite(scale))
+            row = claim(a[0])
+
+    return loop(compare)
+
+
+@njit(**OPTIONS)
+def widen_row(codes, out, columns, fp8):  # type: ignore[no-untyped-def]
+    for i in range(columns):
+        out[i] = np.int16(bits_of_float(float_of_code(codes[i], fp8)) >> 16)  # exact
+
+
+def make_widen() -> Any:
+    """Codes to bf16; see `cpu.widen`."""
+
+    def widen(a):  # type: ignore[no-untyped-def]
+        rows, columns = a[2], a[3]
+        row = claim(a[0])
+        while row < rows:
+            codes, out = bytes_at(a[5] + row * a[6]), shorts_at(a[7] + row * columns * 2)
+            if a[4]:
+                widen_row(codes, out, columns, True)
+            else:
+                widen_row(codes, out, columns, False)
+            row = claim(a[0])
+
+    return loop(widen)
+
+
+def make_all() -> dict[str, Any]:
+    """Every loop by its name."""
+    return {
+        "product": make_product(),
+        "weighted_sum": make_weighted_sum(),
+        "quantize": make_quantize(),
+        "compare": make_compare(),
+        "widen": make_widen(),
+    }

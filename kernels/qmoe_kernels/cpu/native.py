@@ -1,0 +1,299 @@
+"""The loops as machine code: compiled once by numba, kept in the user's cache, run on many threads.
+
+What is kept is an object file, so that only the first process of all imports numba; the others
+take llvmlite alone, which is ready in some hundredths of a second. Its name is a hash of the loops'
+source, of numba's version and of the processor: it is never wrong, only absent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import tempfile
+import threading
+from array import array
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# Compiled together: decoding needs no quantizing, nor the other way round.
+GROUPS = {
+    "products": ("product", "weighted_sum", "widen"),
+    "formats": ("quantize", "compare"),
+}
+# (FP8, rows of weights, tokens) of the dot products; blocks of many are smaller on a processor
+# with 16 registers of 8 lanes, which cannot hold more sums.
+DOTS_BY_WIDTH = {
+    wide: [(fp8, rows, tokens) for fp8 in (False, True) for rows, tokens in blocks]
+    for wide, blocks in {
+        True: [(1, 1), (4, 1), (4, 2), (4, 4)],
+        False: [(1, 1), (4, 1), (2, 2), (1, 4)],
+    }.items()
+}
+# Of the C library; anything else that machine code asks for would end the process.
+KNOWN_SYMBOLS = {"expf", "erff", "tanhf", "memset", "memcpy"}
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+_lock = threading.Lock()
+_loaded: dict[str, dict[str, int] | None] = {}
+_in_child = False
+
+
+def dots_name(fp8: bool, rows: int, tokens: int) -> str:
+    """What `address_of` knows a dot product by."""
+    return f"dots_{'fp8' if fp8 else 'int8'}_{rows}_{tokens}"
+
+
+def address_of(name: str) -> int | None:
+    """Where the machine code of a loop is, or of ``dots_<format>_<rows>_<tokens>``.
+
+    None where there is none, of which the first call warns.
+    """
+    group = next((g for g, loops in GROUPS.items() if name in loops), "products")
+    if group not in _loaded:
+        with _lock:
+            if group not in _loaded:
+                _loaded[group] = _load_or_warn(group)
+    found = _loaded[group]
+    return None if found is None else found.get(name)
+
+
+def run(name: str, arguments: Sequence[int], items: int, threads: int | None = None) -> None:
+    """Run a loop on torch's threads until all items are done.
+
+    Args:
+        name: of the loop.
+        arguments: what it takes after its counters.
+        items: how many there are; more threads would find nothing to do.
+        threads: at most so many; None: as many as torch takes.
+    """
+    function = address_of(name)
+    assert function is not None
+    threads = max(1, min(torch.get_num_threads() if threads is None else threads, items))
+    given = array("q", [0, 0, *arguments, 0, 0])
+    address, count = given.buffer_info()
+    given[0], given[1] = address + 8 * (count - 2), address + 8 * (count - 1)
+    if threads == 1:
+        _callable(function)(address)
+        return
+    parallel = _openmp()
+    if parallel is not None and not _in_child:
+        # Threads that torch has anyway: others of our own would compete with these for the
+        # processor. Two Python threads that call at once have a team each.
+        parallel(function, address, threads, 0)
+        return
+    helpers = [threading.Thread(target=_callable(function), args=(address,)) for _ in range(threads - 1)]
+    for helper in helpers:
+        helper.start()
+    _callable(function)(address)
+    for helper in helpers:
+        helper.join()
+
+
+@lru_cache
+def is_wide() -> bool:
+    """Whether the processor has 32 registers for vectors: see `DOTS_BY_WIDTH`."""
+    return _machine()[3]
+
+
+@lru_cache
+def _callable(function: int) -> Callable[[int], None]:
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)
+
+
+@lru_cache
+def _openmp() -> Any:
+    """GOMP_parallel(function, data, threads, flags) of the OpenMP that torch runs on, or None."""
+    try:
+        parallel = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):
+        return None
+    parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
+    return parallel
+
+
+def _after_fork() -> None:
+    """A child has none of its parent's threads, and OpenMP would wait for them for ever."""
+    global _lock, _in_child
+    _lock, _in_child = threading.Lock(), True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+# ---- compiling ---------------------------------------------------------------------------------
+
+
+def _load_or_warn(group: str) -> dict[str, int] | None:
+    try:
+        return _load(group)
+    except Exception as error:
+        # Once for all groups: they fail for one reason.
+        if not any(found is None for found in _loaded.values()):
+            logger.warning(
+                "experts run on the CPU by torch alone, some ten times slower: the native loops "
+                "are missing (%s)",
+                f"{type(error).__name__}: {error}".rstrip(": "),
+            )
+        return None
+
+
+def _load(group: str) -> dict[str, int]:
+    machine = _machine()
+    digest = hashlib.sha256(repr((group, _versions(), machine)).encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    file = cache_folder() / f"{group}-{digest.hexdigest()[:32]}.o"
+    code = _read(file)
+    if code is None:
+        code = _compile(group, machine)
+        _write(file, code)
+    return _link(code, machine)
+
+
+def cache_folder() -> Path:
+    """Where machine code is kept: ``qmoe`` in the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "qmoe"
+
+
+def _versions() -> list[str]:
+    found = []
+    for package in ("numba", "llvmlite"):
+        try:
+            found.append(version(package))
+        except PackageNotFoundError:
+            raise RuntimeError(f"{package} is not installed") from None
+    return found
+
+
+def _machine() -> tuple[str, str, str, bool]:
+    """The processor as LLVM names it (triple, name, features), and whether it has 32 registers.
+
+    Raises:
+        RuntimeError: there is no way on it that is quicker than torch.
+    """
+    from llvmlite import binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    features = llvm.get_host_cpu_features()
+    triple = llvm.get_process_triple()
+    on_x86 = triple.startswith(("x86_64", "amd64"))
+    needed = [name for name in ("avx2", "fma", "f16c") if not features.get(name)]
+    if (on_x86 and needed) or not triple.startswith(("x86_64", "amd64", "aarch64", "arm64")):
+        raise RuntimeError(f"{llvm.get_host_cpu_name()} lacks {', '.join(needed) or 'known lanes'}")
+    wide = not on_x86 or bool(features.get("avx512f") and features.get("avx512bw"))
+    return triple, llvm.get_host_cpu_name(), features.flatten(), wide
+
+
+def _target_machine(machine: tuple[str, str, str, bool]) -> Any:
+    from llvmlite import binding as llvm
+
+    triple, cpu, features, _ = machine
+    return llvm.Target.from_triple(triple).create_target_machine(
+        cpu=cpu, features=features, opt=3, reloc="default", codemodel="jitdefault", jit=True
+    )
+
+
+def _compile(group: str, machine: tuple[str, str, str, bool]) -> bytes:
+    """Return an object file with the loops of a group."""
+    from llvmlite import binding as llvm
+
+    from qmoe_kernels.cpu import dots, loops
+
+    module, names = llvm.parse_assembly(f'target triple = "{machine[0]}"'), set(GROUPS[group])
+    for name in GROUPS[group]:
+        compiled = getattr(loops, f"make_{name}")()
+        # Not numba's function for C, which may call Python, but the one that it calls: no loop
+        # raises.
+        inner = compiled.native_name.removeprefix("cfunc.")
+        module.link_in(llvm.parse_assembly(compiled.inspect_llvm()))
+        entry = f"""declare i32 @{inner}(ptr, ptr, ptr)
+            define void @{name}(ptr %arguments) {{
+                %result = alloca ptr
+                %error = alloca ptr
+                %status = call i32 @{inner}(ptr %result, ptr %error, ptr %arguments)
+                ret void
+            }}"""
+        module.link_in(llvm.parse_assembly(entry))
+    if group == "products":
+        blocks = DOTS_BY_WIDTH[machine[3]]
+        module.link_in(llvm.parse_assembly(dots.assembly(blocks)))
+        names |= {dots_name(*block) for block in blocks}
+    target = _target_machine(machine)
+    _drop_all_but(names, module, target)
+    unknown = {
+        f.name for f in module.functions if f.is_declaration and not f.name.startswith("llvm.")
+    } - KNOWN_SYMBOLS
+    if unknown:
+        raise RuntimeError(f"numba's loops need {', '.join(sorted(unknown))}")
+    code: bytes = target.emit_object(module)
+    return code
+
+
+def _drop_all_but(names: set[str], module: Any, target: Any) -> None:
+    from llvmlite import binding as llvm
+
+    for value in [*module.functions, *module.global_variables]:
+        if not value.is_declaration and value.name not in names:
+            value.linkage = "internal"
+    passes = llvm.create_new_module_pass_manager()
+    passes.add_global_dead_code_eliminate_pass()
+    passes.run(module, llvm.create_pass_builder(target, llvm.create_pipeline_tuning_options()))
+
+
+class _Linked(dict[str, int]):
+    """Addresses by name; keeps the code in memory."""
+
+    engine: Any
+
+
+def _link(code: bytes, machine: tuple[str, str, str, bool]) -> dict[str, int]:
+    from llvmlite import binding as llvm
+
+    file = llvm.ObjectFileRef.from_data(code)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), _target_machine(machine))
+    engine.add_object_file(file)
+    engine.finalize_object()
+    names = [name for loops in GROUPS.values() for name in loops]
+    names += [dots_name(*block) for block in DOTS_BY_WIDTH[machine[3]]]
+    found = _Linked({name: a for name in names if (a := engine.get_function_address(name))})
+    found.engine = engine
+    return found
+
+
+def _read(file: Path) -> bytes | None:
+    """What `_write` wrote, or None if it is not there or not whole."""
+    try:
+        data = file.read_bytes()
+    except OSError:
+        return None
+    digest, code = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
+    return code if hashlib.sha256(code).digest() == digest else None
+
+
+def _write(file: Path, code: bytes) -> None:
+    """Keep machine code for later processes; without a folder to write to, these compile again."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(dir=file.parent)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(hashlib.sha256(code).digest() + code)
+            os.replace(partial, file)
+        except BaseException:
+            os.unlink(partial)
+            raise
+    except OSError as error:
+        logger.info("native loops are compiled anew in every process: %s", error)
