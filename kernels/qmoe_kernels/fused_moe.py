@@ -14,7 +14,7 @@ path reads a device value on the host.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -23,10 +23,10 @@ from torch import Tensor
 from qmoe_kernels import activations as _activations
 from qmoe_kernels import cpu
 from qmoe_kernels.activations import SWIGLU, Activation, ActivationName
-from qmoe_kernels.cpu import Routed
 from qmoe_kernels.experts import Experts, Projection
 from qmoe_kernels.operators import operator
 from qmoe_kernels.quantization import FORMAT_OF, STORAGE_DTYPE, WeightFormat, quantize_rows, widen
+from qmoe_kernels.routing import ExpertRouting
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -288,17 +288,20 @@ def _fused_moe(
     gate_up = Projection(gate_up_proj, gate_up_proj_scale, gate_up_proj_bias, expert_to_slot)
     down = Projection(down_proj, down_proj_scale, down_proj_bias)
     to = _row_format(activations, gate_up, num_tokens * top_k)
-    few, many = _routed_experts(topk_ids, gate_up, down)
-    rows = _native_layer(hidden_states, few, gate_up, down, activation, to, topk_ids)
-    up_linear, down_linear = _CPULinear(gate_up, to), _CPULinear(down, to)
-    for routed in many:
-        pairs = topk_ids.new_tensor(routed.pairs)
-        hidden = _activations.apply(activation, up_linear(hidden_states[pairs // top_k], routed))
-        rows[pairs] = down_linear(hidden.to(hidden_states.dtype), routed).to(rows.dtype)
+    experts = Experts(gate_up, down, activation)
+    rows, many = _native_layer(hidden_states, experts, topk_ids, to)
+    if many:
+        up_linear, down_linear = _CPULinear(gate_up, to), _CPULinear(down, to)
+    for expert, slot, pairs in many:
+        x = hidden_states[pairs // top_k]
+        hidden = _activations.apply(activation, up_linear(x, expert, slot))
+        hidden = hidden.to(hidden_states.dtype)
+        rows[pairs] = down_linear(hidden, expert, slot).to(hidden.dtype).to(rows.dtype)
     rows = rows.view(num_tokens, top_k, down_proj.shape[1])
     if topk_weights is None:
-        return rows
-    return _weighted_sum_cpu(rows, _routed_weights(topk_weights, topk_ids, gate_up.num_experts))
+        return rows.to(hidden_states.dtype)
+    total = _weighted_sum_cpu(rows, topk_weights, topk_ids, gate_up.num_experts)
+    return total.to(hidden_states.dtype)
 
 
 @_fused_moe.register_fake
@@ -334,17 +337,18 @@ def _grouped_linear(
     x = x.flatten(0, -2)
     projection = Projection(weight, scale, bias, expert_to_slot)
     to = _row_format(activations, projection, num_tokens * top_k)
-    few, many = _routed_experts(topk_ids, projection)
-    pairs = [pair for routed in few for pair in routed.pairs]
-    rows = _row_buffer(x, weight, len(pairs), topk_ids)
-    if few:
-        sources = [pair // pairs_per_row for pair in pairs]
-        cpu.product(*_native_rows(x, to), sources, few, projection, rows, pairs)
-    rows = rows.to(x.dtype)
+    if cpu.available(weight):
+        routing = cpu.Routing(topk_ids, projection.num_experts, expert_to_slot)
+        rows = _row_buffer(x, weight, routing, topk_ids)
+        which = routing.tokens if pairs_per_row > 1 else routing.pairs
+        cpu.product(*_native_rows(x, to), which, routing, projection, rows, routing.pairs)
+        rows, many = rows.to(x.dtype), _with_tensors(routing.many(), topk_ids)
+    else:
+        rows = x.new_zeros(topk_ids.numel(), weight.shape[1])
+        many = _routed_experts(topk_ids, projection)
     linear = _CPULinear(projection, to)
-    for routed in many:
-        those = topk_ids.new_tensor(routed.pairs)
-        rows[those] = linear(x[those // pairs_per_row], routed).to(rows.dtype)
+    for expert, slot, pairs in many:
+        rows[pairs] = linear(x[pairs // pairs_per_row], expert, slot).to(rows.dtype)
     return rows.view(num_tokens, top_k, weight.shape[1])
 
 
@@ -363,7 +367,7 @@ def _(
 
 @operator("weighted_sum", "cpu")
 def _weighted_sum(rows: Tensor, topk_weights: Tensor) -> Tensor:
-    return _weighted_sum_cpu(rows, topk_weights)
+    return _weighted_sum_cpu(rows, topk_weights).to(rows.dtype)
 
 
 @_weighted_sum.register_fake
@@ -437,37 +441,52 @@ def _(rows: Tensor, topk_weights: Tensor) -> Tensor:
 
 
 def _native_layer(
-    hidden_states: Tensor,
-    few: Sequence[Routed],
-    gate_up: Projection,
-    down: Projection,
-    activation: Activation,
-    to: WeightFormat | None,
-    topk_ids: Tensor,
-) -> Tensor:
-    """(num_pairs, hidden_size): the outputs of experts with few rows, by the native loops."""
-    top_k = topk_ids.shape[1]
-    pairs = [pair for routed in few for pair in routed.pairs]
-    rows = _row_buffer(hidden_states, down.weight, len(pairs), topk_ids)
-    if few:
-        size, order = down.weight.shape[2], range(len(pairs))
-        hidden = cpu.room(len(pairs), size)
-        sources = [pair // top_k for pair in pairs]
-        cpu.product(
-            *_native_rows(hidden_states, to), sources, few, gate_up, hidden, order, activation
-        )
-        hidden_scale = None
-        if to is not None:
-            hidden, hidden_scale = _native_rows(hidden[:, :size].to(hidden_states.dtype), to)
-        cpu.product(hidden, hidden_scale, order, few, down, rows, pairs)
-    return rows.to(hidden_states.dtype)
+    x: Tensor, experts: Experts, topk_ids: Tensor, to: WeightFormat | None
+) -> tuple[Tensor, list[tuple[int, int, Tensor]]]:
+    """What the native loops do of a layer, and the (expert, slot, pairs) that they leave.
+
+    Returns:
+        (num_pairs, hidden_size) fp32, of numbers of the dtype of ``x``; zeros where an id is
+        skipped or an expert is left.
+    """
+    gate_up, down = experts.gate_up, experts.down
+    if not cpu.available(gate_up.weight, down.weight):
+        rows = x.new_zeros(topk_ids.numel(), down.weight.shape[1], dtype=torch.float32)
+        return rows, _routed_experts(topk_ids, gate_up)
+    routing = cpu.Routing(topk_ids, gate_up.num_experts, gate_up.expert_to_slot)
+    rows, size = _row_buffer(x, down.weight, routing, topk_ids), down.weight.shape[2]
+    hidden, hidden_scale = cpu.room(x, routing.num_pairs, size), None
+    cpu.product(
+        *_native_rows(x, to),
+        routing.tokens,
+        routing,
+        gate_up,
+        hidden,
+        routing.order,
+        experts.activation,
+        round_to=x.dtype,
+    )
+    if to is not None:
+        hidden, hidden_scale = _native_rows(hidden[:, :size], to)
+    cpu.product(
+        hidden, hidden_scale, routing.order, routing, down, rows, routing.pairs, round_to=x.dtype
+    )
+    return rows, _with_tensors(routing.many(), topk_ids)
 
 
-def _row_buffer(x: Tensor, weight: Tensor, num_native: int, topk_ids: Tensor) -> Tensor:
+def _with_tensors(
+    routed: Iterable[tuple[int, int, list[int]]], topk_ids: Tensor
+) -> list[tuple[int, int, Tensor]]:
+    return [
+        (expert, slot, topk_ids.new_tensor(pairs, dtype=torch.int64))
+        for expert, slot, pairs in routed
+    ]
+
+
+def _row_buffer(x: Tensor, weight: Tensor, routing: cpu.Routing, topk_ids: Tensor) -> Tensor:
     """(num_pairs, out_features) fp32 for a product's results; zeros unless all are written."""
-    shape = (topk_ids.numel(), weight.shape[1])
-    new = x.new_empty if num_native == shape[0] else x.new_zeros
-    return new(shape, dtype=torch.float32)
+    new = x.new_empty if routing.num_pairs == topk_ids.numel() else x.new_zeros
+    return new((topk_ids.numel(), weight.shape[1]), dtype=torch.float32)
 
 
 def _native_rows(x: Tensor, to: WeightFormat | None) -> tuple[Tensor, Tensor | None]:
@@ -489,9 +508,9 @@ class _CPULinear:
         self.projection, self.row_format = projection, row_format
         self.scratch: Tensor | None = None
 
-    def __call__(self, x: Tensor, routed: Routed) -> Tensor:
+    def __call__(self, x: Tensor, expert: int, slot: int) -> Tensor:
         """(num_rows, in_features) -> (num_rows, out_features) fp32."""
-        weight = self.projection.weight[routed.slot]
+        weight = self.projection.weight[slot]
         x_scale = None
         if self.row_format is not None:
             q, x_scale = quantize_rows(x, self.row_format)
@@ -501,11 +520,11 @@ class _CPULinear:
         else:
             y = x.float() @ self._float(weight).t()
         if self.projection.scale is not None:
-            y = y.mul_(self.projection.scale[routed.expert])
+            y = y.mul_(self.projection.scale[expert])
         if x_scale is not None:
             y = y.mul_(x_scale[:, None])
         bias = self.projection.bias
-        return y if bias is None else y.add_(bias[routed.expert])
+        return y if bias is None else y.add_(bias[expert])
 
     def _float(self, weight: Tensor) -> Tensor:
         if weight.dtype == torch.float32:
@@ -515,30 +534,24 @@ class _CPULinear:
         return widen(weight, out=self.scratch)
 
 
-def _routed_experts(
-    topk_ids: Tensor, projection: Projection, *others: Projection
-) -> tuple[list[Routed], list[Routed]]:
-    """Every expert that a token is routed to: with few rows, for native loops, and with many."""
-    pairs_of: dict[int, list[int]] = {}
-    for pair, expert in enumerate(topk_ids.flatten().tolist()):
-        if 0 <= expert < projection.num_experts:
-            pairs_of.setdefault(expert, []).append(pair)
-    experts = sorted(pairs_of)
-    slots = experts
+def _routed_experts(topk_ids: Tensor, projection: Projection) -> list[tuple[int, int, Tensor]]:
+    """(expert, slot, its pairs) of every expert that a token is routed to, in order."""
+    routing = ExpertRouting.from_topk_ids(topk_ids, projection.num_experts)
+    offsets = routing.expert_offsets.tolist()
+    slots = range(projection.num_experts)
     if projection.expert_to_slot is not None:
-        slots = projection.expert_to_slot[experts].tolist()
-    native = cpu.available(projection.weight, *(other.weight for other in others))
-    few: list[Routed] = []
-    many: list[Routed] = []
-    for expert, slot in zip(experts, slots, strict=True):
+        slots = projection.expert_to_slot.tolist()
+    found = []
+    for expert, slot in enumerate(slots):
+        start, end = offsets[expert], offsets[expert + 1]
+        if start == end:
+            continue
         if slot < 0:
             raise ValueError(
                 f"expert {expert} is routed to but has no slot (expert_to_slot is {slot})"
             )
-        pairs = pairs_of[expert]
-        into = few if native and len(pairs) <= cpu.FEW_ROWS else many
-        into.append(Routed(expert, slot, pairs))
-    return few, many
+        found.append((expert, slot, routing.sorted_pair_ids[start:end].long()))
+    return found
 
 
 def _routed_weights(topk_weights: Tensor, topk_ids: Tensor, num_experts: int) -> Tensor:
@@ -546,13 +559,18 @@ def _routed_weights(topk_weights: Tensor, topk_ids: Tensor, num_experts: int) ->
     return topk_weights.masked_fill((topk_ids < 0) | (topk_ids >= num_experts), 0.0)
 
 
-def _weighted_sum_cpu(rows: Tensor, topk_weights: Tensor) -> Tensor:
+def _weighted_sum_cpu(
+    rows: Tensor, topk_weights: Tensor, topk_ids: Tensor | None = None, num_experts: int = 0
+) -> Tensor:
+    """As `cpu.weighted_sum`."""
     if cpu.native.address_of("weighted_sum") is not None:
-        return cpu.weighted_sum(rows, topk_weights)
+        return cpu.weighted_sum(rows, topk_weights, topk_ids, num_experts)
+    if topk_ids is not None:
+        topk_weights = _routed_weights(topk_weights, topk_ids, num_experts)
     total = rows.new_zeros(rows.shape[0], rows.shape[2], dtype=torch.float32)
     for k in range(rows.shape[1]):
         total.addcmul_(rows[:, k].float(), topk_weights[:, k, None].float())
-    return total.to(rows.dtype)
+    return total
 
 
 # ---- validation --------------------------------------------------------------------------------

@@ -8,10 +8,7 @@ says no. Nothing here imports numba before a loop is needed that the user's cach
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -20,48 +17,24 @@ from qmoe_kernels.activations import Activation
 from qmoe_kernels.cpu import native
 from qmoe_kernels.experts import Projection
 
-LANES = 16  # of a vector; fp32 rows are as long as a multiple of it
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # a loop has a dtype's place here
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # loops know a dtype by its place
 NAMES = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
-# Weights of an item of work: a hundredth of a millisecond.
+
+LANES = 16  # of a vector; fp32 rows are as long as a multiple of it
+ROWS_AT_ONCE = 4  # of weights, that the processor reads side by side
+# Weights that a thread claims at a time: a hundredth of a millisecond.
 ITEM_BYTES = 1 << 17
-ROWS_AT_ONCE = 4  # of weights
-# Rows of one expert from which on torch's matrix product is quicker than the loops.
+# Up to so many rows of one expert the loops are quicker than torch's matrix product.
 FEW_ROWS = 32
-
-
-@dataclass(frozen=True)
-class Routed:
-    """One expert that tokens are routed to: its number, its slot, and its pairs."""
-
-    expert: int
-    slot: int
-    pairs: list[int]
+# Values of a sum over experts that are worth a thread.
+SUM_SIZE = 1 << 17
 
 
 def available(*weights: Tensor) -> bool:
-    """Whether the loops multiply with these weights, on this machine; warns once if it cannot."""
+    """Whether the loops multiply with these weights on this machine; the first no warns why."""
     if any(w.dtype not in (torch.int8, torch.float8_e4m3fn) for w in weights):
         return False
     return native.address_of("product") is not None
-
-
-def padded(rows: Tensor) -> Tensor:
-    """Rows, (num_rows, columns) of any dtype, in fp32, with zeros up to a multiple of 16."""
-    columns = rows.shape[1]
-    if columns % LANES == 0:
-        return rows.to(torch.float32).contiguous()
-    out = rows.new_zeros(rows.shape[0], -(-columns // LANES) * LANES, dtype=torch.float32)
-    out[:, :columns] = rows
-    return out
-
-
-def room(num_rows: int, columns: int) -> Tensor:
-    """Room for `padded` rows."""
-    size = -(-columns // LANES) * LANES
-    out = torch.empty(num_rows, size, dtype=torch.float32, device="cpu")
-    out[:, columns:] = 0
-    return out
 
 
 @lru_cache
@@ -71,84 +44,160 @@ def multiplies_bf16() -> bool:
     return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+class Routing:
+    """Pairs by expert: first the experts with few rows, for `product`, then the others.
+
+    Attributes:
+        num_few, num_routed: experts of the former kind, and of both.
+        num_pairs: of the former kind's.
+    """
+
+    def __init__(self, topk_ids: Tensor, num_experts: int, expert_to_slot: Tensor | None) -> None:
+        ids = topk_ids.contiguous()
+        slots = None if expert_to_slot is None else expert_to_slot.contiguous()
+        pairs, most = ids.numel(), min(ids.numel(), num_experts)
+        sizes = [3, num_experts, pairs, pairs, pairs, most + 1, most, most]
+        self._tables = array("q", bytes(8 * sum(sizes)))
+        self._begins = [sum(sizes[:i]) for i in range(len(sizes))]
+        base = self._tables.buffer_info()[0]
+        addresses = [base + 8 * begin for begin in self._begins]
+        self.pairs, self.tokens, self.order, self.offsets, self.experts, self.slots = addresses[2:]
+        native.run(
+            "group",
+            [
+                ids.data_ptr(),
+                ids.itemsize,
+                pairs,
+                ids.shape[1],
+                num_experts,
+                _address(slots),
+                FEW_ROWS,
+                *addresses,
+            ],
+            items=1,
+        )
+        self.num_few, self.num_routed, missing = self._tables[:3]
+        if missing >= 0:
+            raise ValueError(
+                f"expert {missing} is routed to but has no slot "
+                f"(expert_to_slot is {int(expert_to_slot[missing])})"  # type: ignore[index]
+            )
+        self.num_pairs = self._tables[self._begins[5] + self.num_few]
+
+    def many(self) -> list[tuple[int, int, list[int]]]:
+        """(expert, slot, its pairs) of each expert with many rows."""
+        _, _, pairs, _, _, offsets, experts, slots = self._begins
+        table = self._tables
+        return [
+            (
+                table[experts + i],
+                table[slots + i],
+                table[pairs + table[offsets + i] : pairs + table[offsets + i + 1]].tolist(),
+            )
+            for i in range(self.num_few, self.num_routed)
+        ]
+
+
+def padded(rows: Tensor) -> Tensor:
+    """Rows, (num_rows, columns) of any dtype, in fp32, with zeros up to a multiple of 16."""
+    if rows.shape[1] % LANES == 0:
+        return rows.to(torch.float32).contiguous()
+    out = room(rows, rows.shape[0], rows.shape[1])
+    out[:, : rows.shape[1]] = rows
+    return out
+
+
+def room(like: Tensor, num_rows: int, columns: int) -> Tensor:
+    """Room for `padded` rows."""
+    out = like.new_empty(num_rows, -(-columns // LANES) * LANES, dtype=torch.float32)
+    if out.shape[1] != columns:
+        out[:, columns:] = 0
+    return out
+
+
 def product(
     rows: Tensor,  # (num_rows, in_features up to a multiple of 16) fp32, `padded`
     row_scales: Tensor | None,  # (num_rows,) fp32
-    sources: Sequence[int],  # of each pair of `routed`, one expert's after the other: its row
-    routed: Sequence[Routed],
+    sources: int,  # the address of a table of `routing`: of each pair, which of `rows`
+    routing: Routing,
     projection: Projection,
     out: Tensor,  # (num_out, at least out_features or intermediate_size) fp32
-    targets: Sequence[int],  # of each pair: its row of `out`
+    targets: int,  # of each pair, which row of `out`
     activation: Activation | None = None,
+    round_to: torch.dtype = torch.float32,
 ) -> None:
-    """Fill ``out`` with ``activation(projection(rows))`` of every routed pair.
+    """Fill ``out`` with ``activation(projection(rows))`` of the experts with few rows.
 
-    Sums are fp32 and the same whatever the threads and the other pairs are.
+    Sums are fp32 and the same whatever the threads and the other pairs are; results are rounded to
+    the numbers of ``round_to``.
     """
-    weight = projection.weight
+    weight, scale, bias = projection.weight, projection.scale, projection.bias
+    assert scale is not None
     parts = 2 if activation is not None and activation.gated else 1
-    channels = weight.shape[1] // parts
-    if not targets or not channels:
+    channels, columns = weight.shape[1] // parts, weight.shape[2]
+    if not routing.num_few or not channels:
         return
-    scale = _contiguous(projection.scale)
-    bias = projection.bias
+    scale = scale.contiguous()
     if bias is not None:
-        bias = bias[[r.expert for r in routed]].to(torch.float32).contiguous()
-    sums = rows.new_empty(len(targets), weight.shape[1])
-    if row_scales is not None:
-        row_scales = row_scales[list(sources)]
-    row_bytes = max(1, weight.stride(1))
-    size = max(1, ITEM_BYTES // (max(1, weight.shape[2]) * parts * ROWS_AT_ONCE)) * ROWS_AT_ONCE
+        bias = (bias if bias.dtype in DTYPES else bias.float()).contiguous()
+    sums = rows.new_empty(routing.num_pairs, weight.shape[1])
+    size = max(1, ITEM_BYTES // (max(1, columns) * parts * ROWS_AT_ONCE)) * ROWS_AT_ONCE
     blocks = -(-channels // size)
-    fp8, wide = weight.dtype == torch.float8_e4m3fn, native.is_wide()
-    tables = [
-        array("q", numbers)
-        for numbers in (
-            _addresses(rows, sources),
-            accumulate((len(r.pairs) for r in routed), initial=0),
-            (r.expert for r in routed),
-            (r.slot for r in routed),
-            _addresses(out, targets),
-            _dots(fp8, wide),
-        )
-    ]
-    from_rows, offsets, experts, slots, to_rows, dots = (t.buffer_info()[0] for t in tables)
-    flags, numbers = (None, None) if activation is None else _gate(activation)
+    items = routing.num_few * blocks
+    flags, numbers = (0, 0) if activation is None else _gate(activation)[:2]
     native.run(
         "product",
         [
-            len(routed) * blocks,
+            items,
             blocks,
             size,
             channels,
             parts,
             weight.data_ptr(),
             weight.stride(0),
-            row_bytes,
-            weight.shape[2],
-            from_rows,
-            offsets,
-            experts,
-            slots,
+            weight.stride(1),
+            columns,
+            rows.data_ptr(),
+            4 * rows.shape[1],
+            sources,
+            routing.offsets,
+            routing.experts,
+            routing.slots,
             scale.data_ptr(),
             _address(bias),
+            0 if bias is None else DTYPES.index(bias.dtype),
             _address(row_scales),
-            to_rows,
+            out.data_ptr(),
+            4 * out.shape[1],
+            targets,
+            DTYPES.index(round_to),
             sums.data_ptr(),
-            0 if flags is None else flags.buffer_info()[0],
-            0 if numbers is None else numbers.buffer_info()[0],
-            dots,
+            flags,
+            numbers,
+            _dots(weight.dtype == torch.float8_e4m3fn)[0],
         ],
-        items=len(routed) * blocks,
+        items,
     )
 
 
-def weighted_sum(rows: Tensor, topk_weights: Tensor) -> Tensor:
-    """What `fused_moe.weighted_sum` says."""
+def weighted_sum(
+    rows: Tensor,  # (num_tokens, top_k, columns) bf16 | fp16 | fp32
+    topk_weights: Tensor,  # (num_tokens, top_k) float
+    topk_ids: Tensor | None = None,  # (num_tokens, top_k) int32 | int64
+    num_experts: int = 0,
+) -> Tensor:
+    """Sum the rows of each token by its weights, in fp32, first expert to last.
+
+    Rows of ids outside [0, num_experts) do not count, if there are ids.
+
+    Returns:
+        (num_tokens, columns) fp32.
+    """
     num_tokens, top_k, columns = rows.shape
     out = rows.new_empty(num_tokens, columns, dtype=torch.float32)
     weights = topk_weights.to(torch.float32).contiguous()
     rows = rows.contiguous()
+    ids = None if topk_ids is None else topk_ids.contiguous()
     native.run(
         "weighted_sum",
         [
@@ -159,58 +208,44 @@ def weighted_sum(rows: Tensor, topk_weights: Tensor) -> Tensor:
             rows.data_ptr(),
             weights.data_ptr(),
             out.data_ptr(),
+            _address(ids),
+            8 if ids is None else ids.itemsize,
+            num_experts,
         ],
-        # One token is done before another thread would have begun.
-        items=1 + rows.numel() // (1 << 17),
-    )
-    return out.to(rows.dtype)
-
-
-def widen(q: Tensor) -> Tensor:
-    """A weight, (rows, columns) int8 or e4m3fn, in bf16; exact."""
-    out = torch.empty_like(q, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
-    native.run(
-        "widen",
-        [
-            q.shape[0],
-            q.shape[1],
-            int(q.dtype == torch.float8_e4m3fn),
-            q.data_ptr(),
-            q.stride(0),
-            out.data_ptr(),
-        ],
-        items=q.shape[0],
+        min(num_tokens, 1 + rows.numel() // SUM_SIZE),
     )
     return out
 
 
+def widen(q: Tensor) -> Tensor:
+    """A weight, (rows, columns) int8 or e4m3fn, columns contiguous, in bf16; exact."""
+    out = torch.empty_like(q, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
+    fp8 = q.dtype == torch.float8_e4m3fn
+    arguments = [*q.shape, int(fp8), q.data_ptr(), q.stride(0), out.data_ptr()]
+    native.run("widen", arguments, q.shape[0])
+    return out
+
+
 @lru_cache
-def _dots(fp8: bool, wide: bool) -> list[int]:
-    single, *blocks = (b for b in native.DOTS_BY_WIDTH[wide] if b[0] == fp8)
-    addresses = [native.address_of(native.dots_name(*single)) or 0]
+def _dots(fp8: bool) -> tuple[int, array[int]]:
+    """The address of the table of dot products that `loops.multiply` takes, and the table."""
+    single, *blocks = (b for b in native.DOTS_BY_WIDTH[native.is_wide()] if b[0] == fp8)
+    table = [native.address_of(native.dots_name(*single)) or 0]
     for block in blocks:
-        addresses += [native.address_of(native.dots_name(*block)) or 0, block[1]]
-    return addresses
+        table += [native.address_of(native.dots_name(*block)) or 0, block[1]]
+    kept = array("q", table)
+    return kept.buffer_info()[0], kept
 
 
 @lru_cache
-def _gate(a: Activation) -> tuple[array[int], array[float]]:
+def _gate(a: Activation) -> tuple[int, int, array[int], array[float]]:
+    """The addresses of the flags and numbers that `loops.gated` takes, and these."""
     limited = 0 if a.limit is None else 2 if a.limit_after else 1
     caps = (a.gate_softcap, a.up_softcap)
-    flags = [NAMES.index(a.name), a.gated, limited, *(cap is not None for cap in caps)]
-    numbers = [a.alpha, a.up_shift, a.limit or 0.0, *(cap or 1.0 for cap in caps)]
-    return array("q", flags), array("f", numbers)
-
-
-def _addresses(rows: Tensor, which: Sequence[int]) -> list[int]:
-    first, step = rows.data_ptr(), rows.stride(0) * rows.itemsize
-    return [first + step * row for row in which]
+    flags = array("q", [NAMES.index(a.name), a.gated, limited, *(c is not None for c in caps)])
+    numbers = array("f", [a.alpha, a.up_shift, a.limit or 0.0, *(c or 1.0 for c in caps)])
+    return flags.buffer_info()[0], numbers.buffer_info()[0], flags, numbers
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _contiguous(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor.contiguous()

@@ -44,9 +44,11 @@ class _Dots:
 
     def __init__(self, builder: Any, rows: int, tokens: int, fp8: bool, arguments: Any) -> None:
         self.builder, self.rows, self.tokens, self.fp8 = builder, rows, tokens, fp8
-        weights, row_bytes, table, self.columns, self.ahead, self.out, self.out_bytes = arguments
+        (weights, row_bytes, x, x_bytes, table, self.columns, self.ahead, self.out,
+         self.out_bytes) = arguments  # fmt: skip
         self.weights = [self._plus(weights, row_bytes, row) for row in range(rows)]
-        self.x = [self._load(self._plus(table, I64(8), t), I64, 8) for t in range(tokens)]
+        numbers = [self._load(self._plus(table, I64(8), t), I64, 8) for t in range(tokens)]
+        self.x = [builder.add(x, builder.mul(x_bytes, number)) for number in numbers]
         # Sums of each (row, token), then the largest magnitude of each row's codes, if they are
         # e4m3fn: 0x7f is NaN.
         self.states = [_vector(F32, 0.0)] * (rows * tokens)
@@ -192,8 +194,9 @@ def assembly(blocks: Iterable[tuple[bool, int, int]]) -> str:
     """Functions that multiply rows of weights with rows of fp32, named by `native.dots_name`.
 
     Their arguments are int64: the address of the first row of weights; the bytes from one to the
-    next; the address of a table of the tokens' rows' addresses, each a multiple of 16 long, zeros
-    behind the columns; the number of columns; how many bytes further on the weights are that come
+    next; the address of all tokens' rows, which are fp32, zeros behind the columns up to a multiple
+    of 16; the bytes from one to the next; the address of a table of which of them are meant; the
+    number of columns; how many bytes further on the weights are that come
     next; where the first token's sums go, one after the other; the bytes from a token's sums to the
     next one's. A sum adds 16 lanes of fp32, each in order; neither how many rows nor how many
     tokens there are changes a bit of it. Of e4m3fn a NaN gives NaN.
@@ -203,7 +206,7 @@ def assembly(blocks: Iterable[tuple[bool, int, int]]) -> str:
     """
     module = ir.Module()
     for fp8, rows, tokens in blocks:
-        kind = ir.FunctionType(ir.VoidType(), [I64] * 7)
+        kind = ir.FunctionType(ir.VoidType(), [I64] * 9)
         function = ir.Function(module, kind, dots_name(fp8, rows, tokens))
         builder = ir.IRBuilder(function.append_basic_block("start"))
         emit = _Dots(builder, rows, tokens, fp8, function.args)

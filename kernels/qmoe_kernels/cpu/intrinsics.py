@@ -37,15 +37,15 @@ def claim(_: Any, counter: Any) -> Any:
 
 @intrinsic
 def call(_: Any, function: Any, *arguments: Any) -> Any:
-    """Call the function at an address with seven int64."""
+    """Call the function at an address with nine int64."""
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [I64] * 7)
-        given = [builder.extract_value(values[1], i) for i in range(7)]
+        kind = ir.FunctionType(ir.VoidType(), [I64] * 9)
+        given = [builder.extract_value(values[1], i) for i in range(9)]
         builder.call(builder.inttoptr(values[0], kind.as_pointer()), given)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.StarArgTuple([types.int64] * 7)), generate
+    return types.void(types.int64, types.StarArgTuple([types.int64] * 9)), generate
 
 
 def _bits(given: types.Type, returned: types.Type, kind: ir.Type) -> Any:
@@ -71,3 +71,13 @@ def float_of_half_bits(_: Any, bits: Any) -> Any:
         return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), F32)
 
     return types.float32(types.int16), generate
+
+
+@intrinsic
+def nearest_half(_: Any, value: Any) -> Any:
+    """The half that is nearest to an fp32 number, in fp32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fpext(builder.fptrunc(arguments[0], ir.HalfType()), F32)
+
+    return types.float32(types.float32), generate

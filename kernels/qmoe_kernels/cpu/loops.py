@@ -1,4 +1,4 @@
-"""The loops themselves, in numba's Python; `native` compiles them once and imports this never again.
+"""The loops themselves, in numba's Python; `native` imports this where it has to compile them.
 
 A loop takes the address of int64 arguments, of which the first two are addresses of counters, of
 items and of threads: any number of threads call the loop at once with the same arguments, and each
@@ -22,11 +22,13 @@ from qmoe_kernels.cpu.intrinsics import (
     claim,
     float_of_bits,
     float_of_half_bits,
+    nearest_half,
     pointer_to,
 )
 
 bytes_at = pointer_to(types.int8)
 shorts_at = pointer_to(types.int16)
+ints_at = pointer_to(types.int32)
 longs_at = pointer_to(types.int64)
 floats_at = pointer_to(types.float32)
 doubles_at = pointer_to(types.float64)
@@ -140,7 +142,70 @@ def gated(x, up, flags, numbers):  # type: ignore[no-untyped-def]
 
 
 @njit(**OPTIONS)
-def multiply(dots, rows, weights, row_bytes, table, count, columns, ahead, out, out_bytes):  # type: ignore[no-untyped-def]
+def rounded(x, dtype):  # type: ignore[no-untyped-def]
+    """The number of a dtype that is nearest, in fp32."""
+    if dtype == FP32:
+        return x
+    if dtype == FP16:
+        return nearest_half(x)
+    bits = bits_of_float(x)
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & ~0xFFFF
+    return float_of_bits(np.int32(nearest)) if x == x else x
+
+
+@njit(**OPTIONS)
+def read_float(address, index, dtype):  # type: ignore[no-untyped-def]
+    if dtype == FP32:
+        return floats_at(address)[index]
+    short = shorts_at(address)[index]
+    if dtype == FP16:
+        return float_of_half_bits(short)
+    return float_of_bits(np.int32(np.int32(short) << 16))
+
+
+def make_group() -> Any:
+    """Pairs by expert; see `cpu.Routing` for the arguments. For one thread."""
+
+    def group(a):  # type: ignore[no-untyped-def]
+        ids, wide, num_pairs, top_k, num_experts = a[2], a[3] == 8, a[4], a[5], a[6]
+        few_rows, found, counts = a[8], longs_at(a[9]), longs_at(a[10])
+        pairs, tokens, order = longs_at(a[11]), longs_at(a[12]), longs_at(a[13])
+        offsets, experts, slots = longs_at(a[14]), longs_at(a[15]), longs_at(a[16])
+        for pair in range(num_pairs):
+            expert = longs_at(ids)[pair] if wide else np.int64(ints_at(ids)[pair])
+            if 0 <= expert < num_experts:
+                counts[expert] += 1
+        number, start, missing = 0, 0, np.int64(-1)
+        for many in range(2):  # experts with few rows, then the others
+            for expert in range(num_experts):
+                count = counts[expert]
+                if count > 0 and (count > few_rows) == (many == 1):
+                    experts[number], offsets[number] = expert, start
+                    slots[number] = expert
+                    if a[7]:
+                        slots[number] = np.int64(ints_at(a[7])[expert])
+                        if slots[number] < 0:
+                            missing = expert
+                    counts[expert] = -1 - start  # from here on, where its next pair goes
+                    number, start = number + 1, start + count
+            if many == 0:
+                found[0] = number
+        offsets[number], found[1], found[2] = start, number, missing
+        for pair in range(num_pairs):
+            order[pair] = pair
+            expert = longs_at(ids)[pair] if wide else np.int64(ints_at(ids)[pair])
+            if 0 <= expert < num_experts:
+                place = -1 - counts[expert]
+                pairs[place], tokens[place] = pair, pair // top_k
+                counts[expert] -= 1
+
+    return loop(group)
+
+
+@njit(**OPTIONS)
+def multiply(  # type: ignore[no-untyped-def]
+    dots, rows, weights, row_bytes, x, x_bytes, table, count, columns, ahead, out, out_bytes
+):
     """At most `ROWS_AT_ONCE` rows of weights with ``count`` rows of an expert.
 
     ``dots`` are the address of a function for one row of each; then for 1, 2 and 4 tokens an
@@ -149,46 +214,45 @@ def multiply(dots, rows, weights, row_bytes, table, count, columns, ahead, out, 
     token = 0
     while token < count:
         which, tokens = 1, 1
-        if rows < ROWS_AT_ONCE:
-            function, step = dots[0], 1
-        else:
-            if count - token >= 4:
-                which, tokens = 5, 4
-            elif count - token >= 2:
-                which, tokens = 3, 2
+        if count - token >= 4:
+            which, tokens = 5, 4
+        elif count - token >= 2:
+            which, tokens = 3, 2
+        if rows == ROWS_AT_ONCE:
             function, step = dots[which], dots[which + 1]
+        else:
+            function, step, tokens = dots[0], 1, 1
         row = 0
         while row < rows:
-            call(function, weights + row * row_bytes, row_bytes, table + 8 * token, columns, ahead,
-                 out + token * out_bytes + 4 * row, out_bytes)  # fmt: skip
+            call(function, weights + row * row_bytes, row_bytes, x, x_bytes, table + 8 * token,
+                 columns, ahead, out + token * out_bytes + 4 * row, out_bytes)  # fmt: skip
             row += step
         token += tokens
         ahead = 0  # asked for with the first token's
 
 
 @njit(**OPTIONS)
-def finish(a, expert, first, last):  # type: ignore[no-untyped-def]
+def finish(a, number, first, last):  # type: ignore[no-untyped-def]
     """Scales, bias and gate of some channels of an expert's rows, from its sums."""
-    channels, parts, offsets = a[5], a[6], longs_at(a[12])
-    scales = floats_at(a[15] + 4 * longs_at(a[13])[expert] * parts * channels)
-    biases = floats_at(a[16] + 4 * expert * parts * channels)
-    row_scales, tables, flags = floats_at(a[17]), longs_at(a[18]), longs_at(a[20])
-    numbers = floats_at(a[21])
-    for row in range(offsets[expert], offsets[expert + 1]):
-        sums = floats_at(a[19] + 4 * row * parts * channels)
-        out = floats_at(tables[row])
-        row_scale = row_scales[row] if a[17] else ONE
+    channels, parts, offsets, sources = a[5], a[6], longs_at(a[14]), longs_at(a[13])
+    begin = longs_at(a[15])[number] * parts * channels
+    scales, row_scales = floats_at(a[17] + 4 * begin), floats_at(a[20])
+    targets, flags, numbers = longs_at(a[23]), longs_at(a[26]), floats_at(a[27])
+    for row in range(offsets[number], offsets[number + 1]):
+        sums = floats_at(a[25] + 4 * row * parts * channels)
+        out = floats_at(a[21] + targets[row] * a[22])
+        row_scale = row_scales[sources[row]] if a[20] else ONE
         for i in range(first, last):
             x = sums[i] * scales[i] * row_scale
-            if a[16]:
-                x += biases[i]
+            if a[18]:
+                x += read_float(a[18], begin + i, a[19])
             up = x
             if parts == 2:
                 j = channels + i
                 up = sums[j] * scales[j] * row_scale
-                if a[16]:
-                    up += biases[j]
-            out[i] = gated(x, up, flags, numbers) if a[20] else x
+                if a[18]:
+                    up += read_float(a[18], begin + j, a[19])
+            out[i] = rounded(gated(x, up, flags, numbers) if a[26] else x, a[24])
 
 
 def make_product() -> Any:
@@ -197,66 +261,56 @@ def make_product() -> Any:
     def product(a):  # type: ignore[no-untyped-def]
         counter, items, blocks, size, channels, parts = a[0], a[2], a[3], a[4], a[5], a[6]
         weights, slot_bytes, row_bytes, columns = a[7], a[8], a[9], a[10]
-        table, offsets, slots = a[11], longs_at(a[12]), longs_at(a[14])
+        offsets, slots = longs_at(a[14]), longs_at(a[16])
         item = claim(counter)
         while item < items:
             following = claim(counter)  # now, so that its first rows can be asked for in time
-            expert, first = item // blocks, item % blocks * size
+            number, first = item // blocks, item % blocks * size
             last = min(first + size, channels)
-            start, count = offsets[expert], offsets[expert + 1] - offsets[expert]
+            start, count = offsets[number], offsets[number + 1] - offsets[number]
+            upcoming = weights
+            if following < items:
+                upcoming += slots[following // blocks] * slot_bytes
+                upcoming += following % blocks * size * row_bytes
             for part in range(parts):
-                for channel in range(first, last, ROWS_AT_ONCE):
-                    row = part * channels + channel
-                    at = weights + slots[expert] * slot_bytes + row * row_bytes
-                    upcoming = at
-                    if channel + ROWS_AT_ONCE < last:
-                        upcoming = at + ROWS_AT_ONCE * row_bytes
-                    elif part + 1 < parts:
-                        upcoming = at + (channels - (channel - first)) * row_bytes
-                    elif following < items:
-                        upcoming = (
-                            weights
-                            + slots[following // blocks] * slot_bytes
-                            + following % blocks * size * row_bytes
-                        )
-                    multiply(
-                        longs_at(a[22]), min(ROWS_AT_ONCE, last - channel), at, row_bytes, table + 8 * start, count,
-                        columns, upcoming - at, a[19] + 4 * (start * parts * channels + row),
-                        4 * parts * channels,
-                    )  # fmt: skip
-            finish(a, expert, first, last)
+                at = weights + slots[number] * slot_bytes + (part * channels + first) * row_bytes
+                to = a[25] + 4 * (start * parts * channels + part * channels + first)
+                left = last - first
+                while left > 0:
+                    rows = min(ROWS_AT_ONCE, left)
+                    ahead = rows * row_bytes
+                    if left == rows:
+                        ahead = channels * row_bytes if part + 1 < parts else upcoming - at
+                    multiply(longs_at(a[28]), rows, at, row_bytes, a[11], a[12],
+                             a[13] + 8 * start, count, columns, ahead, to,
+                             4 * parts * channels)  # fmt: skip
+                    at, to, left = at + rows * row_bytes, to + 4 * rows, left - rows
+            finish(a, number, first, last)
             item = following
 
     return loop(product)
 
 
 def make_weighted_sum() -> Any:
-    """The sum over a token's experts; see `cpu.weighted_sum`."""
+    """The sum over a token's experts; see `cpu.weighted_sum` for the arguments."""
 
     def weighted_sum(a):  # type: ignore[no-untyped-def]
-        tokens, top_k, columns, dtype = a[2], a[3], a[4], a[5]
+        tokens, top_k, columns, dtype, ids, num_experts = a[2], a[3], a[4], a[5], a[9], a[11]
         itemsize = 4 if dtype == FP32 else 2
         token = claim(a[0])
         while token < tokens:
             out = floats_at(a[8] + 4 * token * columns)
-            weights = floats_at(a[7] + 4 * token * top_k)
             for i in range(columns):
                 out[i] = np.float32(0.0)
-            for k in range(top_k):
-                weight = weights[k]
-                address = a[6] + (token * top_k + k) * columns * itemsize
-                if dtype == FP32:
-                    floats = floats_at(address)
-                    for i in range(columns):
-                        out[i] += weight * floats[i]
-                elif dtype == BF16:
-                    shorts = shorts_at(address)
-                    for i in range(columns):
-                        out[i] += weight * float_of_bits(np.int32(np.int32(shorts[i]) << 16))
-                else:
-                    shorts = shorts_at(address)
-                    for i in range(columns):
-                        out[i] += weight * float_of_half_bits(shorts[i])
+            for pair in range(token * top_k, token * top_k + top_k):
+                if ids:
+                    expert = longs_at(ids)[pair] if a[10] == 8 else np.int64(ints_at(ids)[pair])
+                    if not 0 <= expert < num_experts:
+                        continue  # NaN times zero would be NaN
+                weight = floats_at(a[7])[pair]
+                row = a[6] + pair * columns * itemsize
+                for i in range(columns):
+                    out[i] += weight * read_float(row, i, dtype)
             token = claim(a[0])
 
     return loop(weighted_sum)
@@ -367,14 +421,3 @@ def make_widen() -> Any:
             row = claim(a[0])
 
     return loop(widen)
-
-
-def make_all() -> dict[str, Any]:
-    """Every loop by its name."""
-    return {
-        "product": make_product(),
-        "weighted_sum": make_weighted_sum(),
-        "quantize": make_quantize(),
-        "compare": make_compare(),
-        "widen": make_widen(),
-    }

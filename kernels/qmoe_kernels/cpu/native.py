@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 # Compiled together: decoding needs no quantizing, nor the other way round.
 GROUPS = {
-    "products": ("product", "weighted_sum", "widen"),
+    "products": ("group", "product", "weighted_sum", "widen"),
     "formats": ("quantize", "compare"),
 }
 # (FP8, rows of weights, tokens) of the dot products; blocks of many are smaller on a processor
@@ -90,7 +90,9 @@ def run(name: str, arguments: Sequence[int], items: int, threads: int | None = N
         # processor. Two Python threads that call at once have a team each.
         parallel(function, address, threads, 0)
         return
-    helpers = [threading.Thread(target=_callable(function), args=(address,)) for _ in range(threads - 1)]
+    helpers = [
+        threading.Thread(target=_callable(function), args=(address,)) for _ in range(threads - 1)
+    ]
     for helper in helpers:
         helper.start()
     _callable(function)(address)
