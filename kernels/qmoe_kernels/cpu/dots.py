@@ -24,15 +24,24 @@ def _vector(element: ir.Type, value: Any, lanes: int = LANES) -> ir.Constant:
     return ir.Constant(ir.VectorType(element, lanes), [value] * lanes)
 
 
-def _widen(builder: Any, values: Any, fp8: bool) -> Any:
-    """<16 x i8> to <16 x float>: int8 as it is; e4m3fn times 2**-8, see `quantization.widen`."""
-    if not fp8:
-        wide = builder.sext(values, ir.VectorType(I32, LANES))
-        return builder.sitofp(wide, ir.VectorType(F32, LANES))
-    half = builder.shl(builder.sext(values, ir.VectorType(I16, LANES)), _vector(I16, 7))
-    half = builder.and_(half, _vector(I16, ~0x4000))
-    half = builder.bitcast(half, ir.VectorType(ir.HalfType(), LANES))
-    return builder.fpext(half, ir.VectorType(F32, LANES))
+def _widen(builder: Any, values: Any, fp8: bool) -> list[Any]:
+    """<16 n x i8> to n <16 x float>: int8 as it is; e4m3fn / 256, see `quantization.widen`."""
+    lanes = values.type.count
+    if fp8:
+        half = builder.sext(values, ir.VectorType(I16, lanes))
+        half = builder.shl(half, _vector(I16, 7, lanes))
+        values = builder.and_(half, _vector(I16, ~0x4000, lanes))
+    wide = []
+    for first in range(0, lanes, LANES):
+        places = ir.Constant(ir.VectorType(I32, LANES), [*range(first, first + LANES)])
+        part = builder.shuffle_vector(values, values, places)
+        if fp8:
+            part = builder.bitcast(part, ir.VectorType(ir.HalfType(), LANES))
+            wide.append(builder.fpext(part, ir.VectorType(F32, LANES)))
+        else:
+            part = builder.sext(part, ir.VectorType(I32, LANES))
+            wide.append(builder.sitofp(part, ir.VectorType(F32, LANES)))
+    return wide
 
 
 def _declared(module: ir.Module, name: str, kind: ir.FunctionType) -> Any:
@@ -105,9 +114,9 @@ class _Dots:
         if self.fp8:
             for row, address in enumerate(addresses):
                 self._remember(row, self._load(address, ir.VectorType(I8, STEP), 1))
-        for offset in range(0, STEP, LANES):
+        for offset in range(0, STEP, 2 * LANES):
             at = builder.add(k, I64(offset))
-            self.multiply(at, [self._bytes(row, at) for row in range(self.rows)])
+            self.multiply(at, [self._bytes(row, at, 2 * LANES) for row in range(self.rows)])
 
     def lanes(self, k: Any) -> None:
         """16 weights of each row."""
@@ -137,11 +146,13 @@ class _Dots:
         kind = ir.FunctionType(vector, [vector] * 3)
         fma = _declared(builder.module, f"llvm.fma.v{LANES}f32", kind)
         wide = [_widen(builder, v, self.fp8) for v in values]
-        for token in range(self.tokens):
-            x = self._load(builder.add(self.x[token], builder.mul(k, I64(4))), vector, 4)
-            for row in range(self.rows):
-                i = token * self.rows + row
-                self.states[i] = builder.call(fma, [wide[row], x, self.states[i]])
+        for part in range(len(wide[0])):
+            for token in range(self.tokens):
+                place = builder.mul(builder.add(k, I64(part * LANES)), I64(4))
+                x = self._load(builder.add(self.x[token], place), vector, 4)
+                for row in range(self.rows):
+                    i = token * self.rows + row
+                    self.states[i] = builder.call(fma, [wide[row][part], x, self.states[i]])
 
     def finish(self) -> None:
         """Add the lanes, halves to halves, and store the sums."""
@@ -157,9 +168,9 @@ class _Dots:
                 place = builder.add(self._plus(self.out, self.out_bytes, token), I64(4 * row))
                 builder.store(total, builder.inttoptr(place, F32.as_pointer()))
 
-    def _bytes(self, row: int, k: Any) -> Any:
+    def _bytes(self, row: int, k: Any, lanes: int = LANES) -> Any:
         address = self.builder.add(self.weights[row], k)
-        return self._load(address, ir.VectorType(I8, LANES), 1)
+        return self._load(address, ir.VectorType(I8, lanes), 1)
 
     def _remember_all(self, values: list[Any]) -> None:
         if self.fp8:
