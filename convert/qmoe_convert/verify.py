@@ -15,6 +15,7 @@ from qmoe_convert.output import Output
 from qmoe_convert.plan import Options, Piece, Plan, Shard, scale_name
 from qmoe_convert.shards import Reader, sha256_of
 from qmoe_convert.workers import Progress, counting, in_order
+from qmoe_kernels import cpu
 from qmoe_kernels.quantization import widen
 
 # Rounding to nearest is off by at most half a step: of 1 for an integer; for e4m3fn, 2**-4 of the
@@ -149,6 +150,9 @@ def first_wrong_row(
         weights: ``"int8"`` or ``"fp8"``.
     """
     relative, absolute = HALF_STEP[weights]
+    if cpu.narrows(source):
+        wrong = cpu.wrong_rows(source, q, scale, relative * SLACK, absolute * SLACK).nonzero()
+        return int(wrong[0]) if len(wrong) else None
     step = max(1, BLOCK // max(1, source.shape[1]))
     exact = torch.empty((step, source.shape[1]), dtype=torch.float32)
     close = torch.empty((step, source.shape[1]), dtype=torch.float32)

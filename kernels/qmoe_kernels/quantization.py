@@ -23,6 +23,8 @@ from typing import Literal, cast
 
 import torch
 
+from qmoe_kernels import cpu
+
 WeightFormat = Literal["int8", "fp8"]
 
 STORAGE_DTYPE: dict[str, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -73,9 +75,12 @@ def quantize_with_squares(
     `SAMPLED_ROWS`-th row: a weight that comes in pieces has its relative error from their sums,
     and every piece is in it at little cost. ``out`` is where ``q`` goes, if given.
     """
-    q, scale = _quantize(weight, weights, name, out)
+    squares: list[float] = []
+    q, scale = _quantize(weight, weights, name, out, squares)
     if not weight.numel():
         return q, scale, 0.0, 0.0
+    if squares:
+        return q, scale, squares[0], squares[1]
     rows = slice(None, None, SAMPLED_ROWS)
     matrix = (-1, weight.shape[-1])
     sampled = weight.detach().reshape(matrix)[rows]
@@ -206,7 +211,9 @@ def _quantize(
     weights: WeightFormat,
     name: str | None,
     out: torch.Tensor | None = None,
+    squares: list[float] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do what `quantize` does; extend ``squares`` by error and norm where that costs nothing."""
     if weights not in STORAGE_DTYPE:
         raise ValueError(f"unknown weight format {weights!r}; 'int8' and 'fp8' work")
     what = name or "weight"
@@ -233,7 +240,10 @@ def _quantize(
         scale.view(len(matrices), -1),
         strict=True,
     ):
-        _quantize_rows(matrix, q_rows, scale_rows, LARGEST[weights])
+        if squares is None or len(matrices) > 1 or not cpu.narrows(matrix):
+            _quantize_rows(matrix, q_rows, scale_rows, LARGEST[weights])
+        else:
+            squares += cpu.quantize_rows(matrix, q_rows, scale_rows, SAMPLED_ROWS)
     if not scale.isfinite().all():
         *expert, row = (~scale.isfinite()).nonzero()[0].tolist()
         where = f"expert {', '.join(map(str, expert))}, " if expert else ""
@@ -246,9 +256,12 @@ def _quantize_rows(
 ) -> None:
     """Fill ``q`` (rows, columns) and ``scale`` (rows,) from ``weight`` (rows, columns).
 
-    Python takes as long over a call as the processor over 32 KiB of cache, and calls of several
+    Without native loops, and on a GPU, in torch. There Python takes as long over a call as the processor over 32 KiB of cache, and calls of several
     threads take turns: hence few calls, on blocks as large as the cache allows.
     """
+    if cpu.narrows(weight):
+        cpu.quantize_rows(weight, q, scale)
+        return
     step = max(1, BLOCK_SIZE[_kind(weight)] // max(1, weight.shape[1]))
     (scratch,) = _scratch(1, min(step, len(weight)), weight.shape[1], device=weight.device)
     # A tensor, since CUDA multiplies by the rounded inverse of a number instead of dividing by it.

@@ -525,6 +525,7 @@ import torch
 import qmoe_kernels
 from qmoe_kernels.reference import fused_moe_reference
 
+assert not {"numba", "llvmlite"} & sys.modules.keys()  # they take a third of a second
 gate_up_proj, gate_up_proj_scale = qmoe_kernels.quantize(torch.randn(4, 16, 8), "fp8")
 down_proj, down_proj_scale = qmoe_kernels.quantize(torch.randn(4, 8, 8), "fp8")
 ids = torch.tensor([[0, 1], [3, 1]])

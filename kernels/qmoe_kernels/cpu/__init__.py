@@ -226,6 +226,78 @@ def widen(q: Tensor) -> Tensor:
     return out
 
 
+def narrows(weight: Tensor) -> bool:
+    """Whether `quantize_rows` and `wrong_rows` take rows of this dtype and these strides."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype in DTYPES
+        and (weight.stride(-1) == 1 or weight.shape[-1] == 1)
+        and native.address_of("quantize") is not None
+    )
+
+
+def quantize_rows(
+    weight: Tensor,  # (rows, columns) bf16 | fp16 | fp32, columns contiguous
+    q: Tensor,  # (rows, columns) int8 | e4m3fn, contiguous
+    scale: Tensor,  # (rows,) fp32, contiguous
+    sampled_rows: int = 0,
+) -> list[float]:
+    """Fill ``q`` and ``scale`` as `quantization` says, in one pass over memory.
+
+    Rows with a NaN or an infinity get such a scale, and nothing in ``q``.
+
+    Returns:
+        ``|q * scale - weight|**2`` and ``|weight|**2`` over every ``sampled_rows``-th row, if not
+        0; the same for any number of threads.
+    """
+    rows, columns = weight.shape
+    threads = max(1, min(torch.get_num_threads(), rows))
+    scratch = scale.new_empty(threads, columns)
+    squares = None
+    if sampled_rows:
+        squares = scale.new_zeros(-(-rows // sampled_rows), 2, dtype=torch.float64)
+    arguments = _rows_and_codes(weight, q, scale, scratch)
+    native.run("quantize", [*arguments, _address(squares), sampled_rows], threads, threads)
+    if squares is None:
+        return []
+    unit = scale[::sampled_rows, None].double()
+    return [float(total) for total in (squares * unit.square()).sum(0)]
+
+
+def wrong_rows(
+    source: Tensor,  # (rows, columns) bf16 | fp16 | fp32, columns contiguous
+    q: Tensor,  # (rows, columns) int8 | e4m3fn, contiguous
+    scale: Tensor,  # (rows,) fp32, contiguous
+    relative: float,
+    absolute: float,
+) -> Tensor:
+    """Which rows hold a number further from ``source`` than rounding, as bool (rows,).
+
+    Rounding is off by ``relative`` of the number and by ``absolute``, in units of the scale.
+    """
+    rows, columns = source.shape
+    threads = max(1, min(torch.get_num_threads(), rows))
+    scratch = scale.new_empty(threads, columns)
+    limits = scale.new_tensor([relative, absolute])
+    wrong = torch.empty_like(scale, dtype=torch.bool)
+    arguments = _rows_and_codes(source, q, scale, scratch)
+    native.run("compare", [*arguments, limits.data_ptr(), wrong.data_ptr()], threads, threads)
+    return wrong
+
+
+def _rows_and_codes(rows: Tensor, q: Tensor, scale: Tensor, scratch: Tensor) -> list[int]:
+    return [
+        *rows.shape,
+        DTYPES.index(rows.dtype),
+        int(q.dtype == torch.float8_e4m3fn),
+        rows.data_ptr(),
+        rows.stride(0) * rows.itemsize,
+        q.data_ptr(),
+        scale.data_ptr(),
+        scratch.data_ptr(),
+    ]
+
+
 @lru_cache
 def _dots(fp8: bool) -> tuple[int, array[int]]:
     """The address of the table of dot products that `loops.multiply` takes, and the table."""

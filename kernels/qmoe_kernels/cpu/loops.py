@@ -34,7 +34,6 @@ floats_at = pointer_to(types.float32)
 doubles_at = pointer_to(types.float64)
 
 BF16, FP16, FP32 = 0, 1, 2  # places in `cpu.DTYPES`
-SAMPLED_ROWS = 16  # `quantization`'s
 
 OPTIONS = {"error_model": "numpy"}  # x / 0 is infinity and raises nothing
 ONE, HALF = np.float32(1.0), np.float32(0.5)
@@ -50,7 +49,7 @@ def loop(function: Callable[..., Any]) -> Any:
 
 
 @njit(**OPTIONS)
-def float_of_code(code, fp8):  # type: ignore[no-untyped-def]
+def float_of_code(code, fp8):
     """An int8, or the bits of an e4m3fn number as int8, in fp32."""
     if not fp8:
         return np.float32(code)
@@ -60,7 +59,7 @@ def float_of_code(code, fp8):  # type: ignore[no-untyped-def]
 
 
 @njit(**OPTIONS)
-def code_of_float(x, fp8):  # type: ignore[no-untyped-def]
+def code_of_float(x, fp8):
     """Round half to even to an integer, or to the bits of an e4m3fn number; x is in range."""
     if not fp8:
         return np.int8(np.rint(x))
@@ -77,7 +76,7 @@ def code_of_float(x, fp8):  # type: ignore[no-untyped-def]
 
 
 @njit(**OPTIONS)
-def read_floats(to, address, count, dtype):  # type: ignore[no-untyped-def]
+def read_floats(to, address, count, dtype):
     """Widen ``count`` numbers to fp32 and return the bits of the largest magnitude."""
     largest = np.int32(0)
     if dtype == BF16:
@@ -105,12 +104,12 @@ def read_floats(to, address, count, dtype):  # type: ignore[no-untyped-def]
 
 
 @njit(**OPTIONS)
-def tanh(x):  # type: ignore[no-untyped-def]
+def tanh(x):
     return np.float32(math.tanh(x))
 
 
 @njit(**OPTIONS)
-def gated(x, up, flags, numbers):  # type: ignore[no-untyped-def]
+def gated(x, up, flags, numbers):
     """`activations.apply` on one number of gate and up; ``up`` is not used without a gate."""
     name, has_gate, limited, gate_capped, up_capped = (
         flags[0], flags[1], flags[2], flags[3], flags[4],
@@ -142,7 +141,7 @@ def gated(x, up, flags, numbers):  # type: ignore[no-untyped-def]
 
 
 @njit(**OPTIONS)
-def rounded(x, dtype):  # type: ignore[no-untyped-def]
+def rounded(x, dtype):
     """The number of a dtype that is nearest, in fp32."""
     if dtype == FP32:
         return x
@@ -154,7 +153,7 @@ def rounded(x, dtype):  # type: ignore[no-untyped-def]
 
 
 @njit(**OPTIONS)
-def read_float(address, index, dtype):  # type: ignore[no-untyped-def]
+def read_float(address, index, dtype):
     if dtype == FP32:
         return floats_at(address)[index]
     short = shorts_at(address)[index]
@@ -166,7 +165,7 @@ def read_float(address, index, dtype):  # type: ignore[no-untyped-def]
 def make_group() -> Any:
     """Pairs by expert; see `cpu.Routing` for the arguments. For one thread."""
 
-    def group(a):  # type: ignore[no-untyped-def]
+    def group(a):
         ids, wide, num_pairs, top_k, num_experts = a[2], a[3] == 8, a[4], a[5], a[6]
         few_rows, found, counts = a[8], longs_at(a[9]), longs_at(a[10])
         pairs, tokens, order = longs_at(a[11]), longs_at(a[12]), longs_at(a[13])
@@ -203,7 +202,7 @@ def make_group() -> Any:
 
 
 @njit(**OPTIONS)
-def multiply(  # type: ignore[no-untyped-def]
+def multiply(
     dots, rows, weights, row_bytes, x, x_bytes, table, count, columns, ahead, out, out_bytes
 ):
     """At most `ROWS_AT_ONCE` rows of weights with ``count`` rows of an expert.
@@ -232,7 +231,7 @@ def multiply(  # type: ignore[no-untyped-def]
 
 
 @njit(**OPTIONS)
-def finish(a, number, first, last):  # type: ignore[no-untyped-def]
+def finish(a, number, first, last):
     """Scales, bias and gate of some channels of an expert's rows, from its sums."""
     channels, parts, offsets, sources = a[5], a[6], longs_at(a[14]), longs_at(a[13])
     begin = longs_at(a[15])[number] * parts * channels
@@ -258,7 +257,7 @@ def finish(a, number, first, last):  # type: ignore[no-untyped-def]
 def make_product() -> Any:
     """Products of every routed expert's rows; see `cpu.product` for the arguments."""
 
-    def product(a):  # type: ignore[no-untyped-def]
+    def product(a):
         counter, items, blocks, size, channels, parts = a[0], a[2], a[3], a[4], a[5], a[6]
         weights, slot_bytes, row_bytes, columns = a[7], a[8], a[9], a[10]
         offsets, slots = longs_at(a[14]), longs_at(a[16])
@@ -294,7 +293,7 @@ def make_product() -> Any:
 def make_weighted_sum() -> Any:
     """The sum over a token's experts; see `cpu.weighted_sum` for the arguments."""
 
-    def weighted_sum(a):  # type: ignore[no-untyped-def]
+    def weighted_sum(a):
         tokens, top_k, columns, dtype, ids, num_experts = a[2], a[3], a[4], a[5], a[9], a[11]
         itemsize = 4 if dtype == FP32 else 2
         token = claim(a[0])
@@ -320,7 +319,7 @@ def make_weighted_sum() -> Any:
 
 
 @njit(fastmath={"reassoc"}, **OPTIONS)
-def squares(exact, codes, columns, fp8, out):  # type: ignore[no-untyped-def]
+def squares(exact, codes, columns, fp8, out):
     error, norm = 0.0, 0.0
     for i in range(columns):
         x = np.float64(exact[i])
@@ -331,7 +330,7 @@ def squares(exact, codes, columns, fp8, out):  # type: ignore[no-untyped-def]
 
 
 @njit(**OPTIONS)
-def narrow(x, scale, codes, columns, fp8):  # type: ignore[no-untyped-def]
+def narrow(x, scale, codes, columns, fp8):
     if fp8:
         for i in range(columns):
             x[i] = x[i] / scale
@@ -343,9 +342,9 @@ def narrow(x, scale, codes, columns, fp8):  # type: ignore[no-untyped-def]
 
 
 def make_quantize() -> Any:
-    """Rows to codes and scales, and the squares of sampled rows; see `cpu.quantize`."""
+    """Rows to codes and scales, and the squares of sampled rows; see `cpu.quantize_rows`."""
 
-    def quantize(a):  # type: ignore[no-untyped-def]
+    def quantize(a):
         rows, columns, dtype, fp8 = a[2], a[3], a[4], a[5] != 0
         x = floats_at(a[10] + 4 * columns * claim(a[1]))  # the thread's own
         scales = floats_at(a[9])
@@ -358,19 +357,22 @@ def make_quantize() -> Any:
             scales[row] = scale
             if math.isfinite(scale):
                 narrow(x, scale, codes, columns, fp8)
-                if a[11] and row % SAMPLED_ROWS == 0:
-                    out = doubles_at(a[11] + row // SAMPLED_ROWS * 16)
+                if a[11] and row % a[12] == 0:
+                    out = doubles_at(a[11] + row // a[12] * 16)
                     if fp8:
                         squares(x, codes, columns, True, out)
                     else:
                         squares(x, codes, columns, False, out)
+            else:  # which shows it; codes that are the same from run to run
+                for i in range(columns):
+                    codes[i] = 0
             row = claim(a[0])
 
     return loop(quantize)
 
 
 @njit(**OPTIONS)
-def row_is_wrong(x, codes, scale, columns, fp8, relative, bound):  # type: ignore[no-untyped-def]
+def row_is_wrong(x, codes, scale, columns, fp8, relative, bound):
     wrong = 0
     for i in range(columns):
         off = abs(float_of_code(codes[i], fp8) * scale - x[i]) - relative * abs(x[i])
@@ -381,7 +383,7 @@ def row_is_wrong(x, codes, scale, columns, fp8, relative, bound):  # type: ignor
 def make_compare() -> Any:
     """Which rows are further from their source than rounding; see `cpu.wrong_rows`."""
 
-    def compare(a):  # type: ignore[no-untyped-def]
+    def compare(a):
         rows, columns, dtype, fp8 = a[2], a[3], a[4], a[5] != 0
         x = floats_at(a[10] + 4 * columns * claim(a[1]))
         scales, limits, flags = floats_at(a[9]), floats_at(a[11]), bytes_at(a[12])
@@ -401,7 +403,7 @@ def make_compare() -> Any:
 
 
 @njit(**OPTIONS)
-def widen_row(codes, out, columns, fp8):  # type: ignore[no-untyped-def]
+def widen_row(codes, out, columns, fp8):
     for i in range(columns):
         out[i] = np.int16(bits_of_float(float_of_code(codes[i], fp8)) >> 16)  # exact
 
@@ -409,7 +411,7 @@ def widen_row(codes, out, columns, fp8):  # type: ignore[no-untyped-def]
 def make_widen() -> Any:
     """Codes to bf16; see `cpu.widen`."""
 
-    def widen(a):  # type: ignore[no-untyped-def]
+    def widen(a):
         rows, columns = a[2], a[3]
         row = claim(a[0])
         while row < rows:
