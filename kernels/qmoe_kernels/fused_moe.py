@@ -515,10 +515,12 @@ class _CPULinear:
         if self.row_format is not None:
             q, x_scale = quantize_rows(x, self.row_format)
             x = widen(q, out=torch.empty_like(q, dtype=torch.float32))
-        if x.dtype == torch.bfloat16 and cpu.available(weight) and cpu.multiplies_bf16():
-            y = (x @ cpu.widen(weight).t()).float()
+        if x.dtype == torch.bfloat16 and cpu.multiplies_bf16() and cpu.available(weight):
+            y = (x @ cpu.widen(weight, out=self._scratch(weight, x.dtype)).t()).float()
         else:
-            y = x.float() @ self._float(weight).t()
+            if weight.dtype != torch.float32:
+                weight = widen(weight, out=self._scratch(weight, torch.float32))
+            y = x.float() @ weight.t()
         if self.projection.scale is not None:
             y = y.mul_(self.projection.scale[expert])
         if x_scale is not None:
@@ -526,12 +528,13 @@ class _CPULinear:
         bias = self.projection.bias
         return y if bias is None else y.add_(bias[expert])
 
-    def _float(self, weight: Tensor) -> Tensor:
-        if weight.dtype == torch.float32:
-            return weight
+    def _scratch(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Room for a widened weight, the same for all: fresh memory costs as much as widening."""
         if self.scratch is None:
-            self.scratch = torch.empty_like(weight, dtype=torch.float32)
-        return widen(weight, out=self.scratch)
+            self.scratch = torch.empty_like(
+                weight, dtype=dtype, memory_format=torch.contiguous_format
+            )
+        return self.scratch
 
 
 def _routed_experts(topk_ids: Tensor, projection: Projection) -> list[tuple[int, int, Tensor]]:

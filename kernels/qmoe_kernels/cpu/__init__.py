@@ -217,9 +217,8 @@ def weighted_sum(
     return out
 
 
-def widen(q: Tensor) -> Tensor:
-    """A weight, (rows, columns) int8 or e4m3fn, columns contiguous, in bf16; exact."""
-    out = torch.empty_like(q, dtype=torch.bfloat16, memory_format=torch.contiguous_format)
+def widen(q: Tensor, *, out: Tensor) -> Tensor:
+    """Copy a weight, (rows, columns) int8 or e4m3fn, columns contiguous, to bf16; exact."""
     fp8 = q.dtype == torch.float8_e4m3fn
     arguments = [*q.shape, int(fp8), q.data_ptr(), q.stride(0), out.data_ptr()]
     native.run("widen", arguments, q.shape[0])
