@@ -35,14 +35,19 @@ doubles_at = pointer_to(types.float64)
 
 BF16, FP16, FP32 = 0, 1, 2  # places in `cpu.DTYPES`
 
-OPTIONS = {"error_model": "numpy"}  # x / 0 is infinity and raises nothing
+OPTIONS = {
+    "error_model": "numpy",  # x / 0 is infinity and raises nothing
+    # Only loops call these: what Python would call them by takes as long to compile again.
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+}
 ONE, HALF = np.float32(1.0), np.float32(0.5)
 TINY = np.float32(np.finfo(np.float32).tiny)
 
 
 def loop(function: Callable[..., Any]) -> Any:
     """Compile ``function(arguments)`` for threads that Python does not know."""
-    return cfunc("void(CPointer(int64))", **OPTIONS)(function)
+    return cfunc("void(CPointer(int64))", error_model="numpy")(function)
 
 
 # ---- numbers -----------------------------------------------------------------------------------

@@ -24,10 +24,10 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# Compiled together: decoding needs no quantizing, nor the other way round.
+# Compiled together: decoding needs neither quantizing nor long prompts' widening.
 GROUPS = {
-    "products": ("group", "product", "weighted_sum", "widen"),
-    "formats": ("quantize", "compare"),
+    "products": ("group", "product", "weighted_sum"),
+    "formats": ("quantize", "compare", "widen"),
 }
 # (FP8, rows of weights, tokens) of the dot products; blocks of many are smaller on a processor
 # with 16 registers of 8 lanes, which cannot hold more sums.
