@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest quality style docs bench-convert bench-cache bench-kernels bench-generate clean
+.PHONY: demo test test-oldest quality style docs bench-convert bench-cache bench-kernels bench-generate bench-cpu clean
 
 demo: $(READY)
 	$(BIN)/qmoe demo
@@ -49,6 +49,11 @@ bench-kernels: $(READY)
 bench-generate: $(READY)
 	$(BIN)/python -m benchmarks.generate
 	$(BIN)/python -m benchmarks.generate --draw
+
+# needs no GPU; 12 GB of memory, ten minutes
+bench-cpu: $(READY)
+	$(BIN)/python -m benchmarks.cpu
+	$(BIN)/python -m benchmarks.cpu --draw
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "qmoe needs Python 3.10 or newer; set PYTHON=...")'

@@ -247,7 +247,11 @@ class Benchmark:
         """Greedy tokens after a prompt of 16, by qmoe in INT8 and by transformers in bf16."""
         import qmoe
 
-        shape = TINY if self.tiny else replace(SHAPE, num_hidden_layers=2)
+        # A vocabulary as much smaller as the model has fewer layers: shares are the whole model's.
+        layers = 2
+        vocabulary = SHAPE.vocab_size * layers // SHAPE.num_hidden_layers
+        small = replace(SHAPE, num_hidden_layers=layers, vocab_size=vocabulary)
+        shape = TINY if self.tiny else small
         ids = torch.arange(16)[None] % shape.vocab_size
         models = {f: build_model(shape, torch.device("cpu"), f) for f in ("int8", "bf16")}
         for threads in self.threads:

@@ -256,8 +256,9 @@ def _quantize_rows(
 ) -> None:
     """Fill ``q`` (rows, columns) and ``scale`` (rows,) from ``weight`` (rows, columns).
 
-    Without native loops, and on a GPU, in torch. There Python takes as long over a call as the processor over 32 KiB of cache, and calls of several
-    threads take turns: hence few calls, on blocks as large as the cache allows.
+    By native loops; in torch on a GPU and where there are none. Python takes as long over a call of
+    torch as the processor over 32 KiB of cache, and calls of several threads take turns: hence few
+    calls, on blocks as large as the cache allows.
     """
     if cpu.narrows(weight):
         cpu.quantize_rows(weight, q, scale)
