@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import threading
 import time
 from collections.abc import Iterator
@@ -255,6 +256,28 @@ def test_without_native_loops_torch_does_it(
         "experts run on the CPU by torch alone, some ten times slower: the native loops are "
         "missing (RuntimeError: numba is not installed)"
     ]
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="another processor")
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_a_processor_without_avx512_has_the_same_bits(
+    weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = random_layer(
+        weights=weights, num_tokens=9, num_experts=2, hidden_size=200, intermediate_size=70
+    )
+    expected = layer.fused_moe()
+    triple, *_ = native._machine()
+    older = (triple, "haswell", "+avx2,+fma,+f16c", False)
+    for cached in (native.is_wide, cpu._dots):
+        cached.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(native, "_machine", lambda: older)
+        patched.setattr(native, "_loaded", {})
+        patched.setattr(native, "cache_folder", lambda: native.Path("/dev/null"))
+        assert torch.equal(layer.fused_moe(), expected)
+    for cached in (native.is_wide, cpu._dots):
+        cached.cache_clear()
 
 
 def test_machine_code_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:  # type: ignore[no-untyped-def]
