@@ -146,18 +146,6 @@ def gated(x, up, flags, numbers):
 
 
 @njit(**OPTIONS)
-def rounded(x, dtype):
-    """The number of a dtype that is nearest, in fp32."""
-    if dtype == FP32:
-        return x
-    if dtype == FP16:
-        return nearest_half(x)
-    bits = bits_of_float(x)
-    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & ~0xFFFF
-    return float_of_bits(np.int32(nearest)) if x == x else x
-
-
-@njit(**OPTIONS)
 def read_float(address, index, dtype):
     if dtype == FP32:
         return floats_at(address)[index]
@@ -246,17 +234,29 @@ def finish(a, number, first, last):
         sums = floats_at(a[25] + 4 * row * parts * channels)
         out = floats_at(a[21] + targets[row] * a[22])
         row_scale = row_scales[sources[row]] if a[20] else ONE
-        for i in range(first, last):
-            x = sums[i] * scales[i] * row_scale
-            if a[18]:
-                x += read_float(a[18], begin + i, a[19])
-            up = x
-            if parts == 2:
-                j = channels + i
-                up = sums[j] * scales[j] * row_scale
+        if not (a[26] or a[18]):  # what down_proj is, most of the time: of many lanes at once
+            for i in range(first, last):
+                out[i] = sums[i] * scales[i] * row_scale
+        else:
+            for i in range(first, last):
+                x = sums[i] * scales[i] * row_scale
                 if a[18]:
-                    up += read_float(a[18], begin + j, a[19])
-            out[i] = rounded(gated(x, up, flags, numbers) if a[26] else x, a[24])
+                    x += read_float(a[18], begin + i, a[19])
+                up = x
+                if parts == 2:
+                    j = channels + i
+                    up = sums[j] * scales[j] * row_scale
+                    if a[18]:
+                        up += read_float(a[18], begin + j, a[19])
+                out[i] = gated(x, up, flags, numbers) if a[26] else x
+        if a[24] == BF16:
+            for i in range(first, last):
+                bits = bits_of_float(out[i])
+                nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & ~0xFFFF
+                out[i] = float_of_bits(np.int32(nearest)) if out[i] == out[i] else out[i]
+        elif a[24] == FP16:
+            for i in range(first, last):
+                out[i] = nearest_half(out[i])
 
 
 def make_product() -> Any:
@@ -313,8 +313,13 @@ def make_weighted_sum() -> Any:
                         continue  # NaN times zero would be NaN
                 weight = floats_at(a[7])[pair]
                 row = a[6] + pair * columns * itemsize
-                for i in range(columns):
-                    out[i] += weight * read_float(row, i, dtype)
+                if dtype == FP32:
+                    floats = floats_at(row)
+                    for i in range(columns):
+                        out[i] += weight * floats[i]
+                else:
+                    for i in range(columns):
+                        out[i] += weight * read_float(row, i, dtype)
             token = claim(a[0])
 
     return loop(weighted_sum)
