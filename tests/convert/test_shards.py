@@ -215,8 +215,8 @@ class TestOpening:
     @pytest.mark.parametrize(
         ("names", "message"),
         [
-            ([], "holds neither"),
-            (["README.md"], "holds neither"),
+            ([], "holds no config.json, and neither"),
+            (["README.md"], "holds no config.json, and neither"),
             (["pytorch_model.bin", "config.json"], r"pytorch_model\.bin: empty; pickled weights"),
             (["pytorch_model.bin.index.json", "a.bin"], r"a\.bin: empty; pickled weights"),
             (["consolidated.00.safetensors", "params.json"], "own names, which transformers does"),

@@ -80,7 +80,7 @@ def test_the_shipped_model_is_found():
 
 def test_failures_say_what_to_do(checkpoint, tmp_path, capsys, monkeypatch):
     assert main(["demo", "--model", str(tmp_path)]) == 3
-    assert "holds neither model.safetensors" in capsys.readouterr().err
+    assert "holds no config.json, and neither model.safetensors" in capsys.readouterr().err
     without_text = tmp_path / "without"
     shutil.copytree(checkpoint, without_text)
     (without_text / "heldout.txt").unlink()
