@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ PARTIAL_SUFFIX = ".partial"
 CHUNK = 1 << 22
 # What is written before the disk is told to take it.
 WRITEBACK_BYTES = 64 << 20
+# What may be written and not hashed yet.
+UNHASHED_BYTES = 64 << 20
 # torch aligns its own allocations so.
 ALIGNMENT = 64
 
@@ -169,9 +173,10 @@ def header_bytes(tensors: Iterable[PlannedTensor]) -> bytes:
 
 
 class ShardWriter:
-    """Writes one file front to back and hashes it on the way.
+    """Writes one file front to back, while a thread of its own hashes what is written.
 
     It is called ``<name>.partial`` until `finish`, so a name without the suffix is a whole file.
+    What is written must not change until it is hashed too: see `after`.
     """
 
     def __init__(self, file: Path, size: int) -> None:
@@ -181,6 +186,11 @@ class ShardWriter:
         self.written = 0
         self.size = size
         self._advised = 0
+        # The disk takes bytes in fits and starts, the processor does not: one is ahead of the other
+        # now and then.
+        self._hasher = ThreadPoolExecutor(1, "qmoe-convert-sha256")
+        self._unhashed: deque[tuple[int, Future[None]]] = deque()
+        self._unhashed_bytes = 0
         self._stream = self.partial.open("wb", buffering=0)
 
     def write(self, data: torch.Tensor | bytes) -> None:
@@ -192,11 +202,23 @@ class ShardWriter:
             view = memoryview(data)
         for start in range(0, len(view), CHUNK):
             chunk = view[start : start + CHUNK]
-            self.sha256.update(chunk)
+            self._hash(chunk)
             while chunk:
                 chunk = chunk[self._stream.write(chunk) :]
         self.written += len(view)
         self._start_writeback()
+
+    def after(self, function: Callable[[], None]) -> None:
+        """Call ``function``, in another thread, once all that was written is hashed too."""
+        self._hasher.submit(function)
+
+    def _hash(self, chunk: memoryview) -> None:
+        self._unhashed.append((len(chunk), self._hasher.submit(self.sha256.update, chunk)))
+        self._unhashed_bytes += len(chunk)
+        while self._unhashed_bytes > UNHASHED_BYTES:
+            nbytes, future = self._unhashed.popleft()
+            future.result()
+            self._unhashed_bytes -= nbytes
 
     def _start_writeback(self) -> None:
         # So that the disk works meanwhile and not when `finish` asks for everything at once. On
@@ -215,6 +237,7 @@ class ShardWriter:
         assert self.written == self.size, f"{self.file}: {self.written} of {self.size} bytes"
         os.fsync(self._stream.fileno())
         self._stream.close()
+        self._hasher.shutdown()
         os.rename(self.partial, self.file)
         return self.sha256.hexdigest()
 
@@ -224,6 +247,7 @@ class ShardWriter:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Close the file; one that is not whole keeps its partial name."""
         self._stream.close()
+        self._hasher.shutdown(cancel_futures=True)
         if isinstance(error, OSError) and error.filename is None:  # a failed write names none
             error.filename = str(self.partial)
 

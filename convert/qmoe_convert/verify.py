@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from qmoe.checkpoints.files import CheckpointError, StoredTensor, open_checkpoint, read_header
 from qmoe.exits import UNVERIFIED
-from qmoe_convert.journal import Journal
 from qmoe_convert.output import Output
 from qmoe_convert.plan import Options, Piece, Plan, Shard, scale_name
-from qmoe_convert.shards import Reader, sha256_of
+from qmoe_convert.shards import BufferPool, Reader, read_into
 from qmoe_convert.workers import Progress, counting, in_order
 from qmoe_kernels import cpu
-from qmoe_kernels.quantization import widen
+from qmoe_kernels.quantization import STORAGE_DTYPE, widen
 
 # Rounding to nearest is off by at most half a step: of 1 for an integer; for e4m3fn, 2**-4 of the
 # value, or half of its smallest subnormal, 2**-9. Both in units of the scale. The factor covers
@@ -25,8 +26,6 @@ HALF_STEP = {"int8": (0.0, 0.5), "fp8": (2.0**-4, 2.0**-10)}
 SLACK = 1 + 2.0**-10
 # Elements per block, so that a block stays in cache.
 BLOCK = 1 << 17
-# A piece of work beside the plan's own: hash the whole file.
-WHOLE_FILE = Piece((), load=None)
 REMEDY = "the disk may be failing; write it again with --resume"
 
 
@@ -58,11 +57,17 @@ def verify_shards(
     advance = counting(progress, "verify", total, done=total - left)
     for shard in todo:
         try:
-            check = _Check(output.new / shard.name, shard, journal, reader, options.weights)
-            pieces = [WHOLE_FILE, *shard.pieces]
-            with closing(in_order(check.piece, pieces, options.workers)) as checked:
-                for source_bytes in checked:
-                    advance(source_bytes)
+            check = _Check(output.new / shard.name, shard, reader, options.weights)
+            digest = hashlib.sha256(shard.header)
+            with closing(in_order(check.part, check.parts, options.workers)) as checked:
+                for part, data in zip(check.parts, checked, strict=True):
+                    digest.update(memoryview(data.numpy())[: part.stop - part.start])
+                    check.buffers.give(data)
+                    advance(part.piece.source_bytes)
+            if digest.hexdigest() != journal.shards[shard.name].sha256:
+                raise VerificationError(
+                    f"{check.file}: SHA-256 differs from the manifest's; {REMEDY}"
+                )
         except VerificationError:
             journal.strike(shard.name)
             raise
@@ -81,46 +86,65 @@ def _check_index(plan: Plan, output: Output) -> None:
         raise VerificationError(f"{output.new}: its tensors are not the planned ones; {REMEDY}")
 
 
-class _Check:
-    """Compares one shard with the source, piece by piece, in workers."""
+@dataclass(frozen=True)
+class _Part:
+    """A piece, and where it lies in its file: bytes ``start`` to ``stop``."""
 
-    def __init__(
-        self, file: Path, shard: Shard, journal: Journal, reader: Reader, weights: str
-    ) -> None:
+    piece: Piece
+    start: int
+    stop: int
+
+    @property
+    def cost(self) -> int:
+        """Bytes of memory that checking it takes."""
+        return self.piece.cost + self.stop - self.start
+
+
+class _Check:
+    """Compares one shard with the source, part by part, in workers.
+
+    Attributes:
+        parts: all of the file behind its header, in order.
+        buffers: that what is read lies in.
+    """
+
+    def __init__(self, file: Path, shard: Shard, reader: Reader, weights: str) -> None:
         self.file, self.reader, self.weights = file, reader, weights
-        self.sha256 = journal.shards[shard.name].sha256
+        self.buffers = BufferPool()
         try:
             header, size = read_header(file), file.stat().st_size
+            with file.open("rb") as stream:
+                begins_as_planned = stream.read(len(shard.header)) == shard.header
         except (CheckpointError, OSError) as error:
             raise VerificationError(f"{file}: cannot be read back ({error}); {REMEDY}") from None
         if size != shard.nbytes:
             raise VerificationError(
                 f"{file}: {size} bytes, the manifest says {shard.nbytes}; {REMEDY}"
             )
-        planned = {(t.name, t.dtype, t.shape) for t in shard.tensors}
-        if {(t.name, t.dtype, t.shape) for t in header.values()} != planned:
+        if not begins_as_planned:
             raise VerificationError(f"{file}: its header is not the planned one; {REMEDY}")
         self.written = Reader(header)
+        starts = [header[piece.tensors[0].name].offset + piece.start for piece in shard.pieces]
+        self.parts = list(map(_Part, shard.pieces, starts, [*starts[1:], size]))
 
-    def piece(self, piece: Piece) -> int:
-        """Check one piece and return the bytes of the source that it took."""
-        if piece is WHOLE_FILE:
-            if sha256_of(self.file) != self.sha256:
-                raise VerificationError(
-                    f"{self.file}: SHA-256 differs from the manifest's; {REMEDY}"
-                )
-        elif piece.load is not None:
+    def part(self, part: _Part) -> torch.Tensor:
+        """Check one part, and return what was read of it, in a buffer that may be longer."""
+        data = self.buffers.take(part.stop - part.start)
+        read = data[: part.stop - part.start]
+        read_into(self.file, part.start, read)
+        piece = part.piece
+        if piece.load is not None:
             self.reader.reserve(piece.source_bytes)
-            self.written.reserve(piece.source_bytes)
             compare = self._quantized if piece.projections else self._kept
-            compare(piece, piece.load(self.reader))
-        return piece.source_bytes
+            compare(piece, piece.load(self.reader), read)
+        return data
 
-    def _quantized(self, piece: Piece, sources: Sequence[torch.Tensor]) -> None:
+    def _quantized(self, piece: Piece, sources: Sequence[torch.Tensor], read: torch.Tensor) -> None:
         first = piece.first_expert
-        for tensor, source in zip(piece.tensors, sources, strict=True):
+        sizes = [source.numel() for source in sources]
+        for tensor, source, codes in zip(piece.tensors, sources, read.split(sizes), strict=True):
             rows = slice(first, first + len(source)) if source.ndim == 3 else None
-            q = self.written.read(tensor.name, rows).flatten(0, -2)
+            q = codes.view(STORAGE_DTYPE[self.weights]).view(source.shape).flatten(0, -2)
             scale = self.written.read(scale_name(tensor.name), rows).flatten()
             row = first_wrong_row(source.flatten(0, -2), q, scale, self.weights)
             if row is not None:
@@ -130,11 +154,9 @@ class _Check:
                     f"{self.weights} rounds; {REMEDY}"
                 )
 
-    def _kept(self, piece: Piece, sources: Sequence[torch.Tensor]) -> None:
+    def _kept(self, piece: Piece, sources: Sequence[torch.Tensor], read: torch.Tensor) -> None:
         (tensor,), (source,) = piece.tensors, sources
-        expected = source.contiguous().view(-1).view(torch.uint8)
-        stop = piece.start + len(expected)
-        if not expected.equal(self.written.read_bytes(tensor.name, piece.start, stop)):
+        if not source.contiguous().view(-1).view(torch.uint8).equal(read):
             raise VerificationError(f"{self.file}: {tensor.name} differs from the source; {REMEDY}")
 
 

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def _write_shard(
             for data in made.data:
                 writer.write(data)
             if made.buffer is not None:
-                buffers.give(made.buffer)
+                writer.after(partial(buffers.give, made.buffer))
             for name, scale in made.scales:
                 # A copy: what a worker allocated and we keep would pin its heap.
                 scales[name].append(scale.clone())

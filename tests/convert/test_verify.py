@@ -111,15 +111,19 @@ class TestDamage:
                 convert(qwen3_folder, out, **options)
         text = str(error.value)
         assert "\n" not in text and "--resume" in text
-        if fix:
-            quantized = name.replace("_scale", "_q" if "qmoe" in str(options) else "")
-            assert name in text or quantized in text
-        else:
-            assert "SHA-256" in text
+        quantized = name.replace("_scale", "_q" if "qmoe" in str(options) else "")
+        assert name in text or quantized in text
         assert not out.exists()
         convert(qwen3_folder, out, **options, resume=True)
         convert(qwen3_folder, undisturbed, **options)
         assert contents(out) == contents(undisturbed)
+
+    def test_less_than_rounding_is_found_by_the_checksum(
+        self, qwen3_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        damage(monkeypatch, f"{AT}.2.down_proj.weight_scale", byte=0)
+        with pytest.raises(VerificationError, match="SHA-256"):
+            convert(qwen3_folder, tmp_path / "out")
 
     def test_without_verify_nothing_is_read_again(
         self, qwen3_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
