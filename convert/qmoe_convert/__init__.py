@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from qmoe.exits import printable
@@ -36,3 +37,20 @@ def why_full(place: Path) -> str:
     if status.f_files and not status.f_favail and status.f_bavail:
         return "the disk has no inodes left, however many bytes are free; remove files"
     return "the disk is full; make room"
+
+
+def read_ahead(files: Iterable[Path]) -> None:
+    """Ask the disk for the first gigabytes of what will be read."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    left = 4 << 30
+    for file in files:
+        size = min(left, file.stat().st_size)
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, size, os.POSIX_FADV_WILLNEED)
+        finally:
+            os.close(descriptor)
+        left -= size
+        if left <= 0:
+            return

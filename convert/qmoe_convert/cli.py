@@ -14,7 +14,7 @@ import sys
 import time
 import warnings as python_warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -24,7 +24,7 @@ from qmoe.checkpoints.hub import check_place, check_revision
 from qmoe.exits import UNUSABLE, USAGE, interruptible, run
 from qmoe.progress import redraws
 from qmoe.sizes import format_size, parse_size
-from qmoe_convert import ConversionError, why_full
+from qmoe_convert import ConversionError, read_ahead, why_full
 
 if TYPE_CHECKING:
     from qmoe_convert.report import Report
@@ -127,6 +127,8 @@ def command(
         if os.path.lexists(out) and not (resume or overwrite):
             raise FileExistsError(f"{out} exists; choose another folder or use --overwrite")
         _check_writable(Path(out))
+        with suppress(OSError):  # what is wrong is said later
+            read_ahead(file for file in sorted(Path(model).glob("*.safetensors")) if file.is_file())
     # Warnings of libraries are about their own use, not about the checkpoint.
     python_warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

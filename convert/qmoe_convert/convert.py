@@ -13,7 +13,7 @@ import errno
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 from qmoe.checkpoints.files import CheckpointError, FileVersion, StoredTensor, open_checkpoint
 from qmoe.checkpoints.hub import check_revision, why_no_place
 from qmoe.sizes import parse_size
-from qmoe_convert import ConversionError, SourceError, one_line, why_full
+from qmoe_convert import ConversionError, SourceError, one_line, read_ahead, why_full
 from qmoe_convert.hub import check_name, check_rights, upload
 from qmoe_convert.journal import choices, fingerprints
 from qmoe_convert.mapping import map_checkpoint
@@ -142,7 +142,7 @@ class _Source:
         config = file.read_bytes() if file.is_file() else b""  # map_checkpoint says what is wrong
         tensors = open_checkpoint(folder)
         versions |= {tensor.file: tensor.version for tensor in tensors.values() if tensor.version}
-        _read_ahead(versions)
+        read_ahead(versions)
         return cls(folder, name, tensors, config, versions)
 
     def check(self) -> None:
@@ -281,20 +281,3 @@ def _find_source(model: str | Path, revision: str | None) -> tuple[Path, str]:
             f"{text}: no such folder, and it cannot be had from the Hub: {one_line(error)}"
         ) from None
     return Path(snapshot), text
-
-
-def _read_ahead(files: Iterable[Path]) -> None:
-    """Ask the disk for the first gigabytes while names are mapped."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    left = 4 << 30
-    for file in files:
-        size = min(left, file.stat().st_size)
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.posix_fadvise(descriptor, 0, size, os.POSIX_FADV_WILLNEED)
-        finally:
-            os.close(descriptor)
-        left -= size
-        if left <= 0:
-            return

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import inspect
 import re
 import threading
@@ -404,8 +405,9 @@ def _explained(folder: Path) -> Iterator[None]:
 
 def _map_checkpoint(folder: Path, tensors: Mapping[str, StoredTensor]) -> CheckpointMapping:
     # transformers' warnings are about loading, not about converting.
-    with _building, _verbosity:
+    with _building, _verbosity, _collector:
         transformers.logging.set_verbosity_error()
+        gc.disable()  # of a model's code and modules nothing is garbage yet
         config = _load_config(folder, tensors)
         quantizer = _dequantizer(config, folder)
         said, plain = quantizer, not any(map(_is_quantized, tensors.values()))
@@ -525,6 +527,7 @@ def _and_more(names: Sequence[str]) -> str:
 # the second would leave the dtype of the first as the default of the process.
 _building = threading.Lock()
 _verbosity = Restored(transformers.logging.get_verbosity, transformers.logging.set_verbosity)
+_collector = Restored(gc.isenabled, lambda before: gc.enable() if before else gc.disable())
 
 
 def _load_config(folder: Path, tensors: Mapping[str, StoredTensor]) -> Any:
