@@ -29,7 +29,7 @@ from qmoe.checkpoints.schema import COMPRESSED_TENSORS, QMOE, QUANTIZED_SUFFIX, 
 from qmoe_convert import ConversionError
 from qmoe_convert.mapping import CheckpointMapping, Experts, Kept, natural_order
 from qmoe_convert.report import Report
-from qmoe_convert.shards import PlannedTensor, Reader, header_bytes
+from qmoe_convert.shards import UNHASHED_BYTES, PlannedTensor, Reader, header_bytes
 from qmoe_convert.workers import IN_FLIGHT_BYTES
 from qmoe_kernels.quantization import WeightFormat
 
@@ -191,7 +191,8 @@ def _peak_memory(shards: list[Shard], workers: int) -> int:
     costs = [piece.cost for piece in pieces]
     in_flight = min(sum(costs), max(IN_FLIGHT_BYTES, max(costs)))
     # A worker keeps the memory of its largest read.
-    return BASELINE_BYTES + in_flight + workers * max(piece.source_bytes for piece in pieces)
+    reads = workers * max(piece.source_bytes for piece in pieces)
+    return BASELINE_BYTES + in_flight + UNHASHED_BYTES + reads
 
 
 def _begun(piece: Piece) -> tuple[PlannedTensor, ...]:

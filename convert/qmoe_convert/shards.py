@@ -28,7 +28,7 @@ CHUNK = 1 << 22
 # What is written before the disk is told to take it.
 WRITEBACK_BYTES = 64 << 20
 # What may be written and not hashed yet.
-UNHASHED_BYTES = 64 << 20
+UNHASHED_BYTES = 32 << 20
 # torch aligns its own allocations so.
 ALIGNMENT = 64
 
