@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import threading
 from collections import deque
@@ -51,7 +52,7 @@ class Reader:
         if memory is None:
             memory = getattr(self._local, "own", None)
             if memory is None or memory.numel() < nbytes:
-                memory = self._local.own = torch.empty(nbytes, dtype=torch.uint8)
+                memory = self._local.own = _memory(nbytes)
         self._local.memory, self._local.used = memory, 0
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
@@ -79,11 +80,7 @@ class Reader:
 
 
 class BufferPool:
-    """Byte buffers that are used again.
-
-    Allocated one by one and freed out of order by another thread, they would fragment the heap: it
-    grew by half of what was read.
-    """
+    """Byte buffers that are used again."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -100,12 +97,21 @@ class BufferPool:
             # One that is too small makes room for the new one.
             if self._free:
                 self.nbytes -= self._free.pop().numel()
-        return torch.empty(nbytes, dtype=torch.uint8)
+        return _memory(nbytes)
 
     def give(self, buffer: torch.Tensor) -> None:
         """Return a buffer whose contents are no longer needed."""
         with self._lock:
             self._free.append(buffer)
+
+
+def _memory(nbytes: int) -> torch.Tensor:
+    """Fresh memory, uint8, that goes back to the system with its last use.
+
+    Not the heap's: pieces of other sizes, freed out of order by other threads, leave holes in it.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    return torch.frombuffer(mmap.mmap(-1, max(1, nbytes), flags), dtype=torch.uint8)
 
 
 def read_into(

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import threading
 from pathlib import Path
 
 import pytest
@@ -298,6 +299,20 @@ class TestWriting:
             assert torch.equal(tensor, expected[name])
         for name, stored in read_header(file).items():
             assert stored.offset % expected[name].itemsize == 0
+
+    def test_memory_is_used_again_only_once_it_is_hashed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("qmoe_convert.shards.UNHASHED_BYTES", 1 << 20)
+        data, digest = torch.empty(9 << 20, dtype=torch.uint8), hashlib.sha256()
+        with ShardWriter(tmp_path / "x.safetensors", 4 * data.numel()) as writer:
+            for value in range(4):
+                digest.update(data.fill_(value).numpy())
+                writer.write(data)
+                hashed = threading.Event()
+                writer.after(hashed.set)
+                assert hashed.wait(60)
+            assert writer.finish() == digest.hexdigest() == sha256_of(writer.file)
 
     def test_a_file_has_its_name_only_when_whole(self, tmp_path: Path) -> None:
         with ShardWriter(tmp_path / "x.safetensors", 4) as writer:
