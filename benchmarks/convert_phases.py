@@ -9,6 +9,7 @@ workers, with each other's. Results go to ``benchmarks/results/convert_phases.js
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import resource
 import shutil
@@ -41,8 +42,11 @@ def measure(source: Path, target: Path, workers: int) -> dict[str, Any]:
 
         setattr(owner, name, wrapper)
 
+    gc.disable()  # as the command does
     from qmoe_convert import convert, shards, write
 
+    gc.freeze()
+    gc.enable()
     seconds["main: imports"] = time.perf_counter() - start
     timed(convert, "map_checkpoint", "main: map names")
     timed(convert, "make_plan", "main: plan")
