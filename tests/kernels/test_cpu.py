@@ -20,7 +20,7 @@ from qmoe_kernels import Activation, cpu, fused_moe, grouped_linear, weighted_su
 from qmoe_kernels.cpu import native
 
 pytestmark = pytest.mark.skipif(
-    native.address_of("product") is None, reason="no native loops on this machine"
+    native.address_of("layer") is None, reason="no native loops on this machine"
 )
 
 ACTIVATIONS = [
