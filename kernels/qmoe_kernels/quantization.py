@@ -181,8 +181,8 @@ def widen(q: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
 
     torch converts float8 on a CPU one value at a time. An e4m3fn number ``seeeemmm`` whose bits
     are put into a half as ``s0eeeemmm0000000`` is that number times 2**-8, subnormals included,
-    because the exponents' biases are 7 and 15: integer passes in cache, ten times as fast. Two codes
-    are NaN instead; no weight that was quantized here holds them.
+    because the exponents' biases are 7 and 15: integer passes in cache, ten times as fast. Two
+    codes are NaN instead; no weight that was quantized here holds them.
     """
     if q.dtype != torch.float8_e4m3fn or q.device.type != "cpu":
         return out.copy_(q)
