@@ -46,8 +46,18 @@ def multiplies_bf16() -> bool:
     return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+def padded(rows: Tensor) -> Tensor:
+    """Rows, (num_rows, columns) of any dtype, in fp32, with zeros up to a multiple of 16."""
+    columns = rows.shape[1]
+    if columns % LANES == 0:
+        return rows.to(torch.float32).contiguous()
+    out = rows.new_zeros(len(rows), -(-columns // LANES) * LANES, dtype=torch.float32)
+    out[:, :columns] = rows
+    return out
+
+
 def layer(
-    x: Tensor,  # (num_rows, in_features) bf16 | fp16 | fp32, a row for each token or each pair
+    x: Tensor,  # (num_rows, in_features) float, a row for each token or each pair
     row_scales: Tensor | None,  # (num_rows,) fp32
     topk_ids: Tensor,  # (num_tokens, top_k) int32 | int64
     up: Projection,
@@ -72,13 +82,11 @@ def layer(
         ValueError: an expert that is routed to has no slot.
     """
     num_tokens, top_k = topk_ids.shape
-    num_rows, columns = x.shape
+    num_rows = len(x)
     num_pairs, num_experts = num_tokens * top_k, up.num_experts
     few, most = min(num_pairs, FEW_ROWS * num_experts), min(num_pairs, num_experts)
-    width = -(-columns // LANES) * LANES
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    as_it_is = x.dtype == torch.float32 and width == columns and x.is_contiguous()
+    rows = padded(x)
+    width = rows.shape[1]
     features = (up if down is None else down).weight.shape[1]
     if down is None and activation is not None and activation.gated:
         features //= 2
@@ -88,64 +96,50 @@ def layer(
     sizes = [
         *(2 * n for n in (num_experts, num_pairs, num_pairs, num_pairs)),
         *(2 * n for n in (most + 1, most, most, most)),
-        0 if as_it_is else num_rows * width,
         few * up.weight.shape[1],
         few * inner,
         0 if down is None else few * features,
         0 if topk_weights is None else num_pairs * features,
-        0 if topk_weights is None or dtype == torch.float32 else num_tokens * features,
     ]
     begins = [0, *accumulate(-(-size // LANES) * LANES for size in sizes)]
     memory = x.new_empty(begins[-1], dtype=torch.float32)
     base = memory.data_ptr()
     places = [base + 4 * begin for begin in begins]
     _, pairs, tokens, order, offsets, experts, slots, _ = places[:8]
-    wide, up_sums, hidden, down_sums, rows, totals, _ = places[8:]
+    up_sums, hidden, down_sums, outputs, _ = places[8:]
     if topk_weights is None:
         output = x.new_zeros(num_pairs, features, dtype=torch.float32)
-        rows = output.data_ptr()
+        outputs = output.data_ptr()
     else:
-        output = memory[begins[12] : begins[12] + sizes[12]].view(num_pairs, features)
+        output = memory[begins[11] : begins[11] + sizes[11]].view(num_pairs, features)
     if down is not None and inner != down.weight.shape[2]:
-        memory[begins[10] : begins[11]].zero_()
+        memory[begins[9] : begins[10]].zero_()
 
     routed, rounded = (offsets, experts, slots), DTYPES.index(dtype)
-    source = (
-        x.data_ptr() if as_it_is else wide,
-        4 * width,
-        tokens if num_rows == num_tokens else pairs,
-    )
-    target = (rows, 4 * features, pairs)
+    source = (rows.data_ptr(), 4 * width, tokens if num_rows == num_tokens else pairs)
+    target = (outputs, 4 * features, pairs)
     middle = target if down is None else (hidden, 4 * inner, order)
     kept: list[Any] = []  # until the loop has ended
     first = _product(up, activation, source, row_scales, routed, middle, rounded, up_sums, kept)
     second = total = 0
     if down is not None:
         second = _product(down, None, middle, None, routed, target, rounded, down_sums, kept)
-    ids, slots_of = topk_ids.contiguous(), up.expert_to_slot
+    ids, slots_of = topk_ids.to(torch.int64).contiguous(), up.expert_to_slot
     if slots_of is not None:
         slots_of = slots_of.contiguous()
     if topk_weights is not None:
-        result = x.new_empty(num_tokens, features, dtype=dtype)
-        total = _sum(rows, torch.float32, topk_weights, ids, num_experts, result, totals, kept)
+        result = x.new_empty(num_tokens, features, dtype=torch.float32)
+        total = _sum(outputs, torch.float32, topk_weights, ids, num_experts, result, kept)
     found = native.run(
         "layer",
         [
             ids.data_ptr(),
-            ids.itemsize,
             num_pairs,
             top_k,
             num_experts,
             _address(slots_of),
             FEW_ROWS,
             *places[:8],
-            x.data_ptr(),
-            x.stride(0) * x.itemsize,
-            columns,
-            width,
-            DTYPES.index(x.dtype),
-            wide,
-            0 if as_it_is else num_rows,
             first,
             second,
             total,
@@ -159,7 +153,7 @@ def layer(
             f"(expert_to_slot is {int(slots_of[missing])})"  # type: ignore[index]
         )
     if num_few == num_routed:
-        return output if topk_weights is None else result, []
+        return output if topk_weights is None else result.to(dtype), []
     tables = memory[: begins[8]].view(torch.int64)
     of, start, expert, slot = (
         tables[begins[i] // 2 : (begins[i] + sizes[i]) // 2].tolist() for i in (1, 4, 5, 6)
@@ -246,15 +240,12 @@ def weighted_sum(
     """
     num_tokens, _, columns = rows.shape
     rows = rows.contiguous()
-    out = rows.new_empty(num_tokens, columns, dtype=dtype)
-    totals = out if dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
-    ids = None if topk_ids is None else topk_ids.contiguous()
+    out = rows.new_empty(num_tokens, columns, dtype=torch.float32)
+    ids = None if topk_ids is None else topk_ids.to(torch.int64).contiguous()
     kept: list[Any] = []
-    arguments = _sum(
-        rows.data_ptr(), rows.dtype, topk_weights, ids, num_experts, out, totals.data_ptr(), kept
-    )
+    arguments = _sum(rows.data_ptr(), rows.dtype, topk_weights, ids, num_experts, out, kept)
     native.run("weighted_sum", [arguments], min(num_tokens, 1 + rows.numel() // SUM_SIZE))
-    return out
+    return out.to(dtype)
 
 
 def _sum(
@@ -264,15 +255,10 @@ def _sum(
     ids: Tensor | None,
     num_experts: int,
     out: Tensor,
-    totals: int,
     kept: list[Any],
 ) -> int:
-    """The address of the arguments of a weighted sum of ``rows``; ``kept`` as in `_product`.
-
-    ``totals`` is room for ``out`` in fp32, not used if it is fp32 itself.
-    """
+    """The address of the arguments of a weighted sum of ``rows``; ``kept`` as in `_product`."""
     weights = topk_weights.to(torch.float32).contiguous()
-    narrow = out.dtype != torch.float32
     arguments = array(
         "q",
         [
@@ -281,12 +267,9 @@ def _sum(
             DTYPES.index(dtype),
             rows,
             weights.data_ptr(),
-            totals if narrow else out.data_ptr(),
+            out.data_ptr(),
             _address(ids),
-            8 if ids is None else ids.itemsize,
             num_experts,
-            out.data_ptr() if narrow else 0,
-            DTYPES.index(out.dtype),
         ],
     )
     kept += [arguments, weights]

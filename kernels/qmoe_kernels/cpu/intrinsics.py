@@ -119,14 +119,3 @@ def nearest_half(_: Any, value: Any) -> Any:
         return builder.fpext(builder.fptrunc(arguments[0], ir.HalfType()), F32)
 
     return types.float32(types.float32), generate
-
-
-@intrinsic
-def bits_of_half(_: Any, value: Any) -> Any:
-    """The bits, an int16, of the half that is nearest to an fp32 number."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        half = builder.fptrunc(arguments[0], ir.HalfType())
-        return builder.bitcast(half, ir.IntType(16))
-
-    return types.int16(types.float32), generate

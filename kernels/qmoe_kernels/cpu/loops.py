@@ -13,13 +13,14 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import cfunc, njit, types
+from numba import njit, types
+from numba.core.ccallback import CFunc
+from numba.core.compiler_lock import global_compiler_lock
 
 from qmoe_kernels.cpu import ROWS_AT_ONCE
 from qmoe_kernels.cpu.intrinsics import (
     advance,
     bits_of_float,
-    bits_of_half,
     call,
     claim,
     float_of_bits,
@@ -38,7 +39,7 @@ floats_at = pointer_to(types.float32)
 doubles_at = pointer_to(types.float64)
 
 # Counters behind `claim`'s two, in bytes from them: see `native.COUNTERS`.
-PREPARED, DOWN_DONE, FOUND = 16, 24, 32
+ROUTED, DOWN_DONE, FOUND = 16, 24, 32
 
 BF16, FP16, FP32 = 0, 1, 2  # places in `cpu.DTYPES`
 
@@ -52,9 +53,19 @@ ONE, HALF = np.float32(1.0), np.float32(0.5)
 TINY = np.float32(np.finfo(np.float32).tiny)
 
 
-def loop(function: Callable[..., Any]) -> Any:
-    """Compile ``function(arguments)`` for threads that Python does not know."""
-    return cfunc("void(CPointer(int64))", error_model="numpy")(function)
+@global_compiler_lock
+def loop(function: Callable[..., Any]) -> tuple[str, str]:
+    """Compile ``function(arguments)`` for threads that Python does not know.
+
+    Returns:
+        its code in LLVM's language, and its name there: of the function itself, not of what numba
+        makes for C, which may call Python. No loop raises.
+    """
+    signature = ((types.CPointer(types.int64),), types.void)
+    # What `cfunc` does, without machine code, which is made of all loops together.
+    compiled = CFunc(function, signature, {}, {"error_model": "numpy"})._compile_uncached()
+    compiled.library._ensure_finalized()  # which links the functions that it calls
+    return compiled.library.get_llvm_str(), compiled.fndesc.llvm_func_name
 
 
 # ---- numbers -----------------------------------------------------------------------------------
@@ -112,20 +123,6 @@ def read_floats(to, address, count, dtype):
     return largest
 
 
-@njit(**OPTIONS)
-def write_floats(address, floats, count, dtype):
-    """Round ``count`` numbers to the nearest bf16 or fp16."""
-    out = shorts_at(address)
-    if dtype == BF16:
-        for i in range(count):
-            bits = bits_of_float(floats[i])
-            nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-            out[i] = np.int16(nearest) if floats[i] == floats[i] else np.int16(0x7FC0)
-    else:
-        for i in range(count):
-            out[i] = bits_of_half(floats[i])
-
-
 # ---- products ----------------------------------------------------------------------------------
 
 
@@ -179,17 +176,16 @@ def read_float(address, index, dtype):
 @njit(**OPTIONS)
 def group(a):
     """Pairs by expert; see `cpu.layer` for the arguments. For one thread."""
-    ids, wide, num_pairs, top_k, num_experts = a[2], a[3] == 8, a[4], a[5], a[6]
-    few_rows, found, counts = a[8], longs_at(a[0] + FOUND), longs_at(a[9])
-    pairs, tokens, order = longs_at(a[10]), longs_at(a[11]), longs_at(a[12])
-    offsets, experts, slots = longs_at(a[13]), longs_at(a[14]), longs_at(a[15])
-    progress = longs_at(a[16])
+    ids, num_pairs, top_k, num_experts, few_rows = longs_at(a[2]), a[3], a[4], a[5], a[7]
+    found, counts = longs_at(a[0] + FOUND), longs_at(a[8])
+    pairs, tokens, order = longs_at(a[9]), longs_at(a[10]), longs_at(a[11])
+    offsets, experts, slots = longs_at(a[12]), longs_at(a[13]), longs_at(a[14])
+    progress = longs_at(a[15])
     for expert in range(num_experts):
         counts[expert] = 0
     for pair in range(num_pairs):
-        expert = longs_at(ids)[pair] if wide else np.int64(ints_at(ids)[pair])
-        if 0 <= expert < num_experts:
-            counts[expert] += 1
+        if 0 <= ids[pair] < num_experts:
+            counts[ids[pair]] += 1
     number, start, missing = 0, 0, np.int64(-1)
     for many in range(2):  # experts with few rows, then the others
         for expert in range(num_experts):
@@ -197,8 +193,8 @@ def group(a):
             if count > 0 and (count > few_rows) == (many == 1):
                 experts[number], offsets[number] = expert, start
                 slots[number], progress[number] = expert, 0
-                if a[7]:
-                    slots[number] = np.int64(ints_at(a[7])[expert])
+                if a[6]:
+                    slots[number] = np.int64(ints_at(a[6])[expert])
                     if slots[number] < 0:
                         missing = expert
                 counts[expert] = -1 - start  # from here on, where its next pair goes
@@ -208,11 +204,10 @@ def group(a):
     offsets[number], found[1], found[2] = start, number, missing
     for pair in range(num_pairs):
         order[pair] = pair
-        expert = longs_at(ids)[pair] if wide else np.int64(ints_at(ids)[pair])
-        if 0 <= expert < num_experts:
-            place = -1 - counts[expert]
+        if 0 <= ids[pair] < num_experts:
+            place = -1 - counts[ids[pair]]
             pairs[place], tokens[place] = pair, pair // top_k
-            counts[expert] -= 1
+            counts[ids[pair]] -= 1
 
 
 @njit(**OPTIONS)
@@ -311,16 +306,14 @@ def product(p, item, upcoming):
 @njit(**OPTIONS)
 def add_rows(s, token):
     """The sum over a token's experts; see `cpu._sum` for the arguments."""
-    top_k, columns, dtype, ids, num_experts = s[1], s[2], s[3], s[7], s[9]
+    top_k, columns, dtype, num_experts = s[1], s[2], s[3], s[8]
     itemsize = 4 if dtype == FP32 else 2
     out = floats_at(s[6] + 4 * token * columns)
     for i in range(columns):
         out[i] = np.float32(0.0)
     for pair in range(token * top_k, token * top_k + top_k):
-        if ids:
-            expert = longs_at(ids)[pair] if s[8] == 8 else np.int64(ints_at(ids)[pair])
-            if not 0 <= expert < num_experts:
-                continue  # NaN times zero would be NaN
+        if s[7] and not 0 <= longs_at(s[7])[pair] < num_experts:
+            continue  # NaN times zero would be NaN
         weight = floats_at(s[5])[pair]
         row = s[4] + pair * columns * itemsize
         if dtype == FP32:
@@ -330,18 +323,6 @@ def add_rows(s, token):
         else:
             for i in range(columns):
                 out[i] += weight * read_float(row, i, dtype)
-    if s[10]:
-        write_floats(s[10] + 2 * token * columns, out, columns, s[11])
-
-
-@njit(**OPTIONS)
-def prepare_row(a, row):
-    """A row in fp32, with zeros up to a multiple of 16 behind."""
-    columns, padded = a[19], a[20]
-    out = floats_at(a[22] + 4 * row * padded)
-    read_floats(out, a[17] + row * a[18], columns, a[21])
-    for i in range(columns, padded):
-        out[i] = np.float32(0.0)
 
 
 @njit(**OPTIONS)
@@ -354,51 +335,40 @@ def wait_for(address, number):
 def make_layer() -> Any:
     """Both products of a layer and the sum over experts; see `cpu.layer` for the arguments.
 
-    Items are in order: one prepares the routing, one each row, then those of the first product, of
-    the second and of the sum. A thread that needs what others have claimed waits for it; each
-    does its items in order, so that the first of those that are not done never waits.
+    Items are in order: the routing, those of the first product, of the second, of the sum. A thread
+    that needs what others have claimed waits for it. Each does its items in order, so that the
+    first of those that are not done never waits.
     """
 
     def layer(a):
-        prepared, down_done, found = a[0] + PREPARED, a[0] + DOWN_DONE, longs_at(a[0] + FOUND)
-        first = 1 + a[23]
-        item = claim(a[0])
-        while item < first:
-            if item == 0:
-                group(a)
-            else:
-                prepare_row(a, item - 1)
-            advance(prepared)
-            item = claim(a[0])
-        wait_for(prepared, first)
+        routed, down_done, found = a[0] + ROUTED, a[0] + DOWN_DONE, longs_at(a[0] + FOUND)
+        item = claim(a[0]) - 1
+        if item < 0:
+            group(a)
+            advance(routed)
+            item = claim(a[0]) - 1
+        wait_for(routed, 1)
         num_few = found[0] if found[2] < 0 else 0
-        up, down, total = longs_at(a[24]), longs_at(a[25]), longs_at(a[26])
+        up, down, total = longs_at(a[16]), longs_at(a[17]), longs_at(a[18])
         ups = num_few * up[0]
-        downs = num_few * down[0] if a[25] else 0
-        end = ups + downs
-        item -= first
-        while item < end:
-            following = claim(a[0]) - first  # now, so that its first rows can be asked for in time
-            upcoming = weights_of(up, 0)
-            if following < ups:
-                upcoming = weights_of(up, following)
-            elif following < end:
-                upcoming = weights_of(down, following - ups)
-            if item < ups:
-                product(up, item, upcoming)
-                advance(a[16] + 8 * (item // up[0]))
-            else:
-                item -= ups
-                wait_for(a[16] + 8 * (item // down[0]), up[0])
-                product(down, item, upcoming)
-                advance(down_done)
+        downs = num_few * down[0] if a[17] else 0
+        while item < ups + downs:
+            following = claim(a[0]) - 1  # now, so that its first rows can be asked for in time
+            p, at = (up, following) if following < ups else (down, following - ups)
+            upcoming = weights_of(p, at) if following < ups + downs else up[4]
+            p, at = (up, item) if item < ups else (down, item - ups)
+            done = a[15] + 8 * (at // p[0])
+            if item >= ups:
+                wait_for(done, up[0])
+                done = down_done
+            product(p, at, upcoming)
+            advance(done)
             item = following
-        if a[26] and found[1] == num_few:
-            end += total[0]
-            while item < end:
+        if a[18] and found[1] == num_few:
+            while item < ups + downs + total[0]:
                 wait_for(down_done, downs)
                 add_rows(total, item - ups - downs)
-                item = claim(a[0]) - first
+                item = claim(a[0]) - 1
 
     return loop(layer)
 

@@ -226,11 +226,8 @@ def _compile(group: str, machine: tuple[str, str, str, bool]) -> bytes:
 
     module, names = llvm.parse_assembly(f'target triple = "{machine[0]}"'), set(GROUPS[group])
     for name in GROUPS[group]:
-        compiled = getattr(loops, f"make_{name}")()
-        # Not numba's function for C, which may call Python, but the one that it calls: no loop
-        # raises.
-        inner = compiled.native_name.removeprefix("cfunc.")
-        module.link_in(llvm.parse_assembly(compiled.inspect_llvm()))
+        code, inner = getattr(loops, f"make_{name}")()
+        module.link_in(llvm.parse_assembly(code))
         entry = f"""declare i32 @{inner}(ptr, ptr, ptr)
             define void @{name}(ptr %arguments) {{
                 %result = alloca ptr
@@ -250,8 +247,8 @@ def _compile(group: str, machine: tuple[str, str, str, bool]) -> bytes:
     } - KNOWN_SYMBOLS
     if unknown:
         raise RuntimeError(f"numba's loops need {', '.join(sorted(unknown))}")
-    code: bytes = target.emit_object(module)
-    return code
+    machine_code: bytes = target.emit_object(module)
+    return machine_code
 
 
 def _drop_all_but(names: set[str], module: Any, target: Any) -> None:
