@@ -286,10 +286,17 @@ def _fused_moe(
     )
     num_tokens, top_k = topk_ids.shape
     gate_up = Projection(gate_up_proj, gate_up_proj_scale, gate_up_proj_bias, expert_to_slot)
-    down = Projection(down_proj, down_proj_scale, down_proj_bias)
+    down = Projection(down_proj, down_proj_scale, down_proj_bias, expert_to_slot)
     to = _row_format(activations, gate_up, num_tokens * top_k)
     experts = Experts(gate_up, down, activation)
-    rows, many = _native_layer(hidden_states, experts, topk_ids, to)
+    if cpu.available(gate_up_proj, down_proj):
+        rows, left = _native_layer(hidden_states, experts, topk_ids, topk_weights, to)
+        if not left and topk_weights is not None:
+            return rows
+        many = _with_tensors(left, topk_ids)
+    else:
+        rows = hidden_states.new_zeros(topk_ids.numel(), down_proj.shape[1], dtype=torch.float32)
+        many = _routed_experts(topk_ids, gate_up)
     if many:
         up_linear, down_linear = _CPULinear(gate_up, to), _CPULinear(down, to)
     for expert, slot, pairs in many:
@@ -300,8 +307,9 @@ def _fused_moe(
     rows = rows.view(num_tokens, top_k, down_proj.shape[1])
     if topk_weights is None:
         return rows.to(hidden_states.dtype)
-    total = _weighted_sum_cpu(rows, topk_weights, topk_ids, gate_up.num_experts)
-    return total.to(hidden_states.dtype)
+    return _weighted_sum_cpu(
+        rows, topk_weights, topk_ids, gate_up.num_experts, dtype=hidden_states.dtype
+    )
 
 
 @_fused_moe.register_fake
@@ -338,11 +346,8 @@ def _grouped_linear(
     projection = Projection(weight, scale, bias, expert_to_slot)
     to = _row_format(activations, projection, num_tokens * top_k)
     if cpu.available(weight):
-        routing = cpu.Routing(topk_ids, projection.num_experts, expert_to_slot)
-        rows = _row_buffer(x, weight, routing, topk_ids)
-        which = routing.tokens if pairs_per_row > 1 else routing.pairs
-        cpu.product(*_native_rows(x, to), which, routing, projection, rows, routing.pairs)
-        rows, many = rows.to(x.dtype), _with_tensors(routing.many(), topk_ids)
+        rows, left = cpu.layer(*_native_rows(x, to), topk_ids, projection, dtype=x.dtype)
+        rows, many = rows.to(x.dtype), _with_tensors(left, topk_ids)
     else:
         rows = x.new_zeros(topk_ids.numel(), weight.shape[1])
         many = _routed_experts(topk_ids, projection)
@@ -367,7 +372,7 @@ def _(
 
 @operator("weighted_sum", "cpu")
 def _weighted_sum(rows: Tensor, topk_weights: Tensor) -> Tensor:
-    return _weighted_sum_cpu(rows, topk_weights).to(rows.dtype)
+    return _weighted_sum_cpu(rows, topk_weights, dtype=rows.dtype)
 
 
 @_weighted_sum.register_fake
@@ -441,37 +446,23 @@ def _(rows: Tensor, topk_weights: Tensor) -> Tensor:
 
 
 def _native_layer(
-    x: Tensor, experts: Experts, topk_ids: Tensor, to: WeightFormat | None
-) -> tuple[Tensor, list[tuple[int, int, Tensor]]]:
-    """What the native loops do of a layer, and the (expert, slot, pairs) that they leave.
-
-    Returns:
-        (num_pairs, hidden_size) fp32, of numbers of the dtype of ``x``; zeros where an id is
-        skipped or an expert is left.
-    """
-    gate_up, down = experts.gate_up, experts.down
-    if not cpu.available(gate_up.weight, down.weight):
-        rows = x.new_zeros(topk_ids.numel(), down.weight.shape[1], dtype=torch.float32)
-        return rows, _routed_experts(topk_ids, gate_up)
-    routing = cpu.Routing(topk_ids, gate_up.num_experts, gate_up.expert_to_slot)
-    rows, size = _row_buffer(x, down.weight, routing, topk_ids), down.weight.shape[2]
-    hidden, hidden_scale = cpu.room(x, routing.num_pairs, size), None
-    cpu.product(
-        *_native_rows(x, to),
-        routing.tokens,
-        routing,
-        gate_up,
-        hidden,
-        routing.order,
-        experts.activation,
-        round_to=x.dtype,
-    )
-    if to is not None:
-        hidden, hidden_scale = _native_rows(hidden[:, :size], to)
-    cpu.product(
-        hidden, hidden_scale, routing.order, routing, down, rows, routing.pairs, round_to=x.dtype
-    )
-    return rows, _with_tensors(routing.many(), topk_ids)
+    x: Tensor,
+    experts: Experts,
+    topk_ids: Tensor,
+    topk_weights: Tensor | None,
+    to: WeightFormat | None,
+) -> tuple[Tensor, list[tuple[int, int, list[int]]]]:
+    """What the native loops do of a layer, as `cpu.layer` returns it."""
+    gate_up, down, activation = experts.gate_up, experts.down, experts.activation
+    if to is None:
+        return cpu.layer(x, None, topk_ids, gate_up, activation, down, topk_weights, dtype=x.dtype)
+    hidden, _ = cpu.layer(*_native_rows(x, to), topk_ids, gate_up, activation, dtype=x.dtype)
+    rows, left = cpu.layer(*_native_rows(hidden, to), topk_ids, down, dtype=x.dtype)
+    if left or topk_weights is None:
+        return rows, left
+    rows = rows.view(*topk_ids.shape, -1)
+    total = _weighted_sum_cpu(rows, topk_weights, topk_ids, gate_up.num_experts, dtype=x.dtype)
+    return total, left
 
 
 def _with_tensors(
@@ -483,18 +474,12 @@ def _with_tensors(
     ]
 
 
-def _row_buffer(x: Tensor, weight: Tensor, routing: cpu.Routing, topk_ids: Tensor) -> Tensor:
-    """(num_pairs, out_features) fp32 for a product's results; zeros unless all are written."""
-    new = x.new_empty if routing.num_pairs == topk_ids.numel() else x.new_zeros
-    return new((topk_ids.numel(), weight.shape[1]), dtype=torch.float32)
-
-
 def _native_rows(x: Tensor, to: WeightFormat | None) -> tuple[Tensor, Tensor | None]:
-    """Rows as `cpu.product` takes them, and their scales if they are quantized on the way."""
+    """Rows as `cpu.layer` takes them, and their scales if they are quantized on the way."""
     if to is None:
-        return cpu.padded(x), None
+        return x, None
     q, scale = quantize_rows(x, to)
-    return cpu.padded(widen(q, out=torch.empty_like(q, dtype=torch.float32))), scale
+    return widen(q, out=torch.empty_like(q, dtype=torch.float32)), scale
 
 
 class _CPULinear:
@@ -563,17 +548,22 @@ def _routed_weights(topk_weights: Tensor, topk_ids: Tensor, num_experts: int) ->
 
 
 def _weighted_sum_cpu(
-    rows: Tensor, topk_weights: Tensor, topk_ids: Tensor | None = None, num_experts: int = 0
+    rows: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor | None = None,
+    num_experts: int = 0,
+    *,
+    dtype: torch.dtype,
 ) -> Tensor:
     """As `cpu.weighted_sum`."""
     if cpu.native.address_of("weighted_sum") is not None:
-        return cpu.weighted_sum(rows, topk_weights, topk_ids, num_experts)
+        return cpu.weighted_sum(rows, topk_weights, topk_ids, num_experts, dtype=dtype)
     if topk_ids is not None:
         topk_weights = _routed_weights(topk_weights, topk_ids, num_experts)
     total = rows.new_zeros(rows.shape[0], rows.shape[2], dtype=torch.float32)
     for k in range(rows.shape[1]):
         total.addcmul_(rows[:, k].float(), topk_weights[:, k, None].float())
-    return total
+    return total.to(dtype)
 
 
 # ---- validation --------------------------------------------------------------------------------

@@ -181,8 +181,8 @@ def widen(q: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
 
     torch converts float8 on a CPU one value at a time. An e4m3fn number ``seeeemmm`` whose bits
     are put into a half as ``s0eeeemmm0000000`` is that number times 2**-8, subnormals included,
-    because the exponents' biases are 7 and 15: integer passes in cache, ten times as fast. (NaN,
-    which no quantized weight holds, comes out as 480.)
+    because the exponents' biases are 7 and 15: integer passes in cache, ten times as fast. Two
+    codes are NaN instead; no weight that was quantized here holds them.
     """
     if q.dtype != torch.float8_e4m3fn or q.device.type != "cpu":
         return out.copy_(q)
@@ -197,6 +197,9 @@ def widen(q: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
         half = bits[: len(block)].copy_(block).mul_(1 << 7).bitwise_and_(~0x4000)
         to = out_block if wide is None else wide[: len(block)]
         to.copy_(half.view(torch.float16)).mul_(256.0)
+        is_nan = block.bitwise_and(0x7F) == 0x7F
+        if is_nan.any():
+            to.masked_fill_(is_nan, torch.nan)
         if wide is not None:
             out_block.copy_(to)
     return out

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from array import array
 from functools import lru_cache
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +36,7 @@ def available(*weights: Tensor) -> bool:
     """Whether the loops multiply with these weights on this machine; the first no warns why."""
     if any(w.dtype not in (torch.int8, torch.float8_e4m3fn) for w in weights):
         return False
-    return native.address_of("product") is not None
+    return native.address_of("layer") is not None
 
 
 @lru_cache
@@ -44,112 +46,158 @@ def multiplies_bf16() -> bool:
     return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-class Routing:
-    """Pairs by expert: first the experts with few rows, for `product`, then the others.
-
-    Attributes:
-        num_few, num_routed: experts of the former kind, and of both.
-        num_pairs: of the former kind's.
-    """
-
-    def __init__(self, topk_ids: Tensor, num_experts: int, expert_to_slot: Tensor | None) -> None:
-        ids = topk_ids.contiguous()
-        slots = None if expert_to_slot is None else expert_to_slot.contiguous()
-        pairs, most = ids.numel(), min(ids.numel(), num_experts)
-        sizes = [3, num_experts, pairs, pairs, pairs, most + 1, most, most]
-        self._tables = array("q", bytes(8 * sum(sizes)))
-        self._begins = [sum(sizes[:i]) for i in range(len(sizes))]
-        base = self._tables.buffer_info()[0]
-        addresses = [base + 8 * begin for begin in self._begins]
-        self.pairs, self.tokens, self.order, self.offsets, self.experts, self.slots = addresses[2:]
-        native.run(
-            "group",
-            [
-                ids.data_ptr(),
-                ids.itemsize,
-                pairs,
-                ids.shape[1],
-                num_experts,
-                _address(slots),
-                FEW_ROWS,
-                *addresses,
-            ],
-            items=1,
-        )
-        self.num_few, self.num_routed, missing = self._tables[:3]
-        if missing >= 0:
-            raise ValueError(
-                f"expert {missing} is routed to but has no slot "
-                f"(expert_to_slot is {int(expert_to_slot[missing])})"  # type: ignore[index]
-            )
-        self.num_pairs = self._tables[self._begins[5] + self.num_few]
-
-    def many(self) -> list[tuple[int, int, list[int]]]:
-        """(expert, slot, its pairs) of each expert with many rows."""
-        _, _, pairs, _, _, offsets, experts, slots = self._begins
-        table = self._tables
-        return [
-            (
-                table[experts + i],
-                table[slots + i],
-                table[pairs + table[offsets + i] : pairs + table[offsets + i + 1]].tolist(),
-            )
-            for i in range(self.num_few, self.num_routed)
-        ]
-
-
 def padded(rows: Tensor) -> Tensor:
     """Rows, (num_rows, columns) of any dtype, in fp32, with zeros up to a multiple of 16."""
-    if rows.shape[1] % LANES == 0:
+    columns = rows.shape[1]
+    if columns % LANES == 0:
         return rows.to(torch.float32).contiguous()
-    out = room(rows, rows.shape[0], rows.shape[1])
-    out[:, : rows.shape[1]] = rows
+    out = rows.new_zeros(len(rows), -(-columns // LANES) * LANES, dtype=torch.float32)
+    out[:, :columns] = rows
     return out
 
 
-def room(like: Tensor, num_rows: int, columns: int) -> Tensor:
-    """Room for `padded` rows."""
-    out = like.new_empty(num_rows, -(-columns // LANES) * LANES, dtype=torch.float32)
-    if out.shape[1] != columns:
-        out[:, columns:] = 0
-    return out
-
-
-def product(
-    rows: Tensor,  # (num_rows, in_features up to a multiple of 16) fp32, `padded`
+def layer(
+    x: Tensor,  # (num_rows, in_features) float, a row for each token or each pair
     row_scales: Tensor | None,  # (num_rows,) fp32
-    sources: int,  # the address of a table of `routing`: of each pair, which of `rows`
-    routing: Routing,
-    projection: Projection,
-    out: Tensor,  # (num_out, at least out_features or intermediate_size) fp32
-    targets: int,  # of each pair, which row of `out`
+    topk_ids: Tensor,  # (num_tokens, top_k) int32 | int64
+    up: Projection,
     activation: Activation | None = None,
-    round_to: torch.dtype = torch.float32,
-) -> None:
-    """Fill ``out`` with ``activation(projection(rows))`` of the experts with few rows.
+    down: Projection | None = None,
+    topk_weights: Tensor | None = None,  # (num_tokens, top_k) float; only with ``down``
+    *,
+    dtype: torch.dtype,
+) -> tuple[Tensor, list[tuple[int, int, list[int]]]]:
+    """``down(activation(up(x)))``, or what of it is given, of the experts with few rows.
 
-    Sums are fp32 and the same whatever the threads and the other pairs are; results are rounded to
-    the numbers of ``round_to``.
+    Sums are fp32 and the same whatever the threads and the other pairs are; what a product ends
+    with is rounded to ``dtype``.
+
+    Returns:
+        An output, and (expert, slot, its pairs) of the experts with many rows, which are left.
+        With weights and nothing left, the output is the sum over each token's experts,
+        (num_tokens, features) of ``dtype``. Else it is (num_pairs, features) fp32: without weights
+        rows of skipped ids and of experts that are left are zeros, with weights they are anything.
+
+    Raises:
+        ValueError: an expert that is routed to has no slot.
+    """
+    num_tokens, top_k = topk_ids.shape
+    num_rows = len(x)
+    num_pairs, num_experts = num_tokens * top_k, up.num_experts
+    few, most = min(num_pairs, FEW_ROWS * num_experts), min(num_pairs, num_experts)
+    rows = padded(x)
+    width = rows.shape[1]
+    features = (up if down is None else down).weight.shape[1]
+    if down is None and activation is not None and activation.gated:
+        features //= 2
+    inner = 0 if down is None else -(-down.weight.shape[2] // LANES) * LANES
+
+    # All that is written on the way is in one piece of memory: tables of int64, then fp32.
+    sizes = [
+        *(2 * n for n in (num_experts, num_pairs, num_pairs, num_pairs)),
+        *(2 * n for n in (most + 1, most, most, most)),
+        few * up.weight.shape[1],
+        few * inner,
+        0 if down is None else few * features,
+        0 if topk_weights is None else num_pairs * features,
+    ]
+    begins = [0, *accumulate(-(-size // LANES) * LANES for size in sizes)]
+    memory = x.new_empty(begins[-1], dtype=torch.float32)
+    base = memory.data_ptr()
+    places = [base + 4 * begin for begin in begins]
+    _, pairs, tokens, order, offsets, experts, slots, _ = places[:8]
+    up_sums, hidden, down_sums, outputs, _ = places[8:]
+    if topk_weights is None:
+        output = x.new_zeros(num_pairs, features, dtype=torch.float32)
+        outputs = output.data_ptr()
+    else:
+        output = memory[begins[11] : begins[11] + sizes[11]].view(num_pairs, features)
+    if down is not None and inner != down.weight.shape[2]:
+        memory[begins[9] : begins[10]].zero_()
+
+    routed, rounded = (offsets, experts, slots), DTYPES.index(dtype)
+    source = (rows.data_ptr(), 4 * width, tokens if num_rows == num_tokens else pairs)
+    target = (outputs, 4 * features, pairs)
+    middle = target if down is None else (hidden, 4 * inner, order)
+    kept: list[Any] = []  # until the loop has ended
+    first = _product(up, activation, source, row_scales, routed, middle, rounded, up_sums, kept)
+    second = total = 0
+    if down is not None:
+        second = _product(down, None, middle, None, routed, target, rounded, down_sums, kept)
+    ids, slots_of = topk_ids.to(torch.int64).contiguous(), up.expert_to_slot
+    if slots_of is not None:
+        slots_of = slots_of.contiguous()
+    if topk_weights is not None:
+        result = x.new_empty(num_tokens, features, dtype=torch.float32)
+        total = _sum(outputs, torch.float32, topk_weights, ids, num_experts, result, kept)
+    found = native.run(
+        "layer",
+        [
+            ids.data_ptr(),
+            num_pairs,
+            top_k,
+            num_experts,
+            _address(slots_of),
+            FEW_ROWS,
+            *places[:8],
+            first,
+            second,
+            total,
+        ],
+        most * kept[0][0],
+    )
+    num_few, num_routed, missing = found[2:]
+    if missing >= 0:
+        raise ValueError(
+            f"expert {missing} is routed to but has no slot "
+            f"(expert_to_slot is {int(slots_of[missing])})"  # type: ignore[index]
+        )
+    if num_few == num_routed:
+        return output if topk_weights is None else result.to(dtype), []
+    tables = memory[: begins[8]].view(torch.int64)
+    of, start, expert, slot = (
+        tables[begins[i] // 2 : (begins[i] + sizes[i]) // 2].tolist() for i in (1, 4, 5, 6)
+    )
+    return output, [
+        (expert[i], slot[i], of[start[i] : start[i + 1]]) for i in range(num_few, num_routed)
+    ]
+
+
+def _product(
+    projection: Projection,
+    activation: Activation | None,
+    source: tuple[int, int, int],
+    row_scales: Tensor | None,
+    routed: tuple[int, int, int],
+    target: tuple[int, int, int],
+    rounded: int,
+    sums: int,
+    kept: list[Any],
+) -> int:
+    """The address of the arguments of one product; ``kept`` is what has to stay in memory.
+
+    Args:
+        projection, activation, row_scales, kept: what they are called.
+        source: the address of rows, `LANES` times something long, the bytes of one, and the table
+            of which of them a pair takes.
+        routed: the tables of where an expert's pairs begin, of experts and of slots.
+        target: where rows go to, as ``source``.
+        rounded: what rows are rounded to, of `DTYPES`.
+        sums: room for the sums of all pairs.
     """
     weight, scale, bias = projection.weight, projection.scale, projection.bias
     assert scale is not None
     parts = 2 if activation is not None and activation.gated else 1
     channels, columns = weight.shape[1] // parts, weight.shape[2]
-    if not routing.num_few or not channels:
-        return
     scale = scale.contiguous()
     if bias is not None:
         bias = (bias if bias.dtype in DTYPES else bias.float()).contiguous()
-    sums = rows.new_empty(routing.num_pairs, weight.shape[1])
     size = max(1, ITEM_BYTES // (max(1, columns) * parts * ROWS_AT_ONCE)) * ROWS_AT_ONCE
-    blocks = -(-channels // size)
-    items = routing.num_few * blocks
     flags, numbers = (0, 0) if activation is None else _gate(activation)[:2]
-    native.run(
-        "product",
+    arguments = array(
+        "q",
         [
-            items,
-            blocks,
+            -(-channels // size),
             size,
             channels,
             parts,
@@ -157,27 +205,22 @@ def product(
             weight.stride(0),
             weight.stride(1),
             columns,
-            rows.data_ptr(),
-            4 * rows.shape[1],
-            sources,
-            routing.offsets,
-            routing.experts,
-            routing.slots,
+            *source,
+            *routed,
             scale.data_ptr(),
             _address(bias),
             0 if bias is None else DTYPES.index(bias.dtype),
             _address(row_scales),
-            out.data_ptr(),
-            4 * out.shape[1],
-            targets,
-            DTYPES.index(round_to),
-            sums.data_ptr(),
+            *target,
+            rounded,
+            sums,
             flags,
             numbers,
             _dots(weight.dtype == torch.float8_e4m3fn)[0],
         ],
-        items,
     )
+    kept += [arguments, scale, bias]
+    return arguments.buffer_info()[0]
 
 
 def weighted_sum(
@@ -185,36 +228,52 @@ def weighted_sum(
     topk_weights: Tensor,  # (num_tokens, top_k) float
     topk_ids: Tensor | None = None,  # (num_tokens, top_k) int32 | int64
     num_experts: int = 0,
+    *,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Sum the rows of each token by its weights, in fp32, first expert to last.
 
     Rows of ids outside [0, num_experts) do not count, if there are ids.
 
     Returns:
-        (num_tokens, columns) fp32.
+        (num_tokens, columns) of ``dtype``.
     """
-    num_tokens, top_k, columns = rows.shape
-    out = rows.new_empty(num_tokens, columns, dtype=torch.float32)
-    weights = topk_weights.to(torch.float32).contiguous()
+    num_tokens, _, columns = rows.shape
     rows = rows.contiguous()
-    ids = None if topk_ids is None else topk_ids.contiguous()
-    native.run(
-        "weighted_sum",
+    out = rows.new_empty(num_tokens, columns, dtype=torch.float32)
+    ids = None if topk_ids is None else topk_ids.to(torch.int64).contiguous()
+    kept: list[Any] = []
+    arguments = _sum(rows.data_ptr(), rows.dtype, topk_weights, ids, num_experts, out, kept)
+    native.run("weighted_sum", [arguments], min(num_tokens, 1 + rows.numel() // SUM_SIZE))
+    return out.to(dtype)
+
+
+def _sum(
+    rows: int,
+    dtype: torch.dtype,
+    topk_weights: Tensor,
+    ids: Tensor | None,
+    num_experts: int,
+    out: Tensor,
+    kept: list[Any],
+) -> int:
+    """The address of the arguments of a weighted sum of ``rows``; ``kept`` as in `_product`."""
+    weights = topk_weights.to(torch.float32).contiguous()
+    arguments = array(
+        "q",
         [
-            num_tokens,
-            top_k,
-            columns,
-            DTYPES.index(rows.dtype),
-            rows.data_ptr(),
+            *weights.shape,
+            out.shape[1],
+            DTYPES.index(dtype),
+            rows,
             weights.data_ptr(),
             out.data_ptr(),
             _address(ids),
-            8 if ids is None else ids.itemsize,
             num_experts,
         ],
-        min(num_tokens, 1 + rows.numel() // SUM_SIZE),
     )
-    return out
+    kept += [arguments, weights]
+    return arguments.buffer_info()[0]
 
 
 def widen(q: Tensor, *, out: Tensor) -> Tensor:

@@ -36,6 +36,44 @@ def claim(_: Any, counter: Any) -> Any:
 
 
 @intrinsic
+def advance(_: Any, counter: Any) -> Any:
+    """Add 1 to the int64 at an address; who reads that sees all that was written before."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        where = builder.inttoptr(arguments[0], I64.as_pointer())
+        builder.atomic_rmw("add", where, ir.Constant(I64, 1), "acq_rel")
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def read_counter(_: Any, counter: Any) -> Any:
+    """The int64 at an address, to which others `advance`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        where = builder.inttoptr(arguments[0], I64.as_pointer())
+        return builder.load_atomic(where, "acquire", 8)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def yield_processor(_: Any) -> Any:
+    """Let another thread run, if one is ready to."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), [])
+        name = "sched_yield"
+        builder.call(
+            builder.module.globals.get(name) or ir.Function(builder.module, kind, name), []
+        )
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
 def call(_: Any, function: Any, *arguments: Any) -> Any:
     """Call the function at an address with nine int64."""
 

@@ -13,10 +13,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import cfunc, njit, types
+from numba import njit, types
+from numba.core.ccallback import CFunc
+from numba.core.compiler_lock import global_compiler_lock
 
 from qmoe_kernels.cpu import ROWS_AT_ONCE
 from qmoe_kernels.cpu.intrinsics import (
+    advance,
     bits_of_float,
     call,
     claim,
@@ -24,6 +27,8 @@ from qmoe_kernels.cpu.intrinsics import (
     float_of_half_bits,
     nearest_half,
     pointer_to,
+    read_counter,
+    yield_processor,
 )
 
 bytes_at = pointer_to(types.int8)
@@ -32,6 +37,9 @@ ints_at = pointer_to(types.int32)
 longs_at = pointer_to(types.int64)
 floats_at = pointer_to(types.float32)
 doubles_at = pointer_to(types.float64)
+
+# Counters behind `claim`'s two, in bytes from them: see `native.COUNTERS`.
+ROUTED, DOWN_DONE, FOUND = 16, 24, 32
 
 BF16, FP16, FP32 = 0, 1, 2  # places in `cpu.DTYPES`
 
@@ -45,9 +53,19 @@ ONE, HALF = np.float32(1.0), np.float32(0.5)
 TINY = np.float32(np.finfo(np.float32).tiny)
 
 
-def loop(function: Callable[..., Any]) -> Any:
-    """Compile ``function(arguments)`` for threads that Python does not know."""
-    return cfunc("void(CPointer(int64))", error_model="numpy")(function)
+@global_compiler_lock
+def loop(function: Callable[..., Any]) -> tuple[str, str]:
+    """Compile ``function(arguments)`` for threads that Python does not know.
+
+    Returns:
+        its code in LLVM's language, and its name there: of the function itself, not of what numba
+        makes for C, which may call Python. No loop raises.
+    """
+    signature = ((types.CPointer(types.int64),), types.void)
+    # What `cfunc` does, without machine code, which is made of all loops together.
+    compiled = CFunc(function, signature, {}, {"error_model": "numpy"})._compile_uncached()
+    compiled.library._ensure_finalized()  # which links the functions that it calls
+    return compiled.library.get_llvm_str(), compiled.fndesc.llvm_func_name
 
 
 # ---- numbers -----------------------------------------------------------------------------------
@@ -155,43 +173,41 @@ def read_float(address, index, dtype):
     return float_of_bits(np.int32(np.int32(short) << 16))
 
 
-def make_group() -> Any:
-    """Pairs by expert; see `cpu.Routing` for the arguments. For one thread."""
-
-    def group(a):
-        ids, wide, num_pairs, top_k, num_experts = a[2], a[3] == 8, a[4], a[5], a[6]
-        few_rows, found, counts = a[8], longs_at(a[9]), longs_at(a[10])
-        pairs, tokens, order = longs_at(a[11]), longs_at(a[12]), longs_at(a[13])
-        offsets, experts, slots = longs_at(a[14]), longs_at(a[15]), longs_at(a[16])
-        for pair in range(num_pairs):
-            expert = longs_at(ids)[pair] if wide else np.int64(ints_at(ids)[pair])
-            if 0 <= expert < num_experts:
-                counts[expert] += 1
-        number, start, missing = 0, 0, np.int64(-1)
-        for many in range(2):  # experts with few rows, then the others
-            for expert in range(num_experts):
-                count = counts[expert]
-                if count > 0 and (count > few_rows) == (many == 1):
-                    experts[number], offsets[number] = expert, start
-                    slots[number] = expert
-                    if a[7]:
-                        slots[number] = np.int64(ints_at(a[7])[expert])
-                        if slots[number] < 0:
-                            missing = expert
-                    counts[expert] = -1 - start  # from here on, where its next pair goes
-                    number, start = number + 1, start + count
-            if many == 0:
-                found[0] = number
-        offsets[number], found[1], found[2] = start, number, missing
-        for pair in range(num_pairs):
-            order[pair] = pair
-            expert = longs_at(ids)[pair] if wide else np.int64(ints_at(ids)[pair])
-            if 0 <= expert < num_experts:
-                place = -1 - counts[expert]
-                pairs[place], tokens[place] = pair, pair // top_k
-                counts[expert] -= 1
-
-    return loop(group)
+@njit(**OPTIONS)
+def group(a):
+    """Pairs by expert; see `cpu.layer` for the arguments. For one thread."""
+    ids, num_pairs, top_k, num_experts, few_rows = longs_at(a[2]), a[3], a[4], a[5], a[7]
+    found, counts = longs_at(a[0] + FOUND), longs_at(a[8])
+    pairs, tokens, order = longs_at(a[9]), longs_at(a[10]), longs_at(a[11])
+    offsets, experts, slots = longs_at(a[12]), longs_at(a[13]), longs_at(a[14])
+    progress = longs_at(a[15])
+    for expert in range(num_experts):
+        counts[expert] = 0
+    for pair in range(num_pairs):
+        if 0 <= ids[pair] < num_experts:
+            counts[ids[pair]] += 1
+    number, start, missing = 0, 0, np.int64(-1)
+    for many in range(2):  # experts with few rows, then the others
+        for expert in range(num_experts):
+            count = counts[expert]
+            if count > 0 and (count > few_rows) == (many == 1):
+                experts[number], offsets[number] = expert, start
+                slots[number], progress[number] = expert, 0
+                if a[6]:
+                    slots[number] = np.int64(ints_at(a[6])[expert])
+                    if slots[number] < 0:
+                        missing = expert
+                counts[expert] = -1 - start  # from here on, where its next pair goes
+                number, start = number + 1, start + count
+        if many == 0:
+            found[0] = number
+    offsets[number], found[1], found[2] = start, number, missing
+    for pair in range(num_pairs):
+        order[pair] = pair
+        if 0 <= ids[pair] < num_experts:
+            place = -1 - counts[ids[pair]]
+            pairs[place], tokens[place] = pair, pair // top_k
+            counts[ids[pair]] -= 1
 
 
 @njit(**OPTIONS)
@@ -224,102 +240,147 @@ def multiply(
 
 
 @njit(**OPTIONS)
-def finish(a, number, first, last):
+def finish(p, number, first, last):
     """Scales, bias and gate of some channels of an expert's rows, from its sums."""
-    channels, parts, offsets, sources = a[5], a[6], longs_at(a[14]), longs_at(a[13])
-    begin = longs_at(a[15])[number] * parts * channels
-    scales, row_scales = floats_at(a[17] + 4 * begin), floats_at(a[20])
-    targets, flags, numbers = longs_at(a[23]), longs_at(a[26]), floats_at(a[27])
+    channels, parts, offsets, sources = p[2], p[3], longs_at(p[11]), longs_at(p[10])
+    begin = longs_at(p[12])[number] * parts * channels
+    scales, row_scales = floats_at(p[14] + 4 * begin), floats_at(p[17])
+    targets, flags, numbers = longs_at(p[20]), longs_at(p[23]), floats_at(p[24])
     for row in range(offsets[number], offsets[number + 1]):
-        sums = floats_at(a[25] + 4 * row * parts * channels)
-        out = floats_at(a[21] + targets[row] * a[22])
-        row_scale = row_scales[sources[row]] if a[20] else ONE
-        if not (a[26] or a[18]):  # what down_proj is, most of the time: of many lanes at once
+        sums = floats_at(p[22] + 4 * row * parts * channels)
+        out = floats_at(p[18] + targets[row] * p[19])
+        row_scale = row_scales[sources[row]] if p[17] else ONE
+        if not (p[23] or p[15]):  # what down_proj is, most of the time: of many lanes at once
             for i in range(first, last):
                 out[i] = sums[i] * scales[i] * row_scale
         else:
             for i in range(first, last):
                 x = sums[i] * scales[i] * row_scale
-                if a[18]:
-                    x += read_float(a[18], begin + i, a[19])
+                if p[15]:
+                    x += read_float(p[15], begin + i, p[16])
                 up = x
                 if parts == 2:
                     j = channels + i
                     up = sums[j] * scales[j] * row_scale
-                    if a[18]:
-                        up += read_float(a[18], begin + j, a[19])
-                out[i] = gated(x, up, flags, numbers) if a[26] else x
-        if a[24] == BF16:
+                    if p[15]:
+                        up += read_float(p[15], begin + j, p[16])
+                out[i] = gated(x, up, flags, numbers) if p[23] else x
+        if p[21] == BF16:
             for i in range(first, last):
                 bits = bits_of_float(out[i])
                 nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & ~0xFFFF
                 out[i] = float_of_bits(np.int32(nearest)) if out[i] == out[i] else out[i]
-        elif a[24] == FP16:
+        elif p[21] == FP16:
             for i in range(first, last):
                 out[i] = nearest_half(out[i])
 
 
-def make_product() -> Any:
-    """Products of every routed expert's rows; see `cpu.product` for the arguments."""
+@njit(**OPTIONS)
+def weights_of(p, item):
+    """Where the weights of an item of a product begin."""
+    return p[4] + longs_at(p[13])[item // p[0]] * p[5] + item % p[0] * p[1] * p[6]
 
-    def product(a):
-        counter, items, blocks, size, channels, parts = a[0], a[2], a[3], a[4], a[5], a[6]
-        weights, slot_bytes, row_bytes, columns = a[7], a[8], a[9], a[10]
-        offsets, slots = longs_at(a[14]), longs_at(a[16])
-        item = claim(counter)
-        while item < items:
-            following = claim(counter)  # now, so that its first rows can be asked for in time
-            number, first = item // blocks, item % blocks * size
-            last = min(first + size, channels)
-            start, count = offsets[number], offsets[number + 1] - offsets[number]
-            upcoming = weights
-            if following < items:
-                upcoming += slots[following // blocks] * slot_bytes
-                upcoming += following % blocks * size * row_bytes
-            for part in range(parts):
-                at = weights + slots[number] * slot_bytes + (part * channels + first) * row_bytes
-                to = a[25] + 4 * (start * parts * channels + part * channels + first)
-                left = last - first
-                while left > 0:
-                    rows = min(ROWS_AT_ONCE, left)
-                    ahead = rows * row_bytes
-                    if left == rows:
-                        ahead = channels * row_bytes if part + 1 < parts else upcoming - at
-                    multiply(longs_at(a[28]), rows, at, row_bytes, a[11], a[12],
-                             a[13] + 8 * start, count, columns, ahead, to,
-                             4 * parts * channels)  # fmt: skip
-                    at, to, left = at + rows * row_bytes, to + 4 * rows, left - rows
-            finish(a, number, first, last)
+
+@njit(**OPTIONS)
+def product(p, item, upcoming):
+    """Some channels of an expert's rows; the weights at ``upcoming`` are wanted next."""
+    blocks, size, channels, parts, row_bytes, columns = p[0], p[1], p[2], p[3], p[6], p[7]
+    offsets, number, first = longs_at(p[11]), item // blocks, item % blocks * size
+    last = min(first + size, channels)
+    start, count = offsets[number], offsets[number + 1] - offsets[number]
+    for part in range(parts):
+        at = weights_of(p, item) + part * channels * row_bytes
+        to = p[22] + 4 * (start * parts * channels + part * channels + first)
+        left = last - first
+        while left > 0:
+            rows = min(ROWS_AT_ONCE, left)
+            ahead = rows * row_bytes
+            if left == rows:
+                ahead = channels * row_bytes if part + 1 < parts else upcoming - at
+            multiply(longs_at(p[25]), rows, at, row_bytes, p[8], p[9], p[10] + 8 * start,
+                     count, columns, ahead, to, 4 * parts * channels)  # fmt: skip
+            at, to, left = at + rows * row_bytes, to + 4 * rows, left - rows
+    finish(p, number, first, last)
+
+
+@njit(**OPTIONS)
+def add_rows(s, token):
+    """The sum over a token's experts; see `cpu._sum` for the arguments."""
+    top_k, columns, dtype, num_experts = s[1], s[2], s[3], s[8]
+    itemsize = 4 if dtype == FP32 else 2
+    out = floats_at(s[6] + 4 * token * columns)
+    for i in range(columns):
+        out[i] = np.float32(0.0)
+    for pair in range(token * top_k, token * top_k + top_k):
+        if s[7] and not 0 <= longs_at(s[7])[pair] < num_experts:
+            continue  # NaN times zero would be NaN
+        weight = floats_at(s[5])[pair]
+        row = s[4] + pair * columns * itemsize
+        if dtype == FP32:
+            floats = floats_at(row)
+            for i in range(columns):
+                out[i] += weight * floats[i]
+        else:
+            for i in range(columns):
+                out[i] += weight * read_float(row, i, dtype)
+
+
+@njit(**OPTIONS)
+def wait_for(address, number):
+    """Let others run until a counter has come to a number."""
+    while read_counter(address) < number:
+        yield_processor()
+
+
+def make_layer() -> Any:
+    """Both products of a layer and the sum over experts; see `cpu.layer` for the arguments.
+
+    Items are in order: the routing, those of the first product, of the second, of the sum. A thread
+    that needs what others have claimed waits for it. Each does its items in order, so that the
+    first of those that are not done never waits.
+    """
+
+    def layer(a):
+        routed, down_done, found = a[0] + ROUTED, a[0] + DOWN_DONE, longs_at(a[0] + FOUND)
+        item = claim(a[0]) - 1
+        if item < 0:
+            group(a)
+            advance(routed)
+            item = claim(a[0]) - 1
+        wait_for(routed, 1)
+        num_few = found[0] if found[2] < 0 else 0
+        up, down, total = longs_at(a[16]), longs_at(a[17]), longs_at(a[18])
+        ups = num_few * up[0]
+        downs = num_few * down[0] if a[17] else 0
+        while item < ups + downs:
+            following = claim(a[0]) - 1  # now, so that its first rows can be asked for in time
+            p, at = (up, following) if following < ups else (down, following - ups)
+            upcoming = weights_of(p, at) if following < ups + downs else up[4]
+            p, at = (up, item) if item < ups else (down, item - ups)
+            done = a[15] + 8 * (at // p[0])
+            if item >= ups:
+                wait_for(done, up[0])
+                done = down_done
+            product(p, at, upcoming)
+            advance(done)
             item = following
+        if a[18] and found[1] == num_few:
+            while item < ups + downs + total[0]:
+                wait_for(down_done, downs)
+                add_rows(total, item - ups - downs)
+                item = claim(a[0]) - 1
 
-    return loop(product)
+    return loop(layer)
 
 
 def make_weighted_sum() -> Any:
-    """The sum over a token's experts; see `cpu.weighted_sum` for the arguments."""
+    """The sum over a token's experts; see `cpu._sum` for the arguments."""
 
     def weighted_sum(a):
-        tokens, top_k, columns, dtype, ids, num_experts = a[2], a[3], a[4], a[5], a[9], a[11]
-        itemsize = 4 if dtype == FP32 else 2
+        total = longs_at(a[2])
         token = claim(a[0])
-        while token < tokens:
-            out = floats_at(a[8] + 4 * token * columns)
-            for i in range(columns):
-                out[i] = np.float32(0.0)
-            for pair in range(token * top_k, token * top_k + top_k):
-                if ids:
-                    expert = longs_at(ids)[pair] if a[10] == 8 else np.int64(ints_at(ids)[pair])
-                    if not 0 <= expert < num_experts:
-                        continue  # NaN times zero would be NaN
-                weight = floats_at(a[7])[pair]
-                row = a[6] + pair * columns * itemsize
-                if dtype == FP32:
-                    floats = floats_at(row)
-                    for i in range(columns):
-                        out[i] += weight * floats[i]
-                else:
-                    for i in range(columns):
-                        out[i] += weight * read_float(row, i, dtype)
+        while token < total[0]:
+            add_rows(total, token)
             token = claim(a[0])
 
     return loop(weighted_sum)

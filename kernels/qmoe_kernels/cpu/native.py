@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 # Compiled together: decoding needs neither quantizing nor long prompts' widening.
 GROUPS = {
-    "products": ("group", "product", "weighted_sum"),
+    "products": ("layer", "weighted_sum"),
     "formats": ("quantize", "compare", "widen"),
 }
 # (FP8, rows of weights, tokens) of the dot products; blocks of many are smaller on a processor
@@ -39,7 +39,8 @@ DOTS_BY_WIDTH = {
     }.items()
 }
 # Of the C library; anything else that machine code asks for would end the process.
-KNOWN_SYMBOLS = {"expf", "erff", "tanhf", "memset", "memcpy"}
+KNOWN_SYMBOLS = {"expf", "erff", "tanhf", "memset", "memcpy", "sched_yield"}
+COUNTERS = 7  # of a loop; what it has claimed and how many threads there are come first
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 _lock = threading.Lock()
@@ -66,7 +67,7 @@ def address_of(name: str) -> int | None:
     return None if found is None else found.get(name)
 
 
-def run(name: str, arguments: Sequence[int], items: int, threads: int | None = None) -> None:
+def run(name: str, arguments: Sequence[int], items: int, threads: int | None = None) -> array[int]:
     """Run a loop on torch's threads until all items are done.
 
     Args:
@@ -74,13 +75,22 @@ def run(name: str, arguments: Sequence[int], items: int, threads: int | None = N
         arguments: what it takes after its counters.
         items: how many there are; more threads would find nothing to do.
         threads: at most so many; None: as many as torch takes.
+
+    Returns:
+        the loop's counters, behind the two that all have.
     """
     function = address_of(name)
     assert function is not None
     threads = max(1, min(torch.get_num_threads() if threads is None else threads, items))
-    given = array("q", [0, 0, *arguments, 0, 0])
+    given = array("q", [0, 0, *arguments, *[0] * COUNTERS])
     address, count = given.buffer_info()
-    given[0], given[1] = address + 8 * (count - 2), address + 8 * (count - 1)
+    begin = count - COUNTERS
+    given[0], given[1] = address + 8 * begin, address + 8 * (begin + 1)
+    _run(function, address, threads)
+    return given[begin + 2 :]
+
+
+def _run(function: int, address: int, threads: int) -> None:
     if threads == 1:
         _callable(function)(address)
         return
@@ -216,11 +226,8 @@ def _compile(group: str, machine: tuple[str, str, str, bool]) -> bytes:
 
     module, names = llvm.parse_assembly(f'target triple = "{machine[0]}"'), set(GROUPS[group])
     for name in GROUPS[group]:
-        compiled = getattr(loops, f"make_{name}")()
-        # Not numba's function for C, which may call Python, but the one that it calls: no loop
-        # raises.
-        inner = compiled.native_name.removeprefix("cfunc.")
-        module.link_in(llvm.parse_assembly(compiled.inspect_llvm()))
+        code, inner = getattr(loops, f"make_{name}")()
+        module.link_in(llvm.parse_assembly(code))
         entry = f"""declare i32 @{inner}(ptr, ptr, ptr)
             define void @{name}(ptr %arguments) {{
                 %result = alloca ptr
@@ -240,8 +247,8 @@ def _compile(group: str, machine: tuple[str, str, str, bool]) -> bytes:
     } - KNOWN_SYMBOLS
     if unknown:
         raise RuntimeError(f"numba's loops need {', '.join(sorted(unknown))}")
-    code: bytes = target.emit_object(module)
-    return code
+    machine_code: bytes = target.emit_object(module)
+    return machine_code
 
 
 def _drop_all_but(names: set[str], module: Any, target: Any) -> None:
