@@ -2,9 +2,12 @@
 
 import os
 import signal
+import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.utils import _python_dispatch as dispatch
 
 # Read when a kernel is defined, therefore set before anything imports one.
 if not torch.cuda.is_available():
@@ -27,3 +30,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def modes_end_with_their_test(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Take off what an interrupted test has left on torch's stack of modes, and name the test.
+
+    An interrupt at the wrong instruction of torch's own code can leave one there, and then a later
+    test's torch.compile finds it.
+    """
+    yield
+    while dispatch._get_current_dispatch_mode_stack():
+        left = dispatch._pop_mode()
+        warnings.warn(f"{request.node.nodeid} left {type(left).__name__}", stacklevel=1)
