@@ -8,7 +8,7 @@ names some of them):
 - *latency*: microseconds of the whole layer, by tokens, of our modes, torch's grouped products
   (GEMMs alone), transformers' experts implementations and, where it is installed, vLLM's kernels:
   CUDA-graph replay, two layers' weights and many routings in turn, so that nothing is in L2.
-- *untuned*: the same of shapes that no table has, without transformers.
+- *untuned*: the same of shapes that the rule was not fitted on, without transformers.
 - *accumulation*: FP8 sums in one level and in two: time and error.
 - *skew*: Zipf-distributed routing over uniform routing with as many active experts.
 - *routing*: sorting pairs by expert, by itself, and routers, fused and transformers' own.

@@ -70,7 +70,7 @@ def latency(sections: list[Section], series: Series, path: Path) -> None:
 
 
 def tuned_series(section: Section) -> Iterator[Line]:
-    """Yield what is drawn of a shape that has rows in the table."""
+    """Yield what is drawn of a shape that has goals of its own."""
     grouped = [p for p in section.get("peers", []) if p["peer"] == "transformers grouped_mm"]
     times = {p["tokens"]: p["us"] for p in grouped if "us" in p}
     yield times, "transformers grouped_mm, bf16", GREY, "v", "-"
@@ -81,7 +81,7 @@ def tuned_series(section: Section) -> Iterator[Line]:
 
 
 def untuned_series(section: Section) -> Iterator[Line]:
-    """Yield what is drawn of a shape that no table has."""
+    """Yield what is drawn of a shape that the rule was not fitted on."""
     yield _vllm(section, 16, GREY)
     yield _vllm(section, 8, GREEN)
     yield _ours(section, "bf16"), "qmoe, bf16", ORANGE, "v", "-"

@@ -142,7 +142,7 @@ def run_latency(bench: Bench) -> None:
 
 
 def run_untuned(bench: Bench) -> None:
-    """The same of shapes that no table has; of the peers, vLLM's kernels and torch's products."""
+    """The same of shapes that no rule was fitted on; of the peers, vLLM's kernels and torch's."""
     fast = {n: peer for n, peer in peers().items() if not n.startswith("transformers")}
     _time_shapes(bench, "untuned", fast)
 

@@ -18,11 +18,11 @@ SHAPES = {
     "ernie": LayerShape(num_experts=64, top_k=6, hidden_size=2560, intermediate_size=1536),
     "lfm2": LayerShape(num_experts=32, top_k=4, hidden_size=2048, intermediate_size=1792),
 }
-# Have rows in the table of an H200, and goals of their own (`benchmarks.kernels.targets`).
+# Have goals of their own (`benchmarks.kernels.targets`).
 TUNED: tuple[str, ...] = ("qwen3", "mixtral", "dsv3")
 TOKENS: tuple[int, ...] = (1, 4, 16, 64, 256, 1024, 4096)
-# No table has them, and the rules were not fitted on them: what users of other models get.
+# The rule was not fitted on them: what users of other models get.
 UNTUNED: tuple[str, ...] = ("glm45air", "scout", "ernie", "lfm2")
 UNTUNED_TOKENS: tuple[int, ...] = (1, 4, 16, 64, 256, 512, 1024, 4096)
-# The rules were fitted on these.
+# The rule was fitted on these.
 FITTED: tuple[str, ...] = (*TUNED, "olmoe", "gptoss", "qwen3next", "phimoe", "granite")

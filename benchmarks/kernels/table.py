@@ -74,7 +74,7 @@ def latency_table(section: dict[str, Any]) -> Iterator[str]:
 
 
 def ratio_table(sections: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """Yield the table of shapes without a table row: a row for each shape and number of tokens."""
+    """Yield a row for each number of tokens of each shape that the rule was not fitted on."""
     yield ""
     yield f"{'no table row':15} |" + "|".join(f"{what:^24}" for what in UNTUNED_TARGETS)
     for row in (row for section in sections for row in untuned_ratios(section)):

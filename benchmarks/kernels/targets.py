@@ -61,7 +61,7 @@ ONE_TOKEN = {"qwen3": 14.0, "mixtral": 90.0, "dsv3": 88.0}
 W8A16_OVER_W8A8 = 1.05
 SKEWED_OVER_UNIFORM = 1.15
 ERROR_OVER_FORMATS = 1.2
-# Of shapes without a table row, by what `untuned_ratios` calls them.
+# Of shapes that the rule was not fitted on, by what `untuned_ratios` calls them.
 UNTUNED_TARGETS = {
     "best over vLLM's 8-bit": 0.95,
     "int8 auto over best": 1.03,

@@ -103,11 +103,14 @@ def _run(function: int, address: int, threads: int) -> None:
     helpers = [
         threading.Thread(target=_callable(function), args=(address,)) for _ in range(threads - 1)
     ]
-    for helper in helpers:
-        helper.start()
-    _callable(function)(address)
-    for helper in helpers:
-        helper.join()
+    try:
+        for helper in helpers:
+            helper.start()
+        _callable(function)(address)
+    finally:  # what they write to is freed behind this, whatever ends it
+        for helper in helpers:
+            if helper.ident is not None:
+                helper.join()
 
 
 @lru_cache
