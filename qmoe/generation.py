@@ -34,8 +34,9 @@ from qmoe.experts.guard import guard_of
 from qmoe.experts.layout import describe
 from qmoe.experts.quantized import QuantizedExperts
 from qmoe.generation_config import BEAMS, ONE_BY_ONE, as_list, configuration
-from qmoe.seeds import Draws, check_seed, refuse_dropout, thread_state
+from qmoe.seeds import Draws, check_seed, refuse_dropout
 from qmoe.text import Streamer, Text
+from qmoe.thread_state import thread_state
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from qmoe.thread_state import function_modes
+
 # The functions of torch that draw and can be told from what. transformers' loops call multinomial;
 # the others are here for models that draw in their forward.
 _DRAWING: frozenset[Callable[..., Any]] = frozenset(
@@ -56,7 +58,7 @@ class Draws(TorchFunctionMode):
         # First: an interrupt in the lines below would leave this on torch's stack.
         self._paused = True
         # An interrupt inside torch's own handling of modes may have taken it off already.
-        if _modes()[-1:] == [self]:
+        if function_modes()[-1:] == [self]:
             super().__exit__(*exception)
 
     def __torch_function__(
@@ -98,26 +100,3 @@ def _drops(module: Any) -> bool:
     is_dropout = isinstance(module, nn.modules.dropout._DropoutNd)
     rate = module.p if is_dropout else getattr(module, "attention_dropout", None)
     return isinstance(rate, float) and rate > 0
-
-
-def thread_state() -> Callable[[], None]:
-    """What brings a thread's gradient mode and torch-function modes back to what they are now.
-
-    torch's own context managers do not where an interrupt finds them half entered or half left.
-    """
-    gradients, modes = torch.is_grad_enabled(), _modes()
-
-    def restore() -> None:
-        while len(_modes()) > len(modes):
-            torch._C._pop_torch_function_stack()
-        for mode in modes[len(_modes()) :]:
-            torch._C._push_on_torch_function_stack(mode)
-        torch.set_grad_enabled(gradients)
-
-    return restore
-
-
-def _modes() -> list[Any]:
-    """This thread's torch-function modes, the outermost first."""
-    depth = torch._C._len_torch_function_stack()
-    return [torch._C._get_function_stack_at(i) for i in range(depth)]

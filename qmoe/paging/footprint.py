@@ -24,6 +24,7 @@ from qmoe.experts.gate import identify_activation
 from qmoe.experts.layout import describe
 from qmoe.experts.pages import LayerPages
 from qmoe.experts.quantized import QuantizedExperts
+from qmoe.thread_state import thread_state
 
 # Steps of so many tokens are run, and of half as many: enough for caches that keep one entry for a
 # group of tokens, and for attention that works on blocks of them.
@@ -129,8 +130,12 @@ def measure(
     routed: dict[str, int | None] = {}
     with _without_experts(model, [layer.name for layer in layers], routed) as copy:
         first = _caches(copy, num_tokens)
-        with _LiveBytes() as memory:
-            second = _caches(copy, 2 * num_tokens)
+        restore = thread_state()
+        try:
+            with _LiveBytes() as memory:
+                second = _caches(copy, 2 * num_tokens)
+        finally:
+            restore()
     if sum(nbytes for nbytes, _ in second) == 0:
         raise ValueError(
             f"{type(model).__name__} keeps no cache of its tokens (use_cache=True); "

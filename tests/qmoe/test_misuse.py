@@ -736,7 +736,8 @@ def tensor_bytes(device: str) -> int:
         return torch.cuda.memory_allocated()
     storages = {}
     for thing in gc.get_objects():
-        if isinstance(thing, Tensor) and thing.device.type == device:
+        # by its type: a weak proxy of what is gone cannot be asked for its class
+        if issubclass(type(thing), Tensor) and thing.device.type == device:
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

@@ -17,6 +17,7 @@ from types import MethodType
 
 import pytest
 import torch
+from torch.utils import _python_dispatch as dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     DeepseekV3Config,
@@ -457,6 +458,19 @@ class TestResize:
             assert torch.equal(model(tokens(20)).logits, expected), lines[number - 1]
             resize(model, hbm_budget=target)
             assert torch.equal(model(tokens(20)).logits, expected), lines[number - 1]
+
+    def test_an_interrupt_leaves_none_of_our_modes(self):
+        """Before every line of torch's own that puts a mode on its stack or takes it off."""
+        model = build("qwen3_moe")
+        files = {dispatch.__file__}
+        flags = {name: vars(dispatch)[name] for name in vars(dispatch) if name[:7] == "_is_in_"}
+        lines = run_lines(lambda: smallest(model), files)
+        assert len(lines) > 10
+        for number in range(1, len(lines) + 1):
+            with pytest.raises(KeyboardInterrupt):
+                run_lines(lambda: smallest(model), files, number)
+            assert not dispatch._get_current_dispatch_mode_stack(), lines[number - 1]
+            assert {name: vars(dispatch)[name] for name in flags} == flags, lines[number - 1]
 
     def test_interrupts_leave_no_lock_held(self):
         """Ctrl-C at random moments; then other threads do the same."""
