@@ -8,6 +8,7 @@ import platform
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from signal import SIGINT
 
@@ -108,19 +109,25 @@ def test_gates_at_infinity_are_torch_s(sign: float) -> None:
             torch.testing.assert_close(actual, expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 40])
-def test_the_256_codes_of_fp8(rows: int) -> None:
+def test_the_256_codes_of_fp8(rows: int, dtype: torch.dtype) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
     ids = torch.zeros(rows, 1, dtype=torch.int64)
-    out = grouped_linear(torch.ones(rows, 1), codes.view(1, 256, 1), torch.ones(1, 256), ids)
-    expected = codes.float().expand(rows, 1, 256)
-    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+    expected = codes.float().expand(rows, 1, 256).to(dtype)
+    for columns in (1, 64, 80):  # alone, and among zeros in any lane of a line
+        for place in {0, columns // 3, columns - 1}:
+            weight = torch.zeros(1, 256, columns, dtype=torch.float8_e4m3fn)
+            weight[0, :, place] = codes
+            x = torch.ones(rows, columns, dtype=dtype)
+            out = grouped_linear(x, weight, torch.ones(1, 256), ids)
+            torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
     # Within a row, too, at any place of it.
     for columns in (16, 64, 100):
         weight = torch.zeros(1, columns, columns, dtype=torch.int8)
         weight[0].fill_diagonal_(0x7F)
         out = grouped_linear(
-            torch.ones(rows, columns),
+            torch.ones(rows, columns, dtype=dtype),
             weight.view(torch.float8_e4m3fn),
             torch.ones(1, columns),
             ids,
@@ -282,17 +289,49 @@ def test_a_processor_without_avx512_has_the_same_bits(
         weights=weights, num_tokens=9, num_experts=2, hidden_size=200, intermediate_size=70
     )
     expected = layer.fused_moe()
-    triple, *_ = native._machine()
-    older = (triple, "haswell", "+avx2,+fma,+f16c", False)
-    for cached in (native.is_wide, cpu._dots):
-        cached.cache_clear()
+    with another_processor(monkeypatch, "haswell", "+avx2,+fma,+f16c", wide=False, pairs=False):
+        assert torch.equal(layer.fused_moe(), expected)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 9])
+@pytest.mark.parametrize("hidden_size", [64, 200, 37])
+def test_pairs_of_bf16_are_sums_of_fp32(
+    num_tokens: int, hidden_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FP8 weights with bf16 rows, as the processor multiplies pairs and as one without does."""
+    if not native.this_machine().pairs:
+        pytest.skip("the processor has no products of pairs")
+    layer = random_layer(
+        weights="fp8",
+        dtype=torch.bfloat16,
+        num_tokens=num_tokens,
+        num_experts=2,
+        hidden_size=hidden_size,
+        intermediate_size=70,
+    )
+    args = layer.hidden_states, layer.gate_up_proj, layer.gate_up_proj_scale, layer.topk_ids
+    actual = grouped_linear(*args)
+    machine = native.this_machine()
+    with another_processor(monkeypatch, machine.cpu, machine.features, wide=True, pairs=False):
+        expected = grouped_linear(*args)
+    # Sums in another order: a step of bf16 where they lie between two, and that rarely.
+    torch.testing.assert_close(actual, expected, rtol=2**-7, atol=1e-5)
+    assert (actual != expected).float().mean() < 0.05
+
+
+@contextmanager
+def another_processor(
+    monkeypatch: pytest.MonkeyPatch, cpu_name: str, features: str, *, wide: bool, pairs: bool
+) -> Iterator[None]:
+    """Run what another processor runs, one that has less."""
+    other = native.Machine(native.this_machine().triple, cpu_name, features, wide, pairs)
+    cpu._dots.cache_clear()
     with monkeypatch.context() as patched:
-        patched.setattr(native, "_machine", lambda: older)
+        patched.setattr(native, "this_machine", lambda: other)
         patched.setattr(native, "_loaded", {})
         patched.setattr(native, "cache_folder", lambda: native.Path("/dev/null"))
-        assert torch.equal(layer.fused_moe(), expected)
-    for cached in (native.is_wide, cpu._dots):
-        cached.cache_clear()
+        yield
+    cpu._dots.cache_clear()
 
 
 def test_machine_code_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -216,7 +216,8 @@ def _product(
             sums,
             flags,
             numbers,
-            _dots(weight.dtype == torch.float8_e4m3fn)[0],
+            # 8-bit rows are bf16 numbers, too
+            _dots(_kind(projection, row_scales is not None or DTYPES[rounded] == DTYPES[0]))[0],
         ],
     )
     kept += [arguments, scale, bias]
@@ -357,14 +358,21 @@ def _rows_and_codes(rows: Tensor, q: Tensor, scale: Tensor, scratch: Tensor) -> 
 
 
 @lru_cache
-def _dots(fp8: bool) -> tuple[int, array[int]]:
+def _dots(kind: str) -> tuple[int, array[int]]:
     """The address of the table of dot products that `loops.multiply` takes, and the table."""
-    single, *blocks = (b for b in native.DOTS_BY_WIDTH[native.is_wide()] if b[0] == fp8)
+    single, *blocks = (block for block in native.this_machine().dots if block[0] == kind)
     table = [native.address_of(native.dots_name(*single)) or 0]
     for block in blocks:
         table += [native.address_of(native.dots_name(*block)) or 0, block[1]]
     kept = array("q", table)
     return kept.buffer_info()[0], kept
+
+
+def _kind(projection: Projection, rows_in_bf16: bool) -> str:
+    """Of the dot products that a projection needs, if its rows are bf16 numbers or are not."""
+    if projection.weight.dtype == torch.int8:
+        return native.INT8
+    return native.FP8_PAIRS if rows_in_bf16 and native.this_machine().pairs else native.FP8
 
 
 @lru_cache

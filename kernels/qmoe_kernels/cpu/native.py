@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,15 +29,8 @@ GROUPS = {
     "products": ("layer", "weighted_sum"),
     "formats": ("quantize", "compare", "widen"),
 }
-# (FP8, rows of weights, tokens) of the dot products; blocks of many are smaller on a processor
-# with 16 registers of 8 lanes, which cannot hold more sums.
-DOTS_BY_WIDTH = {
-    wide: [(fp8, rows, tokens) for fp8 in (False, True) for rows, tokens in blocks]
-    for wide, blocks in {
-        True: [(1, 1), (4, 1), (4, 2), (4, 4)],
-        False: [(1, 1), (4, 1), (2, 2), (1, 4)],
-    }.items()
-}
+# Kinds of dot products: by weights, and whether rows are bf16 numbers that are multiplied in pairs.
+INT8, FP8, FP8_PAIRS = "int8", "fp8", "fp8_pairs"
 # Of the C library; anything else that machine code asks for would end the process.
 KNOWN_SYMBOLS = {"expf", "erff", "tanhf", "memset", "memcpy", "sched_yield"}
 COUNTERS = 7  # of a loop; what it has claimed and how many threads there are come first
@@ -48,13 +41,39 @@ _loaded: dict[str, dict[str, int] | None] = {}
 _in_child = False
 
 
-def dots_name(fp8: bool, rows: int, tokens: int) -> str:
+class Machine(NamedTuple):
+    """The processor as LLVM names it, and what it can.
+
+    Attributes:
+        wide: it has 32 registers for vectors.
+        pairs: it multiplies pairs of bf16, and looks up bytes in tables of 128.
+    """
+
+    triple: str
+    cpu: str
+    features: str
+    wide: bool
+    pairs: bool
+
+    @property
+    def dots(self) -> list[tuple[str, int, int]]:
+        """(kind, rows of weights, tokens) of the dot products.
+
+        Blocks of many are smaller on a processor with 16 registers of 8 lanes, which cannot hold
+        more sums.
+        """
+        kinds = [INT8, FP8, FP8_PAIRS] if self.pairs else [INT8, FP8]
+        blocks = [(4, 1), (4, 2), (4, 4)] if self.wide else [(4, 1), (2, 2), (1, 4)]
+        return [(kind, *block) for kind in kinds for block in [(1, 1), *blocks]]
+
+
+def dots_name(kind: str, rows: int, tokens: int) -> str:
     """What `address_of` knows a dot product by."""
-    return f"dots_{'fp8' if fp8 else 'int8'}_{rows}_{tokens}"
+    return f"dots_{kind}_{rows}_{tokens}"
 
 
 def address_of(name: str) -> int | None:
-    """Where the machine code of a loop is, or of ``dots_<format>_<rows>_<tokens>``.
+    """Where the machine code of a loop is, or of ``dots_<kind>_<rows>_<tokens>``.
 
     None where there is none, of which the first call warns.
     """
@@ -114,12 +133,6 @@ def _run(function: int, address: int, threads: int) -> None:
 
 
 @lru_cache
-def is_wide() -> bool:
-    """Whether the processor has 32 registers for vectors: see `DOTS_BY_WIDTH`."""
-    return _machine()[3]
-
-
-@lru_cache
 def _callable(function: int) -> Callable[[int], None]:
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)
 
@@ -164,7 +177,7 @@ def _load_or_warn(group: str) -> dict[str, int] | None:
 
 
 def _load(group: str) -> dict[str, int]:
-    machine = _machine()
+    machine = this_machine()
     digest = hashlib.sha256(repr((group, _versions(), machine)).encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
@@ -192,8 +205,9 @@ def _versions() -> list[str]:
     return found
 
 
-def _machine() -> tuple[str, str, str, bool]:
-    """The processor as LLVM names it (triple, name, features), and whether it has 32 registers.
+@lru_cache
+def this_machine() -> Machine:
+    """The processor that this runs on.
 
     Raises:
         RuntimeError: there is no way on it that is quicker than torch.
@@ -209,25 +223,30 @@ def _machine() -> tuple[str, str, str, bool]:
     if (on_x86 and needed) or not triple.startswith(("x86_64", "amd64", "aarch64", "arm64")):
         raise RuntimeError(f"{llvm.get_host_cpu_name()} lacks {', '.join(needed) or 'known lanes'}")
     wide = not on_x86 or bool(features.get("avx512f") and features.get("avx512bw"))
-    return triple, llvm.get_host_cpu_name(), features.flatten(), wide
+    pairs = on_x86 and wide and bool(features.get("avx512bf16") and features.get("avx512vbmi"))
+    return Machine(triple, llvm.get_host_cpu_name(), features.flatten(), wide, pairs)
 
 
-def _target_machine(machine: tuple[str, str, str, bool]) -> Any:
+def _target_machine(machine: Machine) -> Any:
     from llvmlite import binding as llvm
 
-    triple, cpu, features, _ = machine
-    return llvm.Target.from_triple(triple).create_target_machine(
-        cpu=cpu, features=features, opt=3, reloc="default", codemodel="jitdefault", jit=True
+    return llvm.Target.from_triple(machine.triple).create_target_machine(
+        cpu=machine.cpu,
+        features=machine.features,
+        opt=3,
+        reloc="default",
+        codemodel="jitdefault",
+        jit=True,
     )
 
 
-def _compile(group: str, machine: tuple[str, str, str, bool]) -> bytes:
+def _compile(group: str, machine: Machine) -> bytes:
     """Return an object file with the loops of a group."""
     from llvmlite import binding as llvm
 
     from qmoe_kernels.cpu import dots, loops
 
-    module, names = llvm.parse_assembly(f'target triple = "{machine[0]}"'), set(GROUPS[group])
+    module, names = llvm.parse_assembly(f'target triple = "{machine.triple}"'), set(GROUPS[group])
     for name in GROUPS[group]:
         code, inner = getattr(loops, f"make_{name}")()
         module.link_in(llvm.parse_assembly(code))
@@ -240,9 +259,8 @@ def _compile(group: str, machine: tuple[str, str, str, bool]) -> bytes:
             }}"""
         module.link_in(llvm.parse_assembly(entry))
     if group == "products":
-        blocks = DOTS_BY_WIDTH[machine[3]]
-        module.link_in(llvm.parse_assembly(dots.assembly(blocks)))
-        names |= {dots_name(*block) for block in blocks}
+        module.link_in(llvm.parse_assembly(dots.assembly(machine.dots)))
+        names |= {dots_name(*block) for block in machine.dots}
     target = _target_machine(machine)
     _drop_all_but(names, module, target)
     unknown = {
@@ -271,7 +289,7 @@ class _Linked(dict[str, int]):
     engine: Any
 
 
-def _link(code: bytes, machine: tuple[str, str, str, bool]) -> dict[str, int]:
+def _link(code: bytes, machine: Machine) -> dict[str, int]:
     from llvmlite import binding as llvm
 
     file = llvm.ObjectFileRef.from_data(code)
@@ -279,7 +297,7 @@ def _link(code: bytes, machine: tuple[str, str, str, bool]) -> dict[str, int]:
     engine.add_object_file(file)
     engine.finalize_object()
     names = [name for loops in GROUPS.values() for name in loops]
-    names += [dots_name(*block) for block in DOTS_BY_WIDTH[machine[3]]]
+    names += [dots_name(*block) for block in machine.dots]
     found = _Linked({name: a for name in names if (a := engine.get_function_address(name))})
     found.engine = engine
     return found
