@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qmoe_kernels import cpu
 from qmoe_kernels.tensors import is_plain
 
 try:
@@ -37,10 +38,11 @@ def linear(
     weight: Tensor,  # (out_features, in_features), same dtype
     bias: Tensor | None = None,  # (out_features,), same dtype
 ) -> Tensor:
-    """Do what `torch.nn.functional.linear` does, faster for few rows on a GPU.
+    """Do what `torch.nn.functional.linear` does, faster for few rows.
 
-    One launch. The same input gives the same bits, and a row's bits do not depend on what is in
-    other rows, though on how many there are. There is no gradient.
+    One launch on a GPU; on a CPU of bf16 alone, where gradients are off. The same input gives the
+    same bits, and a row's bits do not depend on what is in other rows, though on how many there
+    are. There is no gradient.
 
     The kernel before this one on the device must not have written ``weight``.
 
@@ -56,6 +58,9 @@ def linear(
     """
     if not (_is_known(x, weight, bias) and linear_pays(x.numel() // x.shape[-1], weight)):
         return F.linear(x, weight, bias)
+    if not x.is_cuda:
+        rows = cpu.linear(x.reshape(-1, x.shape[-1]), weight, bias)
+        return rows.view(*x.shape[:-1], len(weight))
     with torch.cuda.device_of(x):
         return launch_linear(x, weight, bias)
 
@@ -63,9 +68,8 @@ def linear(
 def _is_known(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Return whether the kernels can do it: of anything else torch knows, or what is wrong."""
     return (
-        triton is not None
-        and is_plain(x, weight, bias)
-        and x.is_cuda
+        is_plain(x, weight, bias)
+        and (triton is not None if x.is_cuda else x.is_cpu and not torch.is_grad_enabled())
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and x.dtype == weight.dtype
         and x.device == weight.device
@@ -88,7 +92,9 @@ SMALL_FMA_ROWS = 8
 
 
 def linear_pays(num_rows: int, weight: Tensor) -> bool:
-    """Return whether a kernel here is to be preferred to cuBLAS, as far as shapes tell."""
+    """Return whether a kernel here is to be preferred to torch's, as far as shapes tell."""
+    if weight.is_cpu:
+        return cpu.linear_pays(num_rows, weight)
     if weight.dtype == torch.float32:
         # Tensor cores would keep ten bits of a number, and without them many rows take long.
         return num_rows <= SMALL_FMA_ROWS

@@ -11,6 +11,7 @@ from compiling import ARCHITECTURES, SHARED_MEMORY, run_compiler
 from graphs import capture, no_synchronization
 from random_layer import DEVICE, TRITON_DTYPES
 
+from qmoe_kernels import cpu
 from qmoe_kernels import linear as linear_module
 from qmoe_kernels.linear import LinearTile, choose_tile, launch_linear, linear, linear_pays
 
@@ -168,6 +169,60 @@ def test_pays_up_to_some_rows() -> None:
             assert pays == [True, True, False, False]
 
 
+# ---- on a CPU ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def natively(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor's loops, also where torch is quicker; they fail where torch multiplies."""
+    if cpu.native.address_of("linear") is None:
+        pytest.skip("no native loops on this machine")
+    monkeypatch.setattr(cpu, "LINEAR_SIZE", 1)
+    monkeypatch.setattr(F, "linear", None)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("out_features, in_features", [(1, 1), (7, 5), (301, 72), (64, 2880)])
+@torch.no_grad()
+def test_native_products(
+    out_features: int, in_features: int, num_rows: int, bias: bool, natively: None
+) -> None:
+    x, weight, b = (
+        None if t is None else t.cpu()
+        for t in random_product(num_rows, out_features, in_features, torch.bfloat16, bias)
+    )
+    assert x is not None and weight is not None
+    out = linear(x, weight, b)
+    assert_exact(out, x, weight, b)
+    for row in range(num_rows):  # whatever the other rows are, and however they lie
+        alone = linear(x[row], weight, b)
+        assert alone.shape == (out_features,) and torch.equal(alone, out[row])
+    wider = torch.randn(num_rows, 1, in_features + 3).bfloat16()
+    wider[:, 0, :in_features] = x
+    assert torch.equal(linear(wider[:, :, :in_features], weight, b)[:, 0], out)
+    rows = torch.full((out_features, in_features + 5), float("nan"), dtype=torch.bfloat16)
+    rows[:, :in_features] = weight
+    assert torch.equal(linear(x, rows[:, :in_features], b), out)
+
+
+@torch.no_grad()
+def test_native_products_of_what_is_no_number(natively: None) -> None:
+    x, weight = torch.ones(2, 40).bfloat16(), torch.ones(6, 40).bfloat16()
+    x[1, 39], weight[2, 3], weight[4, 5] = float("inf"), float("nan"), float("-inf")
+    expected = (x.double() @ weight.double().T).bfloat16()
+    torch.testing.assert_close(linear(x, weight), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_gradients_and_many_rows_are_torch_s() -> None:
+    weight = torch.randn(512, 512).bfloat16().requires_grad_()
+    linear(torch.ones(1, 512, dtype=torch.bfloat16), weight).sum().backward()
+    assert weight.grad is not None and bool((weight.grad == 1).all())
+    with torch.no_grad():
+        x = torch.randn(cpu.LINEAR_ROWS + 1, 512).bfloat16()
+        assert torch.equal(linear(x, weight), F.linear(x, weight))
+
+
 # ---- on a GPU ----------------------------------------------------------------------------------
 
 SHAPES = [(4096, 2048), (2048, 4096), (128, 2048), (5120, 2048), (2880, 2880), (2048, 704)]
@@ -323,7 +378,7 @@ for capability in (86, 89):
         for num_rows, out_features in ((8, 512), (2, 4096), (16, 2048)):
             for in_features in (8192, 8200, 16384):
                 weight = torch.zeros(out_features, in_features, dtype=dtype)
-                if not linear.linear_pays(num_rows, weight):
+                if not linear.linear_pays(num_rows, weight.to("meta")):
                     continue
                 x = torch.zeros(num_rows, in_features, dtype=dtype)
                 with compiling_for(capability) as compiled:

@@ -1,8 +1,9 @@
-"""Native loops for the processor: products of few rows with 8-bit experts, and quantization.
+"""Native loops for the processor: products of few rows, and quantization.
 
 `native` compiles what `loops` and `dots` say and runs it; this module calls it with tensors. Only
-`qmoe_kernels.fused_moe` and `qmoe_kernels.quantization` enter, and do without where `available`
-says no. Nothing here imports numba before a loop is needed that the user's cache does not have.
+`qmoe_kernels.fused_moe`, `linear` and `quantization` enter, and do without where `available`,
+`linear_pays` or `narrows` says no. Nothing here imports numba before a loop is needed that the
+user's cache does not have.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ ROWS_AT_ONCE = 4  # of weights, that the processor reads side by side
 ITEM_BYTES = 1 << 17
 # Up to so many rows of one expert the loops are quicker than torch's matrix product.
 FEW_ROWS = 32
+# Up to so many rows, and from so many weights on, they are quicker with bf16 weights, too.
+LINEAR_ROWS, LINEAR_SIZE = 8, 1 << 17
+LINEAR_ITEM_BYTES = 1 << 19
 # Values of a sum over experts that are worth a thread.
 SUM_SIZE = 1 << 17
 
@@ -275,6 +279,66 @@ def _sum(
     )
     kept += [arguments, weights]
     return arguments.buffer_info()[0]
+
+
+def linear_pays(num_rows: int, weight: Tensor) -> bool:
+    """Whether `linear` takes this weight, and is quicker with it than torch's matrix product."""
+    return (
+        weight.dtype == torch.bfloat16
+        and 0 < num_rows <= LINEAR_ROWS
+        and weight.numel() >= LINEAR_SIZE
+        and native.address_of("linear") is not None
+    )
+
+
+def linear(
+    x: Tensor,  # (num_rows, in_features) bf16
+    weight: Tensor,  # (out_features, in_features) bf16, columns contiguous
+    bias: Tensor | None = None,  # (out_features,) bf16
+) -> Tensor:
+    """``x @ weight^T + bias`` of few rows, in fp32, rounded once to bf16.
+
+    Returns:
+        (num_rows, out_features) bf16.
+    """
+    (count, columns), channels = x.shape, len(weight)
+    row_bytes = weight.stride(0) * weight.itemsize
+    rows = padded(x)
+    sums = x.new_empty(count, channels, dtype=torch.float32)
+    out = x.new_empty(count, channels)
+    # A piece of a thread's own: what it asks for ahead is what it multiplies next.
+    threads = torch.get_num_threads()
+    size = min(-(-channels // threads), LINEAR_ITEM_BYTES // row_bytes)
+    size = max(1, size // ROWS_AT_ONCE) * ROWS_AT_ONCE
+    if bias is not None:
+        bias = bias.contiguous()
+    native.run(
+        "linear",
+        [
+            channels,
+            columns,
+            weight.data_ptr(),
+            row_bytes,
+            size,
+            rows.data_ptr(),
+            4 * rows.shape[1],
+            count,
+            _all_rows()[0],
+            sums.data_ptr(),
+            out.data_ptr(),
+            _dots(native.BF16)[0],
+            _address(bias),
+        ],
+        -(-channels // size),
+    )
+    return out
+
+
+@lru_cache
+def _all_rows() -> tuple[int, array[int]]:
+    """The address of a table of rows, all of those that `linear` takes in order, and the table."""
+    table = array("q", range(LINEAR_ROWS))
+    return table.buffer_info()[0], table
 
 
 def widen(q: Tensor, *, out: Tensor) -> Tensor:

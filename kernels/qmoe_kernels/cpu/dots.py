@@ -1,4 +1,4 @@
-"""Dot products of 8-bit weights with fp32, in LLVM's language: vectors of 16 lanes.
+"""Dot products of 8-bit and bf16 weights with fp32, in LLVM's language: vectors of 16 lanes.
 
 LLVM makes 16 lanes of fp32 one register of AVX-512, two of AVX2 or four of NEON: the order of
 additions, and so every bit, is the same on all of them.
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from llvmlite import ir
 
-from qmoe_kernels.cpu.native import FP8_PAIRS, INT8, dots_name
+from qmoe_kernels.cpu.native import BF16, FP8, FP8_PAIRS, dots_name
 
 LANES = 16
-STEP = 64  # weights of a row per turn: a line of the cache
+STEP = 64  # bytes of a row per turn: a line of the cache
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F32 = ir.FloatType()
@@ -54,7 +54,10 @@ def _vector(element: ir.Type, value: Any, lanes: int = LANES) -> ir.Constant:
 
 
 def _widen(builder: Any, values: Any, fp8: bool) -> list[Any]:
-    """<16 n x i8> to n <16 x float>: int8 as it is; e4m3fn / 256, see `quantization.widen`."""
+    """<16 n x i8> to n <16 x float>: int8 as it is; e4m3fn / 256, see `quantization.widen`.
+
+    <16 n x i16>, bf16, as they are.
+    """
     lanes = values.type.count
     if fp8:
         half = builder.sext(values, ir.VectorType(I16, lanes))
@@ -67,6 +70,9 @@ def _widen(builder: Any, values: Any, fp8: bool) -> list[Any]:
         if fp8:
             part = builder.bitcast(part, ir.VectorType(ir.HalfType(), LANES))
             wide.append(builder.fpext(part, ir.VectorType(F32, LANES)))
+        elif values.type.element == I16:
+            part = builder.shl(builder.zext(part, ir.VectorType(I32, LANES)), _vector(I32, 16))
+            wide.append(builder.bitcast(part, ir.VectorType(F32, LANES)))
         else:
             part = builder.sext(part, ir.VectorType(I32, LANES))
             wide.append(builder.sitofp(part, ir.VectorType(F32, LANES)))
@@ -82,10 +88,11 @@ class _Dots:
 
     def __init__(self, builder: Any, kind: str, rows: int, tokens: int, arguments: Any) -> None:
         self.builder, self.rows, self.tokens = builder, rows, tokens
-        self.fp8, self.pairs = kind != INT8, kind == FP8_PAIRS
+        self.fp8, self.pairs = kind in (FP8, FP8_PAIRS), kind == FP8_PAIRS
+        self.weight = I16 if kind == BF16 else I8
         (weights, row_bytes, x, x_bytes, table, self.columns, self.ahead, self.out,
          self.out_bytes) = arguments  # fmt: skip
-        self.room = builder.alloca(ir.VectorType(I8, LANES))
+        self.room = builder.alloca(ir.VectorType(self.weight, LANES))
         self.weights = [self._plus(weights, row_bytes, row) for row in range(rows)]
         numbers = [self._load(self._plus(table, I64(8), t), I64, 8) for t in range(tokens)]
         self.x = [builder.add(x, builder.mul(x_bytes, number)) for number in numbers]
@@ -97,6 +104,14 @@ class _Dots:
 
     def _plus(self, address: Any, stride: Any, times: int) -> Any:
         return self.builder.add(address, self.builder.mul(stride, I64(times)))
+
+    def _place(self, row: Any, k: Any) -> Any:
+        """Where number ``k`` of a row of weights is."""
+        return self._plus(row, k, self.weight.width // 8)
+
+    @property
+    def columns_of_line(self) -> int:
+        return STEP * 8 // self.weight.width
 
     def _load(self, address: Any, kind: ir.Type, align: int) -> Any:
         return self.builder.load(self.builder.inttoptr(address, kind.as_pointer()), align=align)
@@ -142,7 +157,7 @@ class _Dots:
         builder, pointer = self.builder, I8.as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
         prefetch = _declared(builder.module, "llvm.prefetch.p0", kind)
-        addresses = [builder.add(row, k) for row in self.weights]
+        addresses = [self._place(row, k) for row in self.weights]
         for address in addresses:
             there = builder.inttoptr(builder.add(address, self.ahead), pointer)
             builder.call(prefetch, [there, I32(0), I32(2), I32(1)])
@@ -152,7 +167,7 @@ class _Dots:
         if self.fp8:
             for row, address in enumerate(addresses):
                 self._remember(row, self._load(address, ir.VectorType(I8, STEP), 1))
-        for offset in range(0, STEP, 2 * LANES):
+        for offset in range(0, self.columns_of_line, 2 * LANES):
             at = builder.add(k, I64(offset))
             self.multiply(at, [self._bytes(row, at, 2 * LANES) for row in range(self.rows)])
 
@@ -167,10 +182,10 @@ class _Dots:
         builder, pointer = self.builder, I8.as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [pointer, pointer, I64, ir.IntType(1)])
         copy = _declared(builder.module, "llvm.memcpy.p0.p0.i64", kind)
-        count, values = builder.sub(self.columns, k), []
+        count, values = self._place(I64(0), builder.sub(self.columns, k)), []
         for row in self.weights:  # bytes behind the row may not be ours to read
-            source = builder.inttoptr(builder.add(row, k), pointer)
-            builder.store(_vector(I8, 0), self.room)
+            source = builder.inttoptr(self._place(row, k), pointer)
+            builder.store(_vector(self.weight, 0), self.room)
             builder.call(
                 copy, [builder.bitcast(self.room, pointer), source, count, ir.IntType(1)(0)]
             )
@@ -248,8 +263,8 @@ class _Dots:
                 builder.store(total, builder.inttoptr(place, F32.as_pointer()))
 
     def _bytes(self, row: int, k: Any, lanes: int = LANES) -> Any:
-        address = self.builder.add(self.weights[row], k)
-        return self._load(address, ir.VectorType(I8, lanes), 1)
+        address = self._place(self.weights[row], k)
+        return self._load(address, ir.VectorType(self.weight, lanes), 1)
 
     def _remember_all(self, values: list[Any]) -> None:
         if self.fp8:
@@ -312,7 +327,7 @@ def assembly(blocks: Iterable[tuple[str, int, int]]) -> str:
         function = ir.Function(module, nine, dots_name(kind, rows, tokens))
         builder = ir.IRBuilder(function.append_basic_block("start"))
         emit = _Dots(builder, kind, rows, tokens, function.args)
-        k = emit.loop(I64(0), STEP, emit.line)
+        k = emit.loop(I64(0), emit.columns_of_line, emit.line)
         k = emit.loop(k, LANES, emit.lanes)
         emit.loop(k, LANES, emit.rest, whole=False)
         emit.finish()

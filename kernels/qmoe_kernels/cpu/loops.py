@@ -420,6 +420,34 @@ def make_weighted_sum() -> Any:
     return loop(weighted_sum)
 
 
+def make_linear() -> Any:
+    """Few rows times a whole matrix; see `cpu.linear` for the arguments."""
+
+    def linear(a):
+        channels, columns, row_bytes, size, count = a[2], a[3], a[5], a[6], a[9]
+        near = -(-AHEAD_BYTES // (ROWS_AT_ONCE * row_bytes)) * ROWS_AT_ONCE * row_bytes
+        block = claim(a[0])
+        while block * size < channels:
+            first, last = block * size, min(block * size + size, channels)
+            for row in range(first, last, ROWS_AT_ONCE):
+                multiply(longs_at(a[13]), min(ROWS_AT_ONCE, last - row), a[4] + row * row_bytes,
+                         row_bytes, a[7], a[8], a[10], count, columns, near, a[11] + 4 * row,
+                         4 * channels)  # fmt: skip
+            for token in range(count):
+                sums = floats_at(a[11] + 4 * token * channels)
+                out = shorts_at(a[12] + 2 * token * channels)
+                if a[14]:
+                    for i in range(first, last):
+                        sums[i] += read_float(a[14], i, BF16)
+                for i in range(first, last):
+                    bits = bits_of_float(sums[i])
+                    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+                    out[i] = np.int16(nearest if sums[i] == sums[i] else 0x7FC0)
+            block = claim(a[0])
+
+    return loop(linear)
+
+
 # ---- formats -----------------------------------------------------------------------------------
 
 

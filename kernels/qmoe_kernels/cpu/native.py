@@ -27,10 +27,11 @@ logger = logging.getLogger(__name__)
 # Compiled together: decoding needs neither quantizing nor long prompts' widening.
 GROUPS = {
     "products": ("layer", "weighted_sum"),
+    "dense": ("linear",),
     "formats": ("quantize", "compare", "widen"),
 }
 # Kinds of dot products: by weights, and whether rows are bf16 numbers that are multiplied in pairs.
-INT8, FP8, FP8_PAIRS = "int8", "fp8", "fp8_pairs"
+INT8, FP8, FP8_PAIRS, BF16 = "int8", "fp8", "fp8_pairs", "bf16"
 # Of the C library; anything else that machine code asks for would end the process.
 KNOWN_SYMBOLS = {"expf", "erff", "tanhf", "memset", "memcpy", "sched_yield"}
 COUNTERS = 7  # of a loop; what it has claimed and how many threads there are come first
@@ -62,7 +63,7 @@ class Machine(NamedTuple):
         Blocks of many are smaller on a processor with 16 registers of 8 lanes, which cannot hold
         more sums.
         """
-        kinds = [INT8, FP8, FP8_PAIRS] if self.pairs else [INT8, FP8]
+        kinds = [INT8, FP8, FP8_PAIRS, BF16] if self.pairs else [INT8, FP8, BF16]
         blocks = [(4, 1), (4, 2), (4, 4)] if self.wide else [(4, 1), (2, 2), (1, 4)]
         return [(kind, *block) for kind in kinds for block in [(1, 1), *blocks]]
 
@@ -77,13 +78,20 @@ def address_of(name: str) -> int | None:
 
     None where there is none, of which the first call warns.
     """
-    group = next((g for g, loops in GROUPS.items() if name in loops), "products")
+    group = _group_of(name)
     if group not in _loaded:
         with _lock:
             if group not in _loaded:
                 _loaded[group] = _load_or_warn(group)
     found = _loaded[group]
     return None if found is None else found.get(name)
+
+
+@lru_cache
+def _group_of(name: str) -> str:
+    if name.startswith("dots_"):
+        return "dense" if name.startswith(f"dots_{BF16}") else "products"
+    return next(group for group, loops in GROUPS.items() if name in loops)
 
 
 def run(name: str, arguments: Sequence[int], items: int, threads: int | None = None) -> array[int]:
@@ -258,9 +266,10 @@ def _compile(group: str, machine: Machine) -> bytes:
                 ret void
             }}"""
         module.link_in(llvm.parse_assembly(entry))
-    if group == "products":
-        module.link_in(llvm.parse_assembly(dots.assembly(machine.dots)))
-        names |= {dots_name(*block) for block in machine.dots}
+    blocks = [block for block in machine.dots if _group_of(dots_name(*block)) == group]
+    if blocks:
+        module.link_in(llvm.parse_assembly(dots.assembly(blocks)))
+        names |= {dots_name(*block) for block in blocks}
     target = _target_machine(machine)
     _drop_all_but(names, module, target)
     unknown = {
