@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qmoe_kernels.tensors import is_plain
@@ -83,6 +84,8 @@ def decode_attention(
     arguments = (query, keys, values, start, end, scale, sliding_window, sinks, softcap)
     dims = (query.shape[-1], values.shape[-1])
     plain = is_plain(query, keys, values, start, end, sinks)
+    if query.is_cpu and len(query) == 1 and sinks is None and softcap is None:
+        return _attend_alone(query, keys, values, start, end, scale, sliding_window)
     if triton is None or not (plain and query.is_cuda) or max(dims) > MAX_DIM:
         return decode_attention_reference(*arguments)
     with torch.cuda.device(query.device):
@@ -129,6 +132,13 @@ def store_kv(
     if any(t.device != keys.device for t in (key, value, values, column)):
         raise ValueError(f"all tensors have to be on {keys.device}, as keys are")
     if triton is None or not (keys.is_cuda and is_plain(key, value, keys, values, column)):
+        if keys.is_cpu:  # where a column's number costs no synchronization
+            first = int(column)
+            drop, end = max(0, -first), max(0, min(first + key.shape[2], keys.shape[1]))
+            for new, cache in ((key, keys), (value, values)):
+                to = cache[:, first + drop : end]
+                to.copy_(new.transpose(1, 2)[:, drop : drop + to.shape[1]])
+            return
         columns = column.long() + torch.arange(key.shape[2], device=keys.device)
         exists = (columns >= 0) & (columns < keys.shape[1])
         for new, cache in ((key, keys), (value, values)):
@@ -137,6 +147,25 @@ def store_kv(
         return
     with torch.cuda.device(keys.device):
         launch_store_kv(key, value, keys, values, column)
+
+
+def _attend_alone(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    end: Tensor,
+    scale: float,
+    sliding_window: int | None,
+) -> Tensor:
+    """`decode_attention` of one row on a CPU, by torch's fused attention over its columns."""
+    last = min(int(end), keys.shape[1])
+    first = max(0, int(start), 0 if sliding_window is None else last - sliding_window)
+    if first >= last:
+        return query.new_zeros(1, query.shape[1], values.shape[3])
+    grouped = query.unflatten(1, (keys.shape[2], -1))  # heads as tokens of their keys' head
+    k, v = (cache[:, first:last].transpose(1, 2) for cache in (keys, values))
+    return F.scaled_dot_product_attention(grouped, k, v, scale=scale).flatten(1, 2)
 
 
 def decode_attention_reference(

@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qmoe_kernels.tensors import is_plain
@@ -79,8 +80,7 @@ def _rms_norm(
     x: Tensor, weight: Tensor, epsilon: float, weight_offset: float, round_before_weight: bool
 ) -> Tensor:
     """`rms_norm` in torch."""
-    y = x.float()
-    y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + epsilon)
+    y = F.rms_norm(x.float(), x.shape[-1:], eps=epsilon)
     if round_before_weight:
         out = weight * y.to(x.dtype)
     else:
