@@ -6,6 +6,8 @@ this package promises a bound on it.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import mmap
@@ -14,6 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,8 @@ CHUNK = 1 << 22
 WRITEBACK_BYTES = 64 << 20
 # What may be written and not hashed yet.
 UNHASHED_BYTES = 32 << 20
+# Reads and writes past the system's cache begin and end at multiples of it, in memory too.
+DIRECT_BYTES = 4096
 # torch aligns its own allocations so.
 ALIGNMENT = 64
 
@@ -140,6 +145,38 @@ def read_into(
         os.close(descriptor)
 
 
+def read_past_cache(file: Path, start: int, stop: int, buffer: torch.Tensor) -> torch.Tensor:
+    """Bytes ``start`` to ``stop`` of ``file``, in ``buffer``: from the disk, where there is a way.
+
+    What the system has in its cache need not be what the disk has.
+
+    Args:
+        buffer: uint8, of `_memory`, longer by two of `DIRECT_BYTES`.
+
+    Raises:
+        CheckpointError: the file ends early.
+    """
+    first = start // DIRECT_BYTES * DIRECT_BYTES
+    whole = memoryview(buffer.numpy())[: -(-(stop - first) // DIRECT_BYTES) * DIRECT_BYTES]
+    try:
+        descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+        try:
+            done = 0
+            while done < stop - first:
+                count = os.preadv(descriptor, [whole[done:]], first + done)
+                if count == 0:
+                    raise CheckpointError(f"{file}: ends early; it changed while it was read")
+                done += count
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise OSError(error.errno, error.strerror, str(file)) from None
+        read_into(file, start, buffer[: stop - start])  # the file system knows no such reads
+        return buffer[: stop - start]
+    return buffer[start - first : stop - first]
+
+
 @dataclass(frozen=True)
 class PlannedTensor:
     """One tensor that a shard will hold; ``dtype`` is safetensors' name for it."""
@@ -197,7 +234,11 @@ class ShardWriter:
         self._hasher = ThreadPoolExecutor(1, "qmoe-convert-sha256")
         self._unhashed: deque[tuple[int, Future[None]]] = deque()
         self._unhashed_bytes = 0
-        self._stream = self.partial.open("wb", buffering=0)
+        # Past the system's cache, where there is a way: to fill that takes the processor longer
+        # than quantizing, and drops the source from it, which is still to be read.
+        self._staging = memoryview(_memory(CHUNK).numpy())
+        self._staged = 0
+        self._descriptor, self._direct = _open_direct(self.partial)
 
     def write(self, data: torch.Tensor | bytes) -> None:
         """Append a contiguous tensor's bytes."""
@@ -207,12 +248,34 @@ class ShardWriter:
         else:
             view = memoryview(data)
         for start in range(0, len(view), CHUNK):
-            chunk = view[start : start + CHUNK]
-            self._hash(chunk)
-            while chunk:
-                chunk = chunk[self._stream.write(chunk) :]
+            self._hash(view[start : start + CHUNK])
         self.written += len(view)
-        self._start_writeback()
+        while view:
+            count = min(len(view), CHUNK - self._staged)
+            self._staging[self._staged : self._staged + count] = view[:count]
+            self._staged += count
+            view = view[count:]
+            if self._staged == CHUNK:
+                self._write_staged()
+
+    def _write_staged(self) -> None:
+        chunk = self._staging[: self._staged]
+        while chunk:
+            try:
+                chunk = chunk[os.write(self._descriptor, chunk) :]
+            except OSError as error:
+                # A file system that knows no such writes, or a rest that is no whole block.
+                if error.errno != errno.EINVAL or not self._direct:
+                    raise
+                self._use_cache()
+        self._staged = 0
+        if not self._direct:
+            self._start_writeback()
+
+    def _use_cache(self) -> None:
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+        self._direct = False
 
     def after(self, function: Callable[[], None]) -> None:
         """Call ``function``, in another thread, once all that was written is hashed too."""
@@ -229,33 +292,46 @@ class ShardWriter:
     def _start_writeback(self) -> None:
         # So that the disk works meanwhile and not when `finish` asks for everything at once. On
         # Linux this advice starts writing and waits for nothing.
-        if hasattr(os, "posix_fadvise") and self.written - self._advised >= WRITEBACK_BYTES:
-            os.posix_fadvise(
-                self._stream.fileno(),
-                self._advised,
-                self.written - self._advised,
-                os.POSIX_FADV_DONTNEED,
-            )
+        count = self.written - self._advised
+        if hasattr(os, "posix_fadvise") and count >= WRITEBACK_BYTES:
+            os.posix_fadvise(self._descriptor, self._advised, count, os.POSIX_FADV_DONTNEED)
             self._advised = self.written
 
     def finish(self) -> str:
         """Make the file durable, give it its name, and return its SHA-256."""
         assert self.written == self.size, f"{self.file}: {self.written} of {self.size} bytes"
-        os.fsync(self._stream.fileno())
-        self._stream.close()
+        if self._direct:
+            self._use_cache()  # for the end of a file, which is no whole block
+        self._write_staged()
+        os.fsync(self._descriptor)
+        self._close()
         self._hasher.shutdown()
         os.rename(self.partial, self.file)
         return self.sha256.hexdigest()
+
+    def _close(self) -> None:
+        if self._descriptor >= 0:
+            descriptor, self._descriptor = self._descriptor, -1
+            os.close(descriptor)
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Close the file; one that is not whole keeps its partial name."""
-        self._stream.close()
+        self._close()
         self._hasher.shutdown(cancel_futures=True)
         if isinstance(error, OSError) and error.filename is None:  # a failed write names none
             error.filename = str(self.partial)
+
+
+def _open_direct(file: Path) -> tuple[int, bool]:
+    """A descriptor to write a new file to, and whether it goes past the system's cache."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    if hasattr(os, "O_DIRECT"):
+        with suppress(OSError):  # what else is wrong shows below
+            return os.open(file, flags | os.O_DIRECT, 0o666), True
+    return os.open(file, flags, 0o666), False
 
 
 def sha256_of(file: Path) -> str:

@@ -14,7 +14,7 @@ from qmoe.checkpoints.files import CheckpointError, StoredTensor, open_checkpoin
 from qmoe.exits import UNVERIFIED
 from qmoe_convert.output import Output
 from qmoe_convert.plan import Options, Piece, Plan, Shard, scale_name
-from qmoe_convert.shards import BufferPool, Reader, read_into
+from qmoe_convert.shards import DIRECT_BYTES, BufferPool, Reader, read_past_cache
 from qmoe_convert.workers import Progress, counting, in_order
 from qmoe_kernels import cpu
 from qmoe_kernels.quantization import STORAGE_DTYPE, widen
@@ -60,9 +60,9 @@ def verify_shards(
             check = _Check(output.new / shard.name, shard, reader, options.weights)
             digest = hashlib.sha256(shard.header)
             with closing(in_order(check.part, check.parts, options.workers)) as checked:
-                for part, data in zip(check.parts, checked, strict=True):
-                    digest.update(memoryview(data.numpy())[: part.stop - part.start])
-                    check.buffers.give(data)
+                for part, (read, buffer) in zip(check.parts, checked, strict=True):
+                    digest.update(memoryview(read.numpy()))
+                    check.buffers.give(buffer)
                     advance(part.piece.source_bytes)
             if digest.hexdigest() != journal.shards[shard.name].sha256:
                 raise VerificationError(
@@ -127,17 +127,16 @@ class _Check:
         starts = [header[piece.tensors[0].name].offset + piece.start for piece in shard.pieces]
         self.parts = list(map(_Part, shard.pieces, starts, [*starts[1:], size]))
 
-    def part(self, part: _Part) -> torch.Tensor:
-        """Check one part, and return what was read of it, in a buffer that may be longer."""
-        data = self.buffers.take(part.stop - part.start)
-        read = data[: part.stop - part.start]
-        read_into(self.file, part.start, read)
+    def part(self, part: _Part) -> tuple[torch.Tensor, torch.Tensor]:
+        """Check one part, and return what was read of it and the buffer that this lies in."""
+        buffer = self.buffers.take(part.stop - part.start + 2 * DIRECT_BYTES)
+        read = read_past_cache(self.file, part.start, part.stop, buffer)
         piece = part.piece
         if piece.load is not None:
             self.reader.reserve(piece.source_bytes)
             compare = self._quantized if piece.projections else self._kept
             compare(piece, piece.load(self.reader), read)
-        return data
+        return read, buffer
 
     def _quantized(self, piece: Piece, sources: Sequence[torch.Tensor], read: torch.Tensor) -> None:
         first = piece.first_expert

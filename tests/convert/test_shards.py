@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import random
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,11 +27,14 @@ from qmoe.checkpoints.files import (
     read_header,
 )
 from qmoe_convert.shards import (
+    DIRECT_BYTES,
     BufferPool,
     PlannedTensor,
     Reader,
     ShardWriter,
+    _memory,
     header_bytes,
+    read_past_cache,
     sha256_of,
 )
 
@@ -341,3 +347,67 @@ def test_hashing_is_over_all_chunks(tmp_path: Path) -> None:
     data = random.Random(0).randbytes((1 << 22) + 17)
     (tmp_path / "f").write_bytes(data)
     assert sha256_of(tmp_path / "f") == hashlib.sha256(data).hexdigest()
+
+
+class TestPastTheCache:
+    """What does not go through the system's cache, and file systems that know no such thing."""
+
+    @pytest.fixture(params=["direct", "refused by open", "refused by write", "unknown"])
+    def way(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+        if not hasattr(os, "O_DIRECT"):
+            pytest.skip("this system has no direct writes")
+        way: str = request.param
+        opened, refuse = os.open, OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        direct = os.O_DIRECT
+
+        def open_(file: Any, flags: int, *mode: int) -> int:
+            if flags & direct:
+                raise refuse
+            return opened(file, flags, *mode)
+
+        def write(descriptor: int, data: memoryview) -> int:
+            if fcntl.fcntl(descriptor, fcntl.F_GETFL) & direct:
+                raise refuse
+            return len(data[:1000]) and written(descriptor, data[:1000])
+
+        written = os.write
+        if way == "refused by open":
+            monkeypatch.setattr(os, "open", open_)
+        elif way == "refused by write":
+            monkeypatch.setattr(os, "write", write)
+        elif way == "unknown":
+            monkeypatch.delattr(os, "O_DIRECT")
+        return way
+
+    @pytest.mark.parametrize("size", [0, 1, 4096, 4097, (4 << 20) + 5, 8 << 20])
+    def test_the_bytes_are_the_same(self, way: str, size: int, tmp_path: Path) -> None:
+        data = torch.randint(0, 256, (size,), dtype=torch.uint8)
+        with ShardWriter(tmp_path / "x", size) as writer:
+            for part in data.split(1_000_003):
+                writer.write(part)
+            writer.finish()
+        assert (tmp_path / "x").read_bytes() == data.numpy().tobytes()
+        for start in (0, 1, 4095, 5000):
+            for stop in (start, start + 1, min(start + 4096, size), size):
+                if start <= stop <= size:
+                    room = _memory(stop - start + 2 * DIRECT_BYTES)
+                    read = read_past_cache(tmp_path / "x", start, stop, room)
+                    assert torch.equal(read, data[start:stop])
+        with pytest.raises(CheckpointError, match="ends early"):
+            read_past_cache(tmp_path / "x", size, size + 1, _memory(3 * DIRECT_BYTES))
+
+    def test_a_full_disk_is_named(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Also where the file system takes a part that is no whole block."""
+        room = [4 << 20, 777, 0]
+
+        def write(descriptor: int, data: memoryview) -> int:
+            if left := room.pop(0):
+                return left
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "write", write)
+        with (
+            pytest.raises(OSError, match=r"No space left on device: .*x\.partial"),
+            ShardWriter(tmp_path / "x", 9 << 20) as writer,
+        ):
+            writer.write(torch.zeros(9 << 20, dtype=torch.uint8))
