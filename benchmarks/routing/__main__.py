@@ -50,7 +50,7 @@ def run_model(model: Published, results: Results, options: Any) -> None:
     results.set(
         model=asdict(model) | {"hit_rates": [list(point) for point in model.hit_rates.items()]}
     )
-    num_layers = options.layers or max(4, 1536 // model.num_experts)
+    num_layers = options.layers or max(4, 3072 // model.num_experts)
     drift, worst = fit(model, options.evaluations, num_layers, SEARCH_SEED)
     results.set(
         drift=asdict(drift),
@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run sections; the number of those that failed."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = parser_of(__doc__, MODELS, RESULTS)
-    parser.add_argument("--evaluations", type=int, default=200, help="of the search")
+    parser.add_argument("--evaluations", type=int, default=80, help="of the search")
     parser.add_argument("--layers", type=int, help="that the search looks at")
     options = parser.parse_args(arguments)
     if options.draw:

@@ -45,8 +45,8 @@ def _draw_model(axis: Axes, name: str, section: dict[str, Any]) -> None:
     axis.plot(*percent, "o", color=BLACK, label="published", zorder=3)
     for x, y in zip(*percent, strict=True):
         axis.annotate(f"{y:.3g}", (x, y), xytext=(6, -11), textcoords="offset points", fontsize=8)
-    title = f"{name}: {model['num_experts']} experts, top-{model['top_k']}, {model['num_tokens']} tokens"
-    axis.set_title(title, fontsize=10)
+    shape = f"{model['num_experts']} experts, top-{model['top_k']}, {model['num_tokens']} tokens"
+    axis.set_title(f"{name}: {shape}", fontsize=10)
     axis.set(xlim=(0, 101), ylim=(0, 102))
     axis.set_xlabel("capacity, % of all experts")
     axis.legend(fontsize=8, loc="lower right")

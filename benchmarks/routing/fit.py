@@ -83,7 +83,7 @@ def fit(model: Published, evaluations: int, num_layers: int, seed: int) -> tuple
         return [abs(points) for points in deviations(model, trace)]
 
     def cost(points: list[float]) -> float:
-        return max(points) + 0.1 * sum(points)
+        return max(points) + 0.02 * sum(points)
 
     best = model.start
     points = draw(best)

@@ -52,7 +52,7 @@ QWEN3_30B_A3B = Published(
     num_tokens=256,
     hit_rates={24 / 384: 0.366, 73 / 384: 0.741, 146 / 384: 0.894, 244 / 384: 0.962},
     hot=None,
-    start=Drift(skew=5, spread=4, period=50),
+    start=Drift(skew=7, spread=3, period=25),
 )
 
 # 54,000 records of one token in one of 28 layers: code, mathematics, prose, several languages.
@@ -65,7 +65,7 @@ QWEN38_FLASH_NEXT = Published(
     num_tokens=1929,
     hit_rates={64 / 512: 0.67, 128 / 512: 0.81},
     hot=(32, 0.10),
-    start=Drift(skew=1, spread=10, period=50),
+    start=Drift(skew=2, spread=12, period=40),
 )
 
 MODELS = {model.name: model for model in (QWEN3_30B_A3B, QWEN38_FLASH_NEXT)}
