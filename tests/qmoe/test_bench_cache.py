@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ import torch
 from benchmarks.cache import __main__ as benchmark
 from benchmarks.cache.decode import CAPACITIES
 from benchmarks.cache.model import sweep
+from benchmarks.cache.traces import shape_of
+from benchmarks.model import QWEN3_30B_A3B
 from qmoe.traces.replay import replay
 from qmoe.traces.trace import NONE, synthetic_trace
 
@@ -148,6 +151,18 @@ def test_routing_that_cannot_be_replayed_is_refused_in_a_line(
         with pytest.raises(SystemExit):
             benchmark.main(arguments)
         assert said in capsys.readouterr().err
+
+
+def test_experts_that_the_gpu_cannot_hold_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = QWEN3_30B_A3B.page_bytes
+    trace = synthetic_trace(4, 48, 128, 8, page_bytes=page)
+    memory = {"total_memory": 48 * 128 * page}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**memory))
+    gpu = torch.device("cuda")
+    assert shape_of(trace, QWEN3_30B_A3B, 0.125, gpu) == QWEN3_30B_A3B
+    memory["total_memory"] -= 1
+    with pytest.raises(ValueError, match=r"48 layers of 128 experts, top-8 take 29 GB"):
+        shape_of(trace, QWEN3_30B_A3B, 0.125, gpu)
 
 
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
