@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize(
-    ("model", "num_layers"), [(QWEN3_30B_A3B, 48), (QWEN38_FLASH_NEXT, 7)], ids=lambda v: str(v)[:9]
+    ("model", "num_layers"), [(QWEN3_30B_A3B, 48), (QWEN38_FLASH_NEXT, 7)], ids=list(MODELS)
 )
 def test_every_published_figure_is_reached(model: Published, num_layers: int) -> None:
     """From an empty cache, as published, and from a warm one; seed 0 is the benchmark's trace."""
