@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest quality style docs bench-convert bench-cache bench-kernels bench-generate bench-cpu clean
+.PHONY: demo test test-oldest quality style docs bench-convert bench-routing bench-cache bench-kernels bench-generate bench-cpu clean
 
 demo: $(READY)
 	$(BIN)/qmoe demo
@@ -34,6 +34,11 @@ docs: $(READY)
 # needs 30 GB of free disk; BENCH_DIR says where
 bench-convert: $(READY)
 	$(BIN)/python benchmarks/convert.py $(if $(BENCH_DIR),--folder $(BENCH_DIR))
+
+# needs no GPU; four minutes
+bench-routing: $(READY)
+	$(BIN)/python -m benchmarks.routing
+	$(BIN)/python -m benchmarks.routing --draw
 
 # needs a GPU with 80 GB and 100 GB of free host memory; ten minutes
 bench-cache: $(READY)

@@ -51,6 +51,12 @@ class Shape:
         """Pages that one token needs."""
         return self.num_hidden_layers * self.num_experts_per_tok
 
+    def __str__(self) -> str:
+        if self == QWEN3_30B_A3B:
+            return "Qwen3-30B-A3B's shape"
+        layers, experts, top_k = self.routing
+        return f"{layers} layers of {experts} experts, top-{top_k}"
+
     def config(self) -> Qwen3MoeConfig:
         """The model's config; 8192 tokens and more fit its context."""
         return Qwen3MoeConfig(

@@ -8,9 +8,10 @@
 - *admission*: microseconds of one look-up, when everything hits and when it does not.
 - *overlap*: microseconds of a layer that computes with the experts it has while the others fly,
   and of one that does not, by number of tokens.
-- *decode*: milliseconds per token of a CUDA graph of the whole model, at six capacities, on a
-  synthetic trace and on one recorded from the shipped model, tiled; beside the same graph with all
-  experts resident, and LRU and Belady replayed on the same tokens.
+- *decode*: milliseconds per token of a CUDA graph of the whole model, at six capacities, on a trace
+  that hits as often as Qwen3-30B-A3B (`benchmarks.routing`) and on two that are harder: a synthetic
+  one, and one recorded from the shipped model, tiled; beside the same graph with all experts
+  resident, and LRU and Belady replayed on the same tokens.
 - *prefill*: seconds for 8192 tokens with all experts on the host.
 - *baselines*: a host-driven cache and qmoe's own, as eager forward passes.
 - *offload*: accelerate's ``cpu_offload`` of the bf16 model.
@@ -19,10 +20,15 @@ Every section checks before it times: outputs of paged models equal those of the
 for bit. Results go to ``benchmarks/results/cache.json`` as they come (sections that are not run
 keep what they had), and ``--draw`` draws pictures beside it. ``--tiny`` runs all of it on the CPU
 in seconds, to test this file; its times mean nothing.
+
+``--trace FILE`` replays the last tokens of what ``qmoe generate --record-routing`` wrote, in place
+of the three traces. The model then has the layers, the experts and the size of pages that the file
+says.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -31,15 +37,17 @@ from pathlib import Path
 import torch
 
 from benchmarks.cache.baselines import run_baselines, run_offload
-from benchmarks.cache.decode import run_decode
+from benchmarks.cache.decode import CAPACITIES, run_decode
 from benchmarks.cache.harness import Benchmark
 from benchmarks.cache.kernels import run_admission, run_gather
 from benchmarks.cache.overlap import run_overlap
 from benchmarks.cache.prefill import run_prefill
 from benchmarks.cache.targets import targets
-from benchmarks.model import QWEN3_30B_A3B, TINY
+from benchmarks.cache.traces import own_traces, read_trace, shape_of
+from benchmarks.model import QWEN3_30B_A3B, TINY, Shape
 from benchmarks.options import check, parser_of
 from benchmarks.record import Results, facts, run_sections
+from qmoe.traces.trace import RoutingTrace
 
 RESULTS = Path(__file__).parents[1] / "results" / "cache.json"
 
@@ -54,6 +62,27 @@ SECTIONS: dict[str, Callable[[Benchmark], None]] = {
 }
 
 
+def routing_of(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, device: torch.device
+) -> tuple[Shape, dict[str, RoutingTrace]]:
+    """The model's shape, and traces by name; ends the process where a file cannot be replayed."""
+    shape = TINY if options.tiny else QWEN3_30B_A3B
+    num_tokens = options.warmup + options.tokens
+    if options.trace is None:
+        return shape, own_traces(shape, num_tokens)
+    if options.out == parser.get_default("out"):
+        parser.error("--trace replays routing of your own: give it another --out")
+    try:
+        trace = read_trace(options.trace, num_tokens)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        shape = shape_of(trace, shape, min(CAPACITIES), device)
+    except ValueError as error:
+        parser.error(f"{options.trace}: {error}")
+    return shape, {options.trace.stem: trace}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run sections; the number of those that failed."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -65,6 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="start no new cell after so long"
     )
+    parser.add_argument("--trace", type=Path, help="recorded routing, to replay nothing else")
     options = parser.parse_args(arguments)
     if options.draw:
         from benchmarks.cache.figures import draw
@@ -75,10 +105,10 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cpu" if options.tiny else "cuda")
     # cuDNN's attention does not repeat its own bits (docs/expert-cache.md), and bits are compared.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    shape = TINY if options.tiny else QWEN3_30B_A3B
+    shape, traces = routing_of(parser, options, device)
     common = facts("cache", arguments, options.commit)
     results = Results("cache", options.out, common, targets, options.seconds)
-    bench = Benchmark(shape, device, results, options)
+    bench = Benchmark(shape, device, results, options, traces)
     chosen = {name: partial(run, bench) for name, run in SECTIONS.items() if name in only}
     return run_sections(results, chosen)
 

@@ -23,6 +23,8 @@ def run_decode(bench: Benchmark) -> None:
     results, decoder, shape = bench.results, bench.decoder, bench.shape
     bench.residents.enter()
     results.set(
+        model=str(shape),
+        traces={name: trace.metadata.get("source", "") for name, trace in bench.traces.items()},
         context=bench.context,
         tokens=bench.num_tokens,
         warmup_tokens=bench.num_warmup,
@@ -163,7 +165,7 @@ def check_bits(bench: Benchmark, num_tokens: int = 4) -> None:
         AssertionError: they do not.
     """
     decoder, cache = bench.decoder, bench.cache
-    bench.replay.load(sweepless(bench.traces["synthetic"], bench))
+    bench.replay.load(sweepless(bench.first_trace, bench))
     for graph in (False, True):
         decoder.release()
         bench.residents.enter()

@@ -9,8 +9,10 @@ from typing import Any
 from matplotlib import pyplot as plt
 
 from benchmarks.drawing import BLUE, GREY, save, tidy
+from benchmarks.model import QWEN3_30B_A3B
 
 TITLES = {
+    "fitted": "Trace that hits like Qwen3-30B-A3B",
     "synthetic": "Synthetic trace: Zipf 0.65, 40 % reuse",
     "recorded": "Trace of the shipped trained model, tiled",
 }
@@ -44,11 +46,16 @@ def by_trace(section: Cell) -> dict[str, list[Cell]]:
     return found
 
 
+def model_of(section: Cell) -> str:
+    """What was run; older files do not say it."""
+    return section.get("model", str(QWEN3_30B_A3B))
+
+
 def subtitle(section: Cell) -> str:
     """Where it was measured."""
     machine = section["machine"]
     return (
-        f"Qwen3-30B-A3B's shape, INT8 experts, batch 1, {machine['gpu']}, "
+        f"{model_of(section)}, INT8 experts, batch 1, {machine['gpu']}, "
         f"pinned copies {section['link_gb_per_s']['layer']:.0f} GB/s"
     )
 
@@ -116,7 +123,8 @@ def baselines(sections: Cell, path: Path) -> None:
     offload = sections.get("offload", {})
     if "tokens_per_s" in offload:
         rows.append(("accelerate cpu_offload, bf16", offload["tokens_per_s"], GREY))
-    cells = [c for c in sections["baselines"]["cells"] if c["trace"] == "synthetic"]
+    trace = sections["baselines"]["cells"][0]["trace"]
+    cells = [c for c in sections["baselines"]["cells"] if c["trace"] == trace]
     for cell in sorted(cells, key=lambda c: (c["capacity"], c["tokens_per_s"])):
         share = "" if cell["capacity"] == 1 else f", {100 * cell['capacity']:g} %"
         colour = BLUE if cell["name"].startswith("qmoe") else GREY
@@ -125,11 +133,11 @@ def baselines(sections: Cell, path: Path) -> None:
     for cell in sorted(decode.get("cells", []), key=lambda c: c["capacity"]):
         wanted = {c["capacity"] for c in cells} - {1.0}
         plain = cell["variant"] == "plain"
-        if cell["trace"] == "synthetic" and cell["capacity"] in wanted and plain:
+        if cell["trace"] == trace and cell["capacity"] in wanted and plain:
             name = f"qmoe, CUDA graph, {100 * cell['capacity']:g} %"
             rows.append((name, cell["tokens_per_s"], BLUE))
     for cell in decode.get("resident", []):
-        if cell["trace"] == "synthetic":
+        if cell["trace"] == trace:
             rows.append(("resident, CUDA graph", cell["tokens_per_s"], "#555555"))
     figure, axis = plt.subplots(figsize=(8, 0.6 + 0.34 * len(rows)))
     bars = axis.barh(
@@ -147,8 +155,8 @@ def baselines(sections: Cell, path: Path) -> None:
     save(
         figure,
         (
-            f"Ways to decode with Qwen3-30B-A3B's shape, batch 1, {machine['gpu']}\n"
-            "synthetic trace; per cent: of all experts on the GPU"
+            f"Ways to decode with {model_of(decode)}, batch 1, {machine['gpu']}\n"
+            f"{trace} trace; per cent: of all experts on the GPU"
         ),
         path,
         *(sections[name] for name in ("decode", "baselines", "offload") if name in sections),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,32 +22,35 @@ from benchmarks.record import Results
 from qmoe.paging.expert_cache import ExpertCache
 from qmoe.paging.host_store import HostStore
 from qmoe.paging.stats import CacheStats
-from qmoe.traces.trace import RoutingTrace, synthetic_trace, tile_trace
-
-RECORDED = Path(__file__).parents[1] / "data" / "tiny_moe_routing.safetensors"
+from qmoe.traces.trace import RoutingTrace
 
 
 class Benchmark:
     """One model, one host store and one cache, made when a section first asks for them."""
 
-    def __init__(self, shape: Shape, device: torch.device, results: Results, options: Any) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        device: torch.device,
+        results: Results,
+        options: Any,
+        traces: dict[str, RoutingTrace],
+    ) -> None:
         self.shape, self.device, self.results = shape, device, results
         self.num_tokens, self.num_warmup = options.tokens, options.warmup
         self.context, self.prompt = options.context, options.prompt
+        # By name; each starts with a sweep over all experts, then warm-up, then what is timed.
+        self.traces = {name: sweep(trace) for name, trace in traces.items()}
 
-    @cached_property
-    def traces(self) -> dict[str, RoutingTrace]:
-        """By name; each starts with a sweep over all experts, then warm-up, then what is timed."""
-        shape, length = self.shape, self.num_warmup + self.num_tokens
-        drawn = synthetic_trace(length, *shape.routing, page_bytes=shape.page_bytes)
-        recorded = RoutingTrace.load(RECORDED)
-        tiled = tile_trace(recorded, *shape.routing, num_tokens=length, page_bytes=shape.page_bytes)
-        return {"synthetic": sweep(drawn), "recorded": sweep(tiled)}
+    @property
+    def first_trace(self) -> RoutingTrace:
+        """For what needs only one."""
+        return next(iter(self.traces.values()))
 
     @property
     def first(self) -> int:
         """Tokens of a trace before those that are timed."""
-        return self.traces["synthetic"].num_tokens - self.num_tokens
+        return self.first_trace.num_tokens - self.num_tokens
 
     @cached_property
     def model(self) -> Any:
@@ -66,7 +68,7 @@ class Benchmark:
 
     @cached_property
     def replay(self) -> Replay:
-        return Replay(self.shape, self.traces["synthetic"].num_tokens, self.device)
+        return Replay(self.shape, self.first_trace.num_tokens, self.device)
 
     @cached_property
     def residents(self) -> Residents:
@@ -87,7 +89,7 @@ class Benchmark:
 
     @cached_property
     def decoder(self) -> Decoder:
-        return Decoder(self.model, self.replay, self.context, self.traces["synthetic"].num_tokens)
+        return Decoder(self.model, self.replay, self.context, self.first_trace.num_tokens)
 
     @cached_property
     def link(self) -> dict[str, float]:

@@ -12,7 +12,7 @@ from benchmarks.model import time_each
 def run_prefill(bench: Benchmark, repeats: int = 2) -> None:
     """Seconds for a long prompt, by chunk and staging; everything resident, and on the host."""
     results, shape, model = bench.results, bench.shape, bench.model
-    bench.replay.load(bench.traces["synthetic"])
+    bench.replay.load(bench.first_trace)
     generator = torch.Generator(bench.device).manual_seed(2)
     input_ids = torch.randint(
         shape.vocab_size, (1, bench.prompt), device=bench.device, generator=generator

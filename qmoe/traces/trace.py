@@ -137,6 +137,19 @@ class RoutingTrace:
             raise ValueError(f"{path}: no usable routing trace ({error!s:.200})") from error
 
 
+def check_sizes(num_tokens: int, num_layers: int, num_experts: int, top_k: int) -> None:
+    """Refuse sizes of a trace that nothing can be drawn for.
+
+    Raises:
+        ValueError: it names them.
+    """
+    if min(num_tokens, num_layers) < 1 or not 1 <= top_k <= num_experts < 1 << 15:
+        raise ValueError(
+            f"num_tokens={num_tokens}, num_layers={num_layers}, num_experts={num_experts}, "
+            f"top_k={top_k}: at least 1, and top_k at most num_experts"
+        )
+
+
 def synthetic_trace(
     num_tokens: int,
     num_layers: int,
@@ -171,11 +184,7 @@ def synthetic_trace(
     Raises:
         ValueError: sizes or shares that cannot be.
     """
-    if min(num_tokens, num_layers) < 1 or not 1 <= top_k <= num_experts < 1 << 15:
-        raise ValueError(
-            f"num_tokens={num_tokens}, num_layers={num_layers}, num_experts={num_experts}, "
-            f"top_k={top_k}: at least 1, and top_k at most num_experts"
-        )
+    check_sizes(num_tokens, num_layers, num_experts, top_k)
     if not 0 <= reuse <= 1:
         raise ValueError(f"reuse={reuse}: must be from 0 to 1")
     generator = torch.Generator().manual_seed(seed)
