@@ -9,6 +9,8 @@ numbers of threads) runs, with experts of Qwen3-30B-A3B's sizes:
 - *quantize*: GB of bf16 per second that threads of Python quantize and check.
 - *start*: seconds that the first call of a process takes, with loops to compile and without.
 - *decode*: tokens per second of a model of some layers in INT8 and, by transformers, in bf16.
+- *llama*, where ``--node-modules`` says where it is (`benchmarks.llama_cpp`): tokens per second of
+  the same shape in llama.cpp, in Q8_0, and with bf16 for all but the experts, as ours.
 
 What is compared takes turns within a round, and ratios are medians of a round's ratios: a machine
 that is busy with other things slows both. Results go to ``benchmarks/results/cpu.json`` as they
@@ -33,7 +35,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.model import QWEN3_30B_A3B, TINY, build_model
+from benchmarks.llama_cpp import tokens_per_second, write_gguf
+from benchmarks.model import QWEN3_30B_A3B, TINY, Shape, build_model, experts_of
 from benchmarks.options import check_names, parser_of
 from benchmarks.record import Results, facts, run_sections
 from qmoe_convert.verify import first_wrong_row
@@ -137,8 +140,12 @@ def torch_candidates(w: Weights) -> dict[str, Callable[[], object]]:
 class Benchmark:
     """The sections, and what they share."""
 
-    def __init__(self, results: Results, threads: list[int], tiny: bool) -> None:
+    def __init__(
+        self, results: Results, threads: list[int], tiny: bool, node_modules: Path | None = None
+    ) -> None:
         self.results, self.threads, self.tiny = results, threads, tiny
+        self.node_modules = node_modules
+        self._layers: int | None = None
         self.repeats = 2 if tiny else 15
         self._weights: Weights | None = None
 
@@ -243,32 +250,28 @@ class Benchmark:
                 )
                 self.results.add("cells", {"what": what, "seconds": float(done.stdout)})
 
+    @property
+    def shape(self) -> Shape:
+        """The model's, with as many layers as fit twice, in bf16 and in INT8.
+
+        Its vocabulary is as much smaller as it has fewer layers: shares are the whole model's.
+        """
+        if self.tiny:
+            return TINY
+        if self._layers is None:
+            self._layers = max(2, min(SHAPE.num_hidden_layers, int(free_memory() / 4e9)))
+        vocabulary = SHAPE.vocab_size * self._layers // SHAPE.num_hidden_layers
+        return replace(SHAPE, num_hidden_layers=self._layers, vocab_size=vocabulary)
+
     def decode(self) -> None:
         """Greedy tokens after a prompt of 16, by qmoe in INT8 and by transformers in bf16."""
-        import qmoe
-
-        # As many layers as fit twice, in bf16 and in INT8. A vocabulary as much smaller as the
-        # model has fewer: shares are the whole model's.
-        layers = max(2, min(SHAPE.num_hidden_layers, int(free_memory() / 4e9)))
-        vocabulary = SHAPE.vocab_size * layers // SHAPE.num_hidden_layers
-        small = replace(SHAPE, num_hidden_layers=layers, vocab_size=vocabulary)
-        shape = TINY if self.tiny else small
+        shape = self.shape
         ids = torch.arange(16)[None] % shape.vocab_size
         models = {f: build_model(shape, torch.device("cpu"), f) for f in ("int8", "bf16")}
         for threads in self.threads:
             torch.set_num_threads(threads)
 
-            def generate(name: str, tokens: int) -> None:
-                model = models[name]
-                own = {"custom_generate": qmoe.decode} if name == "int8" else {}
-                lengths = {"max_new_tokens": tokens, "min_new_tokens": tokens}
-                model.generate(ids, do_sample=False, **lengths, **own)
-
-            times: dict[str, float] = {}
-            for name in models:
-                long, short = partial(generate, name, 33), partial(generate, name, 1)
-                found = rounds({"long": long, "short": short}, 3)
-                times[name] = (min(found["long"]) - min(found["short"])) / 32
+            times = {name: step_seconds(model, ids) for name, model in models.items()}
             self.results.add(
                 "cells",
                 {
@@ -279,6 +282,40 @@ class Benchmark:
                     "ratio": round(times["bf16"] / times["int8"], 2),
                 },
             )
+
+    def llama(self) -> None:
+        """Greedy tokens after a prompt of 16, by qmoe in INT8 and by llama.cpp."""
+        assert self.node_modules is not None, "--node-modules says where node-llama-cpp is"
+        shape = self.shape
+        ids = torch.arange(16)[None] % shape.vocab_size
+        model = build_model(shape, torch.device("cpu"), "int8")
+        with tempfile.TemporaryDirectory() as folder:
+            for dense in ("Q8_0", "BF16"):
+                file = Path(folder) / "model.gguf"
+                write_gguf(file, shape, dense)
+                for threads in self.threads:
+                    torch.set_num_threads(threads)
+                    ours = 1 / step_seconds(model, ids)
+                    release, theirs = tokens_per_second(self.node_modules, file, threads, 32)
+                    cell = {"threads": threads, "layers": shape.num_hidden_layers}
+                    cell |= {"llama_cpp": release, "dense": dense}
+                    cell |= {"int8_tokens_per_s": round(ours, 2)}
+                    cell |= {"llama_cpp_tokens_per_s": round(theirs, 2)}
+                    self.results.add("cells", cell | {"ratio": round(ours / theirs, 2)})
+
+
+def step_seconds(model: Any, ids: torch.Tensor) -> float:
+    """Seconds of a token, decoded by qmoe if the experts are ours, by transformers if not."""
+    import qmoe
+
+    own = {"custom_generate": qmoe.decode} if experts_of(model) else {}
+
+    def generate(tokens: int) -> None:
+        lengths = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+        model.generate(ids, do_sample=False, **lengths, **own)
+
+    found = rounds({"long": partial(generate, 33), "short": partial(generate, 1)}, 3)
+    return (min(found["long"]) - min(found["short"])) / 32
 
 
 def free_memory() -> int:
@@ -336,6 +373,9 @@ def targets(sections: dict[str, Any]) -> list[dict[str, Any]]:
     for cell in sections.get("decode", {}).get("cells", []):
         what = f"decode over transformers bf16, {cell['threads']} threads"
         found.append(_target(what, cell["ratio"], 1.7))
+    for cell in sections.get("llama", {}).get("cells", []):
+        what = f"decode over llama.cpp, {cell['dense']} beside experts, {cell['threads']} threads"
+        found.append(_target(what, cell["ratio"], 1.0))
     for cell, most in zip(
         sections.get("start", {}).get("cells", []), (3.0, 0.3, 0.3), strict=False
     ):
@@ -380,8 +420,9 @@ def draw(data: dict[str, Any], folder: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run sections; the number of those that failed."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    names = ("start", "candidates", "layer", "quantize", "decode")
-    parser = parser_of(__doc__, names, RESULTS)
+    names = ("start", "candidates", "layer", "quantize", "decode", "llama")
+    parser = parser_of(__doc__, names, RESULTS, on_request=("llama",))
+    parser.add_argument("--node-modules", type=Path, help="a folder with node-llama-cpp")
     parser.add_argument("--threads", help="with commas; default: powers of two up to all cores")
     options = parser.parse_args(arguments)
     only = options.only.split(",")
@@ -395,7 +436,9 @@ def main(arguments: list[str] | None = None) -> int:
     threads = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= (cores or 1)]
     if options.threads:
         threads = [int(n) for n in options.threads.split(",")]
-    benchmark = Benchmark(results, threads, options.tiny)
+    if "llama" in only and options.node_modules is None:
+        parser.error("llama needs --node-modules, the folder that has node-llama-cpp")
+    benchmark = Benchmark(results, threads, options.tiny, options.node_modules)
     return run_sections(results, {name: getattr(benchmark, name) for name in only})
 
 
