@@ -232,9 +232,7 @@ class TestChoice:
         assert self.run(hosts, implementation, 8, NUM_EXPERTS, 6, -1) == [6]
 
     def test_after_a_failure_nothing_is_posted(self, hosts, implementation) -> None:
-        assert (
-            self.run(hosts, implementation, 8, 3, before=lambda h: h.posts.failed.fill_(1)) == []
-        )
+        assert self.run(hosts, implementation, 8, 3, before=lambda h: h.posts.failed.fill_(1)) == []
 
 
 @settings(max_examples=25, deadline=None)
