@@ -274,6 +274,12 @@ class ExpertCache:
         layer = bisect_right(self.host.first_page, page) - 1
         return layer, page - self.host.first_page[layer]
 
+    def forget(self) -> None:
+        """Empty every slot, once the device has ended what it does."""
+        with self.lock, self._on_device():
+            self._synchronize()
+            self._forget()
+
     def share_misses(self, sharing: HostExperts | None) -> None:
         """Let the host compute some of the misses from now on, which the cache then owns."""
         with self.lock, self._on_device():

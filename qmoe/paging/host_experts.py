@@ -108,14 +108,16 @@ class HostExperts:
                 changed = True
         if changed or self._workers is None or not self._workers.alive:
             self._start()
-        assert self._workers is not None
-        self._workers.ring()
+        if self._workers is not None:
+            self._workers.ring()
 
     def _start(self) -> None:
         """Start workers, on a mailbox in which nothing is under way."""
         if self._pid == os.getpid():
             self.drain()
         self.stop()
+        if not self.working:
+            return
         self._pid, words = os.getpid(), self._mailbox.words
         posted = workers.load_word(words, workers.POSTED)
         for word in (workers.STOP, workers.TEAM, workers.SLEEPERS):
@@ -197,8 +199,10 @@ class HostExperts:
     def stop(self) -> None:
         """End the threads; the next call starts others."""
         threads, self._workers = self._workers, None
-        if threads is not None:
-            threads.close()
+        if threads is not None and not threads.close():
+            # They may write to the mailbox at any time: it cannot be used again.
+            self.working = False
+            self.posts.share.zero_()
 
     def read_counters(self) -> list[list[int]]:
         """Of each layer, how many experts the host computed, and nanoseconds waited for it."""

@@ -21,10 +21,10 @@ class PagingOptions:
         context: tokens per sequence that it must hold, new ones included; None: 8192, or all that
             the model takes.
         batch_size: sequences at a time.
-        misses: who serves an expert that is not on the device: ``"link"``: its page is copied,
-            exact; ``"host"``: the host computes it, but for experts that come back soon; ``"auto"``:
-            each does a share, as measured once. Other than ``"link"``, results depend within
-            rounding on what was resident.
+        misses: who serves an expert that is not on the device. ``"link"``: its page is copied.
+            ``"host"``: the host computes it, but for experts that come back soon. ``"auto"``: each
+            does a share, as measured once. Other than ``"link"``, results depend within rounding
+            on what was resident.
 
     Raises:
         ValueError: a budget that is no size, a context or batch size that is no number, or an
@@ -43,9 +43,7 @@ class PagingOptions:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}; must be a whole number, at least 1")
         if self.misses not in MISSES:
-            raise ValueError(
-                f"misses={self.misses!r}; use one of {', '.join(map(repr, MISSES))}"
-            )
+            raise ValueError(f"misses={self.misses!r}; use one of {', '.join(map(repr, MISSES))}")
         if self.misses == "host" and not sys.platform.startswith("linux"):
             raise ValueError(
                 f"misses='host' needs Linux, and this is {sys.platform}; 'link' works here"

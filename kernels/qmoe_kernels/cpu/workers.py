@@ -152,9 +152,13 @@ class Workers:
         """Wake who sleeps, because a post is about to come."""
         _call("ring_bell", self._words.data_ptr())
 
-    def close(self) -> None:
-        """End the threads; the mailbox's memory is nobody's afterwards."""
-        self._finalizer()
+    def close(self) -> bool:
+        """End the threads.
+
+        Returns:
+            whether they have ended; if not, the mailbox's memory is theirs for good.
+        """
+        return self._finalizer() is not False
 
 
 def store_word(words: Tensor, word: int, value: int) -> None:
@@ -228,19 +232,21 @@ class _Job:
         self._arguments[0], self._arguments[1] = counters, counters + 8
 
 
-def _end(threads: list[threading.Thread], words: Tensor, pid: int, kept: Any) -> None:
+def _end(threads: list[threading.Thread], words: Tensor, pid: int, kept: Any) -> bool:
     """Tell threads to stop and wait for them; what they may write to outlives them."""
     if os.getpid() != pid:
-        return  # a forked child: there are no threads
+        return True  # a forked child: there are no threads
     store_word(words, STOP, 1)
     _call("ring_bell", words.data_ptr())
     end = time.monotonic() + JOIN_SECONDS
     for thread in threads:
         if thread.ident is not None:
             thread.join(max(0.0, end - time.monotonic()))
-    if any(thread.is_alive() for thread in threads):
-        _abandoned.append(kept)
-        logger.warning("a thread that computes experts did not end; its memory is not freed")
+    if not any(thread.is_alive() for thread in threads):
+        return True
+    _abandoned.append(kept)
+    logger.warning("a thread that computes experts did not end; its memory is not freed")
+    return False
 
 
 def _call(name: str, *arguments: int) -> array[int]:
