@@ -35,6 +35,7 @@ class Benchmark:
         self.shape, self.device, self.results = shape, device, results
         self.num_tokens, self.num_warmup = options.tokens, options.warmup
         self.context, self.prompt = options.context, options.prompt
+        self.misses: list[str] = options.misses.split(",")
 
     @cached_property
     def traces(self) -> dict[str, RoutingTrace]:

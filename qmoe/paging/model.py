@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qmoe.checkpoints.inspection import find_top_k
 from qmoe.experts.guard import guard_of
 from qmoe.experts.pages import LayerPages
 from qmoe.experts.quantized import QuantizedExperts, quantized_modules
@@ -107,7 +108,7 @@ def page_experts(
         for layer, experts in enumerate(modules.values()):
             experts.page(cache, layer)
         _remember(model, Paging(budget, device, cache, options.misses))
-        calibrate(model, cache, modules)
+        _calibrate(model, cache, modules, options.misses)
 
 
 def keep_resident(
@@ -207,7 +208,7 @@ def resize(
             cache.resize(budget.num_slots, budget.num_staging)
             cache.share_misses(sharing)
             _remember(model, Paging(budget, device, cache, options.misses))
-            calibrate(model, cache, modules)
+            _calibrate(model, cache, modules, options.misses)
         else:
             _make_paged(model, modules, layers, budget, device, options)
     return budget
@@ -241,6 +242,14 @@ def check_answers(model: nn.Module) -> None:
 def pages_of(modules: Mapping[str, QuantizedExperts]) -> list[LayerPages]:
     """What the pages of each module look like, in the modules' order."""
     return [experts.layer_pages(name) for name, experts in modules.items()]
+
+
+def _calibrate(
+    model: Any, cache: ExpertCache, modules: Mapping[str, QuantizedExperts], misses: str
+) -> None:
+    if cache.sharing is not None:
+        top_k = find_top_k(model.config.to_dict()) or 1
+        calibrate(cache, modules, misses, top_k=top_k, dtype=model.dtype)
 
 
 # ---- between resident and paged ----------------------------------------------------------------
@@ -309,7 +318,7 @@ def _make_paged(
         cache.close()
         raise
     _remember(model, Paging(budget, device, cache, options.misses))
-    calibrate(model, cache, modules)
+    _calibrate(model, cache, modules, options.misses)
 
 
 def _unpage(modules: Iterable[QuantizedExperts]) -> None:

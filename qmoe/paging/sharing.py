@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qmoe.checkpoints.inspection import find_top_k
 from qmoe.checkpoints.schema import BIAS_SUFFIX, SCALE_SUFFIX
 from qmoe.experts.quantized import QuantizedExperts
 from qmoe.paging.expert_cache import ExpertCache
@@ -75,6 +74,7 @@ def sharing_of(
 
 def _host_experts(cache: ExpertCache, modules: Sequence[QuantizedExperts]) -> HostExperts:
     # Weak: a cache that kept its model's modules alive would keep the model.
+    ends = (SCALE_SUFFIX, BIAS_SUFFIX)
     references = [weakref.ref(experts) for experts in modules]
 
     def module(layer: int) -> QuantizedExperts:
@@ -85,22 +85,19 @@ def _host_experts(cache: ExpertCache, modules: Sequence[QuantizedExperts]) -> Ho
     def experts_of(layer: int) -> Experts:
         experts = module(layer)
         assert experts.activation is not None
-        projections = [
-            Projection(
-                weight, *(_on_host(experts, name + end) for end in (SCALE_SUFFIX, BIAS_SUFFIX))
-            )
+        up, down = (
+            Projection(weight, *(_on_host(experts, name + end) for end in ends))
             for name, weight in zip(
                 experts.layout.projections, cache.host.weights(layer), strict=True
             )
-        ]
-        return Experts(*projections, experts.activation)
+        )
+        return Experts(up, down, experts.activation)
 
     def watched(layer: int) -> list[Tensor]:
         parameters = module(layer)._parameters
         names = (p + end for p in module(layer).layout.projections for end in ends)
         return [p for name in names if (p := parameters.get(name)) is not None]
 
-    ends = (SCALE_SUFFIX, BIAS_SUFFIX)
     first_page, num_pages = cache.host.first_page, len(cache.host.addresses)
     return HostExperts(experts_of, watched, first_page, num_pages, cache.device)
 
@@ -111,25 +108,36 @@ def _on_host(experts: QuantizedExperts, name: str) -> Tensor | None:
 
 
 def calibrate(
-    model: nn.Module, cache: ExpertCache, modules: Mapping[str, QuantizedExperts]
+    cache: ExpertCache,
+    modules: Mapping[str, QuantizedExperts],
+    misses: str,
+    *,
+    top_k: int,
+    dtype: torch.dtype,
 ) -> None:
-    """Say how many misses the host takes, as the model's options ask.
+    """Say how many misses the host takes.
 
     With ``"auto"`` this takes about a second on a GPU, once for a kind of model and machine, and
     empties the slots. If the host is of no use, it is not used, which a line says.
+
+    Args:
+        cache: shares its misses, see `sharing_of`; nothing happens if it does not.
+        modules: which are paged in the cache, in its order.
+        misses: see :class:`qmoe.PagingOptions`.
+        top_k: experts of a token.
+        dtype: of hidden states.
     """
-    sharing, config = cache.sharing, getattr(model, "config", None)
+    sharing = cache.sharing
     if sharing is None:
         return
     share = sharing.posts.share
-    if getattr(model, "qmoe_paging").misses == "host":  # noqa: B009
+    if misses == "host":
         share.copy_(torch.arange(len(share)))
         return
-    top_k = (find_top_k(config.to_dict()) if config is not None else None) or 1
     key = _key(cache, top_k)
     table = _read(key, len(share))
     if table is None:
-        times = _measure(cache, list(modules.values()), top_k, getattr(model, "dtype", None))
+        times = _measure(cache, list(modules.values()), top_k, dtype)
         table = share_table(times, len(share) - 1)
         _write(key, table)
     if any(table):
@@ -206,14 +214,13 @@ def _case(cache: ExpertCache, top_k: int) -> _Case | None:
 
 
 def _measure(
-    cache: ExpertCache, modules: Sequence[QuantizedExperts], top_k: int, dtype: Any
+    cache: ExpertCache, modules: Sequence[QuantizedExperts], top_k: int, dtype: torch.dtype
 ) -> dict[tuple[int, int], float]:
     """Seconds of some layers' step by misses, and by how many of them the host computes."""
     case, sharing, pool = _case(cache, top_k), cache.sharing, cache._pool
     if case is None or sharing is None or pool is None:
         return {}
     device = cache.device
-    dtype = dtype if isinstance(dtype, torch.dtype) and dtype.itemsize <= 4 else torch.bfloat16
     x = torch.randn(1, modules[0].layout.hidden_size, device=device).to(dtype)
     weights = torch.full((1, top_k), 1 / top_k, device=device)
     ids = [torch.zeros(1, top_k, dtype=torch.int64, device=device) for _ in range(case.layers)]

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from compiling import run_compiler
+from graphs import capture, no_synchronization
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_layer import DEVICE, random_layer
@@ -32,6 +33,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers need Li
 
 IMPLEMENTATIONS = ["cpu", "triton"]
 NUM_EXPERTS, TOP_K, HIDDEN = 8, 3, 40
+
+
+def device_of(implementation: str) -> torch.device:
+    return DEVICE if implementation == "triton" else torch.device("cpu")
 
 
 def on_cpu(layer) -> Experts:
@@ -63,7 +68,7 @@ class Host:
     num_threads: int = 2
 
     def __post_init__(self) -> None:
-        device = DEVICE if self.implementation == "triton" else torch.device("cpu")
+        device = device_of(self.implementation)
         num_pages = NUM_EXPERTS * len(self.layers)
         self.residency = Residency.empty(num_pages, 4, len(self.layers), device)
         self.mailbox = Mailbox.empty(HIDDEN, device)
@@ -117,9 +122,10 @@ def make_host(hosts: list[Host], implementation: str, layers: list, **options) -
 @pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("share", [0, 2, NUM_EXPERTS])
 def test_sums_what_link_and_host_computed(hosts, implementation, weights, bias, share) -> None:
-    layers = [x.to(DEVICE) for x in make_layers(weights, bias=bias)]
+    device = device_of(implementation)
+    layers = [x.to(device) for x in make_layers(weights, bias=bias)]
     host = make_host(hosts, implementation, layers)
-    host.posts.share.fill_(share).clamp_(max=torch.arange(NUM_EXPERTS + 1, device=DEVICE))
+    host.posts.share.fill_(share).clamp_(max=torch.arange(NUM_EXPERTS + 1, device=device))
     host.fill_slots()
     for number, layer in enumerate(layers):
         link_ids = host.divert(number, layer)
@@ -142,13 +148,13 @@ def test_rounds_to_the_activations_dtype(hosts, implementation, dtype) -> None:
     if implementation == "triton" and DEVICE.type == "cpu" and dtype == torch.bfloat16:
         pytest.skip("the interpreter rounds bf16 otherwise")
     (layer, _) = make_layers(dtype=dtype)
-    layer = layer.to(DEVICE)
+    layer = layer.to(device_of(implementation))
     host = make_host(hosts, implementation, [layer])
     host.posts.share.copy_(torch.arange(NUM_EXPERTS + 1))
     host.fill_slots()
     rows = host.combine(0, layer, host.divert(0, layer))
     alone = fused_moe(**replace(layer.to("cpu"), topk_weights=None).arguments())
-    assert torch.equal(rows.cpu(), alone), "on the CPU both are the same loops"
+    assert torch.equal(rows.cpu(), alone), "all of it is the host's, whose loops these are"
 
 
 @pytest.mark.parametrize("num_threads", [1, 3])
@@ -193,7 +199,7 @@ class TestChoice:
         if before is not None:
             before(host)
         layer = asked_for(layers[0], *experts)
-        layer = layer.to(DEVICE) if implementation == "triton" else layer
+        layer = layer.to(device_of(implementation))
         link_ids = host.divert(0, layer)
         if int(host.posts.pending):
             assert workers.wait_for_answer(host.mailbox.words, int(host.posts.number), 5)
@@ -260,7 +266,7 @@ def test_both_implementations_choose_the_same(data) -> None:
             host.posts.share.copy_(torch.tensor(state["share"]))
             layer = replace(layers[1], hidden_states=layers[1].hidden_states[:num_tokens])
             layer = replace(layer, topk_ids=ids)
-            layer = layer.to(DEVICE) if implementation == "triton" else layer
+            layer = layer.to(device_of(implementation))
             link_ids = host.divert(1, layer)
             posted = int(host.posts.pending) > 0
             mail = host.mailbox
@@ -298,7 +304,7 @@ def posted(host: Host, layer) -> torch.Tensor:
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_an_answer_that_does_not_come_is_nan_and_seen(hosts, implementation) -> None:
     (layer, _) = make_layers()
-    layer = layer.to(DEVICE)
+    layer = layer.to(device_of(implementation))
     host = make_host(hosts, implementation, [layer])
     host.workers.close()  # as if they had died
     link_ids = posted(host, layer)
@@ -436,6 +442,59 @@ def test_processes_end_and_fork() -> None:
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "well\n"), done.stderr
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.gpu
+def test_a_graph_is_replayed_while_workers_sleep(hosts) -> None:
+    """The same numbers of posts and answers in every replay, awake or asleep, rung for or not."""
+    (layer, _) = make_layers(dtype=torch.bfloat16)
+    layer = layer.to(DEVICE)
+    host = make_host(hosts, "triton", [layer], num_threads=3)
+    expected = host.combine(0, layer, posted(host, layer), layer.topk_weights)
+
+    def step() -> torch.Tensor:
+        host.posts.last_asked.zero_()
+        return host.combine(0, layer, host.divert(0, layer), layer.topk_weights)
+
+    step()
+    graph, output = capture(step)
+    number = int(host.posts.number)
+    for pause in (0.0, 0.0, 0.0, 0.02, 0.05):
+        time.sleep(pause)
+        output.zero_()
+        with no_synchronization():
+            graph.replay()
+        torch.cuda.synchronize()
+        number += 1
+        assert int(host.posts.number) == number
+        assert workers.load_word(host.mailbox.words, workers.ANSWERED) == number
+        assert torch.equal(output, expected)
+
+
+@pytest.mark.gpu
+def test_a_graph_does_not_wait_for_ever(hosts) -> None:
+    (layer, _) = make_layers(dtype=torch.bfloat16)
+    layer = layer.to(DEVICE)
+    host = make_host(hosts, "triton", [layer])
+    host.combine(0, layer, posted(host, layer), layer.topk_weights)
+
+    def step() -> torch.Tensor:
+        host.posts.last_asked.zero_()
+        link_ids = host.divert(0, layer)
+        return host.combine(0, layer, link_ids, layer.topk_weights, seconds=0.2)
+
+    step()
+    graph, output = capture(step)
+    host.workers.close()
+    began = time.monotonic()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert 0.1 < time.monotonic() - began < 2
+    assert output.isnan().all() and mailbox.has_failed(host.mailbox)
+    began = time.monotonic()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert time.monotonic() - began < 0.1, "it waits once"
 
 
 # ---- compilation without a GPU -----------------------------------------------------------------
