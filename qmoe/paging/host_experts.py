@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class HostExperts:
     def __init__(
         self,
         experts_of: Callable[[int], Experts],
-        watched: Callable[[int], Sequence[Tensor]],
+        watched: Sequence[Sequence[tuple[Mapping[str, Tensor | None], str]]],
         first_page: Sequence[int],
         num_pages: int,
         device: torch.device,
@@ -55,7 +55,8 @@ class HostExperts:
 
         Args:
             experts_of: layer -> its experts on the host, for `workers.Workers`.
-            watched: layer -> what these are copies of; if it changes, they are made again.
+            watched: of each layer, what these are copies of: a module's parameters, and a name
+                among them. If one changes, copies are made again.
             first_page: page of each layer's expert 0.
             num_pages: of all layers.
             device: of the cache.
@@ -65,7 +66,8 @@ class HostExperts:
         Raises:
             ValueError: the host cannot compute these experts; the message says why.
         """
-        self._experts_of, self._watched = experts_of, watched
+        self._experts_of = experts_of
+        self._watched = [list(layer) for layer in watched]
         self._first_page, self._num_threads, self._seconds = first_page, num_threads, seconds
         self._experts = [experts_of(layer) for layer in range(len(first_page))]
         if (reason := workers.unavailable(self._experts)) is not None:
@@ -75,12 +77,23 @@ class HostExperts:
         most = max(layer.num_experts for layer in self._experts)
         self.posts = Posts.empty(num_pages, most, len(first_page), device)
         self._workers: workers.Workers | None = None
+        self._stale = False  # the workers have copies of what has changed
         self._pid = os.getpid()
         self.working = True
 
-    def _state(self, layer: int) -> list[tuple[Tensor, int]]:
-        # Tensors of inference mode have no version; nobody may change them in place either.
-        return [(t, 0 if t.is_inference() else t._version) for t in self._watched(layer)]
+    def _state(self, layer: int) -> list[tuple[Tensor | None, int]]:
+        found = [parameters.get(name) for parameters, name in self._watched[layer]]
+        return [(tensor, _version(tensor)) for tensor in found]
+
+    def _is_seen(self, layer: int) -> bool:
+        # Of all layers before each step, therefore without a list.
+        for (parameters, name), (tensor, version) in zip(
+            self._watched[layer], self._seen[layer], strict=True
+        ):
+            now = parameters.get(name)
+            if now is not tensor or _version(now) != version:
+                return False
+        return True
 
     def takes(self, num_tokens: int, top_k: int) -> bool:
         """Whether a call of this size may be shared."""
@@ -98,15 +111,12 @@ class HostExperts:
         self.check()
         if not self.working:
             return
-        changed = False
         for layer in range(len(self._seen)) if layers is None else layers:
-            now, seen = self._state(layer), self._seen[layer]
-            if len(now) != len(seen) or any(
-                a is not b or v != w for (a, v), (b, w) in zip(now, seen, strict=True)
-            ):
-                self._experts[layer], self._seen[layer] = self._experts_of(layer), now
-                changed = True
-        if changed or self._workers is None or not self._workers.alive:
+            if not self._is_seen(layer):
+                now, self._stale = self._state(layer), True
+                self._experts[layer] = self._experts_of(layer)
+                self._seen[layer] = now
+        if self._stale or self._workers is None or not self._workers.alive:
             self._start()
         if self._workers is not None:
             self._workers.ring()
@@ -127,6 +137,7 @@ class HostExperts:
         self._workers = workers.Workers(
             self._experts, words, box.ids, box.rows, box.answers, self._num_threads
         )
+        self._stale = False
 
     def post(
         self, residency: Residency, layer: int, hidden_states: Tensor, topk_ids: Tensor
@@ -208,3 +219,8 @@ class HostExperts:
         """Of each layer, how many experts the host computed, and nanoseconds waited for it."""
         counters: list[list[int]] = self.posts.counters.tolist()
         return counters
+
+
+def _version(tensor: Tensor | None) -> int:
+    # Tensors of inference mode have none; nobody changes them outside of it, either.
+    return 0 if tensor is None or tensor.is_inference() else int(tensor._version)

@@ -93,11 +93,9 @@ def _host_experts(cache: ExpertCache, modules: Sequence[QuantizedExperts]) -> Ho
         )
         return Experts(up, down, experts.activation)
 
-    def watched(layer: int) -> list[Tensor]:
-        parameters = module(layer)._parameters
-        names = (p + end for p in module(layer).layout.projections for end in ends)
-        return [p for name in names if (p := parameters.get(name)) is not None]
-
+    watched = [
+        [(m._parameters, p + end) for p in m.layout.projections for end in ends] for m in modules
+    ]
     first_page, num_pages = cache.host.first_page, len(cache.host.addresses)
     return HostExperts(experts_of, watched, first_page, num_pages, cache.device)
 
