@@ -243,6 +243,8 @@ class ExpertCache:
                 layer, expert = self._layer_of(page)
                 source = self.host.pages(layer)[expert]
                 pool.memory[slot, : len(source)].copy_(source, non_blocking=True)
+        if self._sharing is not None:
+            self._sharing.forget()  # stamps of another clock
         self._interrupted = False
 
     def _new_pool(self, residency: Residency, num_staging: int) -> _Pool:
@@ -284,8 +286,11 @@ class ExpertCache:
         """Let the host compute some of the misses from now on, which the cache then owns."""
         with self.lock, self._on_device():
             self._refuse_if_closed()
+            if self._sharing is sharing:
+                return
+            self._synchronize()
             before, self._sharing = self._sharing, sharing
-            if before is not None and before is not sharing:
+            if before is not None:
                 before.stop()
 
     @property
@@ -348,18 +353,36 @@ class ExpertCache:
             self._staged = None
             if min(num_pairs, num_experts) > pool.num_slots:
                 return self._run_in_waves(pool, layer, topk_ids, topk_weights, compute)
-            sharing = self._sharing
-            if sharing is None or hidden_states is None or not sharing.takes(*topk_ids.shape):
+            if hidden_states is None or not self._shares(hidden_states, topk_ids):
                 return self._run_admitted(pool, layer, topk_ids, topk_weights, compute)
-            if not self._capturing():
-                sharing.begin([layer])
-            self._interrupted = True
-            link_ids = sharing.post(pool.residency, layer, hidden_states, topk_ids)
-            rows = self._run_admitted(pool, layer, link_ids, None, compute)
-            self._interrupted = True
-            output = sharing.collect(layer, rows, topk_ids, link_ids, topk_weights)
-            self._interrupted = False
-            return output
+            return self._run_shared(pool, layer, hidden_states, topk_ids, topk_weights, compute)
+
+    def _shares(self, hidden_states: Tensor, topk_ids: Tensor) -> bool:
+        """Whether the host may compute some of this call; no gradient comes back from there."""
+        records = torch.is_grad_enabled() and hidden_states.requires_grad
+        return self._sharing is not None and not records and self._sharing.takes(*topk_ids.shape)
+
+    def _run_shared(
+        self,
+        pool: _Pool,
+        layer: int,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor | None,
+        compute: Compute,
+    ) -> Tensor:
+        """The host computes some of the experts that are absent, the others get slots."""
+        sharing = self._sharing
+        assert sharing is not None
+        if not self._capturing():
+            sharing.begin([layer])
+        self._interrupted = True
+        link_ids = sharing.post(pool.residency, layer, hidden_states, topk_ids)
+        rows = self._run_admitted(pool, layer, link_ids, None, compute)
+        self._interrupted = True
+        output = sharing.collect(layer, rows, topk_ids, link_ids, topk_weights)
+        self._interrupted = False
+        return output
 
     def _run_admitted(
         self,

@@ -207,6 +207,10 @@ class HostExperts:
             workers.store_word(words, workers.FAILED, 1)
             self.check()
 
+    def forget(self) -> None:
+        """Nothing was asked for yet; after slots got other stamps."""
+        self.posts.last_asked.zero_()
+
     def stop(self) -> None:
         """End the threads; the next call starts others."""
         threads, self._workers = self._workers, None

@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def sharing_of(
         return _host_experts(cache, list(modules.values()))
     except ValueError as error:
         if misses == "auto":
-            logger.warning("misses='auto' leaves all misses to the link: %s", error)
+            _warn_once(str(error))
             return None
         raise ValueError(f"misses='host': {error}; misses='link' works") from None
 
@@ -137,15 +138,18 @@ def calibrate(
     if table is None:
         times = _measure(cache, list(modules.values()), top_k, dtype)
         table = share_table(times, len(share) - 1)
-        _write(key, table)
+        if (top_k, 0) in times:  # else too few experts are absent: other budgets may say more
+            _write(key, table)
     if any(table):
         share.copy_(torch.tensor(table))
     else:
-        logger.warning(
-            "misses='auto' leaves all misses to the link: on this machine the host's share would "
-            "make no step quicker"
-        )
+        _warn_once("on this machine the host's share would make no step quicker")
         cache.share_misses(None)
+
+
+@lru_cache
+def _warn_once(reason: str) -> None:
+    logger.warning("misses='auto' leaves all misses to the link: %s", reason)
 
 
 def share_table(times: Mapping[tuple[int, int], float], num_experts: int) -> list[int]:
@@ -219,7 +223,9 @@ def _measure(
     if case is None or sharing is None or pool is None:
         return {}
     device = cache.device
-    x = torch.randn(1, modules[0].layout.hidden_size, device=device).to(dtype)
+    # Of its own: nobody's random numbers change because a model was loaded.
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(1, modules[0].layout.hidden_size, device=device, generator=generator).to(dtype)
     weights = torch.full((1, top_k), 1 / top_k, device=device)
     ids = [torch.zeros(1, top_k, dtype=torch.int64, device=device) for _ in range(case.layers)]
     live = replace(pool.residency, counters=case.tables.counters)
