@@ -157,14 +157,22 @@ class HostExperts:
     ) -> Tensor:
         """Add what the host computed; see `qmoe_kernels.mailbox.combine`.
 
+        Outside of a capture it waits for the device: what follows is not computed with what is not
+        valid. Who replays a graph calls `check` before results are given out.
+
         Raises:
-            RuntimeError: on the CPU, see `check`. A GPU is not waited for.
+            RuntimeError: see `check`.
         """
         num_experts = self._experts[layer].num_experts
         given = (rows, topk_ids, link_ids, topk_weights, layer, num_experts)
         output = combine(*given, self.posts, self._mailbox, seconds=self._seconds)
-        if rows.device.type == "cpu":
-            self.check()
+        if rows.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                return output
+            done = torch.cuda.Event(blocking=True)
+            done.record()
+            done.synchronize()
+        self.check()
         return output
 
     def check(self) -> None:

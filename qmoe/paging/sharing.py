@@ -136,7 +136,12 @@ def calibrate(
     key = _key(cache, top_k)
     table = _read(key, len(share))
     if table is None:
-        times = _measure(cache, list(modules.values()), top_k, dtype)
+        try:
+            times = _measure(cache, list(modules.values()), top_k, dtype)
+        except RuntimeError as error:  # too little memory, or the host does not answer
+            _warn_once(str(error))
+            cache.share_misses(None)
+            return
         table = share_table(times, len(share) - 1)
         if (top_k, 0) in times:  # else too few experts are absent: other budgets may say more
             _write(key, table)

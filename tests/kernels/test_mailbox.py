@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_layer import DEVICE, random_layer
 
-from qmoe_kernels import fused_moe, mailbox
+from qmoe_kernels import fused_moe, mailbox, mailbox_kernels
 from qmoe_kernels.cpu import workers
 from qmoe_kernels.experts import Experts, Projection
 from qmoe_kernels.mailbox import SERVED, WAITED_NS, Mailbox, Posts
@@ -86,7 +86,8 @@ class Host:
         self.residency.clock.fill_(10)
 
     def divert(self, number: int, layer) -> torch.Tensor:
-        run = mailbox.launch_divert if self.implementation == "triton" else mailbox._divert_cpu
+        triton = self.implementation == "triton"
+        run = mailbox_kernels.launch_divert if triton else mailbox._divert_cpu
         arguments = (layer.hidden_states, layer.topk_ids, number, number * NUM_EXPERTS, NUM_EXPERTS)
         return run(*arguments, self.residency, self.posts, self.mailbox)
 
@@ -94,7 +95,7 @@ class Host:
         skipped = replace(layer, topk_ids=link_ids, topk_weights=None)
         rows = fused_moe(**skipped.arguments())
         triton = self.implementation == "triton"
-        run = mailbox.launch_combine if triton else mailbox._combine_cpu
+        run = mailbox_kernels.launch_combine if triton else mailbox._combine_cpu
         return run(rows, layer.topk_ids, link_ids, weights, number, NUM_EXPERTS, self.posts,
                    self.mailbox, seconds)  # fmt: skip
 
@@ -302,18 +303,18 @@ def posted(host: Host, layer) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_an_answer_that_does_not_come_is_nan_and_seen(hosts, implementation) -> None:
+def test_an_answer_that_does_not_come_is_seen(hosts, implementation) -> None:
     (layer, _) = make_layers()
     layer = layer.to(device_of(implementation))
     host = make_host(hosts, implementation, [layer])
     host.workers.close()  # as if they had died
     link_ids = posted(host, layer)
     out = host.combine(0, layer, link_ids, layer.topk_weights, seconds=0.05)
-    assert out.isnan().all()
+    assert not out.any(), "finite, so that drawing a token does not fail on the device"
     assert mailbox.has_failed(host.mailbox)
     link_ids = host.divert(0, layer)
     assert torch.equal(link_ids, layer.topk_ids), "nothing more is posted"
-    assert host.combine(0, layer, link_ids, seconds=60).isnan().all(), "nor waited for"
+    assert not host.combine(0, layer, link_ids, seconds=60).any(), "nor waited for"
 
 
 def test_posts_while_workers_sleep(hosts) -> None:
@@ -358,7 +359,7 @@ def test_a_header_that_cannot_be_is_not_answered(hosts) -> None:
         workers.store_word(host.mailbox.words, workers.POSTED, int(host.posts.number))
         assert not workers.wait_for_answer(host.mailbox.words, int(host.posts.number), 0.05)
     link_ids = posted(host, layer)
-    assert not host.combine(0, layer, link_ids).isnan().any(), "later posts are answered"
+    assert host.combine(0, layer, link_ids).any(), "later posts are answered"
 
 
 def test_two_models_at_once(hosts) -> None:
@@ -490,7 +491,7 @@ def test_a_graph_does_not_wait_for_ever(hosts) -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert 0.1 < time.monotonic() - began < 2
-    assert output.isnan().all() and mailbox.has_failed(host.mailbox)
+    assert not output.any() and mailbox.has_failed(host.mailbox)
     began = time.monotonic()
     graph.replay()
     torch.cuda.synchronize()
@@ -502,10 +503,11 @@ def test_a_graph_does_not_wait_for_ever(hosts) -> None:
 COMPILE = """
 import json, re
 from compiling import compiling_for, spilled_bytes
-import qmoe_kernels.mailbox as mailbox
+
 with compiling_for(CAPABILITY) as compiled:
     import torch
-    from qmoe_kernels.mailbox import Mailbox, Posts, launch_combine, launch_divert
+    from qmoe_kernels.mailbox import Mailbox, Posts
+    from qmoe_kernels.mailbox_kernels import launch_combine, launch_divert
     from qmoe_kernels.paging import Residency
     experts, hidden = 128, 2048
     residency = Residency.empty(6144, 3072, 48, "cpu")

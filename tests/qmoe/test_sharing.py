@@ -375,6 +375,17 @@ def test_no_gain_is_the_link_and_said_once(monkeypatch, caplog) -> None:
     assert caplog.text.count("would make no step quicker") == 1
 
 
+def test_what_cannot_be_measured_is_the_links(monkeypatch, caplog) -> None:
+    def fail(*args):
+        raise torch.OutOfMemoryError("no memory for a graph")
+
+    monkeypatch.setattr(sharing, "_measure", fail)
+    with caplog.at_level(logging.WARNING):
+        model, resident = paged(misses="auto")
+    assert "all misses to the link: no memory for a graph" in caplog.text
+    assert torch.equal(decode(model), decode(resident)) and not threads()
+
+
 def test_calibration_runs_on_the_models_own_layers() -> None:
     model, resident = paged(misses="host")
     cache, modules = model.qmoe_paging.cache, quantized_modules(model)
