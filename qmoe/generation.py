@@ -34,6 +34,7 @@ from qmoe.experts.guard import guard_of
 from qmoe.experts.layout import describe
 from qmoe.experts.quantized import QuantizedExperts
 from qmoe.generation_config import BEAMS, ONE_BY_ONE, as_list, configuration
+from qmoe.paging.model import check_answers
 from qmoe.seeds import Draws, check_seed, refuse_dropout
 from qmoe.text import Streamer, Text
 from qmoe.thread_state import thread_state
@@ -320,6 +321,7 @@ class _Call:
                 streamer=streamer,
                 custom_generate=loop if ours else None,
             )
+        check_answers(self.model)
         self.clock.stop()
         if streamer is None:
             rows = sequences[:, input_ids.shape[1] :].tolist()

@@ -131,12 +131,22 @@ class Paging:
         typer.Option(min=1, help="Texts at a time that it holds.", show_default="the prompts"),
     ] = None
 
+    misses: Annotated[
+        Literal["link", "host", "auto"] | None,
+        typer.Option(
+            help="Who serves experts that are not there: a copy, the processor, or both as "
+            "measured. All but link depend, within rounding, on what was there.",
+            show_default="link",
+        ),
+    ] = None
+
     def options(self, num_texts: int) -> PagingOptions | None:
         """As the runtime takes them; None where nothing is paged."""
         if self.hbm_budget is not None:
-            return PagingOptions(self.hbm_budget, self.context, self.batch_size or num_texts)
-        if self.context is not None or self.batch_size is not None:
-            raise typer.BadParameter("--context and --batch-size need --hbm-budget")
+            size = self.batch_size or num_texts
+            return PagingOptions(self.hbm_budget, self.context, size, self.misses or "link")
+        if (self.context, self.batch_size, self.misses) != (None, None, None):
+            raise typer.BadParameter("--context, --batch-size and --misses need --hbm-budget")
         return None
 
 

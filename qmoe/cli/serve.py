@@ -68,7 +68,7 @@ class Room(Paging):
 
     def options(self, num_texts: int = 1) -> PagingOptions | None:
         """As the runtime takes them; None where nothing is paged."""
-        if self.hbm_budget is None and self.context is None:
+        if (self.hbm_budget, self.context, self.misses) == (None, None, None):
             return None
         return super().options(num_texts)
 

@@ -221,7 +221,9 @@ class _Call:
                 with step.alone():
                     step.advance()
                     selection.make(step.logits)
-            if texts.extend(selection.wait(index)):
+            tokens = selection.wait(index)
+            step.check()
+            if texts.extend(tokens):
                 selection.forget_after(index)
                 break
             if watched:

@@ -375,7 +375,7 @@ class QuantizedExperts(nn.Module):
                 if paged is None:
                     return compute(*self._resident_weights(), None, topk_ids, topk_weights)
                 cache, layer = paged
-                return cache.run(layer, topk_ids, topk_weights, compute)
+                return cache.run(layer, topk_ids, topk_weights, compute, hidden_states)
             except ValueError:
                 if self.paged is paged:
                     raise

@@ -53,6 +53,7 @@ def load(
     hbm_budget: str | int | float | None = None,
     context: int | None = None,
     batch_size: int | None = None,
+    misses: str | None = None,
 ) -> PreTrainedModel:
     """Load a model for generating text.
 
@@ -71,6 +72,10 @@ def load(
         context: tokens per sequence that the budget must hold the KV cache of, new ones included;
             by default the model's own context, but at most 8192.
         batch_size: sequences at a time that it must hold it of; by default 1.
+        misses: who serves an expert that is not on the device: ``"link"``, the default, copies it;
+            ``"host"`` lets the processor compute it where it lies; ``"auto"`` shares misses
+            between both as measured once. Only with ``"link"`` are results, bit for bit, those of a
+            model that fits: else they depend, within rounding, on what was on the device.
 
     A 16-bit checkpoint is quantized while it is read: beside the 8-bit model, only the experts of
     one layer are in memory in 16 bit.
@@ -83,8 +88,8 @@ def load(
             missing or broken; weights that are missing, left over or of another shape than
             config.json says; an unknown device or dtype, a checkpoint that is quantized already
             while ``weights`` asks for it, activations that its weights do not go with, a budget
-            that cannot work (with the smallest that does), ``context`` or ``batch_size`` without
-            one, or too little host memory.
+            that cannot work (with the smallest that does), ``context``, ``batch_size`` or
+            ``misses`` without one, misses that the host cannot serve, or too little host memory.
 
     Example:
         >>> import qmoe
@@ -94,7 +99,9 @@ def load(
     check_activations(activations, weights)
     device = choose_device(device)
     dtype = _choose_dtype(dtype)
-    paging = paging_options(hbm_budget, context, batch_size)
+    paging = paging_options(hbm_budget, context, batch_size, misses)
+    if paging is not None:
+        paging.check_activations(activations)
     config = _read_config(path_or_repo, revision)
     method = format_of(_quantization(config))
     if weights is None:

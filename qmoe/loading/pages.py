@@ -66,7 +66,7 @@ def load_pages(
                     weights = [w.to(device, copy=True).contiguous() for w in one_layer.weights(0)]
                 modules[pages.name].unpage(*weights)
                 bar.advance()
-        keep_resident(model, budget, device)
+        keep_resident(model, budget, device, options)
         return
     store = host_store(layers, device, progress=progress)
     try:
@@ -75,7 +75,7 @@ def load_pages(
             for layer, (pages, (gate_up, down)) in enumerate(zip(layers, tensors, strict=True))
         ]
         store.fill([read for layer in reads for read in layer], progress=progress)
-        page_experts(model, store, budget, device)
+        page_experts(model, store, budget, device, options)
     except BaseException:
         store.close()
         raise
@@ -98,19 +98,21 @@ def page_stored(
     try:
         budget = budget_for(model, store.layers, options, device)
         if not budget.all_resident:
-            page_experts(model, store, budget, device)
+            page_experts(model, store, budget, device, options)
             return
         for layer, experts in enumerate(quantized_modules(model).values()):
             experts.unpage(*(w.to(device, copy=True).contiguous() for w in store.weights(layer)))
             store.empty(layer)
-        keep_resident(model, budget, device)
+        keep_resident(model, budget, device, options)
     except BaseException:
         store.close()
         raise
     store.close()
 
 
-def page_quantized(model: nn.Module, budget: Budget, device: torch.device) -> None:
+def page_quantized(
+    model: nn.Module, budget: Budget, device: torch.device, options: PagingOptions
+) -> None:
     """Bring a model that was quantized on the CPU to ``device``, its experts as the budget says.
 
     Each layer's weights are freed as soon as its pages are filled.
@@ -125,7 +127,7 @@ def page_quantized(model: nn.Module, budget: Budget, device: torch.device) -> No
         except BaseException:
             model.to("cpu")
             raise
-        keep_resident(model, budget, device)
+        keep_resident(model, budget, device, options)
         return
     modules = quantized_modules(model)
     store = host_store(pages_of(modules), device)
@@ -134,7 +136,7 @@ def page_quantized(model: nn.Module, budget: Budget, device: torch.device) -> No
             fill_layer(store, layer, experts)
             experts.drop_weights()
         model.to(device)
-        page_experts(model, store, budget, device)
+        page_experts(model, store, budget, device, options)
     except BaseException:
         # Where this fails too, modules stay without weights, and say so instead of computing.
         try:
