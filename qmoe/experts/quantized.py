@@ -16,6 +16,7 @@ from qmoe.experts.gate import apply_own_gate, identify_activation
 from qmoe.experts.layout import ExpertsLayout, describe, kept_modules
 from qmoe.experts.llama4 import WeightedInputMoe
 from qmoe.experts.pages import LayerPages
+from qmoe.parallel.group import RankGroup
 from qmoe.parallel.share import Share
 from qmoe_kernels import Activation, fused_moe, weighted_sum
 from qmoe_kernels.fused_moe import EIGHT_BIT_ROWS, check_activations
@@ -521,6 +522,12 @@ def layer_pages(name: str, layout: ExpertsLayout, weights: WeightFormat) -> Laye
 def quantized_modules(model: nn.Module) -> dict[str, QuantizedExperts]:
     """The quantized experts modules of ``model``, by name, in the order in which it has them."""
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedExperts)}
+
+
+def group_of(model: nn.Module) -> RankGroup | None:
+    """The ranks that hold the model's experts between them; None where all are here."""
+    experts = next((m for m in model.modules() if isinstance(m, QuantizedExperts)), None)
+    return None if experts is None or experts.share is None else experts.share.group
 
 
 def check_replaceable(model: nn.Module, name: str, layout: ExpertsLayout) -> None:

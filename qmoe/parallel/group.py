@@ -13,6 +13,7 @@ import os
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -56,23 +57,18 @@ class RankGroup:
         """
         self.rank, self.size = dist.get_rank(processes), dist.get_world_size(processes)
         self.device, self.timeout = device, _timeout()
-        ranks = dist.get_process_group_ranks(processes)
-        options: dict[str, Any] = {
-            "timeout": timedelta(seconds=self.timeout),
-            "use_local_synchronization": True,  # the members alone make it
-        }
-        words = dist.new_group(ranks, backend="gloo", **options)
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        # The only references: gloo closes its connections with the last.
-        self._groups = [words, dist.new_group(ranks, backend=backend, **options)]
-        store = dist.PrefixStore(
-            f"qmoe/{words.group_name}", dist.distributed_c10d._get_default_store()
-        )
-        self._notes = Notes(store, self.rank, self.size)
+        store = _store_for(dist.get_process_group_ranks(processes))
+        self._notes = Notes(dist.PrefixStore("notes", store), self.rank, self.size)
+        # The only references, and torch.distributed has none: connections close with the last.
+        self._groups = [
+            _gloo(dist.PrefixStore("words", store), self.rank, self.size, self.timeout),
+            (_nccl if device.type == "cuda" else _gloo)(
+                dist.PrefixStore("layers", store), self.rank, self.size, self.timeout
+            ),
+        ]
         self._ended: str | None = None  # why, once the ranks are no group any more
         self._lock = threading.Lock()
         self._owner: int | None = None  # the thread that is in a call of all ranks
-        weakref.finalize(self, _destroy, self._groups)
 
     # A copy of a model, or of its configuration, belongs to the same ranks.
     def __deepcopy__(self, memo: Any) -> RankGroup:
@@ -104,7 +100,7 @@ class RankGroup:
             return output
         total = output.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         with self._exchanging():
-            dist.all_reduce(total, group=self._groups[1])
+            self._groups[1].allreduce([total]).wait()
         return total.to(output.dtype)
 
     # ---- words ---------------------------------------------------------------------------------
@@ -165,7 +161,7 @@ class RankGroup:
         sent = torch.frombuffer(bytearray(mine[:size].ljust(size, b"\0")), dtype=torch.uint8)
         heard = [torch.empty_like(sent) for _ in range(self.size)]
         with self._exchanging():
-            dist.all_gather(heard, sent, group=self._groups[0])
+            self._groups[0].allgather([heard], [sent]).wait()
         return [bytes(other.numpy()) for other in heard]
 
     # ---- together, to the end ------------------------------------------------------------------
@@ -199,6 +195,8 @@ class RankGroup:
                 watch.start()
             try:
                 yield
+            except _Known as known:  # all ranks are where they were before
+                raise known.error from None
             except BaseException as error:
                 failed = self._end(error, what)
                 if failed is error:
@@ -220,7 +218,9 @@ class RankGroup:
             raise RankFailed(f"the ranks have ended ({self._ended}); start all of them again")
 
     def agree(self, what: str, error: Exception | None, **said: Any) -> list[dict[str, Any]]:
-        """Go on where every rank can; where one cannot, none does, and the group stays.
+        """Go on where every rank can; where one cannot, none does, and the ranks stay a group.
+
+        To be called in a call `together`, before anything else in it.
 
         Args:
             what: as `exchange`.
@@ -233,17 +233,18 @@ class RankGroup:
         why = None if error is None else str(error)
         heard = self.exchange(what, error=why, **said)
         if error is not None:
-            raise error
+            raise _Known(error)
         for rank, other in enumerate(heard):
             if other["error"] is not None:
-                raise RankFailed(f"rank {rank} failed: {other['error']}", (rank,))
+                raise _Known(RankFailed(f"rank {rank} failed: {other['error']}", (rank,)))
         return heard
 
     def _end(self, error: BaseException, what: str) -> BaseException:
         """Let the others know, and end the group; what is to be raised here."""
-        if isinstance(error, _Cut | RankFailed):
+        if isinstance(error, RankFailed):
             self._notes.hear()
-            failed: BaseException = error if isinstance(error, RankFailed) else self._notes.who_failed()
+            cut = isinstance(error, _Cut)
+            failed: BaseException = self._notes.who_failed() if cut else error
         else:
             name = type(error).__name__
             self._notes.fail(f"{name}: {error}"[:2000] if str(error) else name)
@@ -251,13 +252,13 @@ class RankGroup:
         self._ended = f"{what}: {failed}" if str(failed) else f"{what}: {type(failed).__name__}"
         if self.device.type == "cuda":
             self._abort()  # NCCL would wait for what is in flight
-        _destroy(self._groups)
+        self._groups.clear()
         return failed
 
     def _abort(self) -> None:
         """End the layers' exchange that this or another thread waits in."""
         with suppress(Exception):
-            dist.distributed_c10d._abort_process_group(self._groups[1])
+            self._groups[1].abort()
 
     @contextmanager
     def _exchanging(self) -> Iterator[None]:
@@ -269,8 +270,18 @@ class RankGroup:
             raise _Cut from error
 
 
-class _Cut(RuntimeError):
+class _Cut(RankFailed):
     """An exchange ended before its time; which rank it was is found out later."""
+
+    def __init__(self) -> None:
+        super().__init__("an exchange between the ranks was cut off")
+
+
+class _Known(Exception):
+    """An error that all ranks know of, before they have begun."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
 
 
 def rank_group(expert_parallel: Any, device: torch.device) -> RankGroup:
@@ -333,8 +344,22 @@ def _timeout() -> float:
     return seconds
 
 
-def _destroy(groups: list[dist.ProcessGroup]) -> None:
-    """Let go of process groups; empties the list, whose references may be the last."""
-    while groups:
-        with suppress(Exception):  # torch.distributed may have been shut down already
-            dist.destroy_process_group(groups.pop())
+# How many groups each set of ranks has made: all of them have made as many.
+_made: Counter[tuple[int, ...]] = Counter()
+
+
+def _store_for(ranks: list[int]) -> Any:
+    """A part of torch.distributed's store that is only this group's."""
+    _made[tuple(ranks)] += 1
+    name = f"qmoe/{'-'.join(map(str, ranks))}/{_made[tuple(ranks)]}"
+    return dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
+
+
+def _gloo(store: Any, rank: int, size: int, timeout: float) -> Any:
+    return dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout))
+
+
+def _nccl(store: Any, rank: int, size: int, timeout: float) -> Any:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=timeout)
+    return dist.ProcessGroupNCCL(store, rank, size, options)
