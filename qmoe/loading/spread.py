@@ -52,7 +52,8 @@ def _held(heard: list[dict[str, Any]]) -> str:
     held, layers = [other["held"] for other in heard], heard[0]["layers"]
     counts = ", ".join(" or ".join(map(str, sorted(set(of_rank)))) for of_rank in held)
     whole = " or ".join(map(str, sorted({sum(layer) for layer in zip(*held, strict=True)})))
-    return f"{len(heard)} ranks hold {counts} of {whole} experts in each of {layers} layers"
+    ranks = "1 rank holds" if len(heard) == 1 else f"{len(heard)} ranks hold"
+    return f"{ranks} {counts} of {whole} experts in each of {layers} layers"
 
 
 def _looks(model: Any, group: RankGroup) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """The ranks that hold a model's experts between them, and what they say to each other.
 
-Two process groups of torch.distributed, which nobody else uses: one for the layers' tensors (NCCL
-on GPUs, gloo on CPUs), one for short words between hosts (gloo). Every rank does the same in the
+Two connections, which nobody else uses: one for the layers' tensors (NCCL on GPUs, gloo on CPUs),
+one for short words between hosts (gloo). torch.distributed knows of neither, so that they end where
+their owner does. Every rank does the same in the
 same order. What is said carries what it is about, so that ranks which are not in the same place
 notice, and fail, rather than add up what does not belong together.
 """

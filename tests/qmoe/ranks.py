@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from typing import Any
 
 
@@ -45,12 +46,10 @@ def run(size: int, function: Callable[..., Any], *args: Any, timeout: float = 60
     try:
         for process, (mine, its) in zip(processes, pipes, strict=True):
             its.close()
-            if not mine.poll(max(0.0, end - time.monotonic())):
+            # A killed one's pipe stays open: its siblings have it too.
+            if not wait([mine, process.sentinel], max(0.0, end - time.monotonic())):
                 raise TimeoutError(f"{process.name} gave no answer in {timeout} s")
-            try:
-                results.append(mine.recv())
-            except EOFError:
-                results.append(None)
+            results.append(mine.recv() if mine.poll() else None)
     finally:
         for process, (mine, _) in zip(processes, pipes, strict=True):
             with suppress(OSError):

@@ -17,6 +17,7 @@ import ranks
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 import qmoe
 from qmoe.experts.quantized import QuantizedExperts, quantized_modules
@@ -103,3 +104,333 @@ def test_whole_models_compute_what_one_process_does(size, checkpoints, tokenizer
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
             assert (its_greedy, its_sampled) == (greedy, sampled), name
             assert torch.equal(actual, results[0][name][1]), "the ranks differ in bits"
+
+
+# ---- what is read ------------------------------------------------------------------------------
+
+
+@contextmanager
+def counted_reads(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Bytes that are read: by transformers of which tensors, and by us."""
+    read: Counter[str] = Counter()
+
+    class Slice:
+        def __init__(self, name: str, inner: Any) -> None:
+            self.name, self.inner = name, inner
+
+        def __getitem__(self, index: Any) -> torch.Tensor:
+            tensor = self.inner[index]
+            read[self.name] += tensor.nbytes
+            return tensor
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+    class File:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.inner = safe_open(*args, **kwargs)
+
+        def get_slice(self, name: str) -> Slice:
+            return Slice(name, self.inner.get_slice(name))
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            return self.get_slice(name)[...]
+
+        def __enter__(self) -> File:
+            return self
+
+        def __exit__(self, *exception: Any) -> None:
+            self.inner.__exit__(*exception)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+    fill, part = HostStore.fill, shares._read
+
+    def counted_fill(self: HostStore, reads: Any, **options: Any) -> None:
+        read["pages"] += sum(one.nbytes for one in reads)
+        fill(self, reads, **options)
+
+    def counted_part(tensor: Any, start: int, stop: int) -> torch.Tensor:
+        read["shares"] += (stop - start) * tensor.torch_dtype.itemsize
+        return part(tensor, start, stop)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.modeling_utils.safe_open", File)
+        patched.setattr(HostStore, "fill", counted_fill)
+        patched.setattr(shares, "_read", counted_part)
+        yield read
+
+
+def bytes_read(rank: int, paths: dict[str, Path], monkeypatch: Any) -> dict[str, Any]:
+    found = {}
+    for name, path in paths.items():
+        with counted_reads(monkeypatch) as read:
+            model = spread(path)
+        own = sum(e.num_bytes for e in quantized_modules(model).values())
+        biases = sum(
+            getattr(e, bias).nbytes
+            for e in quantized_modules(model).values()
+            for bias in e.layout.biases
+        )
+        held = {id(p) for e in quantized_modules(model).values() for p in e.parameters()}
+        rest = sum(p.nbytes for p in model.parameters() if id(p) not in held)
+        found[name] = dict(read), own + biases, rest
+    return found
+
+
+def test_a_rank_reads_its_own_experts_and_no_others(checkpoints, monkeypatch) -> None:
+    both = {name: checkpoints[name] for name in ("qwen3_moe", "gpt_oss")}
+    results = ranks.run(3, bytes_read, both, monkeypatch)
+    for name, path in both.items():
+        sizes = {}
+        for file in path.glob("*.safetensors"):
+            with safe_open(file, "pt") as tensors:
+                sizes |= {key: tensors.get_tensor(key).nbytes for key in tensors.keys()}  # noqa: SIM118
+        of_experts = sum(size for key, size in sizes.items() if "experts" in key)
+        assert sum(result[name][1] for result in results) == of_experts, "all of them are somewhere"
+        for result in results:
+            read, own, rest = result[name]
+            assert read.pop("pages") + read.pop("shares") == own
+            assert not [key for key in read if "experts" in key]
+            assert sum(read.values()) == rest == sum(sizes.values()) - of_experts
+
+
+def test_ranges_cover_all_experts_evenly() -> None:
+    for num_experts in range(1, 20):
+        for size in range(1, num_experts + 1):
+            found = ranges(num_experts, size)
+            ids = [first + i for first, count in found for i in range(count)]
+            assert ids == list(range(num_experts))
+            assert {count for _, count in found} <= {num_experts // size, -(-num_experts // size)}
+
+
+# ---- layers ------------------------------------------------------------------------------------
+
+
+def routed_layers(rank: int, path: Path, cases: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """A layer's output for ids of several kinds; with one rank, all experts are in one place."""
+    model = spread(path) if rank >= 0 else load(path)
+    layer = next(iter(quantized_modules(model).values()))
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for name, ids in cases.items():
+        hidden = torch.randn(len(ids), layer.layout.hidden_size, generator=generator)
+        weights = torch.rand(ids.shape, generator=generator)
+        found[name] = layer(hidden, ids, weights)
+    return found
+
+
+def test_layers_with_ids_of_every_kind(checkpoints) -> None:
+    generator = torch.Generator().manual_seed(1)
+    cases = {
+        "any": torch.rand(17, 32, generator=generator).topk(2).indices,
+        "all to the last rank": torch.full((5, 2), 31),
+        "one token": torch.tensor([[0, 31]]),
+        "no token": torch.empty(0, 2, dtype=torch.int64),
+        "sentinels": torch.tensor([[32, 3], [-1, 40], [32, 32]]),
+        "int32": torch.tensor([[7, 21]], dtype=torch.int32),
+    }
+    expected = routed_layers(-1, checkpoints["qwen3_moe"], cases)
+    for result in ranks.run(3, routed_layers, checkpoints["qwen3_moe"], cases):
+        for name, actual in result.items():
+            torch.testing.assert_close(actual, expected[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+# ---- what is refused ---------------------------------------------------------------------------
+
+
+def refused(function: Any, *args: Any, **options: Any) -> str:
+    try:
+        function(*args, **options)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was refused"
+
+
+def refusals(rank: int, path: Path, folder: Path, tokenizer: Any) -> dict[str, str]:
+    model = spread(path)
+    ids = torch.tensor([[1, 2, 3]])
+    found = {
+        "state_dict": refused(model.state_dict),
+        "save": refused(model.save_pretrained, folder / "saved"),
+        "load_state_dict": refused(model.load_state_dict, {"model.embed_tokens.weight": ids}),
+        "unpatch": refused(qmoe.unpatch, model),
+        "beams": refused(generate, model, tokenizer, num_beams=2, until=None),
+        "decode": refused(model.generate, ids, custom_generate=qmoe.decode, max_new_tokens=2),
+        "inside": refused(
+            generate,
+            model,
+            tokenizer,
+            stream=lambda *_: generate(model, tokenizer),
+        ),
+    }
+    found["16 bit"] = refused(spread, path.parent / "source")
+    found["weights"] = refused(spread, path.parent / "source", weights="int8")
+    config = DistributedConfig(tp_size=3, ep_size=3, tp_plan={})
+    found["transformers' own"] = refused(
+        AutoModelForCausalLM.from_pretrained, path, distributed_config=config
+    )
+    found["many ranks"] = refused(spread, folder / "two experts")
+    return found
+
+
+def test_what_does_not_combine_is_refused(checkpoints, tokenizer, tmp_path) -> None:
+    torch.manual_seed(0)
+    two = qmoe.patch(families.FAMILIES["mixtral"].build())
+    assert isinstance(next(iter(quantized_modules(two).values())), QuantizedExperts)
+    config = two.config
+    config.num_local_experts = 2
+    small = qmoe.patch(type(two)(config))
+    small.save_pretrained(tmp_path / "two experts")
+    for found in ranks.run(3, refusals, checkpoints["qwen3_moe"], tmp_path, tokenizer):
+        assert isinstance(found, dict), found
+        for what, words in {
+            "state_dict": "holds only its own experts",
+            "save": "each rank holds only its own experts",
+            "load_state_dict": "holds only its own experts",
+            "unpatch": "without expert_parallel",
+            "beams": "beam_search, and experts that are spread over ranks",
+            "decode": "call qmoe.generate on each of them",
+            "inside": "make one call after the other",
+            "16 bit": "not in 8 bit; convert it with convert-checkpoint",
+            "weights": "quantizes while it loads; convert it",
+            "transformers' own": "ep_size=3: transformers would leave 8-bit experts whole on every",
+            "many ranks": "has 2 experts for 3 ranks; start at most 2",
+        }.items():
+            assert words in found[what], (what, found[what])
+    assert not (tmp_path / "saved" / "model.safetensors").exists()
+
+
+def test_without_torchrun(checkpoints, monkeypatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match="torchrun --nproc-per-node 2"):
+        spread(checkpoints["qwen3_moe"])
+    with pytest.raises(ValueError, match="expert_parallel=2; give True, a process group"):
+        load(checkpoints["qwen3_moe"], expert_parallel=2)
+
+
+# ---- one end for all ---------------------------------------------------------------------------
+
+
+def ends(rank: int, path: Path, tokenizer: Any) -> dict[str, Any]:
+    model = spread(path)
+    found: dict[str, Any] = {}
+
+    def until(index: int, tokens: Any) -> bool:
+        return index == 0 and len(tokens) == 4
+
+    found["until"] = generate(model, tokenizer, until=until if rank == 1 else None)
+    plain = qmoe.generate(model, tokenizer, PROMPTS, max_new_tokens=LENGTH)
+    stop = plain.texts[0][3:6]
+    found["stop"] = qmoe.generate(
+        model, tokenizer, PROMPTS[:1], max_new_tokens=LENGTH, stop_strings=[stop]
+    ).new_tokens
+    torch.manual_seed(rank)
+    found["drawn"] = generate(model, tokenizer, do_sample=True)
+    pieces: list[str] = []
+    options = {"stream": lambda index, piece: pieces.append(piece)} if rank == 0 else {}
+    found["stream"] = generate(model, tokenizer, **options)
+    # One rank's prompts are too many; then none begins, and the next call works.
+    many = ["x"] if rank == 1 else PROMPTS
+    found["other prompts"] = refused(generate, model, tokenizer, prompts=many)
+    return found
+
+
+def test_ends_and_draws_are_the_same(checkpoints, tokenizer) -> None:
+    results = ranks.run(2, ends, checkpoints["qwen3_moe"], tokenizer)
+    for found in results:
+        assert isinstance(found, dict), found
+        assert found["until"] == [4, LENGTH]
+        assert found["stop"][0] < LENGTH
+        assert found["drawn"] == results[0]["drawn"]
+        assert found["stream"] == results[0]["stream"]
+        assert "from other prompts or options" in found["other prompts"]
+
+
+def interrupted(rank: int, path: Path, tokenizer: Any) -> Any:
+    """A rank is interrupted at its third token, once; all give out the same, and can go on."""
+    model = spread(path)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def strike(index: int, tokens: Any) -> bool:
+        if rank == 1 and len(tokens) == 3 and index == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return False
+
+    try:
+        generate(model, tokenizer, until=strike)
+    except qmoe.GenerationInterrupted as error:
+        result = error.result.new_tokens, error.result.texts, str(error.__context__)
+    # A prompt that only one rank cannot take: nobody begins, and the ranks stay a group.
+    prompts = [[10**6]] if rank == 0 else PROMPTS
+    not_begun = refused(generate, model, tokenizer, prompts=prompts)
+    return result, not_begun, generate(model, tokenizer)
+
+
+def test_an_interrupt_of_one_rank_stops_all_at_one_token(checkpoints, tokenizer, alone) -> None:
+    first, second = ranks.run(2, interrupted, checkpoints["qwen3_moe"], tokenizer)
+    assert first[0][:2] == second[0][:2]
+    assert first[0][0] == [3, 3]
+    assert "rank 1 was interrupted" in first[0][2]
+    assert "tokenizer of another model" in first[1]
+    assert first[1].startswith("ValueError: prompt 0") and "rank 0 failed" in second[1]
+    assert first[2] == second[2] == alone["qwen3_moe"][2]
+
+
+def fails(rank: int, path: Path, tokenizer: Any, how: str, who: int = 1) -> Any:
+    """A rank fails in the middle of a text; what the others say, and how long it took them."""
+    model = spread(path)
+    layer = list(quantized_modules(model).values())[1]
+    seen = []
+
+    def fail(*_: Any) -> None:
+        seen.append(0)
+        if rank == who and len(seen) == 3:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError("the disk is gone")
+
+    layer.register_forward_pre_hook(fail)
+    started = time.monotonic()
+    first = refused(generate, model, tokenizer)
+    return first, time.monotonic() - started, refused(generate, model, tokenizer)
+
+
+def test_an_error_of_one_rank_ends_all(checkpoints, tokenizer) -> None:
+    zero, one, two = ranks.run(3, fails, checkpoints["qwen3_moe"], tokenizer, "raises")
+    assert one[0] == "OSError: the disk is gone"
+    for found in (zero, two):
+        assert found[0] == "RankFailed: rank 1 failed: OSError: the disk is gone"
+        assert found[1] < 10
+    for found in (zero, one, two):
+        assert "the ranks have ended (qmoe.generate: " in found[2]
+
+
+def test_a_killed_rank_ends_the_others(checkpoints, tokenizer) -> None:
+    zero, one, two = ranks.run(3, fails, checkpoints["qwen3_moe"], tokenizer, "killed")
+    assert one is None
+    for found in (zero, two):
+        assert "RankFailed: rank 1 does not answer any more" in found[0]
+        assert found[1] < 10
+    # Rank 0 keeps what the others would look up.
+    zero, one = ranks.run(2, fails, checkpoints["qwen3_moe"], tokenizer, "killed", 0)
+    assert zero is None
+    assert "RankFailed: rank 0 does not answer" in one[0] or "store is gone" in one[0]
+    assert one[1] < 10
+
+
+def differ(rank: int, path: Path, other: Path) -> Any:
+    return refused(spread, path if rank else other)
+
+
+def test_ranks_that_load_different_models_say_so(checkpoints, tmp_path) -> None:
+    paths = checkpoints["qwen3_moe"], checkpoints["deepseek_v3"]
+    for found in ranks.run(2, differ, *paths):
+        assert "RankFailed: the ranks differ in model" in found
+    broken = tmp_path / "broken"
+    shutil.copytree(paths[0], broken)
+    next(broken.glob("*.safetensors")).unlink()
+    whole, failed = ranks.run(2, differ, broken, paths[0])
+    assert "RankFailed: rank 1 failed" in whole
+    assert failed.startswith(("ValueError", "CheckpointError"))
