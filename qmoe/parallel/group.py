@@ -313,11 +313,6 @@ def rank_group(expert_parallel: Any, device: torch.device) -> RankGroup:
     )
 
 
-def started_by_torchrun() -> bool:
-    """Whether this process is one of several ranks."""
-    return all(name in os.environ for name in _TORCHRUN) and int(os.environ["WORLD_SIZE"]) > 1
-
-
 def _world() -> dist.ProcessGroup:
     if not dist.is_initialized():
         missing = [name for name in _TORCHRUN if name not in os.environ]

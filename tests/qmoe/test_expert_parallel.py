@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -267,7 +270,10 @@ def refusals(rank: int, path: Path, folder: Path, tokenizer: Any) -> dict[str, s
     }
     found["16 bit"] = refused(spread, path.parent / "source")
     found["weights"] = refused(spread, path.parent / "source", weights="int8")
-    config = DistributedConfig(tp_size=3, ep_size=3, tp_plan={})
+    sizes = {"tp_size": 3, "ep_size": 3, "tp_plan": {}}
+    if not hasattr(DistributedConfig, "ep_size"):  # before transformers 5.21
+        sizes = {"tp_size": 3, "enable_expert_parallel": True}
+    config = DistributedConfig(**sizes)
     found["transformers' own"] = refused(
         AutoModelForCausalLM.from_pretrained, path, distributed_config=config
     )
@@ -295,7 +301,7 @@ def test_what_does_not_combine_is_refused(checkpoints, tokenizer, tmp_path) -> N
             "inside": "make one call after the other",
             "16 bit": "not in 8 bit; convert it with convert-checkpoint",
             "weights": "quantizes while it loads; convert it",
-            "transformers' own": "ep_size=3: transformers would leave 8-bit experts whole on every",
+            "transformers' own": "transformers would leave 8-bit experts whole on every",
             "many ranks": "has 2 experts for 3 ranks; start at most 2",
         }.items():
             assert words in found[what], (what, found[what])
@@ -434,3 +440,53 @@ def test_ranks_that_load_different_models_say_so(checkpoints, tmp_path) -> None:
     whole, failed = ranks.run(2, differ, broken, paths[0])
     assert "RankFailed: rank 1 failed" in whole
     assert failed.startswith(("ValueError", "CheckpointError"))
+
+
+# ---- paging ------------------------------------------------------------------------------------
+
+
+def paged(rank: int, path: Path, tokenizer: Any) -> Any:
+    """Each rank pages with a budget of its own, rank 0 as little as works; it changes it later."""
+    refusal = refused(load, path, hbm_budget=1, context=64, batch_size=2)
+    whole = int(refusal.split(" bytes)")[0].rpartition("(")[2])
+    found = refused(spread, path, hbm_budget=1, context=64, batch_size=2)
+    smallest = int(found.split(" bytes)")[0].rpartition("(")[2]) if rank == 0 else whole
+    model = spread(path, hbm_budget=smallest, context=64, batch_size=2)
+    before = generate(model, tokenizer), model.qmoe_paging.budget.num_slots
+    if rank == 1:
+        qmoe.resize(model, hbm_budget=whole + 20_000)
+    return whole, smallest, before, generate(model, tokenizer), logits(model)
+
+
+def test_each_rank_pages_with_its_own_budget(checkpoints, tokenizer, alone) -> None:
+    zero, one = ranks.run(2, paged, checkpoints["qwen3_moe"], tokenizer)
+    _, expected, greedy, _ = alone["qwen3_moe"]
+    for found in (zero, one):
+        assert not isinstance(found, ranks.Failure), found
+        before, after, actual = found[2:]
+        assert before[0] == after == greedy
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert zero[1] <= one[1] and zero[2][1] < 2 * 16
+
+
+# ---- the command -------------------------------------------------------------------------------
+
+
+def test_torchrun_generates_and_rank_0_speaks(checkpoints, tokenizer, tmp_path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(checkpoints["qwen3_moe"], path)
+    tokenizer.save_pretrained(path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    options = ["--prompt", PROMPTS[0], "--device", "cpu", "--max-new-tokens", "4", "--json"]
+    done = subprocess.run(
+        [*command, "-m", "qmoe", "generate", str(path), *options],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (text,) = json.loads(done.stdout)["texts"]
+    one = load(path)
+    assert text == qmoe.generate(one, tokenizer, PROMPTS[0], max_new_tokens=4).texts[0]
+    assert done.stderr.count("qmoe: 2 ranks hold 16, 16 of 32 experts in each of 2 layers") == 1
