@@ -14,16 +14,21 @@ import time
 import zlib
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import GenerationConfig, StoppingCriteria
 
+from qmoe.checkpoints.inspection import find_top_k
+from qmoe.experts.quantized import quantized_modules
 from qmoe.parallel.failure import RankFailed
 from qmoe.parallel.group import RankGroup
+from qmoe.parallel.texts import OwnTexts
 from qmoe.start import SIGNALS
 from qmoe.text import Text
 
+# The configuration of a call and the tokens of its prompts.
+Prepared: TypeAlias = "tuple[GenerationConfig, list[list[int]]]"
 # A launcher may hand on a Ctrl-C that the terminal has sent already. In seconds.
 _SAME_STRIKE = 1.0
 
@@ -118,7 +123,31 @@ class Agreement(StoppingCriteria):
             raise KeyboardInterrupt(f"rank {self.interrupted} was interrupted")
 
 
-def agree_on_call(
+def agree(
+    group: RankGroup,
+    prepare: Callable[[], Prepared],
+    seed: int | None,
+) -> tuple[GenerationConfig, list[list[int]], int | None]:
+    """What this rank's call is, and its seed; every rank's is the same.
+
+    Args:
+        group: the ranks, in a call together.
+        prepare: looks at what the caller gave.
+        seed: None: where tokens are drawn, they are from a seed that rank 0 draws.
+
+    Raises:
+        what ``prepare`` raises; on the other ranks a RankFailed that names this one.
+        RankFailed: another rank generates something else.
+    """
+    try:
+        config, token_ids = prepare()
+    except Exception as error:
+        _agree_on_call(group, error, None, [], seed)
+        raise  # never: it was raised there
+    return config, token_ids, _agree_on_call(group, None, config, token_ids, seed)
+
+
+def _agree_on_call(
     group: RankGroup,
     error: Exception | None,
     config: GenerationConfig | None,
@@ -161,6 +190,44 @@ def agree_on_call(
     chunks = [other["chunk"] for other in heard if other["chunk"] is not None]
     config.prefill_chunk_size = min(chunks, default=None)
     return heard[0]["seed"] if seed is None else seed
+
+
+def begin_own_texts(
+    model: Any,
+    group: RankGroup,
+    strikes: Strikes,
+    prompts: Any,
+    prepare: Callable[[], Prepared],
+) -> tuple[Any, list[list[int]]]:
+    """What this rank generates, nothing where it has no prompts; from here on there are rounds."""
+    error: Exception | None = None
+    config: Any = None
+    token_ids: list[list[int]] = []
+    top_k = None
+    try:
+        if len(prompts):
+            config, token_ids = prepare()
+        top_k = find_top_k(model.config.get_text_config().to_dict())
+        if top_k is None:
+            raise ValueError(
+                f"own_texts=True: {type(model).__name__} does not say how many experts a token "
+                "has; give all ranks the same prompts"
+            )
+    except Exception as unusable:
+        error = unusable
+    group.agree("qmoe.generate with texts of its own", error)
+    assert top_k is not None
+    group.own_texts = OwnTexts(group, top_k, lambda: strikes.struck is not None)
+    return config, token_ids
+
+
+@torch.no_grad()
+def take_part(model: Any, group: RankGroup) -> None:
+    """Run this rank's experts for the others, until all texts have ended."""
+    layers = list(quantized_modules(model).values())
+    device = layers[0].down_proj_scale.device
+    like = torch.empty(0, layers[0].layout.hidden_size, dtype=model.dtype, device=device)
+    group.own_texts.take_part(layers, like)
 
 
 def _sum_of(values: Any) -> int:

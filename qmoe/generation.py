@@ -26,14 +26,13 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from qmoe.agreement import Agreement, Strikes, agree_on_call
+from qmoe.agreement import Agreement, Strikes, agree, begin_own_texts, take_part
 from qmoe.checkpoints.files import check_folder, first_line
 from qmoe.decoding.loop import decode
 from qmoe.experts.guard import guard_of
 from qmoe.experts.layout import describe
 from qmoe.experts.quantized import QuantizedExperts, group_of
 from qmoe.generation_config import BEAMS, ONE_BY_ONE, as_list, configuration
-from qmoe.parallel.group import RankGroup
 from qmoe.seeds import Draws, check_seed, refuse_dropout, thread_state
 from qmoe.stopping import Clock, Until
 from qmoe.text import Streamer, Text
@@ -106,6 +105,7 @@ def generate(
     until: Callable[[int, Sequence[int]], bool] | None = None,
     chat: bool = False,
     seed: int | None = None,
+    own_texts: bool = False,
     **options: Any,
 ) -> GenerationResult:
     """Continue one or many prompts.
@@ -127,6 +127,8 @@ def generate(
         chat: wrap each prompt as a user's message in the tokenizer's chat template.
         seed: seeds sampling; the same seed gives the same text on the same device, whatever else
             draws meanwhile.
+        own_texts: where the experts are spread over ranks: each rank has prompts of its own, or
+            none, and gets their texts; its attention is for these alone.
         options: named as in transformers' ``GenerationConfig``: ``do_sample``, ``temperature``,
             ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``, ``num_beams``, ``stop_strings``
             ... What is not given comes from ``model.generation_config``, but for ``max_length``
@@ -163,31 +165,42 @@ def generate(
     prepare = partial(
         _prepare, model, tokenizer, prompts, max_new_tokens, chat, options, listener, seed
     )
+    if own_texts and group is None:
+        raise ValueError("own_texts=True: this model's experts are not spread over ranks; drop it")
     restore = thread_state()
-    call = None
+    call = agreement = None
     try:
         with ExitStack() as stack:
             if group is None:
                 config, token_ids = prepare()
-                agreement = None
             else:
                 strikes = stack.enter_context(Strikes())
                 stack.enter_context(group.together("qmoe.generate"))
-                config, token_ids, seed = _agree(group, prepare, seed)
-                agreement = Agreement(group, strikes)
-            draws = None if seed is None else Draws(seed)
-            call = _Call(model, tokenizer, token_ids, config, stream, until, draws, agreement)
+                if own_texts:
+                    config, token_ids = begin_own_texts(model, group, strikes, prompts, prepare)
+                else:
+                    config, token_ids, seed = agree(group, prepare, seed)
+                    agreement = Agreement(group, strikes)
             stack.enter_context(guard_of(model).generating())
-            call.run()
+            draws = None if seed is None else Draws(seed)
+            if token_ids:
+                call = _Call(model, tokenizer, token_ids, config, stream, until, draws, agreement)
+                call.run()
+            if own_texts:
+                take_part(model, group)
         if agreement is not None:
             agreement.check_interrupted()
+        if call is None:
+            return _no_texts(model)
         call.finish()
         return call.result()
     except KeyboardInterrupt:
-        if call is None:
+        if call is None and not own_texts:
             raise
-        call.cut()
-        raise GenerationInterrupted(call.result()) from None
+        if call is not None:
+            call.cut()
+        result = _no_texts(model) if call is None else call.result()
+        raise GenerationInterrupted(result) from None
     finally:
         restore()
 
@@ -234,18 +247,11 @@ def _prepare(
     return config, token_ids
 
 
-def _agree(
-    group: RankGroup,
-    prepare: Callable[[], tuple[GenerationConfig, list[list[int]]]],
-    seed: int | None,
-) -> tuple[GenerationConfig, list[list[int]], int | None]:
-    """What this rank's call is, and its seed; every rank's is the same."""
-    try:
-        config, token_ids = prepare()
-    except Exception as error:
-        agree_on_call(group, error, None, [], seed)
-        raise  # never: it was raised there
-    return config, token_ids, agree_on_call(group, None, config, token_ids, seed)
+def _no_texts(model: Any) -> GenerationResult:
+    nothing = GenerationStatistics(
+        0, 0, 0.0, 0.0, 0.0, None, None, "process resident", expert_bytes(model)
+    )
+    return GenerationResult([], [], [], nothing)
 
 
 def expert_bytes(model: nn.Module) -> int:
@@ -374,7 +380,7 @@ class _Call:
         device = self.model.device
         device = torch.device("cpu") if device.type == "meta" else device
         # On a CPU a launch costs nothing, and transformers' own loop is as good.
-        ours = device.type == "cuda" and mode in ONE_BY_ONE
+        ours = device.type == "cuda" and mode in ONE_BY_ONE and not self._in_rounds()
         generator = None if self.draws is None else self.draws.generator(device)
         # transformers hands its streamer to no loop but its own.
         loop = partial(decode, streamer=streamer, generator=generator)
@@ -395,6 +401,11 @@ class _Call:
             rows = sequences[:, input_ids.shape[1] :].tolist()
             for text, row in zip(self.texts, rows, strict=True):
                 text.extend(row)
+
+    def _in_rounds(self) -> bool:
+        """Whether hosts agree on each forward pass, which a graph cannot hold."""
+        group = group_of(self.model)
+        return group is not None and group.own_texts is not None
 
     def finish(self) -> None:
         """Give out what the texts hold back."""

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from qmoe.experts.quantized import quantized_modules
+from qmoe.experts.quantized import group_of, quantized_modules
 from qmoe.parallel.failure import RankFailed
 from qmoe.parallel.group import RankGroup
 
@@ -40,8 +40,7 @@ def load_spread(group: RankGroup, load: Callable[[], Any]) -> Any:
             layers=len(held),
         )
         _check_same(heard)
-        # What a user runs without qmoe.generate is compared as well.
-        model.register_forward_pre_hook(_check_same_inputs, with_kwargs=True)
+        model.register_forward_pre_hook(_before_forward, with_kwargs=True)
     if group.rank == 0:
         print(f"qmoe: {_held(heard)}", file=sys.stderr, flush=True)
     return model
@@ -104,18 +103,25 @@ def _check_same(heard: list[dict[str, Any]]) -> None:
             )
 
 
-def _check_same_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse a forward pass that is not the same on every rank; its sums would be of nothing."""
-    share = next((e.share for e in quantized_modules(model).values()), None)
-    if share is None or share.group.in_call:
+def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Begin a round, or refuse a pass that is not the same on every rank.
+
+    The sums of different passes would be of nothing. qmoe.generate has compared its own.
+    """
+    group = group_of(model)
+    if group is None:
         return
-    given = [*args, *(kwargs.get(name) for name in ("input_ids", "inputs_embeds"))]
+    given = [*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs_embeds"))]
     tensors = [t for t in given if isinstance(t, torch.Tensor)]
+    if group.own_texts is not None:
+        group.own_texts.begin(tensors[0].shape[:2].numel())
+    if group.in_call:
+        return
     looks = [[list(t.shape), float(t.detach().double().sum())] for t in tensors]
-    for rank, other in enumerate(share.group.exchange("a forward pass", inputs=looks)):
+    for rank, other in enumerate(group.exchange("a forward pass", inputs=looks)):
         if other["inputs"] != looks:
             raise RankFailed(
-                f"rank {rank} runs the model on other inputs than rank {share.group.rank}; every "
+                f"rank {rank} runs the model on other inputs than rank {group.rank}; every "
                 "rank must be given the same, or use qmoe.generate",
                 (rank,),
             )

@@ -43,6 +43,8 @@ class RankGroup:
         size: how many ranks there are.
         device: where the layers' tensors are.
         timeout: seconds that a rank waits for another in an exchange.
+        own_texts: the `OwnTexts` of a call in which each rank has texts of its own, if one is under
+            way.
     """
 
     def __init__(self, processes: dist.ProcessGroup, device: torch.device) -> None:
@@ -68,6 +70,7 @@ class RankGroup:
             ),
         ]
         self._ended: str | None = None  # why, once the ranks are no group any more
+        self.own_texts: Any = None  # a call in which each rank has texts of its own
         self._lock = threading.Lock()
         self._owner: int | None = None  # the thread that is in a call of all ranks
 
@@ -103,6 +106,40 @@ class RankGroup:
         with self._exchanging():
             self._groups[1].allreduce([total]).wait()
         return total.to(output.dtype)
+
+    @torch.compiler.disable
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks, one rank's behind the other's.
+
+        Args:
+            rows: (num_rows, ...), as many on every rank.
+
+        Returns:
+            (size * num_rows, ...)
+        """
+        self.check_open()
+        gathered = rows.new_empty(self.size * len(rows), *rows.shape[1:])
+        with self._exchanging():
+            self._groups[1]._allgather_base(gathered, rows.contiguous()).wait()
+        return gathered
+
+    @torch.compiler.disable
+    def sum_and_scatter(self, output: Tensor) -> Tensor:
+        """Add up the ranks' outputs in fp32, and keep the rows that are this rank's.
+
+        Args:
+            output: (size * num_rows, hidden_size) of this rank's experts, rows as `gather` has
+                them.
+
+        Returns:
+            (num_rows, hidden_size) in the dtype of ``output``.
+        """
+        self.check_open()
+        total = output.float().contiguous()
+        own = total.new_empty(len(output) // self.size, *output.shape[1:])
+        with self._exchanging():
+            self._groups[1]._reduce_scatter_base(own, total).wait()
+        return own.to(output.dtype)
 
     # ---- words ---------------------------------------------------------------------------------
 
@@ -196,7 +233,7 @@ class RankGroup:
                 watch.start()
             try:
                 yield
-            except _Known as known:  # all ranks are where they were before
+            except KnownToAll as known:  # all ranks are where they were before
                 raise known.error from None
             except BaseException as error:
                 failed = self._end(error, what)
@@ -204,7 +241,7 @@ class RankGroup:
                     raise
                 raise failed from None
             finally:
-                self._owner = None
+                self._owner = self.own_texts = None
                 if watch is not None:
                     watch.stop()
 
@@ -234,10 +271,10 @@ class RankGroup:
         why = None if error is None else str(error)
         heard = self.exchange(what, error=why, **said)
         if error is not None:
-            raise _Known(error)
+            raise KnownToAll(error)
         for rank, other in enumerate(heard):
             if other["error"] is not None:
-                raise _Known(RankFailed(f"rank {rank} failed: {other['error']}", (rank,)))
+                raise KnownToAll(RankFailed(f"rank {rank} failed: {other['error']}", (rank,)))
         return heard
 
     def _end(self, error: BaseException, what: str) -> BaseException:
@@ -278,10 +315,11 @@ class _Cut(RankFailed):
         super().__init__("an exchange between the ranks was cut off")
 
 
-class _Known(Exception):
-    """An error that all ranks know of, before they have begun."""
+class KnownToAll(Exception):
+    """An error that all ranks raise in the same place, so that they stay a group."""
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(str(error))
         self.error = error
 
 

@@ -43,14 +43,24 @@ class Share:
         """The layer's output, from what each rank's own experts make.
 
         Args:
-            hidden_states: (num_tokens, hidden_size), the same on every rank.
+            hidden_states: (num_tokens, hidden_size), the same on every rank, or each rank's own
+                in a call of that kind.
             topk_ids, topk_weights: (num_tokens, top_k), of the layer; likewise.
             experts: this rank's.
 
         Returns:
             (num_tokens, hidden_size), as ``hidden_states``.
         """
-        return self.group.sum(experts(hidden_states, self.own_ids(topk_ids), topk_weights))
+
+        def own_experts(rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+            return experts(rows, self.own_ids(ids), weights)
+
+        if self.group.own_texts is not None:
+            output: Tensor = self.group.own_texts.run(
+                hidden_states, topk_ids, topk_weights, own_experts
+            )
+            return output
+        return self.group.sum(own_experts(hidden_states, topk_ids, topk_weights))
 
 
 def share_of(group: RankGroup, num_experts: int, name: str) -> Share:

@@ -442,6 +442,77 @@ def test_ranks_that_load_different_models_say_so(checkpoints, tmp_path) -> None:
     assert failed.startswith(("ValueError", "CheckpointError"))
 
 
+# ---- texts of a rank's own ---------------------------------------------------------------------
+
+OWN = [["def close(self):", "x"], [], ["import os and so on, a longer prompt"]]
+LENGTHS = [LENGTH, LENGTH, 4]
+
+
+def own_texts(rank: int, paths: dict[str, Path], tokenizer: Any) -> dict[str, Any]:
+    found = {}
+    for name, path in paths.items():
+        model = spread(path)
+        options = {"prompts": OWN[rank], "max_new_tokens": LENGTHS[rank], "own_texts": True}
+        first = generate(model, tokenizer, **options)
+        sampled = generate(model, tokenizer, do_sample=True, seed=rank, **options)
+        found[name] = first, sampled, generate(model, tokenizer)
+    return found
+
+
+def test_each_rank_has_texts_of_its_own(checkpoints, tokenizer, alone) -> None:
+    results = ranks.run(3, own_texts, checkpoints, tokenizer)
+    for name, path in checkpoints.items():
+        model = load(path)
+        for rank, result in enumerate(results):
+            assert not isinstance(result, ranks.Failure), result
+            options = {"prompts": OWN[rank], "max_new_tokens": LENGTHS[rank]}
+            expected = [], []
+            if OWN[rank]:
+                expected = (
+                    generate(model, tokenizer, **options),
+                    generate(model, tokenizer, do_sample=True, seed=rank, **options),
+                )
+            assert result[name] == (*expected, alone[name][2]), (name, rank)
+
+
+def own_ends(rank: int, path: Path, tokenizer: Any) -> Any:
+    model = spread(path)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def strike(index: int, tokens: Any) -> bool:
+        if len(tokens) == 3 and index == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return False
+
+    options = {"prompts": OWN[rank], "own_texts": True}
+    struck = {"until": strike} if rank == 2 else {}
+    interrupted = refused_interrupt(generate, model, tokenizer, **options, **struck)
+    unusable = {"prompts": [[10**6]], "own_texts": True} if rank == 0 else options
+    not_begun = refused(generate, model, tokenizer, **unusable)
+    return interrupted, not_begun, generate(model, tokenizer, **options)
+
+
+def refused_interrupt(function: Any, *args: Any, **options: Any) -> list[int]:
+    try:
+        function(*args, **options)
+    except qmoe.GenerationInterrupted as error:
+        return error.result.new_tokens
+    return [-1]
+
+
+def test_texts_of_its_own_end_together(checkpoints, tokenizer) -> None:
+    results = ranks.run(3, own_ends, checkpoints["qwen3_moe"], tokenizer)
+    model = load(checkpoints["qwen3_moe"])
+    for rank, result in enumerate(results):
+        assert not isinstance(result, ranks.Failure), result
+        interrupted, not_begun, after = result
+        assert interrupted == [3] * len(OWN[rank])
+        assert "tokenizer of another model" in not_begun
+        assert after == (generate(model, tokenizer, prompts=OWN[rank]) if OWN[rank] else [])
+    with pytest.raises(ValueError, match="not spread over ranks"):
+        generate(model, tokenizer, own_texts=True)
+
+
 # ---- paging ------------------------------------------------------------------------------------
 
 
