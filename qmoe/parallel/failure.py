@@ -8,6 +8,8 @@ a thread of each rank counts up, stops.
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -97,18 +99,28 @@ class Notes:
 class Watch:
     """A thread that counts up this rank's pulse and looks at the others'.
 
-    Needed where an exchange does not end by itself when another rank has: with NCCL.
+    Needed where an exchange does not end by itself when another rank has: on GPUs. There a kernel
+    may wait for a rank that is gone, and nothing in the process can end that; then the process
+    ends, and says why.
     """
 
-    def __init__(self, notes: Notes, patience: float, interrupt: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        notes: Notes,
+        patience: float,
+        interrupt: Callable[[], None],
+        give_up: Callable[[RankFailed], None] | None = None,
+    ) -> None:
         """Nothing runs before `start`.
 
         Args:
             notes: of the group.
             patience: seconds without a pulse after which a rank counts as gone.
             interrupt: ends the exchange that is under way; called once, from the thread.
+            give_up: called where that did not help; by default it ends the process.
         """
         self.notes, self.patience, self.interrupt = notes, patience, interrupt
+        self.give_up = give_up or _end_process
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="qmoe-ranks", daemon=True)
 
@@ -119,22 +131,30 @@ class Watch:
     def stop(self) -> None:
         """Look no further; returns when the thread has ended."""
         self._stopped.set()
-        if self._thread is not threading.current_thread():
-            self._thread.join()
+        self._thread.join()
 
     def _run(self) -> None:
-        count, seen = 0, dict[int, tuple[str, float]]()
+        others = (rank for rank in range(self.notes.size) if rank != self.notes.rank)
+        count, seen = 0, {rank: ("", time.monotonic()) for rank in others}
         while not self._stopped.wait(_PAUSE):
             count, now = count + 1, time.monotonic()
             try:
                 self.notes.pulse(count)
                 for rank, pulse in self.notes.pulses().items():
-                    if seen.get(rank, ("", 0.0))[0] != pulse:
+                    if seen[rank][0] != pulse:
                         seen[rank] = pulse, now
                 trouble = bool(self.notes.failures())
             except Exception:  # the store's keeper is gone
                 trouble = True
             if trouble or any(now - since > self.patience for _, since in seen.values()):
-                if not self._stopped.is_set():
-                    self.interrupt()
+                self.interrupt()
+                if not self._stopped.wait(2 * _GRACE):
+                    self.give_up(self.notes.who_failed())
                 return
+
+
+def _end_process(failed: RankFailed) -> None:
+    print(
+        f"qmoe: {failed}; the GPU still waits for it, this rank ends", file=sys.stderr, flush=True
+    )
+    os._exit(1)

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qmoe.parallel.failure import Notes, RankFailed, Watch
+from qmoe.parallel.one_shot import OneShot
 
 # Seconds that a rank waits for another in an exchange.
 TIMEOUT_VARIABLE = "QMOE_RANK_TIMEOUT"
@@ -69,6 +70,7 @@ class RankGroup:
                 dist.PrefixStore("layers", store), self.rank, self.size, self.timeout
             ),
         ]
+        self._one_shot = self._try_one_shot(processes) if device.type == "cuda" else None
         self._ended: str | None = None  # why, once the ranks are no group any more
         self.own_texts: Any = None  # a call in which each rank has texts of its own
         self._lock = threading.Lock()
@@ -102,6 +104,8 @@ class RankGroup:
         self.check_open()
         if self.size == 1 or not output.numel():
             return output
+        if self._one_shot is not None and self._one_shot.takes(output):
+            return self._one_shot.sum(output).to(output.dtype)
         total = output.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         with self._exchanging():
             self._groups[1].allreduce([total]).wait()
@@ -140,6 +144,20 @@ class RankGroup:
         with self._exchanging():
             self._groups[1]._reduce_scatter_base(own, total).wait()
         return own.to(output.dtype)
+
+    def _try_one_shot(self, processes: dist.ProcessGroup) -> OneShot | None:
+        """The quicker way for few rows, where it gives on every rank what NCCL gives."""
+        rows = torch.arange(4096, dtype=torch.float32, device=self.device).add_(self.rank)
+        expected, found, works = rows.clone(), None, False
+        self._groups[1].allreduce([expected]).wait()
+        try:
+            found = OneShot(processes, self.device)
+            works = all(torch.equal(found.sum(rows), expected) for _ in range(3))
+        except Exception:  # no peer access, several hosts, a torch that has it otherwise
+            works = False
+        every = torch.tensor([float(works)], device=self.device)
+        self._groups[1].allreduce([every]).wait()
+        return found if int(every) == self.size else None
 
     # ---- words ---------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ import qmoe
 from qmoe.experts.quantized import QuantizedExperts, quantized_modules
 from qmoe.loading import shares
 from qmoe.paging.host_store import HostStore
+from qmoe.parallel import failure
 from qmoe.parallel.share import ranges
 from qmoe_convert.convert import convert
 
@@ -440,6 +441,43 @@ def test_ranks_that_load_different_models_say_so(checkpoints, tmp_path) -> None:
     whole, failed = ranks.run(2, differ, broken, paths[0])
     assert "RankFailed: rank 1 failed" in whole
     assert failed.startswith(("ValueError", "CheckpointError"))
+
+
+class Store(dict):
+    """What `Notes` needs of a store of torch.distributed."""
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value
+
+    def get(self, key: str) -> bytes:
+        return self[key].encode()
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
+
+
+@pytest.mark.parametrize("how", ["no pulse", "a note"])
+def test_a_watch_ends_what_waits_for_a_rank_that_is_gone(how, monkeypatch) -> None:
+    monkeypatch.setattr(failure, "_PAUSE", 0.01)
+    monkeypatch.setattr(failure, "_GRACE", 0.05)
+    store, called = Store(), list[Any]()
+    mine, other = (failure.Notes(store, rank, 2) for rank in (0, 1))
+    watch = failure.Watch(mine, 0.2, lambda: called.append("interrupt"), called.append)
+    other.pulse(1)
+    watch.start()
+    for count in range(2, 12):  # half a second, longer than a watch waits for a pulse
+        time.sleep(0.05)
+        other.pulse(count)
+    assert not called
+    if how == "a note":
+        other.fail("out of memory")
+    end = time.monotonic() + 10
+    while len(called) < 2 and time.monotonic() < end:
+        time.sleep(0.02)
+    watch.stop()
+    assert called[0] == "interrupt"
+    said = "rank 1 failed: out of memory" if how == "a note" else "rank 1 does not answer any more"
+    assert said in str(called[1])
 
 
 # ---- texts of a rank's own ---------------------------------------------------------------------
