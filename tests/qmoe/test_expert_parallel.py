@@ -18,16 +18,19 @@ import families
 import pytest
 import ranks
 import torch
+import zoo
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, StoppingCriteriaList
 from transformers.distributed import DistributedConfig
 
 import qmoe
-from qmoe.experts.quantized import QuantizedExperts, quantized_modules
+from qmoe.agreement import Agreement, Strikes
+from qmoe.experts.quantized import QuantizedExperts, group_of, quantized_modules
 from qmoe.loading import shares
 from qmoe.paging.host_store import HostStore
 from qmoe.parallel import failure
-from qmoe.parallel.share import ranges
+from qmoe.parallel.share import ranges, share_of
+from qmoe.text import Text
 from qmoe_convert.convert import convert
 
 # Stored expert by expert, and fused with biases; with dense layers; with shared experts. The number
@@ -241,6 +244,42 @@ def test_layers_with_ids_of_every_kind(checkpoints) -> None:
             torch.testing.assert_close(actual, expected[name], rtol=1e-5, atol=1e-5, msg=name)
 
 
+class Alone:
+    """Stands in for the ranks of a group, whose parts are known: no process is started."""
+
+    def __init__(self, rank: int, total: torch.Tensor | None = None) -> None:
+        self.rank, self.size, self.own_texts, self.total = rank, 3, None, total
+
+    def sum(self, output: torch.Tensor) -> torch.Tensor:
+        return output if self.total is None else self.total
+
+
+@pytest.mark.parametrize("experts_class", zoo.experts_classes(), ids=str)
+def test_every_experts_class_is_the_sum_of_its_shares(experts_class) -> None:
+    source = experts_class.build()
+    whole = QuantizedExperts.quantized_from(source, "int8")
+    layout = whole.layout
+    num_ids = layout.num_experts + layout.num_identity_experts
+    hidden, ids, weights = zoo.routing(17, num_ids)
+    parts = []
+    for rank in (0, 1, 2, 0):
+        group = Alone(rank, sum(parts) if len(parts) == 3 else None)
+        share = share_of(group, layout.num_experts, "experts")
+        experts = QuantizedExperts(source, "int8", share=share)
+        held = slice(share.first, share.first + share.count)
+        tensors = {name: parameter.data[held] for name, parameter in whole.named_parameters()}
+        kept = {name for name in tensors if "." in name}  # a norm's
+        pages = [tensors.pop(f"{projection}_q") for projection in layout.projections]
+        experts.take_share({name: t for name, t in tensors.items() if name not in kept})
+        experts.unpage(*pages)
+        with torch.no_grad():
+            if len(parts) == 3:  # what is not of experts comes once, on every rank
+                expected = whole(hidden, ids, weights)
+                torch.testing.assert_close(experts(hidden, ids, weights), expected)
+            else:
+                parts.append(experts._own_experts(hidden, share.own_ids(ids), weights))
+
+
 # ---- what is refused ---------------------------------------------------------------------------
 
 
@@ -353,6 +392,37 @@ def test_ends_and_draws_are_the_same(checkpoints, tokenizer) -> None:
         assert found["drawn"] == results[0]["drawn"]
         assert found["stream"] == results[0]["stream"]
         assert "from other prompts or options" in found["other prompts"]
+
+
+def decoded(rank: int, path: Path) -> Any:
+    """qmoe's own loop, which is for GPUs but runs anywhere: a token ahead of what is agreed on."""
+    model = spread(path)
+    group = group_of(model)
+    with group.together("a test"):
+        agreement = Agreement(group, Strikes())
+        agreement.watch([Text(None, [], [], None) for _ in TOKENS], None)
+        return model.generate(
+            TOKENS,
+            attention_mask=torch.ones_like(TOKENS),
+            custom_generate=qmoe.decode,
+            stopping_criteria=StoppingCriteriaList([agreement]),
+            max_new_tokens=LENGTH,
+            do_sample=False,
+        )
+
+
+def test_our_own_loop_gives_the_same_tokens(checkpoints) -> None:
+    for name in ("qwen3_moe", "gpt_oss"):
+        model = load(checkpoints[name])
+        expected = model.generate(
+            TOKENS,
+            attention_mask=torch.ones_like(TOKENS),
+            custom_generate=qmoe.decode,
+            max_new_tokens=LENGTH,
+            do_sample=False,
+        )
+        for actual in ranks.run(2, decoded, checkpoints[name]):
+            assert torch.equal(actual, expected), actual
 
 
 def interrupted(rank: int, path: Path, tokenizer: Any) -> Any:
