@@ -201,7 +201,7 @@ def _continue(
 
     quiet()
     beams = (sampling.num_beams or 1) > 1
-    record = None if rank else watching.record_routing
+    record = watching.record_routing  # on every rank, so that all run the same steps
     with ExitStack() as stack:
         stack.enter_context(interruptible())
         tokenizer = load_tokenizer(path)  # before minutes go into loading
@@ -234,7 +234,7 @@ def _continue(
             print(_statistics_line(result.statistics), file=sys.stderr)
             if status is not None:
                 print(status.line(), file=sys.stderr)
-        if recording is not None and record is not None:
+        if recording is not None and record is not None and not rank:
             name = Path(path).resolve().name if os.path.isdir(path) else path
             _save_trace(recording, record, name, len(prompts), interrupted != 0)
     if interrupted:

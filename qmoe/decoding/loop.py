@@ -203,6 +203,7 @@ class _Call:
         step = decoder.take(self.model, len(self.input_ids), self.criteria.max_length)
         whole = False
         try:
+            self._agree(step)
             with drawing(step, self.generator):
                 sequences = self._generate(step)
             if step.trouble not in (None, Fingerprint.RECORDING):
@@ -216,6 +217,22 @@ class _Call:
                     torch.cuda.current_stream(step.device).synchronize()
             finally:
                 decoder.give_back(step, keep=whole)
+
+    def _agree(self, step: DecodeStep) -> None:
+        """Refuse to run where ranks would run steps of other shapes, or another number of them."""
+        group = group_of(self.model)
+        if group is None:
+            return
+        chunk = self.config.prefill_chunk_size
+        columns = step.columns_of(self.input_ids.shape[1], chunk, plain=self.plain)
+        mine = [step.rows, columns, step.shadows.uncapturable is None]
+        for rank, other in enumerate(group.exchange("qmoe.decode", step=mine)):
+            if other["step"] != mine:
+                raise RankFailed(
+                    f"rank {rank} decodes in other steps than rank {group.rank}; register the same "
+                    "hooks on every rank, and call qmoe.release on all or none",
+                    (rank,),
+                )
 
     def _generate(self, step: DecodeStep) -> Tensor:
         max_new_tokens = self.criteria.max_length - self.input_ids.shape[1]

@@ -131,7 +131,8 @@ class Watch:
     def stop(self) -> None:
         """Look no further; returns when the thread has ended."""
         self._stopped.set()
-        self._thread.join()
+        if self._thread.ident is not None:  # an interrupt may come before the start
+            self._thread.join()
 
     def _run(self) -> None:
         others = (rank for rank in range(self.notes.size) if rank != self.notes.rank)

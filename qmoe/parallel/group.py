@@ -243,13 +243,14 @@ class RankGroup:
                 "the others do not know of it; make one call after the other"
             )
         with self._lock:
-            self._owner = threading.get_ident()
             # gloo ends by itself where a rank is gone.
             watch = None
             if self.device.type == "cuda":
                 watch = Watch(self._notes, self.timeout, self._abort)
-                watch.start()
             try:
+                self._owner = threading.get_ident()
+                if watch is not None:
+                    watch.start()
                 yield
             except KnownToAll as known:  # all ranks are where they were before
                 raise known.error from None

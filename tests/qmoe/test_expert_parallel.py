@@ -18,6 +18,7 @@ import families
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
 import zoo
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, StoppingCriteriaList
@@ -25,6 +26,7 @@ from transformers.distributed import DistributedConfig
 
 import qmoe
 from qmoe.agreement import Agreement, Strikes
+from qmoe.cli.main import main
 from qmoe.experts.quantized import QuantizedExperts, group_of, quantized_modules
 from qmoe.loading import shares
 from qmoe.paging.host_store import HostStore
@@ -321,6 +323,37 @@ def refusals(rank: int, path: Path, folder: Path, tokenizer: Any) -> dict[str, s
     return found
 
 
+def within(rank: int, path: Path) -> Any:
+    """A process group of two of three ranks, and a device mesh of all."""
+    dist.init_process_group("gloo")
+    mesh = dist.device_mesh.init_device_mesh("cpu", (3,), mesh_dim_names=("experts",))
+    group = dist.new_group([0, 2])
+    found = {"mesh": generate_greedily(spread_over(path, mesh))}
+    if rank != 1:
+        found["group"] = generate_greedily(spread_over(path, group))
+    found["two dimensions"] = refused(
+        spread_over, path, dist.device_mesh.init_device_mesh("cpu", (3, 1))
+    )
+    return found
+
+
+def spread_over(path: Path, ranks_of_it: Any) -> Any:
+    return load(path, expert_parallel=ranks_of_it)
+
+
+def generate_greedily(model: Any) -> torch.Tensor:
+    return model.generate(TOKENS, max_new_tokens=4, do_sample=False)
+
+
+def test_process_groups_and_device_meshes(checkpoints) -> None:
+    expected = generate_greedily(load(checkpoints["qwen3_moe"]))
+    for rank, found in enumerate(ranks.run(3, within, checkpoints["qwen3_moe"])):
+        assert isinstance(found, dict), found
+        assert torch.equal(found["mesh"], expected)
+        assert rank == 1 or torch.equal(found["group"], expected)
+        assert "device mesh of 2 dimensions" in found["two dimensions"]
+
+
 def test_what_does_not_combine_is_refused(checkpoints, tokenizer, tmp_path) -> None:
     torch.manual_seed(0)
     two = qmoe.patch(families.FAMILIES["mixtral"].build())
@@ -394,9 +427,11 @@ def test_ends_and_draws_are_the_same(checkpoints, tokenizer) -> None:
         assert "from other prompts or options" in found["other prompts"]
 
 
-def decoded(rank: int, path: Path) -> Any:
+def decoded(rank: int, path: Path, listener: int | None = None) -> Any:
     """qmoe's own loop, which is for GPUs but runs anywhere: a token ahead of what is agreed on."""
     model = spread(path)
+    if rank == listener:
+        model.register_forward_hook(lambda *_: None)
     group = group_of(model)
     with group.together("a test"):
         agreement = Agreement(group, Strikes())
@@ -423,6 +458,8 @@ def test_our_own_loop_gives_the_same_tokens(checkpoints) -> None:
         )
         for actual in ranks.run(2, decoded, checkpoints[name]):
             assert torch.equal(actual, expected), actual
+    for found in ranks.run(2, decoded, checkpoints["qwen3_moe"], 1):
+        assert "register the same hooks on every rank" in found.text
 
 
 def interrupted(rank: int, path: Path, tokenizer: Any) -> Any:
@@ -568,8 +605,9 @@ def own_texts(rank: int, paths: dict[str, Path], tokenizer: Any) -> dict[str, An
 
 
 def test_each_rank_has_texts_of_its_own(checkpoints, tokenizer, alone) -> None:
-    results = ranks.run(3, own_texts, checkpoints, tokenizer)
-    for name, path in checkpoints.items():
+    some = {name: checkpoints[name] for name in ("qwen3_moe", "gpt_oss", "qwen3_next")}
+    results = ranks.run(3, own_texts, some, tokenizer)
+    for name, path in some.items():
         model = load(path)
         for rank, result in enumerate(results):
             assert not isinstance(result, ranks.Failure), result
@@ -669,3 +707,22 @@ def test_torchrun_generates_and_rank_0_speaks(checkpoints, tokenizer, tmp_path) 
     one = load(path)
     assert text == qmoe.generate(one, tokenizer, PROMPTS[0], max_new_tokens=4).texts[0]
     assert done.stderr.count("qmoe: 2 ranks hold 16, 16 of 32 experts in each of 2 layers") == 1
+
+
+def test_what_the_commands_refuse_under_torchrun(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for command, words in (
+        (["serve", str(tmp_path)], "runs in one process; start it without torchrun"),
+        (["generate", str(tmp_path)], "under torchrun give --prompt TEXT"),
+    ):
+        (tmp_path / "config.json").write_text("{}")
+        assert main(command) == 2
+        assert words in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    stdout, stderr = sys.stdout, sys.stderr
+    try:
+        assert main(["generate", str(tmp_path / "nothing"), "--prompt", "x"]) == 3
+        assert sys.stdout is not stdout and sys.stderr is not stderr, "rank 0 says it"
+    finally:
+        sys.stdout, sys.stderr = stdout, stderr
