@@ -689,12 +689,20 @@ def test_each_rank_pages_with_its_own_budget(checkpoints, tokenizer, alone) -> N
 # ---- the command -------------------------------------------------------------------------------
 
 
-def test_torchrun_generates_and_rank_0_speaks(checkpoints, tokenizer, tmp_path) -> None:
+TWO_GPUS = [
+    pytest.mark.gpu,
+    pytest.mark.multi_gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
+]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=TWO_GPUS)])
+def test_torchrun_generates_and_rank_0_speaks(device, checkpoints, tokenizer, tmp_path) -> None:
     path = tmp_path / "model"
     shutil.copytree(checkpoints["qwen3_moe"], path)
     tokenizer.save_pretrained(path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    options = ["--prompt", PROMPTS[0], "--device", "cpu", "--max-new-tokens", "4", "--json"]
+    options = ["--prompt", PROMPTS[0], "--device", device, "--max-new-tokens", "8", "--json"]
     done = subprocess.run(
         [*command, "-m", "qmoe", "generate", str(path), *options],
         capture_output=True,
@@ -704,8 +712,8 @@ def test_torchrun_generates_and_rank_0_speaks(checkpoints, tokenizer, tmp_path) 
     )
     assert done.returncode == 0, done.stderr
     (text,) = json.loads(done.stdout)["texts"]
-    one = load(path)
-    assert text == qmoe.generate(one, tokenizer, PROMPTS[0], max_new_tokens=4).texts[0]
+    one = qmoe.load(path, device=device)
+    assert text == qmoe.generate(one, tokenizer, PROMPTS[0], max_new_tokens=8).texts[0]
     assert done.stderr.count("qmoe: 2 ranks hold 16, 16 of 32 experts in each of 2 layers") == 1
 
 
