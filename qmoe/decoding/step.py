@@ -222,7 +222,7 @@ class DecodeStep:
         cache.begin(attention_mask)
         self._attention_mask.fill_(1)
         self._attention_mask[:, :columns] = attention_mask
-        rounded = self._round_up(columns) if plain and columns <= (chunk or columns) else None
+        rounded = self.columns_of(columns, chunk, plain=plain)
         if rounded is None:
             self._read(input_ids, attention_mask, position_ids, chunk or columns)
         else:
@@ -254,6 +254,10 @@ class DecodeStep:
                 )
             cache.columns.extend(ids.shape[1])
         self._keep(output.logits)
+
+    def columns_of(self, columns: int, chunk: int | None, *, plain: bool) -> int | None:
+        """The columns that `read` rounds a prompt up to; None where it is read as it is."""
+        return self._round_up(columns) if plain and columns <= (chunk or columns) else None
 
     def _round_up(self, columns: int) -> int | None:
         """The length that prompts of so many columns are read with; None for their own.
