@@ -24,9 +24,10 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# Compiled together: decoding needs neither quantizing nor long prompts' widening.
+# Compiled together, when the first of them is needed: a first token waits for no others.
 GROUPS = {
-    "products": ("layer", "weighted_sum"),
+    "products": ("layer",),
+    "sums": ("weighted_sum",),
     "dense": ("linear",),
     "formats": ("quantize", "compare", "widen"),
     "workers": ("lead", "assist", "store_word", "load_word", "ring_bell"),
