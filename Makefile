@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest quality style docs bench-convert bench-routing bench-cache bench-kernels bench-generate bench-cpu clean
+.PHONY: demo test test-oldest quality style docs bench-convert bench-routing bench-cache bench-kernels bench-generate bench-cpu bench-parallel clean
 
 demo: $(READY)
 	$(BIN)/qmoe demo
@@ -54,6 +54,11 @@ bench-kernels: $(READY)
 bench-generate: $(READY)
 	$(BIN)/python -m benchmarks.generate
 	$(BIN)/python -m benchmarks.generate --draw
+
+# needs two GPUs with 140 GB each
+bench-parallel: $(READY)
+	$(BIN)/python -m benchmarks.parallel
+	$(BIN)/python -m benchmarks.parallel --draw
 
 # needs no GPU; 12 GB of memory, ten minutes
 bench-cpu: $(READY)

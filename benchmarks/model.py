@@ -15,6 +15,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from qmoe.experts.layout import find_experts
 from qmoe.experts.quantized import QuantizedExperts, install
 from qmoe.loading.side_by_side import lay_side_by_side
+from qmoe.parallel.group import RankGroup
+from qmoe.parallel.share import share_of
 
 
 @dataclass(frozen=True)
@@ -117,19 +119,27 @@ def as_graph(function: Callable[[], object], device: torch.device) -> Callable[[
 
 
 def build_model(
-    shape: Shape, device: torch.device, experts: Literal["bf16", "int8", "paged"] = "paged"
+    shape: Shape,
+    device: torch.device,
+    experts: Literal["bf16", "int8", "paged"] = "paged",
+    group: RankGroup | None = None,
 ) -> Qwen3MoeForCausalLM:
     """The model with random weights on ``device``.
 
     Args:
         experts: ``"bf16"``: transformers' own. ``"int8"``: quantized ones. ``"paged"``: quantized
             ones that have no weights yet.
+        group: ranks that hold the experts between them; each draws its own.
     """
     with torch.device("meta"):
         model = Qwen3MoeForCausalLM(shape.config()).to(torch.bfloat16).eval()
     for name in find_experts(model) if experts != "bf16" else ():
         paged = experts == "paged"
-        install(model, name, QuantizedExperts(model.get_submodule(name), "int8", paged=paged))
+        share = None if group is None else share_of(group, shape.num_experts, name)
+        ours = QuantizedExperts(model.get_submodule(name), "int8", paged=paged, share=share)
+        install(model, name, ours)
+        if share is not None:
+            _make_meta(ours)
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in list(model.named_parameters()):
         value = torch.empty_like(parameter, device=device)
@@ -148,6 +158,16 @@ def build_model(
     if experts != "bf16":
         lay_side_by_side(model)  # as a model that was loaded
     return model
+
+
+def _make_meta(experts: QuantizedExperts) -> None:
+    """Give experts with a share the parameters that reading a checkpoint would give them."""
+    with torch.device("meta"):
+        up, down = (experts.layout.shape(p) for p in experts.layout.projections)
+        scales = (torch.empty(shape[:2], dtype=torch.float32) for shape in (up, down))
+        names = (f"{projection}_scale" for projection in experts.layout.projections)
+        experts.take_share(dict(zip(names, scales, strict=True)))
+        experts.unpage(torch.empty(up, dtype=torch.int8), torch.empty(down, dtype=torch.int8))
 
 
 def experts_of(model: nn.Module) -> dict[str, QuantizedExperts]:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qmoe.loading.patch import patch, unpatch
     from qmoe.paging.model import resize, stats
     from qmoe.paging.options import PagingOptions
+    from qmoe.parallel.failure import RankFailed
     from qmoe.tools.perplexity import perplexity
     from qmoe.traces.record import record_routing
 
@@ -39,6 +40,7 @@ __all__ = [
     "GenerationStatistics",
     "PagingOptions",
     "QmoeConfig",
+    "RankFailed",
     "__version__",
     "decode",
     "generate",
@@ -60,6 +62,7 @@ _LAZY = {
     "GenerationStatistics": "qmoe.generation",
     "PagingOptions": "qmoe.paging.options",
     "QmoeConfig": "qmoe.loading.config",
+    "RankFailed": "qmoe.parallel.failure",
     "decode": "qmoe.decoding.loop",
     "generate": "qmoe.generation",
     "load": "qmoe.loading.load",

@@ -9,9 +9,8 @@ silently, pieces of text as they come, and statistics.
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,19 +21,21 @@ from torch import nn
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
-    StoppingCriteria,
     StoppingCriteriaList,
     StopStringCriteria,
 )
 from transformers.utils import logging as transformers_logging
 
+from qmoe.agreement import Agreement, Strikes, agree, begin_own_texts, take_part
 from qmoe.checkpoints.files import check_folder, first_line
 from qmoe.decoding.loop import decode
 from qmoe.experts.guard import guard_of
 from qmoe.experts.layout import describe
-from qmoe.experts.quantized import QuantizedExperts
+from qmoe.experts.quantized import QuantizedExperts, group_of
 from qmoe.generation_config import BEAMS, ONE_BY_ONE, as_list, configuration
+from qmoe.paging.model import check_answers
 from qmoe.seeds import Draws, check_seed, refuse_dropout
+from qmoe.stopping import Clock, Until
 from qmoe.text import Streamer, Text
 from qmoe.thread_state import thread_state
 
@@ -106,6 +107,7 @@ def generate(
     until: Callable[[int, Sequence[int]], bool] | None = None,
     chat: bool = False,
     seed: int | None = None,
+    own_texts: bool = False,
     **options: Any,
 ) -> GenerationResult:
     """Continue one or many prompts.
@@ -127,10 +129,16 @@ def generate(
         chat: wrap each prompt as a user's message in the tokenizer's chat template.
         seed: seeds sampling; the same seed gives the same text on the same device, whatever else
             draws meanwhile.
+        own_texts: where the experts are spread over ranks: each rank has prompts of its own, or
+            none, and gets their texts; its attention is for these alone.
         options: named as in transformers' ``GenerationConfig``: ``do_sample``, ``temperature``,
             ``top_k``, ``top_p``, ``min_p``, ``repetition_penalty``, ``num_beams``, ``stop_strings``
             ... What is not given comes from ``model.generation_config``, but for ``max_length``
             and what asks for other outputs than texts.
+
+    A model whose experts are spread over ranks (see :func:`qmoe.load`) generates on all of them:
+    each makes the same call and gets the same texts. ``stream`` and ``until`` may be given on some
+    ranks only; where one rank is interrupted or its ``until`` ends a text, all stop at that token.
 
     A model with a budget (see :func:`qmoe.load`) takes long prompts in chunks of a size that the
     budget has room for.
@@ -142,6 +150,8 @@ def generate(
             have, one that would have no effect, or one that qmoe cannot serve; a seed that is no
             64-bit number, or one for a model whose dropout is on.
         GenerationInterrupted: Ctrl-C; carries the result so far.
+        RankFailed: the experts are spread over ranks, and another failed, is gone, or generates
+            something else.
 
     Example:
         >>> import qmoe
@@ -152,35 +162,98 @@ def generate(
         >>> len(result.texts), result.new_tokens[0] <= 8
         (1, True)
     """
+    group = group_of(model)
+    listener = "stream" if stream is not None else "until" if until is not None else None
+    prepare = partial(
+        _prepare, model, tokenizer, prompts, max_new_tokens, chat, options, listener, seed
+    )
+    if own_texts and group is None:
+        raise ValueError("own_texts=True: this model's experts are not spread over ranks; drop it")
+    restore = thread_state()
+    call = agreement = None
+    try:
+        with ExitStack() as stack:
+            if group is None:
+                config, token_ids = prepare()
+            else:
+                strikes = stack.enter_context(Strikes())
+                stack.enter_context(group.together("qmoe.generate"))
+                if own_texts:
+                    config, token_ids = begin_own_texts(model, group, strikes, prompts, prepare)
+                else:
+                    config, token_ids, seed = agree(group, prepare, seed)
+                    agreement = Agreement(group, strikes)
+            stack.enter_context(guard_of(model).generating())
+            draws = None if seed is None else Draws(seed)
+            if token_ids:
+                call = _Call(model, tokenizer, token_ids, config, stream, until, draws, agreement)
+                call.run()
+            if own_texts:
+                take_part(model, group)
+        if agreement is not None:
+            agreement.check_interrupted()
+        if call is None:
+            return _no_texts(model)
+        call.finish()
+        return call.result()
+    except KeyboardInterrupt:
+        if call is None and not own_texts:
+            raise
+        if call is not None:
+            call.cut()
+        result = _no_texts(model) if call is None else call.result()
+        raise GenerationInterrupted(result) from None
+    finally:
+        restore()
+
+
+def _prepare(
+    model: Any,
+    tokenizer: Any,
+    prompts: str | Sequence[str | Sequence[int]],
+    max_new_tokens: int,
+    chat: bool,
+    options: dict[str, Any],
+    listener: str | None,
+    seed: int | None,
+) -> tuple[GenerationConfig, list[list[int]]]:
+    """The configuration of a call and the tokens of its prompts.
+
+    Args:
+        listener: the option that names who is called for each token, if somebody is.
+
+    Raises:
+        ValueError: see :func:`generate`.
+    """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     config = configuration(model, tokenizer, max_new_tokens, options)
     token_ids = _tokenize(tokenizer, prompts, chat)
     _check_vocabulary(model, token_ids)
     _check_context(model, token_ids, max_new_tokens)
     _keep_to_budget(model, config, token_ids, max_new_tokens)
-    for name, callback in (("stream", stream), ("until", until)):
-        if callback is not None and config.get_generation_mode() in BEAMS:
-            raise ValueError(
-                f"{name} with num_beams={config.num_beams}: beams are chosen at the end; drop one "
-                "of the two"
-            )
+    mode = config.get_generation_mode()
+    if listener is not None and mode in BEAMS:
+        raise ValueError(
+            f"{listener} with num_beams={config.num_beams}: beams are chosen at the end; drop one "
+            "of the two"
+        )
+    if mode not in ONE_BY_ONE and group_of(model) is not None:
+        raise ValueError(
+            f"the options ask for {mode.value}, and experts that are spread over ranks decode "
+            "greedily or by sampling; drop num_beams and the like, or load without expert_parallel"
+        )
     if seed is not None:
         check_seed(seed)
         refuse_dropout(model, seed)
     config.max_length = max(map(len, token_ids)) + max_new_tokens
-    draws = None if seed is None else Draws(seed)
-    call = _Call(model, tokenizer, token_ids, config, stream, until, draws)
-    restore = thread_state()
-    try:
-        with guard_of(model).generating():
-            call.run()
-        call.finish()
-        return call.result()
-    except KeyboardInterrupt:
-        call.cut()
-        raise GenerationInterrupted(call.result()) from None
-    finally:
-        restore()
+    return config, token_ids
+
+
+def _no_texts(model: Any) -> GenerationResult:
+    nothing = GenerationStatistics(
+        0, 0, 0.0, 0.0, 0.0, None, None, "process resident", expert_bytes(model)
+    )
+    return GenerationResult([], [], [], nothing)
 
 
 def expert_bytes(model: nn.Module) -> int:
@@ -262,6 +335,7 @@ class _Call:
         stream: Callable[[int, str], None] | None,
         until: Callable[[int, Sequence[int]], bool] | None,
         draws: Draws | None,
+        agreement: Agreement | None = None,
     ) -> None:
         self.model, self.token_ids, self.config, self.draws = model, token_ids, config, draws
         self.devices = sorted(
@@ -280,12 +354,16 @@ class _Call:
             )
             for index in range(len(token_ids) * (config.num_return_sequences or 1))
         ]
-        self.clock = _Clock(self.devices)
+        self.clock = Clock(self.devices)
         self.criteria = StoppingCriteriaList([self.clock])
         if stop_strings:
             self.criteria.append(StopStringCriteria(tokenizer, stop_strings))
-        if until is not None:
-            self.criteria.append(_Until(self.texts, until, self._paused))
+        own = None if until is None else Until(self.texts, until, self._paused)
+        if agreement is not None:
+            agreement.watch(self.texts, own)
+            self.criteria.append(agreement)
+        elif own is not None:
+            self.criteria.append(own)
 
     def _emit(self, stream: Callable[[int, str], None], index: int, piece: str) -> None:
         with self._paused():
@@ -304,7 +382,7 @@ class _Call:
         device = self.model.device
         device = torch.device("cpu") if device.type == "meta" else device
         # On a CPU a launch costs nothing, and transformers' own loop is as good.
-        ours = device.type == "cuda" and mode in ONE_BY_ONE
+        ours = device.type == "cuda" and mode in ONE_BY_ONE and not self._in_rounds()
         generator = None if self.draws is None else self.draws.generator(device)
         # transformers hands its streamer to no loop but its own.
         loop = partial(decode, streamer=streamer, generator=generator)
@@ -320,11 +398,17 @@ class _Call:
                 streamer=streamer,
                 custom_generate=loop if ours else None,
             )
+        check_answers(self.model)
         self.clock.stop()
         if streamer is None:
             rows = sequences[:, input_ids.shape[1] :].tolist()
             for text, row in zip(self.texts, rows, strict=True):
                 text.extend(row)
+
+    def _in_rounds(self) -> bool:
+        """Whether hosts agree on each forward pass, which a graph cannot hold."""
+        group = group_of(self.model)
+        return group is not None and group.own_texts is not None
 
     def finish(self) -> None:
         """Give out what the texts hold back."""
@@ -360,76 +444,6 @@ class _Call:
         )
         texts = [text.text for text in self.texts]
         return GenerationResult(texts, prompt_tokens, new_tokens, statistics)
-
-
-class _Clock(StoppingCriteria):
-    """Notes when the first new tokens are there. Every decoding strategy asks whether to stop."""
-
-    def __init__(self, devices: list[int]) -> None:
-        self.devices = devices
-        self.started: float | None = None
-        self.prefilled: float | None = None
-        self.stopped: float | None = None
-
-    def start(self) -> None:
-        """Begin to count."""
-        self.started = time.perf_counter()
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        if self.prefilled is None:
-            # Tokens on the host are there; tokens on a device may only be going to be.
-            self.prefilled = time.perf_counter() if input_ids.device.type == "cpu" else self._now()
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-    def stop(self) -> None:
-        """Count no further."""
-        if self.stopped is None:
-            self.stopped = self._now()
-
-    def seconds(self) -> tuple[float, float]:
-        """Until the first new token was there, and from then on; 0 for what has not begun."""
-        stopped = time.perf_counter() if self.stopped is None else self.stopped
-        started = stopped if self.started is None else self.started
-        prefilled = stopped if self.prefilled is None else self.prefilled
-        return prefilled - started, stopped - prefilled
-
-    def _now(self) -> float:
-        for device in self.devices:
-            # Not the whole device: another thread may be capturing a graph there.
-            torch.cuda.current_stream(device).synchronize()
-        return time.perf_counter()
-
-
-class _Until(StoppingCriteria):
-    """Ends each text where its caller says so; it is asked before the streamer has the token."""
-
-    def __init__(
-        self,
-        texts: list[Text],
-        until: Callable[[int, Sequence[int]], bool],
-        paused: Callable[[], AbstractContextManager[None]],
-    ) -> None:
-        self.texts, self.until, self.paused = texts, until, paused
-        self.columns = 0  # of the prompts, and of what was asked about
-        self.tokens: list[list[int]] = [[] for _ in texts]
-        self.done = [False] * len(texts)
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        self.columns = self.columns or input_ids.shape[1] - 1
-        new = input_ids[:, self.columns :].tolist()
-        self.columns = input_ids.shape[1]
-        with self.paused():
-            for index, text in enumerate(self.texts):
-                for token in new[index]:
-                    if not self.done[index]:
-                        tokens = self.tokens[index]
-                        tokens.append(token)
-                        if self.until(index, tokens):
-                            text.end_at(len(tokens))
-                        self.done[index] = text.limit is not None or token in text.eos
-                if self.done[index] and text.done:
-                    text.finish()  # others go on; this one has all of its tokens
-        return torch.tensor(self.done, dtype=torch.bool, device=input_ids.device)
 
 
 def _tokenize(

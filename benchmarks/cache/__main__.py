@@ -12,6 +12,8 @@
   that hits as often as Qwen3-30B-A3B (`benchmarks.routing`) and on two that are harder: a synthetic
   one, and one recorded from the shipped model, tiled; beside the same graph with all experts
   resident, and LRU and Belady replayed on the same tokens.
+- *sharing*: the same with a share of the misses computed by the host, by ``--misses``: where misses
+  were served, how long the GPU waited, and the share that was calibrated.
 - *prefill*: seconds for 8192 tokens with all experts on the host.
 - *baselines*: a host-driven cache and qmoe's own, as eager forward passes.
 - *offload*: accelerate's ``cpu_offload`` of the bf16 model.
@@ -42,6 +44,7 @@ from benchmarks.cache.harness import Benchmark
 from benchmarks.cache.kernels import run_admission, run_gather
 from benchmarks.cache.overlap import run_overlap
 from benchmarks.cache.prefill import run_prefill
+from benchmarks.cache.sharing import run_sharing
 from benchmarks.cache.targets import targets
 from benchmarks.cache.traces import own_traces, read_trace, shape_of
 from benchmarks.model import QWEN3_30B_A3B, TINY, Shape
@@ -56,6 +59,7 @@ SECTIONS: dict[str, Callable[[Benchmark], None]] = {
     "admission": run_admission,
     "overlap": run_overlap,
     "decode": run_decode,
+    "sharing": run_sharing,
     "prefill": run_prefill,
     "baselines": run_baselines,
     "offload": run_offload,
@@ -91,6 +95,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--warmup", type=int, default=64, help="tokens of the trace before them")
     parser.add_argument("--context", type=int, default=1024, help="tokens read before")
     parser.add_argument("--prompt", type=int, default=8192, help="tokens of the prefill")
+    parser.add_argument(
+        "--misses",
+        default="link,host,auto",
+        help="who serves them in the section sharing: link, host, auto",
+    )
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="start no new cell after so long"
     )

@@ -41,6 +41,7 @@ class Benchmark:
         self.context, self.prompt = options.context, options.prompt
         # By name; each starts with a sweep over all experts, then warm-up, then what is timed.
         self.traces = {name: sweep(trace) for name, trace in traces.items()}
+        self.misses: list[str] = options.misses.split(",")
 
     @property
     def first_trace(self) -> RoutingTrace:

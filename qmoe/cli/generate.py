@@ -15,6 +15,7 @@ import typer
 
 from qmoe.checkpoints.hub import check_place
 from qmoe.cli.output import Debug, Json, grouped, print_json, quiet
+from qmoe.cli.ranks import rank_0_speaks, rank_of_torchrun
 from qmoe.cli.status_line import CacheStatus
 from qmoe.exits import INTERRUPTED, interruptible
 from qmoe.paging.options import PagingOptions
@@ -131,12 +132,22 @@ class Paging:
         typer.Option(min=1, help="Texts at a time that it holds.", show_default="the prompts"),
     ] = None
 
+    misses: Annotated[
+        Literal["link", "host", "auto"] | None,
+        typer.Option(
+            help="Who serves experts that are not there: a copy, the processor, or both as "
+            "measured. All but link depend, within rounding, on what was there.",
+            show_default="link",
+        ),
+    ] = None
+
     def options(self, num_texts: int) -> PagingOptions | None:
         """As the runtime takes them; None where nothing is paged."""
         if self.hbm_budget is not None:
-            return PagingOptions(self.hbm_budget, self.context, self.batch_size or num_texts)
-        if self.context is not None or self.batch_size is not None:
-            raise typer.BadParameter("--context and --batch-size need --hbm-budget")
+            size = self.batch_size or num_texts
+            return PagingOptions(self.hbm_budget, self.context, size, self.misses or "link")
+        if (self.context, self.batch_size, self.misses) != (None, None, None):
+            raise typer.BadParameter("--context, --batch-size and --misses need --hbm-budget")
         return None
 
 
@@ -166,8 +177,28 @@ def generate(
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Continue prompts: text on stdout, statistics on stderr."""
+    """Continue prompts: text on stdout, statistics on stderr.
+
+    Under torchrun the experts are spread over its processes, and the first of them speaks.
+    """
+    rank = rank_of_torchrun()
+    with rank_0_speaks(rank, debug):
+        _continue(path, prompting, sampling, loading, paging, watching, json_output, rank)
+
+
+def _continue(
+    path: str,
+    prompting: Prompting,
+    sampling: Sampling,
+    loading: Loading,
+    paging: Paging,
+    watching: Watching,
+    json_output: bool,
+    rank: int | None,
+) -> None:
     check_place(path)
+    if rank is not None and not prompting.prompt:
+        raise typer.BadParameter("under torchrun give --prompt TEXT: stdin is not every rank's")
     if watching.record_routing is not None:
         _check_writable(watching.record_routing)
     prompts = prompting.prompts()
@@ -180,12 +211,17 @@ def generate(
 
     quiet()
     beams = (sampling.num_beams or 1) > 1
-    record = watching.record_routing
+    record = watching.record_routing  # on every rank, so that all run the same steps
     with ExitStack() as stack:
         stack.enter_context(interruptible())
         tokenizer = load_tokenizer(path)  # before minutes go into loading
-        model = qmoe.load(path, **asdict(loading), **({} if paged is None else asdict(paged)))
-        if model.device.type == "cpu":
+        model = qmoe.load(
+            path,
+            **asdict(loading),
+            **({} if paged is None else asdict(paged)),
+            expert_parallel=rank is not None,
+        )
+        if model.device.type == "cpu" and rank is None:  # ranks share the cores
             stack.enter_context(threads_for(model.get_memory_footprint()))
         writer = None if json_output or beams else _Writer(len(prompts))
         status = CacheStatus(model) if watching.stats else None
@@ -208,7 +244,7 @@ def generate(
             print(_statistics_line(result.statistics), file=sys.stderr)
             if status is not None:
                 print(status.line(), file=sys.stderr)
-        if recording is not None and record is not None:
+        if recording is not None and record is not None and not rank:
             name = Path(path).resolve().name if os.path.isdir(path) else path
             _save_trace(recording, record, name, len(prompts), interrupted != 0)
     if interrupted:

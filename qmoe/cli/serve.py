@@ -14,6 +14,7 @@ import typer
 from qmoe.checkpoints.hub import check_place
 from qmoe.cli.generate import Loading, Paging
 from qmoe.cli.output import Debug, grouped, quiet
+from qmoe.cli.ranks import rank_of_torchrun
 from qmoe.exits import interruptible
 from qmoe.paging.options import PagingOptions
 
@@ -68,7 +69,7 @@ class Room(Paging):
 
     def options(self, num_texts: int = 1) -> PagingOptions | None:
         """As the runtime takes them; None where nothing is paged."""
-        if self.hbm_budget is None and self.context is None:
+        if (self.hbm_budget, self.context, self.misses) == (None, None, None):
             return None
         return super().options(num_texts)
 
@@ -82,6 +83,8 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """Serve a model to OpenAI clients: chat, completions, streaming, metrics."""
+    if rank_of_torchrun() is not None:
+        raise typer.BadParameter("qmoe serve runs in one process; start it without torchrun")
     paged = room.options()
     check_place(path)
     _check_installed()

@@ -84,7 +84,12 @@ class CacheStatus:
         stats = self._read()
         if stats is None:
             return None
-        totals = {"hit_rate": stats.hit_rate, "bytes": stats.bytes}
+        totals = {
+            "hit_rate": stats.hit_rate,
+            "bytes": stats.bytes,
+            "host_misses": stats.host_misses,
+            "waited_seconds": stats.waited_seconds,
+        }
         return {**totals, **dataclasses.asdict(stats)}
 
     def _read(self) -> CacheStats | None:
@@ -97,7 +102,11 @@ class CacheStatus:
 def cache_line(stats: CacheStats) -> str:
     """A cache's counters in one line."""
     rate = "-" if stats.hit_rate is None else f"{stats.hit_rate:.1%}"
-    return (
+    line = (
         f"{stats.num_slots} of {stats.num_pages} experts in slots | hit rate {rate} | "
         f"misses {stats.misses} | copied {format_size(stats.bytes)}"
     )
+    if stats.host_misses:
+        waited = f"waited {stats.waited_seconds:.1f} s for it"
+        line += f" | host computed {stats.host_misses}, {waited}"
+    return line

@@ -208,7 +208,7 @@ def decoder_of(model: Any) -> Decoder:
 
 
 def release(model: Any) -> None:
-    """Let go of everything that decoding keeps for a model: steps, their caches and graphs.
+    """Let go of all that is kept for a model's next call: steps, their caches, graphs, threads.
 
     What a call under way uses goes when that ends. The next call makes everything anew, which
     takes some tenths of a second on a GPU.
@@ -222,6 +222,9 @@ def release(model: Any) -> None:
         >>> qmoe.release(model)
     """
     guard_of(model).release()
+    paging = getattr(model, "qmoe_paging", None)
+    if paging is not None and paging.cache is not None:
+        paging.cache.stop_workers()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 

@@ -39,6 +39,8 @@ from qmoe.decoding.selection import Selection
 from qmoe.decoding.shadow import Undecodable
 from qmoe.decoding.step import DecodeStep
 from qmoe.experts.guard import guard_of
+from qmoe.experts.quantized import group_of
+from qmoe.parallel.failure import RankFailed
 
 _KNOWN_ARGUMENTS = {
     "attention_mask",
@@ -83,12 +85,19 @@ def decode(
     Raises:
         ValueError: the options ask for another decoding strategy, beams for instance.
         RuntimeError: this thread is in the middle of loading a state dict into the model.
+        RankFailed: another rank failed or is gone.
     """
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise ValueError(
             f"custom_generate=qmoe.decode is greedy or samples, and the options ask for {mode}; "
             "leave custom_generate out for that"
+        )
+    group = group_of(model)
+    if group is not None and not group.in_call:
+        raise ValueError(
+            "custom_generate=qmoe.decode: the experts are spread over ranks, which have to agree "
+            "on every token; call qmoe.generate on each of them"
         )
     call = _Call(
         model,
@@ -107,6 +116,9 @@ def decode(
         except Undecodable as error:
             # Not the error itself, which holds on to the step and its memory.
             reason, tried = str(error), error.__cause__ is not None
+        if tried and group is not None:
+            # Other ranks may be further on: to begin again would add up what is not one layer's.
+            raise RuntimeError(f"{type(model).__name__} cannot be decoded on this rank: {reason}")
         if not tried:
             _notice(model, f"decodes by transformers' own loop: {reason}")
         sequences = type(model)._sample(
@@ -191,6 +203,7 @@ class _Call:
         step = decoder.take(self.model, len(self.input_ids), self.criteria.max_length)
         whole = False
         try:
+            self._agree(step)
             with drawing(step, self.generator):
                 sequences = self._generate(step)
             if step.trouble not in (None, Fingerprint.RECORDING):
@@ -204,6 +217,22 @@ class _Call:
                     torch.cuda.current_stream(step.device).synchronize()
             finally:
                 decoder.give_back(step, keep=whole)
+
+    def _agree(self, step: DecodeStep) -> None:
+        """Refuse to run where ranks would run steps of other shapes, or another number of them."""
+        group = group_of(self.model)
+        if group is None:
+            return
+        chunk = self.config.prefill_chunk_size
+        columns = step.columns_of(self.input_ids.shape[1], chunk, plain=self.plain)
+        mine = [step.rows, columns, step.shadows.uncapturable is None]
+        for rank, other in enumerate(group.exchange("qmoe.decode", step=mine)):
+            if other["step"] != mine:
+                raise RankFailed(
+                    f"rank {rank} decodes in other steps than rank {group.rank}; register the same "
+                    "hooks on every rank, and call qmoe.release on all or none",
+                    (rank,),
+                )
 
     def _generate(self, step: DecodeStep) -> Tensor:
         max_new_tokens = self.criteria.max_length - self.input_ids.shape[1]
@@ -221,7 +250,9 @@ class _Call:
                 with step.alone():
                     step.advance()
                     selection.make(step.logits)
-            if texts.extend(selection.wait(index)):
+            tokens = selection.wait(index)
+            step.check()
+            if texts.extend(tokens):
                 selection.forget_after(index)
                 break
             if watched:
@@ -253,7 +284,9 @@ class _Call:
             begin()
             return
         except torch.OutOfMemoryError:
-            pass  # not here, where the error still holds what there was
+            if group_of(self.model) is not None:
+                raise  # the other ranks would not begin again
+        # not inside, where the error still holds what there was
         decoder_of(self.model).make_room()
         step.forget_graphs()
         step.generator.set_state(draws)
@@ -265,7 +298,7 @@ def _undecodable(step: DecodeStep) -> Iterator[None]:
     """Let transformers' loop try what fails in the model's own code, but not in hooks on it."""
     try:
         yield
-    except (torch.OutOfMemoryError, Undecodable):
+    except (torch.OutOfMemoryError, Undecodable, RankFailed):
         raise
     except Exception as error:  # whatever the model does with a cache of this kind
         if step.shadows.uncapturable is not None:

@@ -35,6 +35,7 @@ from qmoe.decoding.selection import Key, Selection, key_of
 from qmoe.decoding.shadow import Shadow, Undecodable
 from qmoe.experts.guard import Guard, guard_of
 from qmoe.experts.quantized import quantized_modules
+from qmoe.paging.expert_cache import ExpertCache
 from qmoe_kernels.fused_moe import EIGHT_BIT_ROWS
 
 _OWN_MASKS = ("eager", "sdpa")  # implementations that a mask over a static cache is enough for
@@ -177,14 +178,25 @@ class DecodeStep:
             if guard.version != self._version:  # another budget, since the last step
                 self._version = guard.version
                 self.forget_graphs()
-            paged = next((e.paged for e in self.shadows.experts if e.paged is not None), None)
-            if paged is None:
+            cache = self._expert_cache()
+            if cache is None:
                 yield
                 return
-            cache, _ = paged
             with cache.lock:
                 cache.take_turn()
                 yield
+
+    def _expert_cache(self) -> ExpertCache | None:
+        paged = next((e.paged for e in self.shadows.experts if e.paged is not None), None)
+        return None if paged is None else paged[0]
+
+    def check(self) -> None:
+        """Raise RuntimeError if steps that have ended are not valid: the host left its share out.
+
+        For tokens that were waited for and are about to be given out.
+        """
+        if (cache := self._expert_cache()) is not None:
+            cache.check_answers()
 
     # ---- prompts -------------------------------------------------------------------------------
 
@@ -210,7 +222,7 @@ class DecodeStep:
         cache.begin(attention_mask)
         self._attention_mask.fill_(1)
         self._attention_mask[:, :columns] = attention_mask
-        rounded = self._round_up(columns) if plain and columns <= (chunk or columns) else None
+        rounded = self.columns_of(columns, chunk, plain=plain)
         if rounded is None:
             self._read(input_ids, attention_mask, position_ids, chunk or columns)
         else:
@@ -242,6 +254,10 @@ class DecodeStep:
                 )
             cache.columns.extend(ids.shape[1])
         self._keep(output.logits)
+
+    def columns_of(self, columns: int, chunk: int | None, *, plain: bool) -> int | None:
+        """The columns that `read` rounds a prompt up to; None where it is read as it is."""
+        return self._round_up(columns) if plain and columns <= (chunk or columns) else None
 
     def _round_up(self, columns: int) -> int | None:
         """The length that prompts of so many columns are read with; None for their own.

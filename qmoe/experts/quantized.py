@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,10 @@ from qmoe.experts.gate import apply_own_gate, identify_activation
 from qmoe.experts.layout import ExpertsLayout, describe, kept_modules
 from qmoe.experts.llama4 import WeightedInputMoe
 from qmoe.experts.pages import LayerPages
+from qmoe.parallel.group import RankGroup
+from qmoe.parallel.share import Share
 from qmoe_kernels import Activation, fused_moe, weighted_sum
-from qmoe_kernels.fused_moe import check_activations
+from qmoe_kernels.fused_moe import EIGHT_BIT_ROWS, check_activations
 from qmoe_kernels.quantization import STORAGE_DTYPE, WeightFormat, dequantize, quantize
 
 if TYPE_CHECKING:
@@ -67,10 +69,15 @@ class QuantizedExperts(nn.Module):
     A *paged* module has no ``*_q`` parameters: its weights are pages of an expert cache, and only
     those that tokens are routed to are on the device.
 
+    A module with a *share* holds the experts of one rank alone: its parameters and pages count
+    those, and ids are the layer's.
+
     Attributes:
         weights: ``"int8"`` or ``"fp8"``.
         activations: what the products take, see :func:`qmoe_kernels.fused_moe`.
-        layout: how the model's own module stores its experts.
+        layout: how the model's own module stores its experts, as many as are held here.
+        num_experts: of the layer, those of other ranks included.
+        share: this rank's experts, where others hold the rest; None where all are here.
         activation: the nonlinearity, or None where the module's own gate is called between the
         products.
         paged: the cache that holds the weights and the layer's index in it; None where they are
@@ -88,6 +95,7 @@ class QuantizedExperts(nn.Module):
         activations: str = "auto",
         *,
         paged: bool = False,
+        share: Share | None = None,
     ) -> None:
         """Describe ``source`` and take over what is registered on it; parameters are meta.
 
@@ -97,6 +105,8 @@ class QuantizedExperts(nn.Module):
             weights: ``"int8"`` or ``"fp8"``.
             activations: see :func:`qmoe_kernels.fused_moe`.
             paged: leave the weights out; :meth:`page` or :meth:`unpage` brings them.
+            share: hold these experts alone. Everything that counts experts is left out then;
+                :meth:`take_share` brings scales and biases, and the weights come as to a paged one.
 
         Raises:
             ValueError: no experts module, or activations that these weights do not go with.
@@ -106,7 +116,8 @@ class QuantizedExperts(nn.Module):
         layout = describe(source)
         if layout is None:
             raise ValueError(f"{type(source).__name__} is no experts module that qmoe knows")
-        self.layout = layout
+        self.layout = layout if share is None else replace(layout, num_experts=share.count)
+        self.share = share
         self.weights = weights
         self.activations = activations
         self.paged: tuple[ExpertCache, int] | None = None
@@ -117,14 +128,20 @@ class QuantizedExperts(nn.Module):
             self.add_module(name, getattr(source, name))
         for projection in layout.projections:
             shape = layout.shape(projection)
-            if paged:
+            if paged or share is not None:
                 self.register_parameter(projection + QUANTIZED_SUFFIX, None)
             else:
                 self._register(projection + QUANTIZED_SUFFIX, shape, STORAGE_DTYPE[weights])
-            self._register(projection + SCALE_SUFFIX, shape[:2], torch.float32)
+            if share is None:
+                self._register(projection + SCALE_SUFFIX, shape[:2], torch.float32)
+            else:
+                self.register_parameter(projection + SCALE_SUFFIX, None)
         for bias in layout.biases:
             (name,) = layout.sources[bias]
-            self._register(bias, layout.shape(bias), source.get_parameter(name).dtype)
+            if share is None:
+                self._register(bias, layout.shape(bias), source.get_parameter(name).dtype)
+            else:
+                self.register_parameter(bias, None)
         # Not a submodule: only its class, config and gate are still wanted, not its weights.
         self.__dict__["source"] = source
         # The same dictionaries: a handle removes its hook from here, and `source` has them again.
@@ -239,6 +256,11 @@ class QuantizedExperts(nn.Module):
         for projection in self.layout.projections:
             setattr(self, projection + QUANTIZED_SUFFIX, None)
 
+    def take_share(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take the scales and biases of this rank's experts, by their names here."""
+        for name, tensor in tensors.items():
+            setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+
     def layer_pages(self, name: str) -> LayerPages:
         """What this module's pages look like.
 
@@ -282,6 +304,10 @@ class QuantizedExperts(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.check_usable()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.share is not None:
+            if self.down_proj_scale is not None:  # loading looks at names before it brings values
+                raise ValueError(_spread("state_dict", prefix.removesuffix(".")))
+            return
         if self.paged is None:
             if not self.down_proj_scale.is_meta:
                 self.quantized_weights()  # raises where they were lost or never loaded
@@ -303,6 +329,8 @@ class QuantizedExperts(nn.Module):
             RuntimeError: a change of the model was cut off.
         """
         self.check_usable()
+        if self.share is not None:
+            raise ValueError(_spread("load_state_dict", prefix.removesuffix(".")))
         own = dict(self.named_parameters())
         kept = tuple(f"{prefix}{child}." for child in kept_modules(self.source))
         for key, tensor in state_dict.items():
@@ -350,20 +378,32 @@ class QuantizedExperts(nn.Module):
 
         Raises:
             RuntimeError: a change of the model was cut off.
+            RankFailed: another rank failed or is gone.
         """
         self.check_usable()
         shape = hidden_states.shape
         hidden_states = hidden_states.reshape(-1, shape[-1])
-        norm = getattr(self, "post_expert_norm", None)
-        output = self._fused_moe(hidden_states, top_k_index, None if norm else top_k_weights)
-        if norm is not None:
-            # A norm need not leave the zeros of a skipped id zero.
-            routed = top_k_weights.masked_fill(top_k_index >= self.num_experts, 0)
-            output = weighted_sum(norm(output), routed)
+        routed = (hidden_states, top_k_index, top_k_weights)
+        if self.share is None:
+            output = self._own_experts(*routed)
+        else:
+            output = self.share.run(*routed, self._own_experts)
         if self.layout.num_identity_experts:
             identity = top_k_weights * (top_k_index >= self.num_experts)
             output = output + hidden_states * identity.sum(-1, keepdim=True).to(output.dtype)
         return output.view(shape)
+
+    def _own_experts(
+        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The sum over the experts that are here; ids count from the first of them."""
+        norm = getattr(self, "post_expert_norm", None)
+        if norm is None:
+            return self._fused_moe(hidden_states, topk_ids, topk_weights)
+        rows = self._fused_moe(hidden_states, topk_ids, None)
+        # A norm need not leave the zeros of a skipped id zero.
+        skipped = (topk_ids < 0) | (topk_ids >= self.layout.num_experts)
+        return weighted_sum(norm(rows), topk_weights.masked_fill(skipped, 0))
 
     def _fused_moe(
         self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor | None
@@ -375,7 +415,7 @@ class QuantizedExperts(nn.Module):
                 if paged is None:
                     return compute(*self._resident_weights(), None, topk_ids, topk_weights)
                 cache, layer = paged
-                return cache.run(layer, topk_ids, topk_weights, compute)
+                return cache.run(layer, topk_ids, topk_weights, compute, hidden_states)
             except ValueError:
                 if self.paged is paged:
                     raise
@@ -402,11 +442,22 @@ class QuantizedExperts(nn.Module):
             topk_ids,
             topk_weights,
             activation=activation,
-            activations=self.activations,
+            activations=self._row_format(topk_ids),
             gate_up_proj_bias=getattr(self, up + BIAS_SUFFIX, None),
             down_proj_bias=getattr(self, "down_proj_bias", None),
             expert_to_slot=expert_to_slot,
         )
+
+    def _row_format(self, topk_ids: torch.Tensor) -> str:
+        """What the products take of so many pairs: what they would with all experts in one place.
+
+        Most pairs are other ranks', so that a count of this rank's experts alone would quantize
+        rows where they are too few.
+        """
+        few = EIGHT_BIT_ROWS * self.num_experts
+        if self.share is not None and self.activations == "auto" and topk_ids.numel() < few:
+            return "bf16"
+        return self.activations
 
     def _own_gate(self, up: torch.Tensor) -> torch.Tensor:
         return apply_own_gate(self.source, self.layout, up)
@@ -444,8 +495,16 @@ class QuantizedExperts(nn.Module):
         return (
             f"{layout.num_experts} experts, hidden_size={layout.hidden_size}, "
             f"intermediate_size={layout.intermediate_size}, weights={self.weights}"
+            + (f", {self.num_experts} on all ranks" if self.share is not None else "")
             + (", paged" if self.paged is not None else "")
         )
+
+
+def _spread(what: str, name: str) -> str:
+    return (
+        f"{what}: this rank holds only its own experts of {name or 'this model'}; load the "
+        "checkpoint without expert_parallel"
+    )
 
 
 def layer_pages(name: str, layout: ExpertsLayout, weights: WeightFormat) -> LayerPages:
@@ -463,6 +522,12 @@ def layer_pages(name: str, layout: ExpertsLayout, weights: WeightFormat) -> Laye
 def quantized_modules(model: nn.Module) -> dict[str, QuantizedExperts]:
     """The quantized experts modules of ``model``, by name, in the order in which it has them."""
     return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedExperts)}
+
+
+def group_of(model: nn.Module) -> RankGroup | None:
+    """The ranks that hold the model's experts between them; None where all are here."""
+    experts = next((m for m in model.modules() if isinstance(m, QuantizedExperts)), None)
+    return None if experts is None or experts.share is None else experts.share.group
 
 
 def check_replaceable(model: nn.Module, name: str, layout: ExpertsLayout) -> None:

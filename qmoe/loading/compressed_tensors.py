@@ -55,8 +55,8 @@ class _CompressedTensorsExperts(ExpertsQuantizer):
             self._read_headers(model, files)
         for name, weights in self.quantized.items():
             self._stand_in(model, name, weights)
-        if self.paging is not None:
-            self._leave_out_pages(model)
+        if self.reads_experts:
+            self._leave_out_ours(model)
         if self.needs_package:
             super()._process_model_before_weight_loading(model, **kwargs)
 
@@ -69,6 +69,7 @@ class _CompressedTensorsExperts(ExpertsQuantizer):
         projections = {name: layout.projections for name, layout in layouts.items()}
         rename = Renamer(model)
         found: dict[str, dict[tuple[int, int], StoredTensor]] = defaultdict(dict)
+        scales: dict[str, dict[tuple[int, int], StoredTensor]] = defaultdict(dict)
         for key in headers:
             if not key.endswith(".weight_scale"):
                 if key.endswith((".weight_packed", ".weight_zero_point", ".weight_global_scale")):
@@ -82,6 +83,7 @@ class _CompressedTensorsExperts(ExpertsQuantizer):
                 self.needs_package.append(key)
                 continue
             found[target][expert_of(key), part] = weight
+            scales[target][expert_of(key), part] = headers[key]
             if self.quantized.setdefault(name, weights) != weights:
                 raise ValueError(
                     f"{weight.file}: {weight.name} is {weight.dtype}, other experts are not"
@@ -98,8 +100,10 @@ class _CompressedTensorsExperts(ExpertsQuantizer):
                         f"{name}.{projection}: the checkpoint has {len(tensors)} "
                         f"quantized tensors for it instead of {len(expected)}"
                     )
-                self.stored[f"{name}.{projection}"] = [tensors[place] for place in expected]
-                if self.paging is not None:
+                target = f"{name}.{projection}"
+                self.stored[target] = [tensors[place] for place in expected]
+                self.stored[target + SCALE_SUFFIX] = [scales[target][p] for p in expected]
+                if self.reads_experts:
                     _, rows, columns = layout.shape(projection)
                     for tensor in tensors.values():
                         check_stored(tensor, self.quantized[name], (rows // parts, columns))
@@ -115,11 +119,12 @@ class _CompressedTensorsExperts(ExpertsQuantizer):
                 continue
             sources = conversion._original_source_patterns
             targets = conversion._original_target_patterns
-            for operation in conversion.operations if self.paging is not None else ():
+            for operation in conversion.operations if self.reads_experts else ():
                 if not isinstance(operation, (MergeModulelist, Concatenate)):
+                    option = "hbm_budget" if self.group is None else "expert_parallel"
                     raise ValueError(
-                        f"hbm_budget: {sources[0]} is not stored as it is computed with "
-                        f"({type(operation).__name__}); load it without hbm_budget"
+                        f"{option}: {sources[0]} is not stored as it is computed with "
+                        f"({type(operation).__name__}); load it without {option}"
                     )
             # The scales come first: until transformers 5.21, `weight` also matches `weight_scale`.
             ours.insert(

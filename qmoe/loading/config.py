@@ -18,6 +18,7 @@ from qmoe.checkpoints.schema import (
     qmoe_config,
 )
 from qmoe.paging.options import PagingOptions
+from qmoe.parallel.group import RankGroup
 from qmoe_kernels.fused_moe import check_activations
 from qmoe_kernels.quantization import STORAGE_DTYPE, WeightFormat
 
@@ -41,6 +42,8 @@ class QmoeConfig(_ReadAsDict):
         paging: page the experts within so much device memory, see :func:`qmoe.load`; a choice of
             this run too. Without a ``device_map``, the model then goes to the GPU where there is
             one.
+        group: the ranks that hold the experts between them, of a checkpoint that is quantized
+            already; a choice of this run, which :func:`qmoe.load` makes.
         format_version: of the file format.
 
     Raises:
@@ -59,6 +62,7 @@ class QmoeConfig(_ReadAsDict):
         activations: str = "auto",
         modules_to_not_convert: list[str] | None = None,
         paging: PagingOptions | None = None,
+        group: RankGroup | None = None,
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ) -> None:
@@ -82,6 +86,7 @@ class QmoeConfig(_ReadAsDict):
         self.modules_to_not_convert = list(modules_to_not_convert or [])
         self.format_version = format_version
         self.paging = paging
+        self.group = group
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What holds for a checkpoint that is quantized already, whose own config says the rest."""
@@ -106,7 +111,7 @@ class ExpertsOnlyCompressedTensorsConfig(_ReadAsDict):
         if format_of(config_dict) == QMOE:
             return QmoeConfig.from_dict(config_dict, **kwargs)
         raw = dict(config_dict)
-        paging = raw.pop("paging", None)
+        paging, group = raw.pop("paging", None), raw.pop("group", None)
         if "hbm_budget" in raw:
             raise ValueError(
                 "hbm_budget is no option of a checkpoint; use paging=PagingOptions(...)"
@@ -114,7 +119,7 @@ class ExpertsOnlyCompressedTensorsConfig(_ReadAsDict):
         config: Any = cls(**raw)
         if is_compressed_tensors_available():
             config = PackageCompressedTensorsConfig.from_dict(raw, **kwargs)
-        config.paging = paging
+        config.paging, config.group = paging, group
         return config
 
     def to_dict(self) -> dict[str, Any]:

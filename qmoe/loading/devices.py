@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -27,6 +28,28 @@ def choose_device(device: str | int | torch.device) -> torch.device:
         raise ValueError(f"device={str(device)!r}: this machine has no CUDA GPU; use 'cpu'")
     index = torch.cuda.current_device() if chosen.index is None else chosen.index
     return torch.device("cuda", index)
+
+
+def choose_own_device(device: str | int | torch.device) -> torch.device:
+    """The device of one rank among several of a host, which becomes this process's current one.
+
+    Without an index a GPU is the one that torchrun numbers this process by.
+
+    Raises:
+        ValueError: see :func:`choose_device`; or a host with fewer GPUs than ranks.
+    """
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= count:
+            raise ValueError(
+                f"this host has {count} GPUs, and torchrun started at least {local + 1} ranks on "
+                f"it; start it with --nproc-per-node {count}, or give device='cpu'"
+            )
+        device = f"cuda:{local}"
+    chosen = choose_device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    return chosen
 
 
 def only_device(device_map: Any) -> torch.device:

@@ -148,6 +148,11 @@ def _described(model: nn.Module) -> dict[str, ExpertsLayout]:
 
 
 def _check_restorable(name: str, experts: QuantizedExperts) -> None:
+    if experts.share is not None:
+        raise ValueError(
+            f"{name}: this rank holds only its own experts; load the model without expert_parallel "
+            "to restore all of them"
+        )
     if experts.change is not None and experts.change.what != _RESTORE:
         experts.change.check_finished()
     if any(parameter.is_meta for parameter in experts.parameters()):

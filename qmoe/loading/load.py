@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,14 +30,17 @@ from qmoe.experts.layout import find_experts
 from qmoe.experts.quantized import quantized_modules
 from qmoe.loading.config import QmoeConfig
 from qmoe.loading.conversions import Renamer
-from qmoe.loading.devices import choose_device
+from qmoe.loading.devices import choose_device, choose_own_device
 from qmoe.loading.patch import patch
 from qmoe.loading.quantizer import check_experts, listed
+from qmoe.loading.spread import load_spread
 from qmoe.paging.options import PagingOptions, paging_options
+from qmoe.parallel.group import RankGroup, rank_group
 from qmoe_kernels.fused_moe import check_activations
 from qmoe_kernels.quantization import STORAGE_DTYPE
 
 if TYPE_CHECKING:
+    from torch.distributed import DeviceMesh, ProcessGroup
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from qmoe_kernels.quantization import WeightFormat
@@ -53,6 +57,8 @@ def load(
     hbm_budget: str | int | float | None = None,
     context: int | None = None,
     batch_size: int | None = None,
+    misses: str | None = None,
+    expert_parallel: bool | ProcessGroup | DeviceMesh = False,
 ) -> PreTrainedModel:
     """Load a model for generating text.
 
@@ -71,6 +77,14 @@ def load(
         context: tokens per sequence that the budget must hold the KV cache of, new ones included;
             by default the model's own context, but at most 8192.
         batch_size: sequences at a time that it must hold it of; by default 1.
+        misses: who serves an expert that is not on the device: ``"link"``, the default, copies it;
+            ``"host"`` lets the processor compute it where it lies; ``"auto"`` shares misses
+            between both as measured once. Only with ``"link"`` are results, bit for bit, those of a
+            model that fits: else they depend, within rounding, on what was on the device.
+        expert_parallel: spread the experts over processes, each of which calls this: True for
+            those that torchrun started, or a process group or a device mesh of one dimension. The
+            rest of the model is whole on each. Takes a converted checkpoint; a budget is each
+            process's own. See docs/expert-parallel.md.
 
     A 16-bit checkpoint is quantized while it is read: beside the 8-bit model, only the experts of
     one layer are in memory in 16 bit.
@@ -83,8 +97,11 @@ def load(
             missing or broken; weights that are missing, left over or of another shape than
             config.json says; an unknown device or dtype, a checkpoint that is quantized already
             while ``weights`` asks for it, activations that its weights do not go with, a budget
-            that cannot work (with the smallest that does), ``context`` or ``batch_size`` without
-            one, or too little host memory.
+            that cannot work (with the smallest that does), ``context``, ``batch_size`` or
+            ``misses`` without one, misses that the host cannot serve, or too little host memory;
+            ``expert_parallel`` for experts that are not in 8 bit on disk, in a process that
+            torchrun did not start, or with fewer experts than ranks.
+        RankFailed: with ``expert_parallel``, another rank failed or loads something else.
 
     Example:
         >>> import qmoe
@@ -92,11 +109,44 @@ def load(
     """
     path_or_repo = str(path_or_repo)
     check_activations(activations, weights)
-    device = choose_device(device)
-    dtype = _choose_dtype(dtype)
-    paging = paging_options(hbm_budget, context, batch_size)
+    paging = paging_options(hbm_budget, context, batch_size, misses)
+    if paging is not None:
+        paging.check_activations(activations)
+    if expert_parallel is not False:
+        device = choose_own_device(device)
+        group = rank_group(expert_parallel, device)
+    else:
+        device, group = choose_device(device), None
+    load_here = partial(
+        _load,
+        path_or_repo,
+        device,
+        _choose_dtype(dtype),
+        activations=activations,
+        weights=weights,
+        revision=revision,
+        paging=paging,
+        group=group,
+    )
+    return load_here() if group is None else load_spread(group, load_here)
+
+
+def _load(
+    path_or_repo: str,
+    device: torch.device,
+    dtype: str | torch.dtype,
+    *,
+    activations: str,
+    weights: WeightFormat | None,
+    revision: str | None,
+    paging: PagingOptions | None,
+    group: RankGroup | None,
+) -> PreTrainedModel:
+    """:func:`load`, once its arguments were looked at."""
     config = _read_config(path_or_repo, revision)
     method = format_of(_quantization(config))
+    if group is not None:
+        _ask_for_shares(config, group, path_or_repo, weights)
     if weights is None:
         if paging is not None:
             _ask_for_paging(config, paging, path_or_repo)
@@ -300,6 +350,22 @@ def _ask_for_paging(config: PreTrainedConfig, options: PagingOptions, path_or_re
             + (f"quantized otherwise ({method})" if method else "not: add weights='int8'")
         )
     config.quantization_config = {**quantization, "paging": options}
+
+
+def _ask_for_shares(
+    config: PreTrainedConfig, group: RankGroup, path_or_repo: str, weights: str | None
+) -> None:
+    """Let the quantizer of a checkpoint in 8 bit know that its experts are spread over ranks."""
+    method = format_of(_quantization(config))
+    if weights is not None or method not in (QMOE, COMPRESSED_TENSORS):
+        how = (
+            "weights=... quantizes while it loads" if weights else "these experts are not in 8 bit"
+        )
+        raise ValueError(
+            f"{path_or_repo}: expert_parallel reads a rank's own experts from a converted "
+            f"checkpoint, and {how}; convert it with convert-checkpoint first"
+        )
+    config.quantization_config = {**_quantization(config), "group": group}
 
 
 def _choose_activations(model: PreTrainedModel, activations: str, path_or_repo: str) -> None:

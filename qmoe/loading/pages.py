@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ from qmoe.progress import progress as progress_bar
 def load_pages(
     model: nn.Module,
     stored: Mapping[str, Sequence[StoredTensor]],
-    options: PagingOptions,
+    options: PagingOptions | None,
     device: torch.device,
     *,
     progress: bool,
@@ -40,7 +41,7 @@ def load_pages(
         model: on ``device``, its experts without their 8-bit weights.
         stored: ``{module}.{projection}`` -> the tensors that, one behind the other, are its
             canonical form: one of all experts, or one or two (gate, up) per expert.
-        options: the budget, and what it must hold.
+        options: the budget, and what it must hold; None: all goes to the device.
         device: where the model runs.
         progress: draw a progress bar if stderr is a terminal.
 
@@ -53,29 +54,34 @@ def load_pages(
             f"{type(model).__name__}: hbm_budget pages 8-bit experts, and this checkpoint has none"
         )
     layers = pages_of(modules)
-    budget = budget_for(model, layers, options, device)
+    budget = None if options is None else budget_for(model, layers, options, device)
+    first = [0 if e.share is None else e.share.first for e in modules.values()]
     tensors = [
         [stored[f"{name}.{projection}"] for projection in experts.layout.projections]
         for name, experts in modules.items()
     ]
-    if budget.all_resident:
+    if budget is None or budget.all_resident:
         with progress_bar("Loading experts", len(layers), show=progress) as bar:
-            for pages, (gate_up, down) in zip(layers, tensors, strict=True):
+            for pages, start, (gate_up, down) in zip(layers, first, tensors, strict=True):
                 with closing(HostStore([pages], pin=False)) as one_layer:
-                    one_layer.fill(page_reads(0, pages, gate_up, down))
+                    one_layer.fill(page_reads(0, pages, gate_up, down, start))
                     weights = [w.to(device, copy=True).contiguous() for w in one_layer.weights(0)]
                 modules[pages.name].unpage(*weights)
                 bar.advance()
-        keep_resident(model, budget, device)
+        if budget is not None and options is not None:
+            keep_resident(model, budget, device, options)
         return
+    assert options is not None  # there is a budget
     store = host_store(layers, device, progress=progress)
     try:
         reads = [
-            page_reads(layer, pages, gate_up, down)
-            for layer, (pages, (gate_up, down)) in enumerate(zip(layers, tensors, strict=True))
+            page_reads(layer, pages, gate_up, down, start)
+            for layer, (pages, start, (gate_up, down)) in enumerate(
+                zip(layers, first, tensors, strict=True)
+            )
         ]
         store.fill([read for layer in reads for read in layer], progress=progress)
-        page_experts(model, store, budget, device)
+        page_experts(model, store, budget, device, options)
     except BaseException:
         store.close()
         raise
@@ -98,19 +104,21 @@ def page_stored(
     try:
         budget = budget_for(model, store.layers, options, device)
         if not budget.all_resident:
-            page_experts(model, store, budget, device)
+            page_experts(model, store, budget, device, options)
             return
         for layer, experts in enumerate(quantized_modules(model).values()):
             experts.unpage(*(w.to(device, copy=True).contiguous() for w in store.weights(layer)))
             store.empty(layer)
-        keep_resident(model, budget, device)
+        keep_resident(model, budget, device, options)
     except BaseException:
         store.close()
         raise
     store.close()
 
 
-def page_quantized(model: nn.Module, budget: Budget, device: torch.device) -> None:
+def page_quantized(
+    model: nn.Module, budget: Budget, device: torch.device, options: PagingOptions
+) -> None:
     """Bring a model that was quantized on the CPU to ``device``, its experts as the budget says.
 
     Each layer's weights are freed as soon as its pages are filled.
@@ -125,7 +133,7 @@ def page_quantized(model: nn.Module, budget: Budget, device: torch.device) -> No
         except BaseException:
             model.to("cpu")
             raise
-        keep_resident(model, budget, device)
+        keep_resident(model, budget, device, options)
         return
     modules = quantized_modules(model)
     store = host_store(pages_of(modules), device)
@@ -134,7 +142,7 @@ def page_quantized(model: nn.Module, budget: Budget, device: torch.device) -> No
             fill_layer(store, layer, experts)
             experts.drop_weights()
         model.to(device)
-        page_experts(model, store, budget, device)
+        page_experts(model, store, budget, device, options)
     except BaseException:
         # Where this fails too, modules stay without weights, and say so instead of computing.
         try:
@@ -152,6 +160,7 @@ def page_reads(
     pages: LayerPages,
     gate_up: Sequence[StoredTensor],
     down: Sequence[StoredTensor],
+    first: int = 0,
 ) -> list[PageRead]:
     """The reads that fill the pages of one layer.
 
@@ -161,10 +170,15 @@ def page_reads(
         gate_up: the tensors that, one behind the other, are its (num_experts, rows, columns)
             weights.
         down: the same for the second projection.
+        first: the expert that page 0 is of; tensors of experts that have no page are not read.
     """
     return [
-        *_reads(layer, 0, math.prod(pages.gate_up), gate_up),
-        *_reads(layer, pages.down_offset, math.prod(pages.down), down),
+        replace(read, expert=read.expert - first)
+        for read in (
+            *_reads(layer, 0, math.prod(pages.gate_up), gate_up),
+            *_reads(layer, pages.down_offset, math.prod(pages.down), down),
+        )
+        if first <= read.expert < first + pages.num_experts
     ]
 
 

@@ -38,6 +38,7 @@ def patch(
     device: str | torch.device = "auto",
     context: int | None = None,
     batch_size: int | None = None,
+    misses: str | None = None,
 ) -> PreTrainedModel:
     """Quantize the experts of a loaded model in place.
 
@@ -54,6 +55,7 @@ def patch(
         device: where to, with a budget: ``"auto"`` (the GPU where there is one) or a torch device.
         context: see :func:`qmoe.load`.
         batch_size: see :func:`qmoe.load`.
+        misses: see :func:`qmoe.load`.
 
     Returns:
         ``model``, the same object.
@@ -81,7 +83,9 @@ def patch(
     """
     config = QmoeConfig(weights, activations=activations)
     check_activations(activations, weights)
-    options = paging_options(hbm_budget, context, batch_size)
+    options = paging_options(hbm_budget, context, batch_size, misses)
+    if options is not None:
+        options.check_activations(activations)
     if options is None and device != "auto":
         raise ValueError(f"device={str(device)!r} has no effect without hbm_budget; drop it")
     with guard_of(model).changing("qmoe.patch"):
@@ -105,8 +109,8 @@ def patch(
             raise
         quantizer.mark(model)
         change.finished = True
-        if budget is not None:
-            page_quantized(model, budget, target)
+        if budget is not None and options is not None:
+            page_quantized(model, budget, target, options)
         lay_side_by_side(model)
     return model
 

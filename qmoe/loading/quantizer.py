@@ -39,10 +39,19 @@ from qmoe.loading.devices import only_device
 from qmoe.loading.layers import restore_layers
 from qmoe.loading.pages import load_pages, page_stored
 from qmoe.loading.protection import protect
+from qmoe.loading.shares import (
+    check_scales,
+    check_spread,
+    load_shares,
+    refuse_distributed_config,
+    shared_tensors,
+)
 from qmoe.loading.side_by_side import lay_side_by_side
 from qmoe.loading.while_loading import ExpertsToQuantize, stand_in
 from qmoe.paging.model import host_store
 from qmoe.paging.options import PagingOptions
+from qmoe.parallel.group import RankGroup
+from qmoe.parallel.share import share_of
 from qmoe_kernels.quantization import STORAGE_DTYPE, WeightFormat
 
 
@@ -67,14 +76,25 @@ class ExpertsQuantizer(HfQuantizer):
         """What was asked for, if the experts are to be paged."""
         return getattr(self.quantization_config, "paging", None)
 
+    @property
+    def group(self) -> RankGroup | None:
+        """The ranks that hold the experts between them; None where all are here."""
+        return getattr(self.quantization_config, "group", None)
+
+    @property
+    def reads_experts(self) -> bool:
+        """Whether experts are read by us, rather than by transformers."""
+        return self.paging is not None or self.group is not None
+
     def update_device_map(self, device_map: Any) -> Any:
         device_map = super().update_device_map(device_map)
-        if self.paging is None:
+        if not self.reads_experts:
             return device_map
         self.device = only_device(device_map)
         return {"": self.device}
 
     def preprocess_model(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+        refuse_distributed_config(model)
         self.versions = {}
         super().preprocess_model(model, *args, **kwargs)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -87,15 +107,21 @@ class ExpertsQuantizer(HfQuantizer):
         """Put experts without weights where the model, on the meta device, has its own."""
         source = model.get_submodule(name)
         activations = getattr(self.quantization_config, "activations", "auto")
-        paged = self.paging is not None
-        stand_in(model, name, QuantizedExperts(source, weights, activations, paged=paged))
+        paged, share = self.paging is not None, None
+        if self.group is not None:
+            share = share_of(self.group, self.layouts[name].num_experts, name)
+        experts = QuantizedExperts(source, weights, activations, paged=paged, share=share)
+        stand_in(model, name, experts)
 
-    def _leave_out_pages(self, model: PreTrainedModel) -> None:
-        """Let transformers pass over the tensors that are pages: neither read nor warned of."""
+    def _leave_out_ours(self, model: PreTrainedModel) -> None:
+        """Let transformers pass over the tensors that we read: neither read nor warned of."""
+        if self.group is not None:
+            check_spread(model, self.kept)
         patterns = {
-            rf"\.{projection}{QUANTIZED_SUFFIX}$"
+            rf"\.{leaf}$"
             for experts in quantized_modules(model).values()
-            for projection in experts.layout.projections
+            for leaf, parameter in experts._parameters.items()
+            if parameter is None
         }
         ignored = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = {*ignored, *patterns}
@@ -128,7 +154,9 @@ class ExpertsQuantizer(HfQuantizer):
             _cast_renamed(model, self.dtypes)
         result = super().postprocess_model(model, **kwargs)
         progress = is_progress_bar_enabled()
-        if self.paging is not None and self.pre_quantized:
+        if self.group is not None:
+            load_shares(model, self.stored, self.device)
+        if self.reads_experts and self.pre_quantized:
             load_pages(model, self.stored, self.paging, self.device, progress=progress)
         elif self.paging is not None:
             assert self.to_quantize is not None and self.to_quantize.store is not None
@@ -143,6 +171,11 @@ class ExpertsQuantizer(HfQuantizer):
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         if self.change is not None:
             self.change.check_finished()  # `save_pretrained` asks before it writes anything
+        if self.group is not None:
+            raise ValueError(
+                "save_pretrained: each rank holds only its own experts; load the checkpoint "
+                "without expert_parallel to save it"
+            )
         return True
 
     @property
@@ -199,10 +232,10 @@ class QmoeQuantizer(ExpertsQuantizer):
             self._stand_in(model, name, self.quantization_config.weights)
         if files:
             self._read_headers(model, files)
-        if self.paging is not None:
+        if self.reads_experts:
             if not files:
                 raise ValueError("hbm_budget needs a checkpoint's files; load it from a folder")
-            self._leave_out_pages(model)
+            self._leave_out_ours(model)
 
     def _begin_to_quantize(self, model: PreTrainedModel) -> None:
         config = self.quantization_config
@@ -236,10 +269,17 @@ class QmoeQuantizer(ExpertsQuantizer):
             for name, layout in self.layouts.items()
             for projection in layout.projections
         }
-        rename = Renamer(model, pages)
+        # What a rank reads a part of.
+        parts = {
+            f"{name}.{leaf}": shape
+            for name, layout in self.layouts.items()
+            for leaf, shape in shared_tensors(layout).items()
+            if self.group is not None
+        }
+        rename = Renamer(model, (*pages, *parts))
         found = {rename(key): tensor for key, tensor in self._headers_of(files).items()}
         expected = [f"{n}.{p}" for n in self.layouts for p in model.get_submodule(n).state_dict()]
-        for parameter in (*expected, *pages):
+        for parameter in (*expected, *pages, *parts):
             if parameter not in found:
                 raise ValueError(
                     f"{parameter} is in none of the checkpoint's files; convert it again"
@@ -249,6 +289,10 @@ class QmoeQuantizer(ExpertsQuantizer):
             stored = found[parameter]
             self.stored[parameter.removesuffix(QUANTIZED_SUFFIX)] = [stored]
             check_stored(stored, self.quantization_config.weights, shape)
+        for parameter, shape in parts.items():
+            stored = found[parameter]
+            self.stored[parameter] = [stored]
+            _check_stored_shape(stored, shape)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         if self.to_quantize is None:
@@ -286,6 +330,14 @@ def check_stored(stored: StoredTensor, weights: WeightFormat, shape: tuple[int, 
         )
 
 
+def _check_stored_shape(stored: StoredTensor, shape: tuple[int, ...]) -> None:
+    if stored.shape != shape:
+        raise ValueError(
+            f"{stored.file}: {stored.name} has the shape {list(stored.shape)} instead of "
+            f"{list(shape)}; convert it again"
+        )
+
+
 def _check_loaded(
     model: PreTrainedModel, experts: Iterable[str], shapes: Mapping[str, torch.Size]
 ) -> None:
@@ -303,11 +355,8 @@ def _check_loaded(
                     f"{name}.{leaf} is in none of the checkpoint's files; download it again, or "
                     "convert it again"
                 )
-            if leaf.endswith(SCALE_SUFFIX) and not (parameter.isfinite() & (parameter >= 0)).all():
-                raise ValueError(
-                    f"{name}.{leaf} holds a negative number, an infinity or NaN; download or "
-                    "convert the checkpoint again"
-                )
+            if leaf.endswith(SCALE_SUFFIX):
+                check_scales(f"{name}.{leaf}", parameter)
     for name, parameter in model.named_parameters():
         if parameter.shape != shapes.get(name, parameter.shape):
             raise ValueError(

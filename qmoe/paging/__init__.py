@@ -1,5 +1,5 @@
-"""Experts that are paged from host memory: budget, footprint, host store, expert cache.
+"""Experts that are paged from host memory: budget, footprint, host store, expert cache, sharing.
 
-`model` binds a cache to a model; the other files know no model and never import transformers.
-Loading and the rooms above it may enter.
+`model` and `sharing` bind a cache to a model; the other files know no model and never import
+transformers. Loading and the rooms above it may enter.
 """

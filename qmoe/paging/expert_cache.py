@@ -12,6 +12,9 @@ streamed   when nearly every expert is routed to (a long prompt), the copy engin
 All three give the same bits as weights that are resident: a product does not depend on where its
 weights lie, and a row comes from one wave or group alone, the others add zeros to it.
 
+A cache whose misses are shared (`share_misses`) leaves some of an admitted layer's missed experts
+to the host. Then results depend, within rounding, on what was resident.
+
 On the CPU the same code runs on slots in host memory, and streams and events mean nothing.
 """
 
@@ -28,10 +31,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qmoe.paging.host_experts import HostExperts
 from qmoe.paging.host_store import HostStore
 from qmoe.paging.stats import CacheStats, LayerStats
 from qmoe.sizes import format_size
 from qmoe_kernels import weighted_sum
+from qmoe_kernels.mailbox import SERVED, WAITED_NS
 from qmoe_kernels.paging import HITS, MISSES, CopyList, Residency, admit, gather
 
 # compute(gate_up, down, expert_to_slot, topk_ids, topk_weights): one layer's experts, see
@@ -141,6 +146,7 @@ class ExpertCache:
         # as soon as anything else uses the slots.
         self._staged: _Staged | None = None
         self._absent: list[bool] = []
+        self._sharing: HostExperts | None = None
         self._pool: _Pool | None = None
         self.resize(num_slots, num_staging)
 
@@ -237,6 +243,8 @@ class ExpertCache:
                 layer, expert = self._layer_of(page)
                 source = self.host.pages(layer)[expert]
                 pool.memory[slot, : len(source)].copy_(source, non_blocking=True)
+        if self._sharing is not None:
+            self._sharing.forget()  # stamps of another clock
         self._interrupted = False
 
     def _new_pool(self, residency: Residency, num_staging: int) -> _Pool:
@@ -268,9 +276,33 @@ class ExpertCache:
         layer = bisect_right(self.host.first_page, page) - 1
         return layer, page - self.host.first_page[layer]
 
+    def forget(self) -> None:
+        """Empty every slot, once the device has ended what it does."""
+        with self.lock, self._on_device():
+            self._synchronize()
+            self._forget()
+
+    def share_misses(self, sharing: HostExperts | None) -> None:
+        """Let the host compute some of the misses from now on, which the cache then owns."""
+        with self.lock, self._on_device():
+            self._refuse_if_closed()
+            if self._sharing is sharing:
+                return
+            self._synchronize()
+            before, self._sharing = self._sharing, sharing
+            if before is not None:
+                before.stop()
+
+    @property
+    def sharing(self) -> HostExperts | None:
+        """What computes some of the misses; None: all come over the link."""
+        return self._sharing
+
     def _forget(self) -> None:
         """Empty every slot: what a step that was cut off left there is not known."""
         self._staged = None
+        if self._sharing is not None:
+            self._sharing.drain()
         if self._pool is not None:
             _empty(self._pool.residency)
         self._interrupted = False
@@ -280,7 +312,9 @@ class ExpertCache:
         with self.lock:
             self._closed = True
             self._synchronize()
-            self._pool = self._staged = None
+            if self._sharing is not None:
+                self._sharing.stop()
+            self._pool = self._staged = self._sharing = None
             self.host.close()
 
     # ---- a layer -------------------------------------------------------------------------------
@@ -292,19 +326,23 @@ class ExpertCache:
         topk_ids: Tensor,  # (num_tokens, top_k)
         topk_weights: Tensor | None,  # (num_tokens, top_k)
         compute: Compute,
+        hidden_states: Tensor | None = None,  # (num_tokens, hidden_size)
     ) -> Tensor:
         """Run one layer's experts; they are in slots while ``compute`` is called.
 
         Args:
             layer: its index in the host store.
             topk_ids, topk_weights: go to ``compute``, perhaps in parts.
+            hidden_states: the rows, for the host where misses are shared; without them they are
+                not.
 
         Returns:
             what ``compute`` returns for all of ``topk_ids``.
 
         Raises:
             ValueError: after `close`.
-            RuntimeError: a `resize` that failed left no slots.
+            RuntimeError: a `resize` that failed left no slots, or the host did not compute its
+                share.
         """
         with self.lock, self._on_device():
             pool = self._follow()
@@ -315,16 +353,56 @@ class ExpertCache:
             self._staged = None
             if min(num_pairs, num_experts) > pool.num_slots:
                 return self._run_in_waves(pool, layer, topk_ids, topk_weights, compute)
-            overlap = self.overlap
-            if overlap is None:
-                overlap = topk_ids.shape[0] >= OVERLAPPED_TOKENS
-            if overlap:
-                return self._run_overlapped(pool, layer, topk_ids, topk_weights, compute)
-            self._interrupted = True
-            self._admit(pool, layer, topk_ids)
-            self._gather(pool, layer)
-            self._interrupted = False
-            return compute(*pool.weights[layer], pool.expert_to_slot[layer], topk_ids, topk_weights)
+            if hidden_states is None or not self._shares(hidden_states, topk_ids):
+                return self._run_admitted(pool, layer, topk_ids, topk_weights, compute)
+            return self._run_shared(pool, layer, hidden_states, topk_ids, topk_weights, compute)
+
+    def _shares(self, hidden_states: Tensor, topk_ids: Tensor) -> bool:
+        """Whether the host may compute some of this call; no gradient comes back from there."""
+        records = torch.is_grad_enabled() and hidden_states.requires_grad
+        return self._sharing is not None and not records and self._sharing.takes(*topk_ids.shape)
+
+    def _run_shared(
+        self,
+        pool: _Pool,
+        layer: int,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor | None,
+        compute: Compute,
+    ) -> Tensor:
+        """The host computes some of the experts that are absent, the others get slots."""
+        sharing = self._sharing
+        assert sharing is not None
+        if not self._capturing():
+            sharing.begin([layer])
+        self._interrupted = True
+        link_ids = sharing.post(pool.residency, layer, hidden_states, topk_ids)
+        rows = self._run_admitted(pool, layer, link_ids, None, compute)
+        self._interrupted = True
+        output = sharing.collect(layer, rows, topk_ids, link_ids, topk_weights)
+        self._interrupted = False
+        return output
+
+    def _run_admitted(
+        self,
+        pool: _Pool,
+        layer: int,
+        topk_ids: Tensor,
+        topk_weights: Tensor | None,
+        compute: Compute,
+    ) -> Tensor:
+        """With all experts that are routed to in slots."""
+        overlap = self.overlap
+        if overlap is None:
+            overlap = topk_ids.shape[0] >= OVERLAPPED_TOKENS
+        if overlap:
+            return self._run_overlapped(pool, layer, topk_ids, topk_weights, compute)
+        self._interrupted = True
+        self._admit(pool, layer, topk_ids)
+        self._gather(pool, layer)
+        self._interrupted = False
+        return compute(*pool.weights[layer], pool.expert_to_slot[layer], topk_ids, topk_weights)
 
     def _run_overlapped(
         self,
@@ -492,7 +570,25 @@ class ExpertCache:
         """
         with self.lock, self._on_device():
             self._follow()
+            if self._sharing is not None and not self._capturing():
+                self._sharing.begin()
             self._staged = None  # other pages may be resident afterwards
+
+    def check_answers(self) -> None:
+        """Raise RuntimeError if the host did not compute its share of what the device has done.
+
+        For results that were waited for and are about to be given out.
+        """
+        with self.lock, self._on_device():
+            if self._sharing is not None:
+                self._sharing.check()
+
+    def stop_workers(self) -> None:
+        """End the threads on the host, if there are some; the next step starts others."""
+        with self.lock, self._on_device():
+            if self._sharing is not None:
+                self._synchronize()
+                self._sharing.stop()
 
     def _follow(self) -> _Pool:
         """Let the current stream wait for the last one that used the slots."""
@@ -547,12 +643,20 @@ class ExpertCache:
 
     def read_counters(self) -> CacheStats:
         """Read the counters as they are now; what is being computed is not waited for."""
+        sharing = self._sharing
         with self._runtime.stream(self._stats_stream):
             counters = self._counters.tolist()
+            shared = [[0, 0]] * len(counters) if sharing is None else sharing.read_counters()
         return CacheStats(
             layers=tuple(
-                LayerStats(hits=row[HITS], misses=row[MISSES], streamed_bytes=streamed)
-                for row, streamed in zip(counters, self._streamed_bytes, strict=True)
+                LayerStats(
+                    hits=row[HITS],
+                    misses=row[MISSES] + host[SERVED],
+                    streamed_bytes=streamed,
+                    host_misses=host[SERVED],
+                    waited_ns=host[WAITED_NS],
+                )
+                for row, host, streamed in zip(counters, shared, self._streamed_bytes, strict=True)
             ),
             page_bytes=tuple(layer.page_bytes for layer in self.host.layers),
             num_slots=self.num_slots,

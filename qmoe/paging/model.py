@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qmoe.checkpoints.inspection import find_top_k
 from qmoe.experts.guard import guard_of
 from qmoe.experts.pages import LayerPages
 from qmoe.experts.quantized import QuantizedExperts, quantized_modules
@@ -23,6 +24,7 @@ from qmoe.paging.expert_cache import ExpertCache
 from qmoe.paging.footprint import measure
 from qmoe.paging.host_store import HostStore
 from qmoe.paging.options import PagingOptions
+from qmoe.paging.sharing import calibrate, sharing_of
 from qmoe.paging.stats import CacheStats
 
 # Tokens per sequence where nobody said how many; less where the model takes less.
@@ -31,11 +33,16 @@ DEFAULT_CONTEXT = 8192
 
 @dataclass(frozen=True)
 class Paging:
-    """What a model was given; ``cache`` is None where everything is resident."""
+    """What a model was given; ``cache`` is None where everything is resident.
+
+    Attributes:
+        misses: see :class:`PagingOptions`.
+    """
 
     budget: Budget
     device: torch.device
     cache: ExpertCache | None
+    misses: str = "link"
 
 
 def budget_for(
@@ -77,11 +84,17 @@ def budget_for(
 
 
 def page_experts(
-    model: nn.Module, store: HostStore, budget: Budget, device: torch.device | str
+    model: nn.Module,
+    store: HostStore,
+    budget: Budget,
+    device: torch.device | str,
+    options: PagingOptions,
 ) -> None:
     """Let a model on ``device`` take its experts from ``store``, whose layers are its experts'.
 
     Raises:
+        ValueError: the host is to take misses, and cannot compute these experts; the model is as it
+            was.
         torch.OutOfMemoryError: the slots do not fit; the model is as it was.
     """
     modules = quantized_modules(model)
@@ -91,15 +104,19 @@ def page_experts(
         cache = ExpertCache(
             store, device, num_slots=budget.num_slots, num_staging=budget.num_staging
         )
+        cache.share_misses(sharing_of(cache, modules, options.misses))
         for layer, experts in enumerate(modules.values()):
             experts.page(cache, layer)
-        _remember(model, Paging(budget, device, cache))
+        _remember(model, Paging(budget, device, cache, options.misses))
+        _calibrate(model, cache, modules, options.misses)
 
 
-def keep_resident(model: nn.Module, budget: Budget, device: torch.device | str) -> None:
+def keep_resident(
+    model: nn.Module, budget: Budget, device: torch.device | str, options: PagingOptions
+) -> None:
     """Remember the budget of a model that has all of its weights on ``device``."""
     with _changing(model):
-        _remember(model, Paging(budget, torch.device(device), None))
+        _remember(model, Paging(budget, torch.device(device), None, options.misses))
 
 
 @contextmanager
@@ -126,6 +143,7 @@ def resize(
     hbm_budget: str | int | float,
     context: int | None = None,
     batch_size: int | None = None,
+    misses: str | None = None,
 ) -> Budget:
     """Give a model another budget, live: between two steps of a generation, for instance.
 
@@ -138,6 +156,8 @@ def resize(
         hbm_budget: see :func:`qmoe.load`.
         context: tokens per sequence; by default as before.
         batch_size: sequences at a time; by default as before.
+        misses: who serves experts that are not on the device, see :func:`qmoe.load`; by default as
+            before.
 
     Returns:
         How the budget is spent.
@@ -168,21 +188,29 @@ def resize(
         if before is not None:
             context = context or before.budget.context
             batch_size = batch_size or before.budget.batch_size
+            misses = misses or before.misses
         device = before.device if before is not None else next(model.parameters()).device
         layers = pages_of(modules)
-        options = PagingOptions(hbm_budget, context, batch_size or 1)
+        options = PagingOptions(hbm_budget, context, batch_size or 1, misses or "link")
+        for experts in modules.values():
+            options.check_activations(experts.activations)
         budget = budget_for(model, layers, options, device)
         _synchronize(device)  # steps that are queued still use the weights and slots
         caches = _caches(modules)
         if budget.all_resident:
             _make_resident(modules)
-            _remember(model, Paging(budget, device, None))
+            _remember(model, Paging(budget, device, None, options.misses))
         elif len(caches) == 1 and all(experts.paged for experts in modules.values()):
             (cache,) = caches
+            sharing = cache.sharing
+            if before is None or options.misses != before.misses or sharing is None:
+                sharing = sharing_of(cache, modules, options.misses)
             cache.resize(budget.num_slots, budget.num_staging)
-            _remember(model, Paging(budget, device, cache))
+            cache.share_misses(sharing)
+            _remember(model, Paging(budget, device, cache, options.misses))
+            _calibrate(model, cache, modules, options.misses)
         else:
-            _make_paged(model, modules, layers, budget, device)
+            _make_paged(model, modules, layers, budget, device, options)
     return budget
 
 
@@ -201,9 +229,27 @@ def stats(model: nn.Module) -> CacheStats:
     return paging.cache.read_counters()
 
 
+def check_answers(model: nn.Module) -> None:
+    """Raise RuntimeError if the host left out what it was to compute of a model's steps.
+
+    For results that were waited for and are about to be given out.
+    """
+    paging: Paging | None = getattr(model, "qmoe_paging", None)
+    if paging is not None and paging.cache is not None:
+        paging.cache.check_answers()
+
+
 def pages_of(modules: Mapping[str, QuantizedExperts]) -> list[LayerPages]:
     """What the pages of each module look like, in the modules' order."""
     return [experts.layer_pages(name) for name, experts in modules.items()]
+
+
+def _calibrate(
+    model: Any, cache: ExpertCache, modules: Mapping[str, QuantizedExperts], misses: str
+) -> None:
+    if cache.sharing is not None:
+        top_k = find_top_k(model.config.to_dict()) or 1
+        calibrate(cache, modules, misses, top_k=top_k, dtype=model.dtype)
 
 
 # ---- between resident and paged ----------------------------------------------------------------
@@ -241,6 +287,7 @@ def _make_paged(
     layers: Sequence[LayerPages],
     budget: Budget,
     device: torch.device,
+    options: PagingOptions,
 ) -> None:
     store = _store_of(modules, layers, device)
     try:
@@ -250,6 +297,7 @@ def _make_paged(
         store.close()
         raise
     try:
+        cache.share_misses(sharing_of(cache, modules, options.misses))
         for layer, experts in enumerate(modules.values()):
             experts.page(cache, layer)
         cache.resize(budget.num_slots, budget.num_staging)
@@ -261,7 +309,7 @@ def _make_paged(
             traceback.clear_frames(another.__traceback__)
             for layer, experts in enumerate(modules.values()):
                 experts.page(cache, layer)
-            _remember(model, Paging(budget, device, cache))
+            _remember(model, Paging(budget, device, cache, options.misses))
             raise torch.OutOfMemoryError(
                 f"{device} has no memory for {budget.num_slots} slots, nor for the weights as they "
                 f"were; {type(model).__name__} is paged with {cache.num_slots} slots now, free "
@@ -269,7 +317,8 @@ def _make_paged(
             ) from None
         cache.close()
         raise
-    _remember(model, Paging(budget, device, cache))
+    _remember(model, Paging(budget, device, cache, options.misses))
+    _calibrate(model, cache, modules, options.misses)
 
 
 def _unpage(modules: Iterable[QuantizedExperts]) -> None:

@@ -7,17 +7,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LayerStats:
-    """One layer's counts since the cache was made; all but the last in pages.
+    """One layer's counts since the cache was made; in pages, if nothing else is said.
 
     Attributes:
         hits: experts that were in a slot when they were routed to, once per admission.
-        misses: experts that were not.
+        misses: experts that were not, whoever then served them.
         streamed_bytes: copied for long prompts, past the slots.
+        host_misses: those of the misses that the host computed where they lay.
+        waited_ns: nanoseconds that the device waited for the host.
     """
 
     hits: int
     misses: int
     streamed_bytes: int
+    host_misses: int = 0
+    waited_ns: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,16 @@ class CacheStats:
         return sum(layer.misses for layer in self.layers)
 
     @property
+    def host_misses(self) -> int:
+        """Misses that the host computed, of all layers."""
+        return sum(layer.host_misses for layer in self.layers)
+
+    @property
+    def waited_seconds(self) -> float:
+        """How long the device waited for the host, in all layers."""
+        return sum(layer.waited_ns for layer in self.layers) / 1e9
+
+    @property
     def hit_rate(self) -> float | None:
         """hits / (hits + misses); None before the first admission."""
         lookups = self.hits + self.misses
@@ -54,8 +68,8 @@ class CacheStats:
 
     @property
     def bytes(self) -> int:
-        """Copied to the device: missed and streamed."""
+        """Copied to the device: missed, but for what the host computed, and streamed."""
         return sum(
-            layer.misses * page_bytes + layer.streamed_bytes
+            (layer.misses - layer.host_misses) * page_bytes + layer.streamed_bytes
             for layer, page_bytes in zip(self.layers, self.page_bytes, strict=True)
         )

@@ -80,9 +80,13 @@ def _experts(model: Any) -> Iterator[Any]:
         return
     found = stats(model)
     experts = CounterMetricFamily(
-        "qmoe_experts", "Experts asked for, by where they were.", labels=["source"]
+        "qmoe_experts",
+        "Experts asked for, by who had them: the GPU, or else a copy from the host, "
+        "or the host's processor.",
+        labels=["source"],
     )
     experts.add_metric(["gpu"], found.hits)
-    experts.add_metric(["host"], found.misses)
+    experts.add_metric(["host"], found.misses - found.host_misses)
+    experts.add_metric(["processor"], found.host_misses)
     yield experts
     yield CounterMetricFamily("qmoe_paged_bytes", "Copied from host memory.", value=found.bytes)

@@ -24,16 +24,18 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# Compiled together: decoding needs neither quantizing nor long prompts' widening.
+# Compiled together, when the first of them is needed: a first token waits for no others.
 GROUPS = {
-    "products": ("layer", "weighted_sum"),
+    "products": ("layer",),
+    "sums": ("weighted_sum",),
     "dense": ("linear",),
     "formats": ("quantize", "compare", "widen"),
+    "workers": ("lead", "assist", "store_word", "load_word", "ring_bell"),
 }
 # Kinds of dot products: by weights, and whether rows are bf16 numbers that are multiplied in pairs.
 INT8, FP8, FP8_PAIRS, BF16 = "int8", "fp8", "fp8_pairs", "bf16"
 # Of the C library; anything else that machine code asks for would end the process.
-KNOWN_SYMBOLS = {"expf", "erff", "tanhf", "memset", "memcpy", "sched_yield"}
+KNOWN_SYMBOLS = {"erff", "tanhf", "memset", "memcpy", "sched_yield", "syscall", "clock_gettime"}
 COUNTERS = 7  # of a loop; what it has claimed and how many threads there are come first
 DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -119,7 +121,7 @@ def run(name: str, arguments: Sequence[int], items: int, threads: int | None = N
 
 def _run(function: int, address: int, threads: int) -> None:
     if threads == 1:
-        _callable(function)(address)
+        callable_at(function)(address)
         return
     parallel = _openmp()
     if parallel is not None and not _in_child:
@@ -128,12 +130,12 @@ def _run(function: int, address: int, threads: int) -> None:
         parallel(function, address, threads, 0)
         return
     helpers = [
-        threading.Thread(target=_callable(function), args=(address,)) for _ in range(threads - 1)
+        threading.Thread(target=callable_at(function), args=(address,)) for _ in range(threads - 1)
     ]
     try:
         for helper in helpers:
             helper.start()
-        _callable(function)(address)
+        callable_at(function)(address)
     finally:  # what they write to is freed behind this, whatever ends it
         for helper in helpers:
             if helper.ident is not None:
@@ -141,7 +143,8 @@ def _run(function: int, address: int, threads: int) -> None:
 
 
 @lru_cache
-def _callable(function: int) -> Callable[[int], None]:
+def callable_at(function: int) -> Callable[[int], None]:
+    """What calls the loop at an address with that of its arguments, without Python's lock."""
     return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)
 
 
@@ -252,11 +255,12 @@ def _compile(group: str, machine: Machine) -> bytes:
     """Return an object file with the loops of a group."""
     from llvmlite import binding as llvm
 
-    from qmoe_kernels.cpu import dots, loops
+    from qmoe_kernels.cpu import dots, loops, worker_loops
 
+    source = worker_loops if group == "workers" else loops
     module, names = llvm.parse_assembly(f'target triple = "{machine.triple}"'), set(GROUPS[group])
     for name in GROUPS[group]:
-        code, inner = getattr(loops, f"make_{name}")()
+        code, inner = getattr(source, f"make_{name}")()
         module.link_in(llvm.parse_assembly(code))
         entry = f"""declare i32 @{inner}(ptr, ptr, ptr)
             define void @{name}(ptr %arguments) {{

@@ -1,0 +1,327 @@
+"""Experts on several GPUs: what ranks exchange, one layer, and a whole model.
+
+``python -m benchmarks.parallel`` (``make bench-parallel``) starts itself by torchrun with each of
+``--ranks``, one GPU for a rank, and runs:
+
+- *exchange*: microseconds of the layers' exchanges by size, replayed as a CUDA graph.
+- *layer*: one layer of three models' shapes. *same*: all ranks have the same rows, and add up;
+  *own*: each rank has its part of them, gathered and scattered. Compared with a layer of all
+  experts on one GPU before it is timed.
+- *model*: Qwen3-30B-A3B's shape, random weights in INT8: captured decode steps with as many texts
+  on every rank, and reading 8 prompts of 2048 tokens.
+
+Results go to ``benchmarks/results/parallel.json`` as they come, and ``--draw`` draws them. Without
+a GPU it runs with gloo; ``--tiny`` is for the tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernels.shapes import SHAPES, TUNED
+from benchmarks.model import QWEN3_30B_A3B, TINY, as_graph, build_model, synchronize, time_each
+from benchmarks.options import check_names, parser_of
+from benchmarks.record import Results, facts, run_sections
+from qmoe.decoding.step import step_of
+from qmoe.loading.devices import choose_own_device
+from qmoe.parallel.group import RankGroup, rank_group
+from qmoe.parallel.share import Share, share_of
+from qmoe.parallel.texts import OwnTexts
+from qmoe_kernels import fused_moe
+from qmoe_kernels.tiles import LayerShape
+from qmoe_kernels.timing import LayerWeights, random_layer
+
+RESULTS = Path(__file__).parent / "results" / "parallel.json"
+SECTIONS = ("exchange", "layer", "model")
+SMALL = LayerShape(num_experts=6, top_k=2, hidden_size=64, intermediate_size=32)
+MOST_DIFFERENT = 0.02  # relative Frobenius distance of bf16 outputs
+# Speed-up by two ranks over one: of a layer of 4096 tokens, of decode by texts on each rank.
+LAYER_TARGETS = {"qwen3": 1.6, "mixtral": 1.8, "dsv3": 1.8}
+DECODE_TARGETS = {1: 1.0, 64: 1.6, 256: 1.7}
+
+
+# ---- on each rank ------------------------------------------------------------------------------
+
+
+class Worker:
+    """What one rank measures; rank 0 writes it down."""
+
+    def __init__(self, group: RankGroup, tiny: bool, out: Path) -> None:
+        self.group, self.tiny, self.out = group, tiny, out
+        self.device = group.device
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.cells: list[dict[str, Any]] = []
+
+    def add(self, **cell: Any) -> None:
+        """Note a cell."""
+        self.cells.append({"ranks": self.group.size, **cell})
+        if self.group.rank == 0:
+            self.out.write_text(json.dumps(self.cells))
+
+    def microseconds(self, function: Callable[[], object]) -> float:
+        """Of a call, on the slowest rank: the median of replays of a graph of it."""
+        for _ in range(3):
+            function()
+        synchronize(self.device)
+        replay = as_graph(function, self.device)
+        each, _ = time_each(replay, 3 if self.tiny else 50, self.device)
+        heard = self.group.exchange("a time", us=1e3 * median(each))
+        return round(max(other["us"] for other in heard), 2)
+
+    def exchange(self) -> None:
+        """The layers' exchanges, by the size of a rank's rows in the model's dtype."""
+        for kib in (4, 64) if self.tiny else (4, 64, 1024, 4096, 16384, 65536):
+            rows = torch.randn(kib, 1024 // self.dtype.itemsize, device=self.device)
+            rows = rows.to(self.dtype)
+            all_rows = rows.repeat(self.group.size, 1)
+            for what, function in (
+                ("sum", partial(self.group.sum, rows)),
+                ("gather", partial(self.group.gather, rows)),
+                ("sum_and_scatter", partial(self.group.sum_and_scatter, all_rows)),
+            ):
+                self.add(what=what, kib=kib, us=self.microseconds(function))
+
+    def layer(self) -> None:
+        """One layer, by shape, tokens of all ranks together, and whose rows they are."""
+        shapes = {"tiny": SMALL} if self.tiny else {name: SHAPES[name] for name in TUNED}
+        for name, shape in shapes.items():
+            generator = torch.Generator(self.device).manual_seed(0)
+            whole = random_layer(shape, "int8", self.device, generator)
+            share = share_of(self.group, shape.num_experts, name)
+            for tokens in (4, 8) if self.tiny else (1, 64, 256, 1024, 4096):
+                rows = self._rows(shape, tokens)
+                expected = _experts(whole, *rows)
+                if self.group.size == 1:
+                    us = self.microseconds(partial(_experts, whole, *rows))
+                    self.add(shape=name, tokens=tokens, how="one", us=us)
+                    continue
+                for how, call, part in self._ways(shape, share, whole, rows):
+                    distance = float((call() - expected[part]).norm() / expected[part].norm())
+                    if not distance < MOST_DIFFERENT:
+                        raise ValueError(f"{name}, {tokens} tokens, {how}: {distance:.3f} off")
+                    us = self.microseconds(call)
+                    self.add(shape=name, tokens=tokens, how=how, us=us, distance=distance)
+
+    def _rows(self, shape: LayerShape, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator(self.device).manual_seed(tokens)
+        draw = partial(torch.rand, generator=generator, device=self.device)
+        hidden = torch.randn(tokens, shape.hidden_size, generator=generator, device=self.device).to(
+            self.dtype
+        )
+        weights, ids = draw(tokens, shape.num_experts).topk(shape.top_k)
+        return hidden, ids, weights / weights.sum(-1, keepdim=True)
+
+    def _ways(
+        self,
+        shape: LayerShape,
+        share: Share,
+        whole: LayerWeights,
+        rows: tuple[Tensor, Tensor, Tensor],
+    ) -> list[tuple[str, Callable[[], Tensor], slice]]:
+        """How ranks compute a layer, and which rows of its output this rank gets."""
+        part = slice(share.first, share.first + share.count)
+        own = LayerWeights(
+            whole.gate_up_proj[part],
+            _sliced(whole.gate_up_proj_scale, part),
+            whole.down_proj[part],
+            _sliced(whole.down_proj_scale, part),
+        )
+
+        def same() -> Tensor:
+            return self.group.sum(_experts(own, rows[0], share.own_ids(rows[1]), rows[2]))
+
+        ways = [("same", same, slice(None))]
+        tokens = len(rows[0])
+        if tokens % self.group.size == 0:
+            count = tokens // self.group.size
+            texts = OwnTexts(self.group, shape.top_k, lambda: False)
+            texts.rows = count
+            mine = slice(self.group.rank * count, (self.group.rank + 1) * count)
+            my_rows = [tensor[mine] for tensor in rows]
+
+            def scattered() -> Tensor:
+                return texts.run(
+                    *my_rows, lambda h, ids, w: _experts(own, h, share.own_ids(ids), w)
+                )
+
+            ways.append(("own", scattered, mine))
+        return ways
+
+    def model(self) -> None:
+        """Captured decode steps and the reading of prompts, every rank with the same texts."""
+        shape = TINY if self.tiny else QWEN3_30B_A3B
+        model = build_model(shape, self.device, "int8", self.group)
+        for texts in (1, 2) if self.tiny else (1, 8, 64, 256):
+            step = step_of(model, texts, 64 if self.tiny else 512)
+            ids = torch.arange(texts * 8, device=self.device).view(texts, 8) % shape.vocab_size
+            positions = torch.arange(8, device=self.device).expand(texts, -1)
+            step.read(ids, torch.ones_like(ids), positions, None)
+            for _ in range(4):
+                step.advance()
+            each, _ = time_each(step.advance, 3 if self.tiny else 100, self.device)
+            heard = self.group.exchange("a time", ms=median(each), trouble=step.trouble)
+            ms = max(other["ms"] for other in heard)
+            self.add(what="decode", texts=texts, ms=round(ms, 3), trouble=heard[0]["trouble"])
+            del step
+        columns, texts = (16, 2) if self.tiny else (2048, 8)
+        step = step_of(model, texts, columns + 8)
+        ids = torch.arange(texts * columns, device=self.device).view(texts, columns)
+        positions = torch.arange(columns, device=self.device).expand(texts, -1)
+        read = partial(step.read, ids % shape.vocab_size, torch.ones_like(ids), positions, None)
+        read()
+        each, _ = time_each(read, 3, self.device)
+        heard = self.group.exchange("a time", ms=median(each))
+        ms = max(other["ms"] for other in heard)
+        self.add(what="prefill", texts=texts, columns=columns, ms=round(ms, 3))
+
+
+def _experts(weights: LayerWeights, hidden: Tensor, ids: Tensor, topk_weights: Tensor) -> Tensor:
+    return fused_moe(
+        hidden,
+        weights.gate_up_proj,
+        weights.gate_up_proj_scale,
+        weights.down_proj,
+        weights.down_proj_scale,
+        ids,
+        topk_weights,
+        activations="bf16",
+    )
+
+
+def _sliced(tensor: Tensor | None, part: slice) -> Tensor | None:
+    return None if tensor is None else tensor[part]
+
+
+def work(section: str, tiny: bool, out: Path) -> None:
+    """What torchrun starts: one section on one rank."""
+    group = rank_group(True, choose_own_device("auto"))
+    with group.together("benchmarks.parallel"), torch.no_grad():
+        getattr(Worker(group, tiny, out), section)()
+
+
+# ---- over numbers of ranks ---------------------------------------------------------------------
+
+
+def measure(results: Results, section: str, ranks: list[int], tiny: bool) -> None:
+    """Run a section with each number of ranks."""
+    for size in ranks:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "cells.json"
+            worker = [section, str(int(tiny)), str(out)]
+            run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+            command = [sys.executable, *run, "-m", "benchmarks.parallel", "--worker", *worker]
+            done = subprocess.run(command, env=_environment(), timeout=1800, check=False)
+            for cell in json.loads(out.read_text()) if out.exists() else []:
+                results.add("cells", cell)
+            if done.returncode:
+                raise RuntimeError(f"{section} with {size} ranks ended with {done.returncode}")
+
+
+def _environment() -> dict[str, str]:
+    root = Path(__file__).parents[1]
+    paths = [str(root), *sys.path]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def targets(sections: dict[str, Any]) -> list[dict[str, Any]]:
+    """What two ranks have to reach over one, and did."""
+    found = []
+    cells = sections.get("layer", {}).get("cells", [])
+    one = {(c["shape"], c["tokens"]): c["us"] for c in cells if c["how"] == "one"}
+    for cell in cells:
+        key = cell["shape"], cell["tokens"]
+        if cell["ranks"] == 2 and cell["how"] == "own" and key in one and key[1] == 4096:
+            what = f"layer {key[0]}, 4096 tokens in all, two GPUs over one"
+            found.append(_target(what, one[key] / cell["us"], LAYER_TARGETS[key[0]]))
+    cells = sections.get("model", {}).get("cells", [])
+    steps = {(c["ranks"], c["texts"]): c["ms"] for c in cells if c["what"] == "decode"}
+    for texts, least in DECODE_TARGETS.items():
+        if (1, texts) in steps and (2, texts) in steps:
+            what = f"decode, {texts} texts, two GPUs over one"
+            found.append(_target(what, steps[1, texts] / steps[2, texts], least))
+    prefill = {c["ranks"]: c["ms"] for c in cells if c["what"] == "prefill"}
+    if {1, 2} <= prefill.keys():
+        found.append(_target("prefill, two GPUs over one", prefill[1] / prefill[2], 1.7))
+    return found
+
+
+def _target(what: str, measured: float, least: float) -> dict[str, Any]:
+    return {
+        "what": what,
+        "measured": round(measured, 2),
+        "target": least,
+        "met": measured >= least,
+    }
+
+
+def draw(data: dict[str, Any], folder: Path) -> None:
+    """One picture: throughput of a layer of the most tokens over ranks, beside linear scaling."""
+    from matplotlib import pyplot as plt
+
+    from benchmarks.drawing import BLUE, GREEN, GREY, ORANGE, save, tidy
+
+    section = data["sections"]["layer"]
+    cells = section["cells"]
+    most = max(cell["tokens"] for cell in cells)
+    shapes = list(dict.fromkeys(cell["shape"] for cell in cells))
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    sizes = sorted({cell["ranks"] for cell in cells})
+    for shape, color in zip(shapes, (BLUE, ORANGE, GREEN), strict=False):
+        us = {
+            cell["ranks"]: cell["us"]
+            for cell in cells
+            if (cell["shape"], cell["tokens"]) == (shape, most) and cell["how"] in ("one", "own")
+        }
+        reached = [(size, us[1] / us[size]) for size in sizes if size in us and 1 in us]
+        axis.plot(*zip(*reached, strict=True), "o-", color=color, label=shape)
+    axis.plot(sizes, sizes, "--", color=GREY, label="linear")
+    axis.set_xticks(sizes)
+    axis.set_xlabel("GPUs")
+    axis.set_ylabel("throughput over one GPU")
+    axis.set_ylim(0)
+    axis.legend(fontsize=8)
+    tidy(axis)
+    where = section["machine"]["gpu"] or section["machine"]["cpu"]
+    save(figure, f"One layer, {most} tokens in all ({where})", folder / "parallel.png", section)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run sections; the number of those that failed."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["--worker"]:
+        section, tiny, out = arguments[1:]
+        work(section, tiny == "1", Path(out))
+        return 0
+    parser = parser_of(__doc__, SECTIONS, RESULTS)
+    parser.add_argument("--ranks", help="with commas; default: 1 and powers of two up to all GPUs")
+    options = parser.parse_args(arguments)
+    only = options.only.split(",")
+    check_names(parser, "section", only, SECTIONS)
+    results = Results(
+        "parallel", options.out, facts("parallel", arguments, options.commit), targets
+    )
+    if options.draw:
+        draw(results.data, options.out.parent)
+        return 0
+    count = torch.cuda.device_count() or 2
+    ranks = [size for size in (1, 2, 4, 8) if size <= count]
+    if options.ranks:
+        ranks = [int(size) for size in options.ranks.split(",")]
+    sections = {name: partial(measure, results, name, ranks, options.tiny) for name in only}
+    return run_sections(results, sections)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

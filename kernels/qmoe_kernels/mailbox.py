@@ -1,0 +1,253 @@
+"""Misses that the host computes: a post to its workers, and the sum that waits for their answer.
+
+A layer whose experts are partly absent goes
+
+    divert    choose the missed experts that the host takes, post their rows to the mailbox, and
+              write ids in which these experts are skipped
+    ...       admission, gather and products with those ids, while the host computes
+    combine   wait for the answer and sum up, first expert to last, whoever computed it
+
+all of it on the device, without a word from its own program on the host, so that a CUDA graph can
+hold it. The mailbox is pinned memory that `qmoe_kernels.cpu.workers` looks at. One serves all
+layers of a model, because a layer's sum is queued before the next layer's post.
+
+Which experts: those of the missed ones that nobody asked for since the coldest slot was used, the
+longest ago first, and at most so many as a table says for the number of misses. They get no slot,
+so that an expert that is wanted once evicts nobody. One that comes back earlier than that, or finds
+an empty slot, is brought over the link, and stays.
+
+On the CPU the same functions are plain Python over the same tensors, and the workers are real.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qmoe_kernels.cpu import DTYPES, LANES, workers
+from qmoe_kernels.paging import Residency
+
+# What a mailbox has room for; larger calls are the link's alone.
+MAX_TOKENS, MAX_PAIRS = 64, 512
+# An answer that takes longer does not come: a worker hangs, or is gone.
+ANSWER_SECONDS = 5.0
+
+# Columns of Posts.counters.
+SERVED, WAITED_NS = range(2)
+
+RANK_BITS = 20  # of a key; clock stamps lie above
+
+
+@dataclass(frozen=True)
+class Mailbox:
+    """Memory that device and workers share; pinned if the device is a GPU.
+
+    Attributes:
+        words: (NUM_WORDS, WORD_STRIDE) int64, see `workers`.
+        ids: (MAX_PAIRS,) int64, the experts that the host takes, -1 for other pairs.
+        rows: (MAX_TOKENS, hidden_size up to a multiple of 16) fp32.
+        answers: (MAX_PAIRS, hidden_size) fp32, a row for each pair.
+    """
+
+    words: Tensor
+    ids: Tensor
+    rows: Tensor
+    answers: Tensor
+
+    @classmethod
+    def empty(cls, hidden_size: int, device: torch.device) -> Mailbox:
+        """A mailbox in which nothing was posted yet."""
+        pin = device.type == "cuda"
+        width = -(-hidden_size // LANES) * LANES
+        return cls(
+            torch.zeros(workers.NUM_WORDS, workers.WORD_STRIDE, dtype=torch.int64, pin_memory=pin),
+            torch.full((MAX_PAIRS,), -1, dtype=torch.int64, pin_memory=pin),
+            torch.zeros(MAX_TOKENS, width, pin_memory=pin),
+            torch.zeros(MAX_PAIRS, hidden_size, pin_memory=pin),
+        )
+
+
+@dataclass(frozen=True)
+class Posts:
+    """What the device knows of a mailbox; all on one device.
+
+    Attributes:
+        share: (num_experts + 1,) int32, how many of so many misses the host may take.
+        last_asked: (num_pages,) int64, the clock when a page was last routed to, 0: never.
+        number: (1,) int64, of the last post.
+        pending: (1,) int32, experts of the present layer that were posted.
+        failed: (1,) int32, 1 once an answer did not come. Nothing is posted then, and sums are 0.
+        counters: (num_layers, 2) int64: experts that the host computed (`SERVED`), and how long the
+            device waited for it, in nanoseconds (`WAITED_NS`).
+    """
+
+    share: Tensor
+    last_asked: Tensor
+    number: Tensor
+    pending: Tensor
+    failed: Tensor
+    counters: Tensor
+
+    @classmethod
+    def empty(
+        cls, num_pages: int, num_experts: int, num_layers: int, device: torch.device
+    ) -> Posts:
+        """Nothing posted, and everything left to the link."""
+
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        return cls(
+            share=zeros(num_experts + 1, dtype=torch.int32),
+            last_asked=zeros(num_pages, dtype=torch.int64),
+            number=zeros(1, dtype=torch.int64),
+            pending=zeros(1, dtype=torch.int32),
+            failed=zeros(1, dtype=torch.int32),
+            counters=zeros(num_layers, 2, dtype=torch.int64),
+        )
+
+
+def has_room(num_tokens: int, top_k: int) -> bool:
+    """Whether a call of this size can be posted."""
+    return 0 < num_tokens <= MAX_TOKENS and 0 < num_tokens * top_k <= MAX_PAIRS
+
+
+def divert(
+    hidden_states: Tensor,  # (num_tokens, hidden_size) bf16 | fp16 | fp32
+    topk_ids: Tensor,  # (num_tokens, top_k) int32 | int64
+    layer: int,
+    first_page: int,
+    num_experts: int,
+    residency: Residency,
+    posts: Posts,
+    mailbox: Mailbox,
+) -> Tensor:
+    """Choose what the host computes of a layer and post it; before the layer's `admit`.
+
+    Args:
+        hidden_states: at most `MAX_TOKENS` rows.
+        topk_ids: at most `MAX_PAIRS`; ids outside [0, num_experts) are skipped.
+        layer: its number.
+        first_page: page of the layer's expert 0.
+        num_experts: of this layer.
+        residency: as the last admission left it; not changed.
+        posts, mailbox: changed in place.
+
+    Returns:
+        ``topk_ids`` with ``num_experts``, which is skipped, where the host computes.
+    """
+    assert has_room(*topk_ids.shape)
+    arguments = (hidden_states, topk_ids, layer, first_page, num_experts, residency, posts, mailbox)
+    if topk_ids.device.type == "cpu":
+        return _divert_cpu(*arguments)
+    from qmoe_kernels.mailbox_kernels import launch_divert  # here: a CPU needs no Triton
+
+    return launch_divert(*arguments)
+
+
+def combine(
+    rows: Tensor,  # (num_tokens, top_k, hidden_size) float: zeros where link_ids skip
+    topk_ids: Tensor,  # (num_tokens, top_k)
+    link_ids: Tensor,  # (num_tokens, top_k), from `divert`
+    topk_weights: Tensor | None,  # (num_tokens, top_k) float
+    layer: int,
+    num_experts: int,
+    posts: Posts,
+    mailbox: Mailbox,
+    *,
+    seconds: float = ANSWER_SECONDS,
+) -> Tensor:
+    """Wait for the answer to `divert`'s post, and sum the rows of each token by its weights.
+
+    Sums are fp32, in the order of ``topk_ids``, whoever computed a row. If no answer comes within
+    ``seconds``, `Posts.failed` and the word `FAILED` are set and the result is zeros that nobody
+    may be given: see `has_failed`. (NaN would end a GPU's context where tokens are drawn.)
+
+    Returns:
+        (num_tokens, hidden_size) in the dtype of ``rows``; without weights the rows, all of them.
+    """
+    arguments = (rows, topk_ids, link_ids, topk_weights, layer, num_experts, posts, mailbox)
+    if rows.device.type == "cpu":
+        return _combine_cpu(*arguments, seconds)
+    from qmoe_kernels.mailbox_kernels import launch_combine
+
+    return launch_combine(*arguments, seconds)
+
+
+def has_failed(mailbox: Mailbox) -> bool:
+    """Whether an answer did not come; does not wait for the device."""
+    return workers.load_word(mailbox.words, workers.FAILED) != 0
+
+
+# ---- CPU ---------------------------------------------------------------------------------------
+
+
+def _divert_cpu(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    layer: int,
+    first_page: int,
+    num_experts: int,
+    residency: Residency,
+    posts: Posts,
+    mailbox: Mailbox,
+) -> Tensor:
+    num_tokens, top_k = topk_ids.shape
+    by_rank = topk_ids.t().flatten().tolist()
+    wanted = list(dict.fromkeys(e for e in by_rank if 0 <= e < num_experts))
+    slots = residency.page_to_slot[first_page : first_page + num_experts].tolist()
+    asked = posts.last_asked[first_page : first_page + num_experts].tolist()
+    coldest = int(residency.last_used.min())
+    missing = [e for e in wanted if slots[e] < 0]
+    cold = [e for e in missing if asked[e] < coldest]
+    # The longest ago first; of those that were never asked for, the last choices.
+    cold.sort(key=lambda e: (asked[e], -by_rank.index(e)))
+    allowed = 0 if int(posts.failed) else int(posts.share[len(missing)])
+    taken = torch.tensor(cold[:allowed], dtype=topk_ids.dtype)
+    posts.last_asked[[first_page + e for e in wanted]] = residency.clock + 1
+    posts.pending.fill_(len(taken))
+    if not len(taken):
+        return topk_ids.clone()
+    posts.counters[layer, SERVED] += len(taken)
+    on_host = torch.isin(topk_ids, taken)
+    mailbox.rows[:num_tokens, : hidden_states.shape[1]] = hidden_states
+    mailbox.ids[: topk_ids.numel()] = torch.where(on_host, topk_ids, -1).flatten()
+    header = [layer, num_tokens, top_k, DTYPES.index(hidden_states.dtype)]
+    mailbox.words[workers.HEADER, :4] = torch.tensor(header)
+    # The number first: cut off here, a post that nobody saw is one too many, not one twice.
+    posts.number.add_(1)
+    workers.store_word(mailbox.words, workers.POSTED, int(posts.number))
+    return topk_ids.masked_fill(on_host, num_experts)
+
+
+def _combine_cpu(
+    rows: Tensor,
+    topk_ids: Tensor,
+    link_ids: Tensor,
+    topk_weights: Tensor | None,
+    layer: int,
+    num_experts: int,
+    posts: Posts,
+    mailbox: Mailbox,
+    seconds: float,
+) -> Tensor:
+    from qmoe_kernels.fused_moe import _weighted_sum_cpu
+
+    if int(posts.pending):
+        began = time.perf_counter_ns()
+        if not workers.wait_for_answer(mailbox.words, int(posts.number), seconds):
+            posts.failed.fill_(1)
+            workers.store_word(mailbox.words, workers.FAILED, 1)
+        posts.counters[layer, WAITED_NS] += time.perf_counter_ns() - began
+    all_rows = rows.float()
+    if int(posts.pending):
+        answers = mailbox.answers[: topk_ids.numel()].view(*topk_ids.shape, -1)
+        all_rows = torch.where((topk_ids != link_ids)[..., None], answers, all_rows)
+    if int(posts.failed):
+        all_rows = torch.zeros_like(all_rows)
+    if topk_weights is None:
+        return all_rows.to(rows.dtype)
+    return _weighted_sum_cpu(all_rows, topk_weights, topk_ids, num_experts, dtype=rows.dtype)

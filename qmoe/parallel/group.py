@@ -1,0 +1,428 @@
+"""The ranks that hold a model's experts between them, and what they say to each other.
+
+Two connections, which nobody else uses: one for the layers' tensors (NCCL on GPUs, gloo on CPUs),
+one for short words between hosts (gloo). torch.distributed knows of neither, so that they end where
+their owner does. Every rank does the same in the
+same order. What is said carries what it is about, so that ranks which are not in the same place
+notice, and fail, rather than add up what does not belong together.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qmoe.parallel.failure import Notes, RankFailed, Watch
+from qmoe.parallel.one_shot import OneShot
+
+# Seconds that a rank waits for another in an exchange.
+TIMEOUT_VARIABLE = "QMOE_RANK_TIMEOUT"
+_TIMEOUT = 60.0
+_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Bytes of what a rank says that fly at once; longer words need a second exchange.
+_WORD = 512
+_LENGTH = 8
+
+
+# Until the tests of two GPUs have passed on them, nobody's text rests on it.
+TRIED_ON_GPUS = False
+
+
+class RankGroup:
+    """The ranks of one model, as one of them sees them.
+
+    Attributes:
+        rank: this process's number in the group.
+        size: how many ranks there are.
+        device: where the layers' tensors are.
+        timeout: seconds that a rank waits for another in an exchange.
+        own_texts: the `OwnTexts` of a call in which each rank has texts of its own, if one is under
+            way.
+    """
+
+    def __init__(self, processes: dist.ProcessGroup, device: torch.device) -> None:
+        """Make groups of our own among ``processes``; every one of these calls this.
+
+        Args:
+            processes: of torch.distributed, or its default group.
+            device: where the model is going to be.
+
+        Raises:
+            ValueError: a timeout in the environment that is no number.
+            RankFailed: another rank failed meanwhile.
+        """
+        self.rank, self.size = dist.get_rank(processes), dist.get_world_size(processes)
+        self.device, self.timeout = device, _timeout()
+        store = _store_for(dist.get_process_group_ranks(processes))
+        self._notes = Notes(dist.PrefixStore("notes", store), self.rank, self.size)
+        # The only references, and torch.distributed has none: connections close with the last.
+        self._groups = [
+            _gloo(dist.PrefixStore("words", store), self.rank, self.size, self.timeout),
+            (_nccl if device.type == "cuda" else _gloo)(
+                dist.PrefixStore("layers", store), self.rank, self.size, self.timeout
+            ),
+        ]
+        self._one_shot = self._try_one_shot(processes) if device.type == "cuda" else None
+        self._ended: str | None = None  # why, once the ranks are no group any more
+        self.own_texts: Any = None  # a call in which each rank has texts of its own
+        self._lock = threading.Lock()
+        self._owner: int | None = None  # the thread that is in a call of all ranks
+
+    # A copy of a model, or of its configuration, belongs to the same ranks.
+    def __deepcopy__(self, memo: Any) -> RankGroup:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a model whose experts are spread over ranks cannot be pickled")
+
+    # ---- tensors of layers ---------------------------------------------------------------------
+
+    @torch.compiler.disable
+    def sum(self, output: Tensor) -> Tensor:
+        """Add up the ranks' outputs of a layer, in fp32.
+
+        In fp32 because what it costs is latency wherever there are few rows, and because the sum
+        of many ranks then rounds once. All ranks get the same bits.
+
+        Args:
+            output: (num_tokens, hidden_size) of this rank's experts.
+
+        Returns:
+            (num_tokens, hidden_size) in the dtype of ``output``.
+
+        Raises:
+            RankFailed: another rank failed, or is gone.
+        """
+        self.check_open()
+        if self.size == 1 or not output.numel():
+            return output
+        if self._one_shot is not None and self._one_shot.takes(output):
+            return self._one_shot.sum(output).to(output.dtype)
+        total = output.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        with self._exchanging():
+            self._groups[1].allreduce([total]).wait()
+        return total.to(output.dtype)
+
+    @torch.compiler.disable
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks, one rank's behind the other's.
+
+        Args:
+            rows: (num_rows, ...), as many on every rank.
+
+        Returns:
+            (size * num_rows, ...)
+        """
+        self.check_open()
+        gathered = rows.new_empty(self.size * len(rows), *rows.shape[1:])
+        with self._exchanging():
+            self._groups[1]._allgather_base(gathered, rows.contiguous()).wait()
+        return gathered
+
+    @torch.compiler.disable
+    def sum_and_scatter(self, output: Tensor) -> Tensor:
+        """Add up the ranks' outputs in fp32, and keep the rows that are this rank's.
+
+        Args:
+            output: (size * num_rows, hidden_size) of this rank's experts, rows as `gather` has
+                them.
+
+        Returns:
+            (num_rows, hidden_size) in the dtype of ``output``.
+        """
+        self.check_open()
+        total = output.float().contiguous()
+        own = total.new_empty(len(output) // self.size, *output.shape[1:])
+        with self._exchanging():
+            self._groups[1]._reduce_scatter_base(own, total).wait()
+        return own.to(output.dtype)
+
+    def _try_one_shot(self, processes: dist.ProcessGroup) -> OneShot | None:
+        """The quicker way for few rows, where it gives on every rank what NCCL gives."""
+        rows = torch.arange(4096, dtype=torch.float32, device=self.device).add_(self.rank)
+        expected, found, works = rows.clone(), None, False
+        self._groups[1].allreduce([expected]).wait()
+        try:
+            found = OneShot(processes, self.device)
+            works = all(torch.equal(found.sum(rows), expected) for _ in range(3))
+        except Exception:  # no peer access, several hosts, a torch that has it otherwise
+            works = False
+        every = torch.tensor([float(works)], device=self.device)
+        self._groups[1].allreduce([every]).wait()
+        return found if int(every) == self.size else None
+
+    # ---- words ---------------------------------------------------------------------------------
+
+    def exchange(self, what: str, **said: Any) -> list[dict[str, Any]]:
+        """Tell all ranks something, and hear what they tell.
+
+        Args:
+            what: where this rank is; all must be in the same place.
+            said: anything that JSON can hold.
+
+        Returns:
+            what each rank said, in the order of ranks.
+
+        Raises:
+            RankFailed: ranks are in different places, or one failed or is gone.
+        """
+        self.check_open()
+        word = json.dumps({"what": what, **said}).encode()
+        heard = [json.loads(other) for other in self._exchange_bytes(word)]
+        for rank, other in enumerate(heard):
+            if other["what"] != what:
+                raise RankFailed(
+                    f"rank {rank} is at {other['what']}, and rank {self.rank} at {what}; every "
+                    "rank must make the same calls in the same order",
+                    (rank,),
+                )
+        return heard
+
+    def wait(self, what: str, **said: Any) -> list[dict[str, Any]]:
+        """As `exchange`, for what may take some ranks much longer than others: loading.
+
+        It waits as long as the others live, rather than for `timeout`.
+        """
+        self.check_open()
+        self._notes.store.set(f"{what}/{self.rank}", "")
+        places = [f"{what}/{rank}" for rank in range(self.size)]
+        try:
+            while not self._notes.store.check(places) and not self._notes.failures():
+                time.sleep(0.02)
+        except Exception as error:  # whatever a store says whose keeper is gone
+            raise _Cut from error
+        if self._notes.failures():
+            raise _Cut
+        return self.exchange(what, **said)
+
+    def _exchange_bytes(self, word: bytes) -> list[bytes]:
+        first = len(word).to_bytes(_LENGTH, "little") + word
+        heard = self._all_gather(first, _WORD)
+        lengths = [int.from_bytes(other[:_LENGTH], "little") for other in heard]
+        longest = max(lengths) + _LENGTH
+        if longest > _WORD:
+            rest = self._all_gather(first[_WORD:], longest - _WORD)
+            heard = [a + b for a, b in zip(heard, rest, strict=True)]
+        return [other[_LENGTH : _LENGTH + n] for other, n in zip(heard, lengths, strict=True)]
+
+    def _all_gather(self, mine: bytes, size: int) -> list[bytes]:
+        sent = torch.frombuffer(bytearray(mine[:size].ljust(size, b"\0")), dtype=torch.uint8)
+        heard = [torch.empty_like(sent) for _ in range(self.size)]
+        with self._exchanging():
+            self._groups[0].allgather([heard], [sent]).wait()
+        return [bytes(other.numpy()) for other in heard]
+
+    # ---- together, to the end ------------------------------------------------------------------
+
+    @contextmanager
+    def together(self, what: str) -> Iterator[None]:
+        """Do what all ranks do, and end on all of them where it fails on one.
+
+        After that the ranks are no group any more: what was under way between them is lost.
+
+        Args:
+            what: the call, for messages: ``"qmoe.generate"``.
+
+        Raises:
+            RankFailed: another rank failed or is gone; the message names it.
+            ValueError: this thread is in such a call already: the other ranks know nothing of a
+                second.
+        """
+        self.check_open()
+        if self.in_call:
+            raise ValueError(
+                f"{what} inside another call of this model: its experts are spread over ranks, and "
+                "the others do not know of it; make one call after the other"
+            )
+        with self._lock:
+            # gloo ends by itself where a rank is gone.
+            watch = None
+            if self.device.type == "cuda":
+                watch = Watch(self._notes, self.timeout, self._abort)
+            try:
+                self._owner = threading.get_ident()
+                if watch is not None:
+                    watch.start()
+                yield
+            except KnownToAll as known:  # all ranks are where they were before
+                raise known.error from None
+            except BaseException as error:
+                failed = self._end(error, what)
+                if failed is error:
+                    raise
+                raise failed from None
+            finally:
+                self._owner = self.own_texts = None
+                if watch is not None:
+                    watch.stop()
+
+    @property
+    def in_call(self) -> bool:
+        """Whether this thread is in a call that all ranks make together."""
+        return self._owner == threading.get_ident()
+
+    def check_open(self) -> None:
+        """Raise RankFailed if the ranks are no group any more."""
+        if self._ended is not None:
+            raise RankFailed(f"the ranks have ended ({self._ended}); start all of them again")
+
+    def agree(self, what: str, error: Exception | None, **said: Any) -> list[dict[str, Any]]:
+        """Go on where every rank can; where one cannot, none does, and the ranks stay a group.
+
+        To be called in a call `together`, before anything else in it.
+
+        Args:
+            what: as `exchange`.
+            error: why this rank cannot; None where it can.
+
+        Raises:
+            error, where it was given.
+            RankFailed: another rank cannot.
+        """
+        why = None if error is None else str(error)
+        heard = self.exchange(what, error=why, **said)
+        if error is not None:
+            raise KnownToAll(error)
+        for rank, other in enumerate(heard):
+            if other["error"] is not None:
+                raise KnownToAll(RankFailed(f"rank {rank} failed: {other['error']}", (rank,)))
+        return heard
+
+    def _end(self, error: BaseException, what: str) -> BaseException:
+        """Let the others know, and end the group; what is to be raised here."""
+        if isinstance(error, RankFailed):
+            self._notes.hear()
+            cut = isinstance(error, _Cut)
+            failed: BaseException = self._notes.who_failed() if cut else error
+        else:
+            name = type(error).__name__
+            self._notes.fail(f"{name}: {error}"[:2000] if str(error) else name)
+            failed = error
+        self._ended = f"{what}: {failed}" if str(failed) else f"{what}: {type(failed).__name__}"
+        if self.device.type == "cuda":
+            self._abort()  # NCCL would wait for what is in flight
+        self._groups.clear()
+        return failed
+
+    def _abort(self) -> None:
+        """End the layers' exchange that this or another thread waits in."""
+        with suppress(Exception):
+            self._groups[1].abort()
+
+    @contextmanager
+    def _exchanging(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # all that torch says of an exchange that failed
+            if self._owner is None:  # nobody else turns it into a sentence
+                raise self._end(_Cut(), "a layer") from error
+            raise _Cut from error
+
+
+class _Cut(RankFailed):
+    """An exchange ended before its time; which rank it was is found out later."""
+
+    def __init__(self) -> None:
+        super().__init__("an exchange between the ranks was cut off")
+
+
+class KnownToAll(Exception):
+    """An error that all ranks raise in the same place, so that they stay a group."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def rank_group(expert_parallel: Any, device: torch.device) -> RankGroup:
+    """The ranks that ``expert_parallel`` stands for.
+
+    Args:
+        expert_parallel: True for all processes that torchrun started, a process group, or a device
+            mesh of one dimension.
+        device: where the model is going to be on this rank.
+
+    Raises:
+        ValueError: none of these, a process that torchrun did not start, or GPUs, which this has
+            not been tried on.
+    """
+    if device.type == "cuda" and not TRIED_ON_GPUS:
+        raise ValueError(
+            "expert_parallel has been tried with processes on CPUs only, not on GPUs yet; "
+            "device='cpu' works"
+        )
+    if expert_parallel is True:
+        return RankGroup(_world(), device)
+    if isinstance(expert_parallel, dist.DeviceMesh):
+        if expert_parallel.ndim != 1:
+            raise ValueError(
+                f"expert_parallel: a device mesh of {expert_parallel.ndim} dimensions; give one "
+                "dimension of it, as mesh['ep']"
+            )
+        return RankGroup(expert_parallel.get_group(), device)
+    if isinstance(expert_parallel, dist.ProcessGroup):
+        return RankGroup(expert_parallel, device)
+    raise ValueError(
+        f"expert_parallel={expert_parallel!r}; give True, a process group of torch.distributed or "
+        "a device mesh of one dimension"
+    )
+
+
+def _world() -> dist.ProcessGroup:
+    if not dist.is_initialized():
+        missing = [name for name in _TORCHRUN if name not in os.environ]
+        if missing:
+            raise ValueError(
+                f"expert_parallel=True: {missing[0]} is not set, so torchrun did not start this "
+                "process; `torchrun --nproc-per-node 2 script.py` starts two ranks"
+            )
+        # gloo, for words; layers get a group of their own kind.
+        dist.init_process_group("gloo", timeout=timedelta(seconds=max(300.0, _timeout())))
+        weakref.finalize(_world, dist.destroy_process_group)
+    world = dist.group.WORLD
+    assert world is not None
+    return world
+
+
+def _timeout() -> float:
+    value = os.environ.get(TIMEOUT_VARIABLE) or str(_TIMEOUT)
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = 0.0
+    if not seconds >= 1:
+        raise ValueError(f"{TIMEOUT_VARIABLE}={value!r}: not a number of seconds, at least 1")
+    return seconds
+
+
+# How many groups each set of ranks has made: all of them have made as many.
+_made: Counter[tuple[int, ...]] = Counter()
+
+
+def _store_for(ranks: list[int]) -> Any:
+    """A part of torch.distributed's store that is only this group's."""
+    _made[tuple(ranks)] += 1
+    name = f"qmoe/{'-'.join(map(str, ranks))}/{_made[tuple(ranks)]}"
+    return dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
+
+
+def _gloo(store: Any, rank: int, size: int, timeout: float) -> Any:
+    return dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout))
+
+
+def _nccl(store: Any, rank: int, size: int, timeout: float) -> Any:
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timedelta(seconds=timeout)
+    return dist.ProcessGroupNCCL(store, rank, size, options)

@@ -1,0 +1,35 @@
+"""The benchmark of ranks runs in its tiny configuration; nothing here looks at times."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ranks
+import torch
+
+from benchmarks import parallel
+from benchmarks.parallel import SECTIONS, draw, targets, work
+
+torch.set_num_threads(1)
+
+
+def sections(rank: int, folder: Path) -> None:
+    for section in SECTIONS:
+        work(section, True, folder / f"{section}.json")
+
+
+def test_every_section_runs_on_ranks(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(parallel, "LAYER_TARGETS", {"tiny": 1.6})
+    found = {section: {"cells": []} for section in SECTIONS}
+    for size in (1, 2):
+        assert ranks.run(size, sections, tmp_path) == [None] * size
+        for section in SECTIONS:
+            found[section]["cells"] += json.loads((tmp_path / f"{section}.json").read_text())
+    assert {cell["ranks"] for section in SECTIONS for cell in found[section]["cells"]} == {1, 2}
+    assert {cell["how"] for cell in found["layer"]["cells"]} == {"one", "same", "own"}
+    whats = [target["what"] for target in targets(found)]
+    assert whats == ["decode, 1 texts, two GPUs over one", "prefill, two GPUs over one"]
+    about = {"machine": {"gpu": None, "cpu": "any"}, "date": "today", "commit": "none"}
+    draw({"sections": {"layer": found["layer"] | about}}, tmp_path)
+    assert (tmp_path / "parallel.png").stat().st_size

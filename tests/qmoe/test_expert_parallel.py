@@ -1,0 +1,736 @@
+"""Experts spread over ranks: processes with gloo on the CPU, compared with one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+import zoo
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, StoppingCriteriaList
+from transformers.distributed import DistributedConfig
+
+import qmoe
+from qmoe.agreement import Agreement, Strikes
+from qmoe.cli.main import main
+from qmoe.experts.quantized import QuantizedExperts, group_of, quantized_modules
+from qmoe.loading import shares
+from qmoe.paging.host_store import HostStore
+from qmoe.parallel import failure
+from qmoe.parallel.share import ranges, share_of
+from qmoe.text import Text
+from qmoe_convert.convert import convert
+
+# Stored expert by expert, and fused with biases; with dense layers; with shared experts. The number
+# of experts is 32, 4, 4, 8 and 8: three ranks divide none of them.
+NAMES = ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "qwen3_next"]
+TOKENS = torch.arange(1, 19).view(2, 9)
+PROMPTS = ["def close(self):", "import os"]
+LENGTH = 12
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A converted checkpoint of each family, in fp32, INT8."""
+    folder = tmp_path_factory.mktemp("spread")
+    found = {}
+    for name in NAMES:
+        model = qmoe.unpatch(families.build(name))
+        model.save_pretrained(folder / name / "source")
+        convert(folder / name / "source", folder / name / "int8", weights="int8")
+        found[name] = folder / name / "int8"
+    return found
+
+
+def load(path: Path, **options: Any) -> Any:
+    return qmoe.load(path, device="cpu", **options)
+
+
+def spread(path: Path, **options: Any) -> Any:
+    return load(path, expert_parallel=True, **options)
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(TOKENS).logits
+
+
+def generate(model: Any, tokenizer: Any, **options: Any) -> list[list[int]]:
+    """Tokens of a text, as the texts are of a tokenizer of bytes."""
+    tokens: dict[int, list[int]] = {}
+
+    def note(index: int, so_far: Any) -> bool:
+        tokens[index] = list(so_far)
+        return False
+
+    options = {"max_new_tokens": LENGTH, "until": note, **options}
+    result = qmoe.generate(model, tokenizer, options.pop("prompts", PROMPTS), **options)
+    return [tokens[i] for i in sorted(tokens)] if options["until"] is note else result.new_tokens
+
+
+def outputs(path: Path, tokenizer: Any, **options: Any) -> tuple[Any, ...]:
+    model = load(path, **options)
+    held = [experts.layout.num_experts for experts in quantized_modules(model).values()]
+    return (
+        held,
+        logits(model),
+        generate(model, tokenizer),
+        generate(model, tokenizer, do_sample=True, temperature=1.5, seed=3),
+    )
+
+
+def outputs_of_all(rank: int, paths: dict[str, Path], tokenizer: Any) -> dict[str, Any]:
+    return {name: outputs(path, tokenizer, expert_parallel=True) for name, path in paths.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoints: dict[str, Path], tokenizer: Any) -> dict[str, Any]:
+    """What one process computes with all experts."""
+    return {name: outputs(path, tokenizer) for name, path in checkpoints.items()}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_whole_models_compute_what_one_process_does(size, checkpoints, tokenizer, alone) -> None:
+    results = ranks.run(size, outputs_of_all, checkpoints, tokenizer)
+    for name, (whole, expected, greedy, sampled) in alone.items():
+        for rank, result in enumerate(results):
+            held, actual, its_greedy, its_sampled = result[name]
+            assert held == [ranges(n, size)[rank][1] for n in whole], name
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+            assert (its_greedy, its_sampled) == (greedy, sampled), name
+            assert torch.equal(actual, results[0][name][1]), "the ranks differ in bits"
+
+
+# ---- what is read ------------------------------------------------------------------------------
+
+
+@contextmanager
+def counted_reads(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Bytes that are read: by transformers of which tensors, and by us."""
+    read: Counter[str] = Counter()
+
+    class Slice:
+        def __init__(self, name: str, inner: Any) -> None:
+            self.name, self.inner = name, inner
+
+        def __getitem__(self, index: Any) -> torch.Tensor:
+            tensor = self.inner[index]
+            read[self.name] += tensor.nbytes
+            return tensor
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+    class File:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.inner = safe_open(*args, **kwargs)
+
+        def get_slice(self, name: str) -> Slice:
+            return Slice(name, self.inner.get_slice(name))
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            return self.get_slice(name)[...]
+
+        def __enter__(self) -> File:
+            return self
+
+        def __exit__(self, *exception: Any) -> None:
+            self.inner.__exit__(*exception)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.inner, name)
+
+    fill, part = HostStore.fill, shares._read
+
+    def counted_fill(self: HostStore, reads: Any, **options: Any) -> None:
+        read["pages"] += sum(one.nbytes for one in reads)
+        fill(self, reads, **options)
+
+    def counted_part(tensor: Any, start: int, stop: int) -> torch.Tensor:
+        read["shares"] += (stop - start) * tensor.torch_dtype.itemsize
+        return part(tensor, start, stop)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.modeling_utils.safe_open", File)
+        patched.setattr(HostStore, "fill", counted_fill)
+        patched.setattr(shares, "_read", counted_part)
+        yield read
+
+
+def bytes_read(rank: int, paths: dict[str, Path], monkeypatch: Any) -> dict[str, Any]:
+    found = {}
+    for name, path in paths.items():
+        with counted_reads(monkeypatch) as read:
+            model = spread(path)
+        own = sum(e.num_bytes for e in quantized_modules(model).values())
+        biases = sum(
+            getattr(e, bias).nbytes
+            for e in quantized_modules(model).values()
+            for bias in e.layout.biases
+        )
+        held = {id(p) for e in quantized_modules(model).values() for p in e.parameters()}
+        rest = sum(p.nbytes for p in model.parameters() if id(p) not in held)
+        found[name] = dict(read), own + biases, rest
+    return found
+
+
+def test_a_rank_reads_its_own_experts_and_no_others(checkpoints, monkeypatch) -> None:
+    both = {name: checkpoints[name] for name in ("qwen3_moe", "gpt_oss")}
+    results = ranks.run(3, bytes_read, both, monkeypatch)
+    for name, path in both.items():
+        sizes = {}
+        for file in path.glob("*.safetensors"):
+            with safe_open(file, "pt") as tensors:
+                sizes |= {key: tensors.get_tensor(key).nbytes for key in tensors.keys()}  # noqa: SIM118
+        of_experts = sum(size for key, size in sizes.items() if "experts" in key)
+        assert sum(result[name][1] for result in results) == of_experts, "all of them are somewhere"
+        for result in results:
+            read, own, rest = result[name]
+            assert read.pop("pages") + read.pop("shares") == own
+            assert not [key for key in read if "experts" in key]
+            assert sum(read.values()) == rest == sum(sizes.values()) - of_experts
+
+
+def test_ranges_cover_all_experts_evenly() -> None:
+    for num_experts in range(1, 20):
+        for size in range(1, num_experts + 1):
+            found = ranges(num_experts, size)
+            ids = [first + i for first, count in found for i in range(count)]
+            assert ids == list(range(num_experts))
+            assert {count for _, count in found} <= {num_experts // size, -(-num_experts // size)}
+
+
+# ---- layers ------------------------------------------------------------------------------------
+
+
+def routed_layers(rank: int, path: Path, cases: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """A layer's output for ids of several kinds; with one rank, all experts are in one place."""
+    model = spread(path) if rank >= 0 else load(path)
+    layer = next(iter(quantized_modules(model).values()))
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for name, ids in cases.items():
+        hidden = torch.randn(len(ids), layer.layout.hidden_size, generator=generator)
+        weights = torch.rand(ids.shape, generator=generator)
+        found[name] = layer(hidden, ids, weights)
+    return found
+
+
+def test_layers_with_ids_of_every_kind(checkpoints) -> None:
+    generator = torch.Generator().manual_seed(1)
+    cases = {
+        "any": torch.rand(17, 32, generator=generator).topk(2).indices,
+        "all to the last rank": torch.full((5, 2), 31),
+        "one token": torch.tensor([[0, 31]]),
+        "no token": torch.empty(0, 2, dtype=torch.int64),
+        "sentinels": torch.tensor([[32, 3], [-1, 40], [32, 32]]),
+        "int32": torch.tensor([[7, 21]], dtype=torch.int32),
+    }
+    expected = routed_layers(-1, checkpoints["qwen3_moe"], cases)
+    for result in ranks.run(3, routed_layers, checkpoints["qwen3_moe"], cases):
+        for name, actual in result.items():
+            torch.testing.assert_close(actual, expected[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+class Alone:
+    """Stands in for the ranks of a group, whose parts are known: no process is started."""
+
+    def __init__(self, rank: int, total: torch.Tensor | None = None) -> None:
+        self.rank, self.size, self.own_texts, self.total = rank, 3, None, total
+
+    def sum(self, output: torch.Tensor) -> torch.Tensor:
+        return output if self.total is None else self.total
+
+
+@pytest.mark.parametrize("experts_class", zoo.experts_classes(), ids=str)
+def test_every_experts_class_is_the_sum_of_its_shares(experts_class) -> None:
+    source = experts_class.build()
+    whole = QuantizedExperts.quantized_from(source, "int8")
+    layout = whole.layout
+    num_ids = layout.num_experts + layout.num_identity_experts
+    hidden, ids, weights = zoo.routing(17, num_ids)
+    parts = []
+    for rank in (0, 1, 2, 0):
+        group = Alone(rank, sum(parts) if len(parts) == 3 else None)
+        share = share_of(group, layout.num_experts, "experts")
+        experts = QuantizedExperts(source, "int8", share=share)
+        held = slice(share.first, share.first + share.count)
+        tensors = {name: parameter.data[held] for name, parameter in whole.named_parameters()}
+        kept = {name for name in tensors if "." in name}  # a norm's
+        pages = [tensors.pop(f"{projection}_q") for projection in layout.projections]
+        experts.take_share({name: t for name, t in tensors.items() if name not in kept})
+        experts.unpage(*pages)
+        with torch.no_grad():
+            if len(parts) == 3:  # what is not of experts comes once, on every rank
+                expected = whole(hidden, ids, weights)
+                torch.testing.assert_close(experts(hidden, ids, weights), expected)
+            else:
+                parts.append(experts._own_experts(hidden, share.own_ids(ids), weights))
+
+
+# ---- what is refused ---------------------------------------------------------------------------
+
+
+def refused(function: Any, *args: Any, **options: Any) -> str:
+    try:
+        function(*args, **options)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was refused"
+
+
+def refusals(rank: int, path: Path, folder: Path, tokenizer: Any) -> dict[str, str]:
+    model = spread(path)
+    ids = torch.tensor([[1, 2, 3]])
+    found = {
+        "state_dict": refused(model.state_dict),
+        "save": refused(model.save_pretrained, folder / "saved"),
+        "load_state_dict": refused(model.load_state_dict, {"model.embed_tokens.weight": ids}),
+        "unpatch": refused(qmoe.unpatch, model),
+        "beams": refused(generate, model, tokenizer, num_beams=2, until=None),
+        "decode": refused(model.generate, ids, custom_generate=qmoe.decode, max_new_tokens=2),
+        "inside": refused(
+            generate,
+            model,
+            tokenizer,
+            stream=lambda *_: generate(model, tokenizer),
+        ),
+    }
+    found["16 bit"] = refused(spread, path.parent / "source")
+    found["weights"] = refused(spread, path.parent / "source", weights="int8")
+    sizes = {"tp_size": 3, "ep_size": 3, "tp_plan": {}}
+    if not hasattr(DistributedConfig, "ep_size"):  # before transformers 5.21
+        sizes = {"tp_size": 3, "enable_expert_parallel": True}
+    config = DistributedConfig(**sizes)
+    found["transformers' own"] = refused(
+        AutoModelForCausalLM.from_pretrained, path, distributed_config=config
+    )
+    found["many ranks"] = refused(spread, folder / "two experts")
+    return found
+
+
+def within(rank: int, path: Path) -> Any:
+    """A process group of two of three ranks, and a device mesh of all."""
+    dist.init_process_group("gloo")
+    mesh = dist.device_mesh.init_device_mesh("cpu", (3,), mesh_dim_names=("experts",))
+    group = dist.new_group([0, 2])
+    found = {"mesh": generate_greedily(spread_over(path, mesh))}
+    if rank != 1:
+        found["group"] = generate_greedily(spread_over(path, group))
+    found["two dimensions"] = refused(
+        spread_over, path, dist.device_mesh.init_device_mesh("cpu", (3, 1))
+    )
+    return found
+
+
+def spread_over(path: Path, ranks_of_it: Any) -> Any:
+    return load(path, expert_parallel=ranks_of_it)
+
+
+def generate_greedily(model: Any) -> torch.Tensor:
+    return model.generate(TOKENS, max_new_tokens=4, do_sample=False)
+
+
+def test_process_groups_and_device_meshes(checkpoints) -> None:
+    expected = generate_greedily(load(checkpoints["qwen3_moe"]))
+    for rank, found in enumerate(ranks.run(3, within, checkpoints["qwen3_moe"])):
+        assert isinstance(found, dict), found
+        assert torch.equal(found["mesh"], expected)
+        assert rank == 1 or torch.equal(found["group"], expected)
+        assert "device mesh of 2 dimensions" in found["two dimensions"]
+
+
+def test_what_does_not_combine_is_refused(checkpoints, tokenizer, tmp_path) -> None:
+    torch.manual_seed(0)
+    two = qmoe.patch(families.FAMILIES["mixtral"].build())
+    assert isinstance(next(iter(quantized_modules(two).values())), QuantizedExperts)
+    config = two.config
+    config.num_local_experts = 2
+    small = qmoe.patch(type(two)(config))
+    small.save_pretrained(tmp_path / "two experts")
+    for found in ranks.run(3, refusals, checkpoints["qwen3_moe"], tmp_path, tokenizer):
+        assert isinstance(found, dict), found
+        for what, words in {
+            "state_dict": "holds only its own experts",
+            "save": "each rank holds only its own experts",
+            "load_state_dict": "holds only its own experts",
+            "unpatch": "without expert_parallel",
+            "beams": "beam_search, and experts that are spread over ranks",
+            "decode": "call qmoe.generate on each of them",
+            "inside": "make one call after the other",
+            "16 bit": "not in 8 bit; convert it with convert-checkpoint",
+            "weights": "quantizes while it loads; convert it",
+            "transformers' own": "transformers would leave 8-bit experts whole on every",
+            "many ranks": "has 2 experts for 3 ranks; start at most 2",
+        }.items():
+            assert words in found[what], (what, found[what])
+    assert not (tmp_path / "saved" / "model.safetensors").exists()
+
+
+def test_without_torchrun(checkpoints, monkeypatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match="torchrun --nproc-per-node 2"):
+        spread(checkpoints["qwen3_moe"])
+    with pytest.raises(ValueError, match="expert_parallel=2; give True, a process group"):
+        load(checkpoints["qwen3_moe"], expert_parallel=2)
+
+
+# ---- one end for all ---------------------------------------------------------------------------
+
+
+def ends(rank: int, path: Path, tokenizer: Any) -> dict[str, Any]:
+    model = spread(path)
+    found: dict[str, Any] = {}
+
+    def until(index: int, tokens: Any) -> bool:
+        return index == 0 and len(tokens) == 4
+
+    found["until"] = generate(model, tokenizer, until=until if rank == 1 else None)
+    plain = qmoe.generate(model, tokenizer, PROMPTS, max_new_tokens=LENGTH)
+    stop = plain.texts[0][3:6]
+    found["stop"] = qmoe.generate(
+        model, tokenizer, PROMPTS[:1], max_new_tokens=LENGTH, stop_strings=[stop]
+    ).new_tokens
+    torch.manual_seed(rank)
+    found["drawn"] = generate(model, tokenizer, do_sample=True)
+    pieces: list[str] = []
+    options = {"stream": lambda index, piece: pieces.append(piece)} if rank == 0 else {}
+    found["stream"] = generate(model, tokenizer, **options)
+    # One rank's prompts are too many; then none begins, and the next call works.
+    many = ["x"] if rank == 1 else PROMPTS
+    found["other prompts"] = refused(generate, model, tokenizer, prompts=many)
+    return found
+
+
+def test_ends_and_draws_are_the_same(checkpoints, tokenizer) -> None:
+    results = ranks.run(2, ends, checkpoints["qwen3_moe"], tokenizer)
+    for found in results:
+        assert isinstance(found, dict), found
+        assert found["until"] == [4, LENGTH]
+        assert found["stop"][0] < LENGTH
+        assert found["drawn"] == results[0]["drawn"]
+        assert found["stream"] == results[0]["stream"]
+        assert "from other prompts or options" in found["other prompts"]
+
+
+def decoded(rank: int, path: Path, listener: int | None = None) -> Any:
+    """qmoe's own loop, which is for GPUs but runs anywhere: a token ahead of what is agreed on."""
+    model = spread(path)
+    if rank == listener:
+        model.register_forward_hook(lambda *_: None)
+    group = group_of(model)
+    with group.together("a test"):
+        agreement = Agreement(group, Strikes())
+        agreement.watch([Text(None, [], [], None) for _ in TOKENS], None)
+        return model.generate(
+            TOKENS,
+            attention_mask=torch.ones_like(TOKENS),
+            custom_generate=qmoe.decode,
+            stopping_criteria=StoppingCriteriaList([agreement]),
+            max_new_tokens=LENGTH,
+            do_sample=False,
+        )
+
+
+def test_our_own_loop_gives_the_same_tokens(checkpoints) -> None:
+    for name in ("qwen3_moe", "gpt_oss"):
+        model = load(checkpoints[name])
+        expected = model.generate(
+            TOKENS,
+            attention_mask=torch.ones_like(TOKENS),
+            custom_generate=qmoe.decode,
+            max_new_tokens=LENGTH,
+            do_sample=False,
+        )
+        for actual in ranks.run(2, decoded, checkpoints[name]):
+            assert torch.equal(actual, expected), actual
+    for found in ranks.run(2, decoded, checkpoints["qwen3_moe"], 1):
+        assert "register the same hooks on every rank" in found.text
+
+
+def interrupted(rank: int, path: Path, tokenizer: Any) -> Any:
+    """A rank is interrupted at its third token, once; all give out the same, and can go on."""
+    model = spread(path)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def strike(index: int, tokens: Any) -> bool:
+        if rank == 1 and len(tokens) == 3 and index == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return False
+
+    try:
+        generate(model, tokenizer, until=strike)
+    except qmoe.GenerationInterrupted as error:
+        result = error.result.new_tokens, error.result.texts, str(error.__context__)
+    # A prompt that only one rank cannot take: nobody begins, and the ranks stay a group.
+    prompts = [[10**6]] if rank == 0 else PROMPTS
+    not_begun = refused(generate, model, tokenizer, prompts=prompts)
+    return result, not_begun, generate(model, tokenizer)
+
+
+def test_an_interrupt_of_one_rank_stops_all_at_one_token(checkpoints, tokenizer, alone) -> None:
+    first, second = ranks.run(2, interrupted, checkpoints["qwen3_moe"], tokenizer)
+    assert first[0][:2] == second[0][:2]
+    assert first[0][0] == [3, 3]
+    assert "rank 1 was interrupted" in first[0][2]
+    assert "tokenizer of another model" in first[1]
+    assert first[1].startswith("ValueError: prompt 0") and "rank 0 failed" in second[1]
+    assert first[2] == second[2] == alone["qwen3_moe"][2]
+
+
+def fails(rank: int, path: Path, tokenizer: Any, how: str, who: int = 1) -> Any:
+    """A rank fails in the middle of a text; what the others say, and how long it took them."""
+    model = spread(path)
+    layer = list(quantized_modules(model).values())[1]
+    seen = []
+
+    def fail(*_: Any) -> None:
+        seen.append(0)
+        if rank == who and len(seen) == 3:
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError("the disk is gone")
+
+    layer.register_forward_pre_hook(fail)
+    started = time.monotonic()
+    first = refused(generate, model, tokenizer)
+    return first, time.monotonic() - started, refused(generate, model, tokenizer)
+
+
+def test_an_error_of_one_rank_ends_all(checkpoints, tokenizer) -> None:
+    zero, one, two = ranks.run(3, fails, checkpoints["qwen3_moe"], tokenizer, "raises")
+    assert one[0] == "OSError: the disk is gone"
+    for found in (zero, two):
+        assert found[0] == "RankFailed: rank 1 failed: OSError: the disk is gone"
+        assert found[1] < 10
+    for found in (zero, one, two):
+        assert "the ranks have ended (qmoe.generate: " in found[2]
+
+
+def test_a_killed_rank_ends_the_others(checkpoints, tokenizer) -> None:
+    zero, one, two = ranks.run(3, fails, checkpoints["qwen3_moe"], tokenizer, "killed")
+    assert one is None
+    for found in (zero, two):
+        assert "RankFailed: rank 1 does not answer any more" in found[0]
+        assert found[1] < 10
+    # Rank 0 keeps what the others would look up.
+    zero, one = ranks.run(2, fails, checkpoints["qwen3_moe"], tokenizer, "killed", 0)
+    assert zero is None
+    assert "RankFailed: rank 0 does not answer" in one[0] or "store is gone" in one[0]
+    assert one[1] < 10
+
+
+def differ(rank: int, path: Path, other: Path) -> Any:
+    return refused(spread, path if rank else other)
+
+
+def test_ranks_that_load_different_models_say_so(checkpoints, tmp_path) -> None:
+    paths = checkpoints["qwen3_moe"], checkpoints["deepseek_v3"]
+    for found in ranks.run(2, differ, *paths):
+        assert "RankFailed: the ranks differ in model" in found
+    broken = tmp_path / "broken"
+    shutil.copytree(paths[0], broken)
+    next(broken.glob("*.safetensors")).unlink()
+    whole, failed = ranks.run(2, differ, broken, paths[0])
+    assert "RankFailed: rank 1 failed" in whole
+    assert failed.startswith(("ValueError", "CheckpointError"))
+
+
+class Store(dict):
+    """What `Notes` needs of a store of torch.distributed."""
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value
+
+    def get(self, key: str) -> bytes:
+        return self[key].encode()
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
+
+
+@pytest.mark.parametrize("how", ["no pulse", "a note"])
+def test_a_watch_ends_what_waits_for_a_rank_that_is_gone(how, monkeypatch) -> None:
+    monkeypatch.setattr(failure, "_PAUSE", 0.01)
+    monkeypatch.setattr(failure, "_GRACE", 0.05)
+    store, called = Store(), list[Any]()
+    mine, other = (failure.Notes(store, rank, 2) for rank in (0, 1))
+    watch = failure.Watch(mine, 0.2, lambda: called.append("interrupt"), called.append)
+    other.pulse(1)
+    watch.start()
+    for count in range(2, 12):  # half a second, longer than a watch waits for a pulse
+        time.sleep(0.05)
+        other.pulse(count)
+    assert not called
+    if how == "a note":
+        other.fail("out of memory")
+    end = time.monotonic() + 10
+    while len(called) < 2 and time.monotonic() < end:
+        time.sleep(0.02)
+    watch.stop()
+    assert called[0] == "interrupt"
+    said = "rank 1 failed: out of memory" if how == "a note" else "rank 1 does not answer any more"
+    assert said in str(called[1])
+
+
+# ---- texts of a rank's own ---------------------------------------------------------------------
+
+OWN = [["def close(self):", "x"], [], ["import os and so on, a longer prompt"]]
+LENGTHS = [LENGTH, LENGTH, 4]
+
+
+def own_texts(rank: int, paths: dict[str, Path], tokenizer: Any) -> dict[str, Any]:
+    found = {}
+    for name, path in paths.items():
+        model = spread(path)
+        options = {"prompts": OWN[rank], "max_new_tokens": LENGTHS[rank], "own_texts": True}
+        first = generate(model, tokenizer, **options)
+        sampled = generate(model, tokenizer, do_sample=True, seed=rank, **options)
+        found[name] = first, sampled, generate(model, tokenizer)
+    return found
+
+
+def test_each_rank_has_texts_of_its_own(checkpoints, tokenizer, alone) -> None:
+    some = {name: checkpoints[name] for name in ("qwen3_moe", "gpt_oss", "qwen3_next")}
+    results = ranks.run(3, own_texts, some, tokenizer)
+    for name, path in some.items():
+        model = load(path)
+        for rank, result in enumerate(results):
+            assert not isinstance(result, ranks.Failure), result
+            options = {"prompts": OWN[rank], "max_new_tokens": LENGTHS[rank]}
+            expected = [], []
+            if OWN[rank]:
+                expected = (
+                    generate(model, tokenizer, **options),
+                    generate(model, tokenizer, do_sample=True, seed=rank, **options),
+                )
+            assert result[name] == (*expected, alone[name][2]), (name, rank)
+
+
+def own_ends(rank: int, path: Path, tokenizer: Any) -> Any:
+    model = spread(path)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def strike(index: int, tokens: Any) -> bool:
+        if len(tokens) == 3 and index == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+        return False
+
+    options = {"prompts": OWN[rank], "own_texts": True}
+    struck = {"until": strike} if rank == 2 else {}
+    interrupted = refused_interrupt(generate, model, tokenizer, **options, **struck)
+    unusable = {"prompts": [[10**6]], "own_texts": True} if rank == 0 else options
+    not_begun = refused(generate, model, tokenizer, **unusable)
+    return interrupted, not_begun, generate(model, tokenizer, **options)
+
+
+def refused_interrupt(function: Any, *args: Any, **options: Any) -> list[int]:
+    try:
+        function(*args, **options)
+    except qmoe.GenerationInterrupted as error:
+        return error.result.new_tokens
+    return [-1]
+
+
+def test_texts_of_its_own_end_together(checkpoints, tokenizer) -> None:
+    results = ranks.run(3, own_ends, checkpoints["qwen3_moe"], tokenizer)
+    model = load(checkpoints["qwen3_moe"])
+    for rank, result in enumerate(results):
+        assert not isinstance(result, ranks.Failure), result
+        interrupted, not_begun, after = result
+        assert interrupted == [3] * len(OWN[rank])
+        assert "tokenizer of another model" in not_begun
+        assert after == (generate(model, tokenizer, prompts=OWN[rank]) if OWN[rank] else [])
+    with pytest.raises(ValueError, match="not spread over ranks"):
+        generate(model, tokenizer, own_texts=True)
+
+
+# ---- paging ------------------------------------------------------------------------------------
+
+
+def paged(rank: int, path: Path, tokenizer: Any) -> Any:
+    """Each rank pages with a budget of its own, rank 0 as little as works; it changes it later."""
+    refusal = refused(load, path, hbm_budget=1, context=64, batch_size=2)
+    whole = int(refusal.split(" bytes)")[0].rpartition("(")[2])
+    found = refused(spread, path, hbm_budget=1, context=64, batch_size=2)
+    smallest = int(found.split(" bytes)")[0].rpartition("(")[2]) if rank == 0 else whole
+    model = spread(path, hbm_budget=smallest, context=64, batch_size=2)
+    before = generate(model, tokenizer), model.qmoe_paging.budget.num_slots
+    if rank == 1:
+        qmoe.resize(model, hbm_budget=whole + 20_000)
+    return whole, smallest, before, generate(model, tokenizer), logits(model)
+
+
+def test_each_rank_pages_with_its_own_budget(checkpoints, tokenizer, alone) -> None:
+    zero, one = ranks.run(2, paged, checkpoints["qwen3_moe"], tokenizer)
+    _, expected, greedy, _ = alone["qwen3_moe"]
+    for found in (zero, one):
+        assert not isinstance(found, ranks.Failure), found
+        before, after, actual = found[2:]
+        assert before[0] == after == greedy
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    assert zero[1] <= one[1] and zero[2][1] < 2 * 16
+
+
+# ---- the command -------------------------------------------------------------------------------
+
+
+TWO_GPUS = [
+    pytest.mark.gpu,
+    pytest.mark.multi_gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
+]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=TWO_GPUS)])
+def test_torchrun_generates_and_rank_0_speaks(device, checkpoints, tokenizer, tmp_path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(checkpoints["qwen3_moe"], path)
+    tokenizer.save_pretrained(path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    options = ["--prompt", PROMPTS[0], "--device", device, "--max-new-tokens", "8", "--json"]
+    done = subprocess.run(
+        [*command, "-m", "qmoe", "generate", str(path), *options],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (text,) = json.loads(done.stdout)["texts"]
+    one = qmoe.load(path, device=device)
+    assert text == qmoe.generate(one, tokenizer, PROMPTS[0], max_new_tokens=8).texts[0]
+    assert done.stderr.count("qmoe: 2 ranks hold 16, 16 of 32 experts in each of 2 layers") == 1
+
+
+def test_what_the_commands_refuse_under_torchrun(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for command, words in (
+        (["serve", str(tmp_path)], "runs in one process; start it without torchrun"),
+        (["generate", str(tmp_path)], "under torchrun give --prompt TEXT"),
+    ):
+        (tmp_path / "config.json").write_text("{}")
+        assert main(command) == 2
+        assert words in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    stdout, stderr = sys.stdout, sys.stderr
+    try:
+        assert main(["generate", str(tmp_path / "nothing"), "--prompt", "x"]) == 3
+        assert sys.stdout is not stdout and sys.stderr is not stderr, "rank 0 says it"
+    finally:
+        sys.stdout, sys.stderr = stdout, stderr

@@ -1,0 +1,404 @@
+"""Models whose misses the host computes a share of: tokens, threads, failures, what is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import json
+import logging
+import os
+import sys
+import threading
+import weakref
+
+import pytest
+import torch
+from test_paging_model import MODELS, build, smallest
+
+import qmoe
+from qmoe.experts.quantized import quantized_modules
+from qmoe.paging import sharing
+from qmoe.paging.model import resize
+from qmoe.paging.sharing import share_table
+from qmoe_kernels.cpu import workers
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers need Linux")
+
+CONTEXT = 64
+# Seconds of one and two misses, by how many of them the host takes.
+AS_QUICK = {(m, h): float(m) for m in (1, 2) for h in range(m + 1)}
+QUICKER = {(m, h): m - 0.5 * h for m in (1, 2) for h in range(m + 1)}
+IDS = torch.tensor([[5, 6, 7, 8]])
+
+
+@pytest.fixture(autouse=True)
+def own_cache_folder(tmp_path, monkeypatch) -> None:
+    """Tables of these tests are nobody else's; the machine code is everybody's."""
+    folder = tmp_path / "tables"
+    monkeypatch.setattr(sharing, "_file", lambda key: folder / f"{key['top_k']}.json")
+    monkeypatch.setattr(sharing, "TRIED_ON_A_GPU", True)
+    sharing._warn_once.cache_clear()
+    gc.collect()  # other tests' models, and their threads
+
+
+def paged(family: str = "qwen3_moe", misses: str | None = "host", **sizes):
+    """A model with the smallest budget, and the resident one."""
+    resident = build(family)
+    model = copy.deepcopy(resident)
+    sizes = {"context": CONTEXT, **sizes}
+    budget = smallest(copy.deepcopy(resident), **sizes)
+    resize(model, hbm_budget=budget, misses=misses, **sizes)
+    return model, resident
+
+
+def decode(model, steps: int = 12) -> torch.Tensor:
+    """Logits of a prompt and of the tokens after it, which do not depend on the model."""
+    tokens = torch.arange(10, 10 + steps)
+    with torch.no_grad():
+        out = model(IDS, use_cache=True)
+        logits, cache = [out.logits[:, -1]], out.past_key_values
+        for token in tokens:
+            out = model(token.view(1, 1), past_key_values=cache, use_cache=True)
+            logits.append(out.logits[:, -1])
+    return torch.cat(logits)
+
+
+def threads() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("qmoe-host-")]
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "mixtral", "qwen3_next"])
+def test_logits_are_the_resident_models_within_rounding(family) -> None:
+    model, resident = paged(family)
+    expected = decode(resident)
+    for _ in range(2):
+        found = decode(model)
+        assert (found - expected).norm() < 1e-4 * expected.norm()
+    stats = qmoe.stats(model)
+    assert 0 < stats.host_misses < stats.misses, "both served some"
+    assert all(layer.host_misses <= layer.misses for layer in stats.layers)
+    assert stats.waited_seconds > 0
+
+
+def test_link_is_the_default_and_exact() -> None:
+    model, resident = paged(misses=None)
+    assert torch.equal(decode(model), decode(resident))
+    stats = qmoe.stats(model)
+    assert (stats.host_misses, stats.waited_seconds) == (0, 0) and not threads()
+
+
+def test_generates_and_serves_several_rows() -> None:
+    model, resident = paged(batch_size=3)
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12], [1, 2, 3, 4]])
+    mask = torch.ones_like(ids)
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(ids, **options), resident.generate(ids, **options))
+    assert qmoe.stats(model).host_misses > 0
+
+
+def test_the_same_state_gives_the_same_bits() -> None:
+    model, _ = paged()
+    cache = model.qmoe_paging.cache
+    found = []
+    for _ in range(2):
+        cache.forget()
+        cache.sharing.posts.last_asked.zero_()
+        cache._pool.residency.clock.zero_()
+        found.append(decode(model))
+    assert torch.equal(*found)
+
+
+def test_threads_end_with_release_deletion_and_another_way() -> None:
+    model, _ = paged()
+    decode(model)
+    assert threads()
+    qmoe.release(model)
+    assert not threads()
+    decode(model)
+    assert threads(), "the next call starts others"
+    budget = model.qmoe_paging.budget.total
+    resize(model, hbm_budget=budget, misses="link")
+    assert not threads() and model.qmoe_paging.cache.sharing is None
+    resize(model, hbm_budget=budget, misses="host")
+    decode(model)
+    resize(model, hbm_budget="1GiB")
+    assert model.qmoe_paging.budget.all_resident and not threads()
+    resize(model, hbm_budget=budget)
+    assert model.qmoe_paging.misses == "host", "as it was asked for"
+    decode(model)
+    there = weakref.ref(model)
+    del model
+    gc.collect()
+    assert there() is None and not threads()
+
+
+def test_the_host_goes_on_after_a_resize() -> None:
+    model, _ = paged()
+    decode(model, 40)
+    budget = model.qmoe_paging.budget.total
+    for pages in (2, 0):
+        before = qmoe.stats(model).host_misses
+        resize(model, hbm_budget=budget + pages * 6144)
+        decode(model)
+        assert qmoe.stats(model).host_misses > before
+
+
+def test_gradients_are_not_lost_without_a_word() -> None:
+    model, _ = paged()
+    with torch.enable_grad():
+        loss = model(IDS[:, :1]).logits.sum()
+    assert qmoe.stats(model).host_misses == 0
+    with pytest.raises(Exception, match=r"autograd|backward|grad"):
+        loss.backward()
+
+
+def test_scales_that_change_reach_the_host() -> None:
+    model, resident = paged()
+    decode(model)
+    for either in (model, resident):
+        for experts in quantized_modules(either).values():
+            experts.down_proj_scale.mul_(1.5)
+    expected = decode(resident)
+    assert (decode(model) - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_a_worker_that_hangs_is_an_error_and_then_the_link(monkeypatch) -> None:
+    model, resident = paged()
+    decode(model)
+    cache = model.qmoe_paging.cache
+    shared = cache.sharing
+    shared._seconds = 0.05
+    # As if the leader had seen nothing: posts go to another word.
+    store = workers.store_word
+    monkeypatch.setattr(
+        workers,
+        "store_word",
+        lambda w, word, value: word == workers.POSTED or store(w, word, value),
+    )
+    with pytest.raises(RuntimeError, match=r"within 0.05 s.*misses='link'"):
+        decode(model)
+    monkeypatch.undo()
+    assert not threads() and not shared.working
+    assert torch.equal(decode(model), decode(resident)), "all over the link"
+
+
+def test_ctrl_c_in_the_middle_of_an_exchange(monkeypatch) -> None:
+    model, resident = paged()
+    expected = decode(resident)
+    decode(model)
+    wait = workers.wait_for_answer
+    calls = 0
+
+    def interrupt(*args):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return wait(*args)
+
+    monkeypatch.setattr(workers, "wait_for_answer", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        decode(model)
+    assert (decode(model) - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_two_threads_and_two_models() -> None:
+    models = [paged()[0] for _ in range(2)]
+    expected = decode(build("qwen3_moe"))
+    wrong = []
+
+    def use(model) -> None:
+        for _ in range(3):
+            off = (decode(model) - expected).norm() / expected.norm()
+            if not off < 1e-4:
+                wrong.append(off)
+
+    users = [threading.Thread(target=use, args=(model,)) for model in models * 2]
+    for user in users:
+        user.start()
+    for user in users:
+        user.join()
+    assert not wrong
+
+
+def test_a_forked_child_has_workers_of_its_own() -> None:
+    model, resident = paged()
+    expected = decode(resident)
+    decode(model)
+    if not (child := os.fork()):
+        off = (decode(model) - expected).norm() / expected.norm()
+        os._exit(0 if off < 1e-4 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert (decode(model) - expected).norm() < 1e-4 * expected.norm()
+
+
+# ---- on a GPU ----------------------------------------------------------------------------------
+
+
+def paged_on_gpu(misses: str, seconds: float | None = None):
+    """As `paged`; greedy tokens of both models are those of steps that qmoe captures."""
+    resident = build("qwen3_moe").to("cuda")
+    model = copy.deepcopy(resident)
+    budget = smallest(model, context=CONTEXT)
+    resize(model, hbm_budget=budget, context=CONTEXT, misses=misses)
+    if seconds is not None:
+        model.qmoe_paging.cache.sharing._seconds = seconds
+    return model, resident
+
+
+def tokens_of(model) -> torch.Tensor:
+    options = {"max_new_tokens": 24, "do_sample": False, "custom_generate": qmoe.decode}
+    return model.generate(IDS.to("cuda"), **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("misses", ["link", "host", "auto"])
+def test_captured_steps_give_the_resident_models_tokens(misses) -> None:
+    model, resident = paged_on_gpu(misses)
+    expected = tokens_of(resident)
+    for _ in range(3):
+        assert torch.equal(tokens_of(model), expected)
+    shares = model.qmoe_paging.cache.sharing is not None
+    assert shares or misses != "host"
+    assert (qmoe.stats(model).host_misses > 0) == shares
+
+
+@pytest.mark.gpu
+def test_a_captured_step_without_workers_ends_and_goes_on_with_the_link() -> None:
+    model, resident = paged_on_gpu("host", seconds=0.3)
+    expected = tokens_of(resident)
+    assert torch.equal(tokens_of(model), expected)
+    shared = model.qmoe_paging.cache.sharing
+    # The threads end and nobody starts others: as if they hung.
+    workers.store_word(shared._mailbox.words, workers.STOP, 1)
+    shared._start = lambda: None
+    # If it is seen before a token was given out, transformers' loop begins anew, over the link.
+    with contextlib.suppress(RuntimeError):
+        assert torch.equal(tokens_of(model), expected)
+    assert not shared.working
+    assert torch.equal(tokens_of(model), expected)
+
+
+# ---- what is refused ---------------------------------------------------------------------------
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="misses='disk'; use one of 'link', 'host', 'auto'"):
+        qmoe.PagingOptions("1GiB", misses="disk")
+    with pytest.raises(ValueError, match="misses='host' has no effect without hbm_budget"):
+        qmoe.load("examples/tiny-moe", weights="int8", misses="host")
+    with pytest.raises(ValueError, match="misses='host' goes with activations='auto' or 'bf16'"):
+        qmoe.load("examples/tiny-moe", weights="int8", hbm_budget="1GiB", misses="host",
+                  activations="int8")  # fmt: skip
+
+
+def test_a_gate_of_its_own_is_refused_or_left_to_the_link(monkeypatch, caplog) -> None:
+    resident = build("qwen3_moe")
+    for experts in quantized_modules(resident).values():
+        experts.activation = None
+    budget = smallest(copy.deepcopy(resident), context=CONTEXT)
+    model = copy.deepcopy(resident)
+    with pytest.raises(ValueError, match=r"misses='host': .*gate.*misses='link' works"):
+        resize(model, hbm_budget=budget, context=CONTEXT, misses="host")
+    assert torch.equal(decode(model), decode(resident)), "as it was"
+    with caplog.at_level(logging.WARNING):
+        resize(model, hbm_budget=budget, context=CONTEXT, misses="auto")
+    assert "leaves all misses to the link" in caplog.text
+    assert torch.equal(decode(model), decode(resident))
+
+
+def test_without_native_loops(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(workers, "_loops", lambda: None)
+    resident = build("qwen3_moe")
+    budget = smallest(copy.deepcopy(resident), context=CONTEXT)
+    with pytest.raises(ValueError, match="misses='host': its loops cannot be compiled here"):
+        resize(resident, hbm_budget=budget, context=CONTEXT, misses="host")
+
+
+# ---- how many ----------------------------------------------------------------------------------
+
+
+def test_share_table_takes_the_quickest_and_no_small_gain() -> None:
+    times = {
+        (1, 0): 100, (1, 1): 98,  # no gain worth the price
+        (2, 0): 200, (2, 1): 120, (2, 2): 150,
+        (4, 0): 400, (4, 1): 300, (4, 2): 210, (4, 3): 210, (4, 4): 300,
+    }  # fmt: skip
+    assert share_table(times, 8) == [0, 0, 1, 0, 2, 2, 3, 4, 4]
+    assert share_table({}, 3) == [0, 0, 0, 0]
+
+
+def test_auto_measures_once_and_keeps_it(monkeypatch) -> None:
+    measured = []
+
+    def measure(*args):
+        measured.append(args)
+        return QUICKER
+
+    monkeypatch.setattr(sharing, "_measure", measure)
+    for _ in range(2):
+        model, resident = paged(misses="auto")
+        share = model.qmoe_paging.cache.sharing.posts.share.tolist()
+        assert share == list(range(len(share)))
+    assert len(measured) == 1
+    expected = decode(resident)
+    assert (decode(model) - expected).norm() < 1e-4 * expected.norm()
+    assert qmoe.stats(model).host_misses > 0
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"key": 1, "share": [0]}', "[1, 2]", "foreign"])
+def test_a_broken_or_foreign_table_is_not_used(content, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(sharing, "_measure", lambda *args: QUICKER)
+    model, _ = paged(misses="auto")
+    file = sharing._file({"top_k": model.config.num_experts_per_tok})
+    if content == "foreign":
+        content = json.loads(file.read_text())
+        content["key"]["gpu"] = "another"
+        content["share"] = [0] * len(content["share"])
+        content = json.dumps(content)
+    file.write_text(content)
+    with caplog.at_level(logging.WARNING):
+        model, _ = paged(misses="auto")
+    assert "is not used, and measured anew" in caplog.text
+    assert any(model.qmoe_paging.cache.sharing.posts.share)
+
+
+def test_no_gain_is_the_link_and_said_once(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(sharing, "_measure", lambda *args: AS_QUICK)
+    with caplog.at_level(logging.WARNING):
+        model, resident = paged(misses="auto")
+    assert caplog.text.count("would make no step quicker") == 1
+    assert model.qmoe_paging.cache.sharing is None and not threads()
+    assert torch.equal(decode(model), decode(resident))
+    with caplog.at_level(logging.WARNING):
+        resize(model, hbm_budget=model.qmoe_paging.budget.total)
+    assert caplog.text.count("would make no step quicker") == 1
+
+
+def test_what_cannot_be_measured_is_the_links(monkeypatch, caplog) -> None:
+    def fail(*args):
+        raise torch.OutOfMemoryError("no memory for a graph")
+
+    monkeypatch.setattr(sharing, "_measure", fail)
+    with caplog.at_level(logging.WARNING):
+        model, resident = paged(misses="auto")
+    assert "all misses to the link: no memory for a graph" in caplog.text
+    assert torch.equal(decode(model), decode(resident)) and not threads()
+
+
+def test_calibration_runs_on_the_models_own_layers() -> None:
+    model, resident = paged(misses="host")
+    cache, modules = model.qmoe_paging.cache, quantized_modules(model)
+    before = qmoe.stats(model)
+    top_k = model.config.num_experts_per_tok
+    times = sharing._measure(cache, list(modules.values()), top_k, model.dtype)
+    assert set(times) == {(m, h) for m in range(1, top_k + 1) for h in range(m + 1)}
+    assert all(seconds > 0 for seconds in times.values())
+    assert qmoe.stats(model) == before, "it is not counted"
+    expected = decode(resident)
+    assert (decode(model) - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_every_family_is_known_here() -> None:
+    assert {"qwen3_moe", "gpt_oss", "mixtral", "qwen3_next"} <= set(MODELS)
