@@ -408,6 +408,8 @@ def draw(data: dict[str, Any], folder: Path) -> None:
             label=name,
         )
     axis.set_xscale("log", base=2)
+    threads = sorted({cell["threads"] for cell in section["cells"]})
+    axis.set_xticks(threads, map(str, threads))
     axis.set_xlabel("threads")
     axis.set_ylabel("weights read, of the rate of reading")
     axis.set_ylim(0)
