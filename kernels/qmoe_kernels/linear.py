@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qmoe_kernels import cpu
-from qmoe_kernels.tensors import is_plain
+from qmoe_kernels.tensors import is_plain, is_watched
 
 try:
     import triton
@@ -69,7 +69,7 @@ def _is_known(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Return whether the kernels can do it: of anything else torch knows, or what is wrong."""
     return (
         is_plain(x, weight, bias)
-        and (triton is not None if x.is_cuda else x.is_cpu and not torch.is_grad_enabled())
+        and (triton is not None if x.is_cuda else _runs_natively(x, weight, bias))
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and x.dtype == weight.dtype
         and x.device == weight.device
@@ -81,6 +81,17 @@ def _is_known(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
             bias is None
             or (bias.shape, bias.dtype, bias.device) == (weight.shape[:1], x.dtype, x.device)
         )
+    )
+
+
+def _runs_natively(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return whether the processor's loops, which take addresses, do what torch would."""
+    return (
+        x.is_cpu
+        and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or is_watched())
+        and not any(t is not None and t.is_neg() for t in (x, weight, bias))
+        and weight.ndim == 2
+        and weight.stride(0) >= weight.shape[1]
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 
@@ -14,3 +16,17 @@ def is_plain(*tensors: Tensor | None) -> bool:
     (Operators need not ask: torch lets a subclass answer before any kernel sees it.)
     """
     return all(t is None or type(t) in (Tensor, Parameter) for t in tensors)
+
+
+def is_watched() -> bool:
+    """Return whether something traces or transforms what this thread runs.
+
+    It sees torch's operations, and not what is done with an address.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+    )

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from compiling import ARCHITECTURES, SHARED_MEMORY, run_compiler
 from graphs import capture, no_synchronization
 from random_layer import DEVICE, TRITON_DTYPES
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from qmoe_kernels import cpu
 from qmoe_kernels import linear as linear_module
@@ -221,6 +222,29 @@ def test_gradients_and_many_rows_are_torch_s() -> None:
     with torch.no_grad():
         x = torch.randn(cpu.LINEAR_ROWS + 1, 512).bfloat16()
         assert torch.equal(linear(x, weight), F.linear(x, weight))
+
+
+@torch.no_grad()
+def test_what_traces_or_transforms_sees_torch_s_product() -> None:
+    """Who looks on sees no product that was made by addresses."""
+    weight = torch.randn(512, 512).bfloat16()
+    x, other = torch.randn(2, 3, 512).bfloat16()
+    expected = F.linear(other, weight)
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        return linear(x, weight)
+
+    assert torch.equal(make_fx(product)(x)(other), expected)
+    assert torch.equal(torch.jit.trace(product, (x,))(other), expected)
+    assert torch.equal(torch.func.functionalize(product)(other), expected)
+    torch.testing.assert_close(torch.func.vmap(product)(other), expected)
+    assert torch.equal(torch.compile(product, backend="eager", fullgraph=True)(other), expected)
+    _, tangent = torch.func.jvp(product, (x,), (other,))
+    torch.testing.assert_close(tangent, expected)
+    with torch.autocast("cpu", torch.float16):
+        assert linear(x, weight).dtype == F.linear(x, weight).dtype == torch.float16
+    for odd in (torch._neg_view(weight), weight[:1].expand(512, 512)):
+        torch.testing.assert_close(linear(x, odd), F.linear(x, odd), rtol=2**-6, atol=0.5)
 
 
 # ---- on a GPU ----------------------------------------------------------------------------------
