@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections import defaultdict
@@ -28,6 +29,10 @@ _locks: dict[torch.device, threading.RLock] = defaultdict(threading.RLock)
 def device_lock(device: torch.device) -> threading.RLock:
     """Held while a graph is captured or replayed: captures stand alone on a device."""
     return _locks[device]
+
+
+if hasattr(os, "register_at_fork"):  # a thread that held one is not in the child
+    os.register_at_fork(after_in_child=_locks.clear)
 
 
 class GraphPool:

@@ -20,8 +20,10 @@ On the CPU the same code runs on slots in host memory, and streams and events me
 
 from __future__ import annotations
 
+import os
 import threading
 import traceback
+import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
@@ -149,6 +151,7 @@ class ExpertCache:
         self._sharing: HostExperts | None = None
         self._pool: _Pool | None = None
         self.resize(num_slots, num_staging)
+        _caches.add(self)
 
     def __reduce__(self) -> Any:
         # What copy.deepcopy and pickle ask for; they would stumble over a lock.
@@ -697,3 +700,21 @@ def _stretches(wanted: Sequence[bool]) -> Iterator[tuple[int, int]]:
         elif not item and start is not None:
             yield start, i
             start = None
+
+
+# All there are: see `_renew`.
+_caches: weakref.WeakSet[ExpertCache] = weakref.WeakSet()
+
+
+def _renew() -> None:
+    """In a child process: a thread that used a cache is not there, and did not finish."""
+    for cache in list(_caches):
+        if cache.lock.acquire(blocking=False):
+            cache.lock.release()
+        else:
+            cache.lock = threading.RLock()
+            cache._interrupted = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)

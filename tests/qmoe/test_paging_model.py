@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import random
 import re
 import signal
 import sys
 import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
@@ -501,6 +503,46 @@ class TestResize:
         )
         assert torch.equal(logits[0], expected)
         assert torch.equal(model(tokens(20)).logits, expected)
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+    def test_a_child_process_is_not_locked_out(self):
+        """Forked while a thread is in the middle of a layer, which the child never finishes."""
+        model = build("qwen3_moe")
+        resize(model, hbm_budget=smallest(model, context=64), context=64)
+        with torch.no_grad():
+            expected = model(tokens(20)).logits
+        (cache, layer), *_ = (
+            experts.paged for experts in quantized.quantized_modules(model).values()
+        )
+        inside, done = threading.Event(), threading.Event()
+
+        def compute(*_):
+            inside.set()
+            done.wait()
+            return torch.zeros(1)
+
+        ids, weights = torch.tensor([[0, 1]]), torch.ones(1, 2)
+        thread = threading.Thread(target=cache.run, args=(layer, ids, weights, compute))
+        thread.start()
+        inside.wait()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # a child has none of torch's threads, and torch waits for them
+        child = os.fork()
+        if child == 0:
+            with torch.no_grad():
+                os._exit(7 if torch.equal(model(tokens(20)).logits, expected) else 1)
+        for _ in range(200):
+            pid, status = os.waitpid(child, os.WNOHANG)
+            if pid:
+                break
+            time.sleep(0.1)
+        else:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        torch.set_num_threads(threads)
+        done.set()
+        thread.join()
+        assert pid and os.waitstatus_to_exitcode(status) == 7
 
     def test_while_others_run_the_model(self):
         """Every transition, while two threads generate and one runs plain forwards."""
