@@ -132,15 +132,7 @@ def read_into(
     try:
         if version is not None:
             version.check(file, descriptor)
-        done = 0
-        while done < len(view):
-            try:
-                count = os.preadv(descriptor, [view[done:]], offset + done)
-            except OSError as error:  # which does not name the file by itself
-                raise OSError(error.errno, error.strerror, str(file)) from None
-            if count == 0:
-                raise CheckpointError(f"{file}: ends early; it changed while it was read")
-            done += count
+        _fill(view, file, descriptor, offset, len(view))
     finally:
         os.close(descriptor)
 
@@ -161,20 +153,28 @@ def read_past_cache(file: Path, start: int, stop: int, buffer: torch.Tensor) -> 
     try:
         descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
         try:
-            done = 0
-            while done < stop - first:
-                count = os.preadv(descriptor, [whole[done:]], first + done)
-                if count == 0:
-                    raise CheckpointError(f"{file}: ends early; it changed while it was read")
-                done += count
+            _fill(whole, file, descriptor, first, stop - first)
         finally:
             os.close(descriptor)
     except OSError as error:
         if error.errno != errno.EINVAL:
-            raise OSError(error.errno, error.strerror, str(file)) from None
+            raise
         read_into(file, start, buffer[: stop - start])  # the file system knows no such reads
         return buffer[: stop - start]
     return buffer[start - first : stop - first]
+
+
+def _fill(view: memoryview, file: Path, descriptor: int, offset: int, least: int) -> None:
+    """Read from ``offset`` on until ``view`` holds at least so many bytes."""
+    done = 0
+    while done < least:
+        try:
+            count = os.preadv(descriptor, [view[done:]], offset + done)
+        except OSError as error:  # which does not name the file by itself
+            raise OSError(error.errno, error.strerror, str(file)) from None
+        if count == 0:
+            raise CheckpointError(f"{file}: ends early; it changed while it was read")
+        done += count
 
 
 @dataclass(frozen=True)

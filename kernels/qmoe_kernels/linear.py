@@ -69,7 +69,6 @@ def _is_known(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Return whether the kernels can do it: of anything else torch knows, or what is wrong."""
     return (
         is_plain(x, weight, bias)
-        and (triton is not None if x.is_cuda else _runs_natively(x, weight, bias))
         and x.dtype in (torch.bfloat16, torch.float16, torch.float32)
         and x.dtype == weight.dtype
         and x.device == weight.device
@@ -81,6 +80,7 @@ def _is_known(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
             bias is None
             or (bias.shape, bias.dtype, bias.device) == (weight.shape[:1], x.dtype, x.device)
         )
+        and (triton is not None if x.is_cuda else _runs_natively(x, weight, bias))
     )
 
 
@@ -90,7 +90,6 @@ def _runs_natively(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         x.is_cpu
         and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or is_watched())
         and not any(t is not None and t.is_neg() for t in (x, weight, bias))
-        and weight.ndim == 2
         and weight.stride(0) >= weight.shape[1]
     )
 

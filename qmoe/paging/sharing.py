@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import statistics
-import tempfile
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -348,14 +347,6 @@ def _read(key: dict[str, Any], length: int) -> list[int] | None:
 
 def _write(key: dict[str, Any], table: list[int]) -> None:
     """Keep a table; where that is not possible, each process measures."""
-    file = _file(key)
     with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=file.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                json.dump({"key": key, "share": table}, stream, indent=1)
-            os.replace(partial, file)
-        except BaseException:
-            os.unlink(partial)
-            raise
+        content = json.dumps({"key": key, "share": table}, indent=1)
+        native.write_whole(_file(key), content.encode())

@@ -21,6 +21,7 @@ from qmoe_kernels.cpu import native
 from qmoe_kernels.experts import Projection
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # loops know a dtype by its place
+BF16 = DTYPES.index(torch.bfloat16)
 NAMES = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 LANES = 16  # of a vector; fp32 rows are as long as a multiple of it
@@ -221,7 +222,7 @@ def _product(
             flags,
             numbers,
             # 8-bit rows are bf16 numbers, too
-            _dots(_kind(projection, row_scales is not None or DTYPES[rounded] == DTYPES[0]))[0],
+            _dots(_kind(projection, row_scales is not None or rounded == BF16))[0],
         ],
     )
     kept += [arguments, scale, bias]

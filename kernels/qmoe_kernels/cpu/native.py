@@ -329,14 +329,23 @@ def _read(file: Path) -> bytes | None:
 def _write(file: Path, code: bytes) -> None:
     """Keep machine code for later processes; without a folder to write to, these compile again."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(dir=file.parent)
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(hashlib.sha256(code).digest() + code)
-            os.replace(partial, file)
-        except BaseException:
-            os.unlink(partial)
-            raise
+        write_whole(file, hashlib.sha256(code).digest() + code)
     except OSError as error:
         logger.info("native loops are compiled anew in every process: %s", error)
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    """Write a file of `cache_folder`; readers see all of it or what was there before.
+
+    Raises:
+        OSError: there is no folder to write to, or no room.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=file.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+        os.replace(partial, file)
+    except BaseException:
+        os.unlink(partial)
+        raise
