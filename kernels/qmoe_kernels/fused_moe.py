@@ -73,9 +73,9 @@ def fused_moe(
             ``(..., intermediate_size)`` that treats each row by itself.
         activations: what the products take. ``"bf16"``: rows as they are, in the dtype of
             ``hidden_states``. ``"int8"``, ``"fp8"``: rows quantized to the weights' dtype with a
-            scale each, by `quantize_rows`, before either product. ``"auto"``: 8 bit where that is
-            quicker, which is from `EIGHT_BIT_ROWS` pairs per expert on, on average, on a GPU; as
-            they are everywhere else.
+            scale each, by `quantize_rows`, before either product. ``"auto"``: 16-bit rows in 8 bits
+            where that is quicker, which is from `EIGHT_BIT_ROWS` pairs per expert on, on average,
+            on a GPU; all others as they are.
         two_level_sums: where FP8 meets FP8. Hopper's tensor cores keep some 14 bits of such sums;
             true adds up to fp32 every 64 products, which takes longer. Other products and devices
             are exact enough as they are; an ``activation`` that is a callable goes without.
@@ -235,13 +235,16 @@ def _multiplies_fp8(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def _row_format(activations: str, projection: Projection, num_pairs: int) -> WeightFormat | None:
+def _row_format(
+    activations: str, projection: Projection, num_pairs: int, dtype: torch.dtype
+) -> WeightFormat | None:
     """What rows are quantized to before a product, or None; of shapes, dtypes and device only."""
     if activations == "bf16":
         return None
     if activations == "auto":
         weight, few = projection.weight, EIGHT_BIT_ROWS * projection.num_experts
-        if weight.device.type != "cuda" or num_pairs < few:
+        # Who takes fp32 wants its digits.
+        if weight.device.type != "cuda" or num_pairs < few or dtype == torch.float32:
             return None
         found = FORMAT_OF.get(weight.dtype)
         return None if found == "fp8" and not _multiplies_fp8(weight.device) else found
@@ -287,7 +290,7 @@ def _fused_moe(
     num_tokens, top_k = topk_ids.shape
     gate_up = Projection(gate_up_proj, gate_up_proj_scale, gate_up_proj_bias, expert_to_slot)
     down = Projection(down_proj, down_proj_scale, down_proj_bias, expert_to_slot)
-    to = _row_format(activations, gate_up, num_tokens * top_k)
+    to = _row_format(activations, gate_up, num_tokens * top_k, hidden_states.dtype)
     experts = Experts(gate_up, down, activation)
     if cpu.available(gate_up_proj, down_proj):
         rows, left = _native_layer(hidden_states, experts, topk_ids, topk_weights, to)
@@ -344,7 +347,7 @@ def _grouped_linear(
     pairs_per_row = top_k if x.ndim == 2 else 1
     x = x.flatten(0, -2)
     projection = Projection(weight, scale, bias, expert_to_slot)
-    to = _row_format(activations, projection, num_tokens * top_k)
+    to = _row_format(activations, projection, num_tokens * top_k, x.dtype)
     if cpu.available(weight):
         rows, left = cpu.layer(*_native_rows(x, to), topk_ids, projection, dtype=x.dtype)
         rows, many = rows.to(x.dtype), _with_tensors(left, topk_ids)
@@ -403,7 +406,7 @@ def _(
     *activation, activations, two_level_sums = rest
     gate_up = Projection(gate_up_proj, gate_up_proj_scale, gate_up_proj_bias, expert_to_slot)
     down = Projection(down_proj, down_proj_scale, down_proj_bias, expert_to_slot)
-    to = _row_format(activations, gate_up, topk_ids.numel())
+    to = _row_format(activations, gate_up, topk_ids.numel(), hidden_states.dtype)
     with torch.cuda.device(hidden_states.device):
         return fused_moe_triton(
             hidden_states,
@@ -428,7 +431,7 @@ def _(
     from qmoe_kernels.layer import grouped_linear_triton
 
     projection = Projection(weight, scale, bias, expert_to_slot)
-    to = _row_format(activations, projection, topk_ids.numel())
+    to = _row_format(activations, projection, topk_ids.numel(), x.dtype)
     dtype = None if to is None else STORAGE_DTYPE[to]
     with torch.cuda.device(x.device):
         return grouped_linear_triton(x, projection, topk_ids, activations=dtype)

@@ -86,7 +86,7 @@ class Layer:
             self.activation,
         )
 
-    def fused_moe(self, *, activations: str = "auto") -> torch.Tensor:
+    def fused_moe(self, *, activations: str = "bf16") -> torch.Tensor:
         skip_without_fp8(self.hidden_states.device, activations)
         return fused_moe(**self.arguments(), activations=activations)
 

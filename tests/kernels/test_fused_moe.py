@@ -159,6 +159,19 @@ def test_auto_leaves_rows_as_they_are_on_a_cpu() -> None:
     assert not torch.equal(out, layer.fused_moe(activations="int8"))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_auto_takes_8_bit_rows_where_many_16_bit_ones_come(weights: str) -> None:
+    for dtype in DTYPES:
+        for num_tokens in (EIGHT_BIT_ROWS, EIGHT_BIT_ROWS - 1):
+            layer = random_layer(
+                num_tokens=num_tokens, num_experts=2, weights=weights, dtype=dtype
+            ).to("cuda")
+            quantized = dtype != torch.float32 and num_tokens == EIGHT_BIT_ROWS
+            same = layer.fused_moe(activations=weights if quantized else "bf16")
+            assert torch.equal(layer.fused_moe(activations="auto"), same)
+
+
 def test_sums_are_exact_enough_on_a_cpu() -> None:
     layer = random_layer(weights="fp8")
     out = fused_moe(**layer.arguments(), activations="fp8", two_level_sums=True)

@@ -134,9 +134,9 @@ def layer_pages(model):
     ]
 
 
-def smallest(model, **sizes) -> int:
+def smallest(model, device: str = "cpu", **sizes) -> int:
     with pytest.raises(ValueError, match="smallest that works") as caught:
-        budget_for(model, layer_pages(model), PagingOptions(1, **sizes), "cpu")
+        budget_for(model, layer_pages(model), PagingOptions(1, **sizes), device)
     return int(re.search(r"\((\d+) bytes\)", str(caught.value))[1])
 
 

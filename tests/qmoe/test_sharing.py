@@ -240,7 +240,7 @@ def paged_on_gpu(misses: str, seconds: float | None = None):
     """As `paged`; greedy tokens of both models are those of steps that qmoe captures."""
     resident = build("qwen3_moe").to("cuda")
     model = copy.deepcopy(resident)
-    budget = smallest(model, context=CONTEXT)
+    budget = smallest(model, "cuda", context=CONTEXT)
     resize(model, hbm_budget=budget, context=CONTEXT, misses=misses)
     if seconds is not None:
         model.qmoe_paging.cache.sharing._seconds = seconds
