@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -66,20 +67,27 @@ GEMV = (
     ((8, 512, 2, 4), (16, 512, 4, 3)),
     ((16, 256, 2, 4), (32, 256, 4, 3)),
     ((4, 512, 1, 3), (16, 256, 2, 4)),
+    ((16, 256, 2, 4), (32, 128, 4, 4)),
+    ((16, 256, 2, 4), (64, 128, 4, 4)),
+    ((8, 256, 2, 4), (32, 128, 2, 6)),
+    ((16, 256, 4, 4), (64, 128, 8, 4)),
+    ((8, 256, 1, 4), (32, 256, 4, 3)),
 )
 SORTED = (24, 512)  # numbers of pairs between which both ways are timed
 SECONDS, COMPILING_SECONDS = 0.012, 240.0
 KEPT = 1.35  # times up to so many times the best are written down
 
 
-def cells(shapes: list[str], modes: list[str]) -> Iterator[tuple[str, str, list[Cell]]]:
+def cells(
+    shapes: list[str], modes: list[str], numbers: tuple[int, ...] | None = None
+) -> Iterator[tuple[str, str, list[Cell]]]:
     """Every shape with every mode: its name, the mode's, and its cells. INT8 comes first."""
     for weights in dict.fromkeys(MODES[mode][0] for mode in modes):
         for name in shapes:
             for mode in modes:
                 if MODES[mode][0] != weights:
                     continue
-                tokens = FEW_TOKENS if weights == "fp8" else TOKENS
+                tokens = numbers or (FEW_TOKENS if weights == "fp8" else TOKENS)
                 kind = LayerKind(SHAPES[name], *MODES[mode])
                 yield name, mode, [Cell(kind, t) for t in tokens]
 
@@ -125,10 +133,17 @@ def label(tiles: LayerTiles) -> str:
     return f"{how}:{both}"
 
 
-def measure(names: list[str], modes: list[str], workers: int, out: Path, common: dict) -> None:
-    """Time all cells of these shapes and modes."""
+def measure(
+    names: list[str],
+    modes: list[str],
+    numbers: tuple[int, ...] | None,
+    workers: int,
+    out: Path,
+    common: dict,
+) -> None:
+    """Time all cells of these shapes, modes and numbers of tokens."""
     device = torch.device("cuda", torch.cuda.current_device())
-    todo = list(cells(names, modes))
+    todo = list(cells(names, modes, numbers))
     started = time.monotonic()
     found: list[dict[str, Any]] = []
     with Precompiler(workers) as precompiler:
@@ -217,6 +232,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--shapes", default=",".join(FITTED))
     parser.add_argument("--modes", default=",".join(MODES))
+    parser.add_argument("--tokens", help="with commas; default: those of each mode")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) - 2))
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="to write down, where there is no git")
@@ -225,9 +241,10 @@ def main() -> None:
     if options_.fit:
         fit(options_.out)
         return
-    common = facts("tiles", [], options_.commit)
+    common = facts("tiles", sys.argv[1:], options_.commit)
     names, modes = options_.shapes.split(","), options_.modes.split(",")
-    measure(names, modes, options_.workers, options_.out, common)
+    numbers = options_.tokens and tuple(int(number) for number in options_.tokens.split(","))
+    measure(names, modes, numbers or None, options_.workers, options_.out, common)
 
 
 if __name__ == "__main__":

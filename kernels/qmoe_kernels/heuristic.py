@@ -20,8 +20,8 @@ _T = TypeVar("_T")
 # Up to here a program finds its rows among all pairs faster than a launch sorts them.
 UNSORTED_PAIRS = 48
 
-# hidden_size * intermediate_size of large experts.
-LARGE = 8_000_000
+# hidden_size * intermediate_size up to which experts are small, and from which they are large.
+SMALL, LARGE = 3_000_000, 8_000_000
 
 # Rows per expert, on average, up to which a tile is chosen; then block_m, block_n, bytes along k
 # (of rows of 8 bits, else of weights), warps, stages, tail_m. They fit 99 KiB of shared memory.
@@ -54,13 +54,13 @@ _FP32: _Rule = (  # rows: ieee products use no tensor cores, and registers are f
     (math.inf, (32, 32, 32, 4, 2)),
 )
 
-# Where a program may take 227 KiB, and has Hopper's own kernel: block_m, tail_m and stages of that
-# one. Small experts first, then large ones.
-_ROOMY_EIGHT_BIT = (
-    ((0.35, (8, 128, 128, 4, 4)), (1.5, (8, 128, 256, 8, 3)), *_EIGHT_BIT[1:]),
-    ((1.5, (8, 128, 256, 8, 3)), (12, (16, 128, 256, 8, 3)), *_EIGHT_BIT[2:]),
-)
+# Where a program may take 227 KiB.
+_ROOMY_SMALL_EIGHT_BIT: _Rule = (
+    (0.35, (8, 128, 128, 4, 4)), (1.5, (8, 128, 256, 8, 3)), *_EIGHT_BIT[1:],
+)  # fmt: skip
+_ROOMY_LARGE_EIGHT_BIT: _Rule = (_EIGHT_BIT[0], (12, (16, 128, 256, 8, 3)), *_EIGHT_BIT[2:])
 _ROOMY_SIXTEEN_BIT: _Rule = (*_SIXTEEN_BIT[:2], (12, (16, 128, 256, 8, 3)), *_SIXTEEN_BIT[3:])
+# Hopper's own kernel: block_m, tail_m and stages. Large experts come last.
 _Hopper = tuple[tuple[float, tuple[int, int, int] | None], ...]
 _HOPPER_FROM_24: _Hopper = ((48, (64, 16, 6)), (96, (128, 64, 4)), (192, (128, 32, 4)))
 _HOPPER_WIDE: tuple[_Hopper, _Hopper] = (
@@ -97,18 +97,18 @@ def heuristic_tiles(
     # Without tensor cores, unless many of a program's lanes would stand for no expert.
     padded = experts > 1.5 * shape.top_k and activations.itemsize == 2
     if num_tokens == 1 and activations.itemsize > 1 and not padded:
-        return _one_token(shape.top_k, experts, weights)
+        return _one_token(shape, experts, weights)
     rows = num_pairs / shape.num_experts
-    large = shape.hidden_size * shape.intermediate_size >= LARGE
+    size = shape.hidden_size * shape.intermediate_size
     if hopper:
-        found = _hopper_rule(rows, weights, activations, large)
+        found = _hopper_rule(rows, weights, activations, size >= LARGE)
         if found is not None:
             block_m, tail_m, num_stages = found
             return hopper_tiles(block_m, activations, num_stages, tail_m)
     sort = num_pairs > UNSORTED_PAIRS
-    tile = heuristic_tile(rows, weights, activations, large=large, sort=sort, roomy=hopper)
+    tile = heuristic_tile(rows, weights, activations, size=size, sort=sort, roomy=hopper)
     if num_tokens == 1 and activations.itemsize == 1:
-        tile = TileConfig(8, 64, 256, 4, 4) if large else TileConfig(8, 64, 128, 4, 5)
+        tile = TileConfig(8, 64, 256, 4, 4) if size >= LARGE else TileConfig(8, 64, 128, 4, 5)
     return LayerTiles(tile, tile, sort)
 
 
@@ -125,7 +125,7 @@ def heuristic_tile(
     weights: torch.dtype,
     activations: torch.dtype,
     *,
-    large: bool = False,
+    size: int = 0,
     sort: bool = True,
     roomy: bool = False,
 ) -> TileConfig:
@@ -134,7 +134,7 @@ def heuristic_tile(
     Args:
         rows: per expert.
         weights, activations: dtypes of the product's operands.
-        large: whether experts are.
+        size: of an expert, hidden_size * intermediate_size.
         sort: whether pairs are sorted first.
         roomy: whether a program may take 227 KiB of shared memory rather than 99.
     """
@@ -142,10 +142,14 @@ def heuristic_tile(
         return TileConfig(*_first(_FP32, rows))
     width = weights.itemsize
     if activations.itemsize == 1:
-        rule = _ROOMY_EIGHT_BIT[large] if roomy else _EIGHT_BIT
+        rule = _EIGHT_BIT
+        if roomy and size <= SMALL:
+            rule = _ROOMY_SMALL_EIGHT_BIT
+        elif roomy and size >= LARGE:
+            rule = _ROOMY_LARGE_EIGHT_BIT
     elif width == activations.itemsize:
         rule = _ROOMY_SIXTEEN_BIT if roomy else _SIXTEEN_BIT
-    elif rows <= 0.35 and not large and not sort:
+    elif rows <= 0.35 and size <= SMALL and not sort:
         return TileConfig(8, 128, 128, num_warps=8, num_stages=4)
     else:
         rule = _WIDE
@@ -155,10 +159,14 @@ def heuristic_tile(
     return TileConfig(block_m, block_n, nbytes // width, num_warps, num_stages, *tail_m)
 
 
-def _one_token(top_k: int, experts: int, weights: torch.dtype) -> LayerTiles:
+def _one_token(shape: LayerShape, experts: int, weights: torch.dtype) -> LayerTiles:
     """Tiles without tensor cores; ``experts``: of a program of the second product, with padding."""
-    width = weights.itemsize
-    gate_up = TileConfig(1, 16 if top_k >= 8 else 8, 256 // width, num_warps=2, num_stages=4)
+    width, size = weights.itemsize, shape.hidden_size * shape.intermediate_size
+    gate_up = TileConfig(1, 8, 256 // width, num_warps=2, num_stages=4)
+    if shape.top_k >= 8 and SMALL < size < LARGE:
+        gate_up = TileConfig(1, 8, 512 // width, num_warps=2, num_stages=3)
+    elif shape.top_k >= 8:
+        gate_up = TileConfig(1, 16, 256 // width, num_warps=2, num_stages=4)
     block_n, nbytes = (16, 512) if experts <= 4 else (32, 256)
     down = TileConfig(1, max(1, block_n // experts), nbytes // width, num_warps=4, num_stages=3)
     return LayerTiles(gate_up, down, sort=False)
