@@ -108,6 +108,7 @@ def admit(
     copies: CopyList,
     *,
     experts: tuple[int, int] | None = None,
+    elsewhere: Tensor | None = None,  # (num_pages,) int32
 ) -> None:
     """Give every routed expert of a layer a slot, and write what must be copied into ``copies``.
 
@@ -122,9 +123,10 @@ def admit(
         num_experts: of this layer.
         residency, copies: changed in place.
         experts: only ids in [low, high) are looked at; all where it is None.
+        elsewhere: places of pages that need none here; -1: it needs one.
     """
     low, high = experts or (0, num_experts)
-    arguments = (topk_ids, layer, first_page, num_experts, low, high, residency, copies)
+    arguments = (topk_ids, layer, first_page, num_experts, low, high, residency, copies, elsewhere)
     if topk_ids.device.type == "cpu":
         _admit_cpu(*arguments)
     else:
@@ -174,12 +176,15 @@ def _admit_cpu(
     high: int,
     residency: Residency,
     copies: CopyList,
+    elsewhere: Tensor | None,
 ) -> None:
     r = residency
     now = int(r.clock) + 1
     r.clock.fill_(now)
     by_rank = topk_ids.t().flatten().tolist()
     wanted = list(dict.fromkeys(e for e in by_rank if low <= e < high and 0 <= e < num_experts))
+    if elsewhere is not None:
+        wanted = [e for e in wanted if elsewhere[first_page + e] < 0]
     slots = {e: int(r.page_to_slot[first_page + e]) for e in wanted}
     hits = [slot for slot in slots.values() if slot >= 0]
     missing = [e for e in wanted if slots[e] < 0]
@@ -214,11 +219,11 @@ def launch_admit(
     high: int,
     residency: Residency,
     copies: CopyList,
+    elsewhere: Tensor | None = None,
 ) -> None:
     """Run `admit_kernel`; arguments as in `admit`."""
     num_tokens, top_k = topk_ids.shape
     num_slots = residency.slot_to_page.shape[0]
-    block = min(triton.next_power_of_2(num_slots), SLOTS_BLOCK)
     admit_kernel[(1,)](
         topk_ids.contiguous(),
         residency.page_to_slot,
@@ -229,6 +234,7 @@ def launch_admit(
         copies.pages,
         copies.slots,
         copies.count,
+        elsewhere,
         num_tokens,
         top_k,
         layer,
@@ -237,12 +243,20 @@ def launch_admit(
         low,
         high,
         num_slots,
-        IDS_BLOCK=16,
-        EXPERTS_BLOCK=triton.next_power_of_2(num_experts),
-        SLOTS_BLOCK=block,
-        NUM_BLOCKS=triton.next_power_of_2(triton.cdiv(num_slots, block)),
-        num_warps=4 if block <= 1024 else 8,
+        **admission_blocks(num_experts, num_slots),
     )
+
+
+def admission_blocks(num_experts: int, num_slots: int) -> dict[str, int]:
+    """Sizes that `admit_kernel` is compiled for, and its warps."""
+    block = min(triton.next_power_of_2(num_slots), SLOTS_BLOCK)
+    return {
+        "IDS_BLOCK": 16,
+        "EXPERTS_BLOCK": triton.next_power_of_2(num_experts),
+        "SLOTS_BLOCK": block,
+        "NUM_BLOCKS": triton.next_power_of_2(triton.cdiv(num_slots, block)),
+        "num_warps": 4 if block <= 1024 else 8,
+    }
 
 
 if triton is not None:
@@ -274,6 +288,7 @@ if triton is not None:
         copy_pages_ptr,  # CopyList's tensors
         copy_slots_ptr,
         copy_count_ptr,
+        elsewhere_ptr,  # (num_pages,), or None
         num_tokens,
         top_k,
         layer,
@@ -298,6 +313,8 @@ if triton is not None:
         now = tl.load(clock_ptr) + 1
         experts = tl.arange(0, EXPERTS_BLOCK)
         in_range = (experts < num_experts) & (experts >= low) & (experts < high)
+        if elsewhere_ptr is not None:
+            in_range &= tl.load(elsewhere_ptr + first_page + experts, mask=in_range, other=0) < 0
         slots = tl.load(page_to_slot_ptr + first_page + experts, mask=in_range, other=-1)
         hits_ptr = counters_ptr + 2 * layer + _HITS
         misses_ptr = counters_ptr + 2 * layer + _MISSES

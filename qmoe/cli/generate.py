@@ -95,6 +95,17 @@ def _readable_budget(budget: str | None) -> str | None:
     return budget
 
 
+def _readable_size(size: str | None) -> str | None:
+    if size is not None:
+        from qmoe.sizes import parse_size
+
+        try:
+            parse_size(size)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+    return size
+
+
 @dataclass(frozen=True)
 class Loading:
     """How the model is loaded."""
@@ -141,13 +152,24 @@ class Paging:
         ),
     ] = None
 
+    host_memory: Annotated[
+        str | None,
+        typer.Option(
+            callback=_readable_size,
+            help="Host memory for paged experts: 16GiB. Others are read from the files as needed.",
+            show_default="all are in host memory",
+        ),
+    ] = None
+
     def options(self, num_texts: int) -> PagingOptions | None:
         """As the runtime takes them; None where nothing is paged."""
         if self.hbm_budget is not None:
-            size = self.batch_size or num_texts
-            return PagingOptions(self.hbm_budget, self.context, size, self.misses or "link")
-        if (self.context, self.batch_size, self.misses) != (None, None, None):
-            raise typer.BadParameter("--context, --batch-size and --misses need --hbm-budget")
+            size, misses = self.batch_size or num_texts, self.misses or "link"
+            return PagingOptions(self.hbm_budget, self.context, size, misses, self.host_memory)
+        if (self.context, self.batch_size, self.misses, self.host_memory) != (None,) * 4:
+            raise typer.BadParameter(
+                "--context, --batch-size, --misses and --host-memory need --hbm-budget"
+            )
         return None
 
 

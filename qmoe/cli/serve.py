@@ -69,7 +69,7 @@ class Room(Paging):
 
     def options(self, num_texts: int = 1) -> PagingOptions | None:
         """As the runtime takes them; None where nothing is paged."""
-        if (self.hbm_budget, self.context, self.misses) == (None, None, None):
+        if (self.hbm_budget, self.context, self.misses, self.host_memory) == (None,) * 4:
             return None
         return super().options(num_texts)
 

@@ -89,6 +89,9 @@ class CacheStatus:
             "bytes": stats.bytes,
             "host_misses": stats.host_misses,
             "waited_seconds": stats.waited_seconds,
+            "disk_misses": stats.disk_misses,
+            "disk_bytes": stats.disk_bytes,
+            "disk_waited_seconds": stats.disk_waited_seconds,
         }
         return {**totals, **dataclasses.asdict(stats)}
 
@@ -109,4 +112,7 @@ def cache_line(stats: CacheStats) -> str:
     if stats.host_misses:
         waited = f"waited {stats.waited_seconds:.1f} s for it"
         line += f" | host computed {stats.host_misses}, {waited}"
+    if stats.disk_bytes:
+        waited = f"waited {stats.disk_waited_seconds:.1f} s for it"
+        line += f" | from disk {stats.disk_misses}, {format_size(stats.disk_bytes)}, {waited}"
     return line

@@ -31,6 +31,7 @@ from qmoe.experts.quantized import quantized_modules
 from qmoe.loading.config import QmoeConfig
 from qmoe.loading.conversions import Renamer
 from qmoe.loading.devices import choose_device, choose_own_device
+from qmoe.loading.pages import refuse_bound
 from qmoe.loading.patch import patch
 from qmoe.loading.quantizer import check_experts, listed
 from qmoe.loading.spread import load_spread
@@ -58,6 +59,7 @@ def load(
     context: int | None = None,
     batch_size: int | None = None,
     misses: str | None = None,
+    host_memory: str | int | None = None,
     expert_parallel: bool | ProcessGroup | DeviceMesh = False,
 ) -> PreTrainedModel:
     """Load a model for generating text.
@@ -81,6 +83,10 @@ def load(
             ``"host"`` lets the processor compute it where it lies; ``"auto"`` shares misses
             between both as measured once. Only with ``"link"`` are results, bit for bit, those of a
             model that fits: else they depend, within rounding, on what was on the device.
+        host_memory: what the paged experts may take of host memory: ``"16GiB"``, or bytes. Those
+            beyond it stay in the checkpoint's files and are read when they are wanted, so that a
+            model larger than host memory runs. None: all are in host memory. Takes a converted
+            checkpoint, and files that stay where they are for as long as the model is used.
         expert_parallel: spread the experts over processes, each of which calls this: True for
             those that torchrun started, or a process group or a device mesh of one dimension. The
             rest of the model is whole on each. Takes a converted checkpoint; a budget is each
@@ -97,8 +103,9 @@ def load(
             missing or broken; weights that are missing, left over or of another shape than
             config.json says; an unknown device or dtype, a checkpoint that is quantized already
             while ``weights`` asks for it, activations that its weights do not go with, a budget
-            that cannot work (with the smallest that does), ``context``, ``batch_size`` or
-            ``misses`` without one, misses that the host cannot serve, or too little host memory;
+            that cannot work (with the smallest that does), ``context``, ``batch_size``, ``misses``
+            or ``host_memory`` without one, misses that the host cannot serve, or too little host
+            memory;
             ``expert_parallel`` for experts that are not in 8 bit on disk, in a process that
             torchrun did not start, or with fewer experts than ranks.
         RankFailed: with ``expert_parallel``, another rank failed or loads something else.
@@ -109,7 +116,7 @@ def load(
     """
     path_or_repo = str(path_or_repo)
     check_activations(activations, weights)
-    paging = paging_options(hbm_budget, context, batch_size, misses)
+    paging = paging_options(hbm_budget, context, batch_size, misses, host_memory)
     if paging is not None:
         paging.check_activations(activations)
     if expert_parallel is not False:
@@ -157,13 +164,18 @@ def _load(
         raise ValueError(
             f"{path_or_repo}: is quantized already ({method}); leave weights={weights!r} out"
         )
+    if paging is not None:
+        refuse_bound(paging, path_or_repo)
     if method is None:
         quantization = QmoeConfig(weights, activations=activations, paging=paging)
         return _from_pretrained(path_or_repo, config, dtype, device, revision, quantization)
     # Quantized otherwise: transformers may widen it to 16 bit, which patch takes, or refuses.
     load_on = device if paging is None else torch.device("cpu")
     model = _from_pretrained(path_or_repo, config, dtype, load_on, revision)
-    where = {} if paging is None else {"device": device, **asdict(paging)}
+    where: dict[str, Any] = {}
+    if paging is not None:
+        where = {"device": device, **asdict(paging)}
+        del where["host_memory"]  # refused above
     return patch(model, weights, activations=activations, **where)
 
 

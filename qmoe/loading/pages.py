@@ -14,10 +14,13 @@ from qmoe.checkpoints.files import StoredTensor
 from qmoe.experts.pages import LayerPages
 from qmoe.experts.quantized import quantized_modules
 from qmoe.paging.budget import Budget
+from qmoe.paging.frame_store import FrameStore
 from qmoe.paging.host_store import HostStore, PageRead
 from qmoe.paging.model import (
+    bounds,
     budget_for,
     fill_layer,
+    frame_store,
     host_store,
     keep_resident,
     page_experts,
@@ -46,7 +49,8 @@ def load_pages(
         progress: draw a progress bar if stderr is a terminal.
 
     Raises:
-        ValueError: a budget that cannot work, too little host memory, or files that have changed.
+        ValueError: a budget or a bound of host memory that cannot work, too little host memory, or
+            files that have changed.
     """
     modules = quantized_modules(model)
     if not modules:
@@ -72,19 +76,38 @@ def load_pages(
             keep_resident(model, budget, device, options)
         return
     assert options is not None  # there is a budget
-    store = host_store(layers, device, progress=progress)
+    reads = [
+        read
+        for layer, (pages, start, (gate_up, down)) in enumerate(
+            zip(layers, first, tensors, strict=True)
+        )
+        for read in page_reads(layer, pages, gate_up, down, start)
+    ]
+    store: HostStore | FrameStore
+    if bounds(options, layers):
+        store = frame_store(model, layers, reads, device, options, progress=progress)
+    else:
+        store = host_store(layers, device, progress=progress)
     try:
-        reads = [
-            page_reads(layer, pages, gate_up, down, start)
-            for layer, (pages, start, (gate_up, down)) in enumerate(
-                zip(layers, first, tensors, strict=True)
-            )
-        ]
-        store.fill([read for layer in reads for read in layer], progress=progress)
+        if isinstance(store, HostStore):
+            store.fill(reads, progress=progress)
         page_experts(model, store, budget, device, options)
     except BaseException:
         store.close()
         raise
+
+
+def refuse_bound(options: PagingOptions, name: str) -> None:
+    """Refuse to bound the host memory of experts that are quantized here.
+
+    Raises:
+        ValueError: a bound was asked for; says what to do.
+    """
+    if options.host_memory is not None:
+        raise ValueError(
+            f"{name}: host_memory={options.host_memory!r} leaves experts in the checkpoint's "
+            "files, and these are not there in 8 bit; convert it with convert-checkpoint first"
+        )
 
 
 def page_stored(

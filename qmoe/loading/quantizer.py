@@ -37,7 +37,7 @@ from qmoe.loading.conversions import (
 )
 from qmoe.loading.devices import only_device
 from qmoe.loading.layers import restore_layers
-from qmoe.loading.pages import load_pages, page_stored
+from qmoe.loading.pages import load_pages, page_stored, refuse_bound
 from qmoe.loading.protection import protect
 from qmoe.loading.shares import (
     check_scales,
@@ -242,6 +242,7 @@ class QmoeQuantizer(ExpertsQuantizer):
         store = None
         if self.paging is not None:
             layers = [layer_pages(n, layout, config.weights) for n, layout in self.layouts.items()]
+            refuse_bound(self.paging, type(model).__name__)
             with torch.device("cpu"):  # transformers makes everything else on meta here
                 store = host_store(layers, self.device, progress=is_progress_bar_enabled())
         self.to_quantize = ExpertsToQuantize(

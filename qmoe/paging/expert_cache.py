@@ -15,6 +15,9 @@ weights lie, and a row comes from one wave or group alone, the others add zeros 
 A cache whose misses are shared (`share_misses`) leaves some of an admitted layer's missed experts
 to the host. Then results depend, within rounding, on what was resident.
 
+Where host memory holds a part of the pages only (`FrameStore`), an admitted layer begins with
+reading what neither a slot nor a frame has; what is streamed is read past the frames.
+
 On the CPU the same code runs on slots in host memory, and streams and events mean nothing.
 """
 
@@ -33,7 +36,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qmoe.paging.frame_store import FrameStore
 from qmoe.paging.host_experts import HostExperts
+from qmoe.paging.host_reads import HostReads
 from qmoe.paging.host_store import HostStore
 from qmoe.paging.stats import CacheStats, LayerStats
 from qmoe.sizes import format_size
@@ -96,7 +101,7 @@ class ExpertCache:
     replayed after `take_turn`, and is void after `resize`.
 
     Attributes:
-        host: where every page is.
+        host: where every page is, or which files have those that host memory has no room for.
         device: where the slots are.
         lock: held by whoever queues work that uses the slots, and while they change.
         overlap: whether a layer computes with the experts that it has while the others fly; None:
@@ -105,7 +110,7 @@ class ExpertCache:
 
     def __init__(
         self,
-        host: HostStore,
+        host: HostStore | FrameStore,
         device: torch.device | str,
         *,
         num_slots: int,
@@ -133,8 +138,13 @@ class ExpertCache:
         self.lock = threading.RLock()
         self._runtime: Any = torch.cuda if self.device.type == "cuda" else torch.cpu
         num_layers = len(host.layers)
-        self._num_pages = host.addresses.shape[0]
-        self._addresses = host.addresses.to(self.device)
+        self._num_pages = sum(layer.num_experts for layer in host.layers)
+        self._reads: HostReads | None = None
+        if isinstance(host, FrameStore):
+            self._reads = HostReads(host, self.device)
+            self._addresses = self._reads.frames.addresses
+        else:
+            self._addresses = host.addresses.to(self.device)
         self._copies = CopyList.empty(max(x.num_experts for x in host.layers), self.device)
         self._counters = torch.zeros(num_layers, 2, dtype=torch.int64, device=self.device)
         self._streamed_bytes = [0] * num_layers
@@ -244,8 +254,8 @@ class ExpertCache:
         for slot, page in enumerate(residency.slot_to_page.tolist()):
             if page >= 0:
                 layer, expert = self._layer_of(page)
-                source = self.host.pages(layer)[expert]
-                pool.memory[slot, : len(source)].copy_(source, non_blocking=True)
+                for source in self.host.pieces(layer, expert, expert + 1):
+                    pool.memory[slot, : source.shape[1]].copy_(source[0], non_blocking=True)
         if self._sharing is not None:
             self._sharing.forget()  # stamps of another clock
         self._interrupted = False
@@ -306,6 +316,8 @@ class ExpertCache:
         self._staged = None
         if self._sharing is not None:
             self._sharing.drain()
+        if self._reads is not None:
+            self._reads.forget()
         if self._pool is not None:
             _empty(self._pool.residency)
         self._interrupted = False
@@ -317,6 +329,8 @@ class ExpertCache:
             self._synchronize()
             if self._sharing is not None:
                 self._sharing.stop()
+            if self._reads is not None:
+                self._reads.stop()
             self._pool = self._staged = self._sharing = None
             self.host.close()
 
@@ -344,6 +358,7 @@ class ExpertCache:
 
         Raises:
             ValueError: after `close`.
+            CheckpointError: a page could not be read.
             RuntimeError: a `resize` that failed left no slots, or the host did not compute its
                 share.
         """
@@ -354,8 +369,9 @@ class ExpertCache:
             if pool.num_staging and many and not self._capturing():
                 return self._run_streamed(pool, layer, topk_ids, topk_weights, compute)
             self._staged = None
-            if min(num_pairs, num_experts) > pool.num_slots:
+            if min(num_pairs, num_experts) > self._most_at_once(pool):
                 return self._run_in_waves(pool, layer, topk_ids, topk_weights, compute)
+            self._read(pool, layer, topk_ids)
             if hidden_states is None or not self._shares(hidden_states, topk_ids):
                 return self._run_admitted(pool, layer, topk_ids, topk_weights, compute)
             return self._run_shared(pool, layer, hidden_states, topk_ids, topk_weights, compute)
@@ -444,7 +460,8 @@ class ExpertCache:
     ) -> Tensor:
         """As many experts at a time as there are slots."""
         rows: Tensor | None = None
-        for experts in _ranges(self.host.layers[layer].num_experts, pool.num_slots):
+        for experts in _ranges(self.host.layers[layer].num_experts, self._most_at_once(pool)):
+            self._read(pool, layer, topk_ids, experts)
             self._interrupted = True
             self._admit(pool, layer, topk_ids, experts=experts)
             self._gather(pool, layer)
@@ -513,20 +530,21 @@ class ExpertCache:
         """Queue the copies of a group's absent pages into a staging buffer."""
         low, high = self._groups(pool, layer)[group]
         first_slot = pool.num_slots + buffer * pool.num_staging
-        pages = self.host.pages(layer)
         first_page = self.host.first_page[layer]
         ready = self._runtime.Event()
         with self._runtime.stream(self._copy_stream):
             pool.free[buffer].wait(self._copy_stream)
             for start, end in _stretches(self._absent[first_page + low : first_page + high]):
-                source = pages[low + start : low + end]
-                target = pool.memory[first_slot + start : first_slot + end]
-                if source.shape == target.shape:  # one piece
-                    target.copy_(source, non_blocking=True)
-                else:
-                    for one, other in zip(source, target, strict=True):
-                        other[: one.shape[0]].copy_(one, non_blocking=True)
-                self._streamed_bytes[layer] += source.nbytes
+                slot = first_slot + start
+                for source in self.host.pieces(layer, low + start, low + end):
+                    target = pool.memory[slot : slot + len(source)]
+                    if source.shape == target.shape:  # one copy
+                        target.copy_(source, non_blocking=True)
+                    else:
+                        for one, other in zip(source, target, strict=True):
+                            other[: one.shape[0]].copy_(one, non_blocking=True)
+                    slot += len(source)
+                    self._streamed_bytes[layer] += source.nbytes
             ready.record(self._copy_stream)
         return _Staged(layer, group, buffer, ready)
 
@@ -537,6 +555,19 @@ class ExpertCache:
         return topk_ids.masked_fill(outside, self.host.layers[layer].num_experts)
 
     # ---- steps of a layer ----------------------------------------------------------------------
+
+    def _most_at_once(self, pool: _Pool) -> int:
+        """Experts that one admission can bring."""
+        return min(pool.num_slots, self._reads.num_frames) if self._reads else pool.num_slots
+
+    def _read(
+        self, pool: _Pool, layer: int, topk_ids: Tensor, experts: tuple[int, int] | None = None
+    ) -> None:
+        """Bring what is in no slot into host memory, where that does not hold all pages."""
+        if self._reads is not None:
+            self._interrupted = True
+            self._reads.read(layer, topk_ids, pool.residency.page_to_slot, experts)
+            self._interrupted = False
 
     def _admit(self, pool: _Pool, layer: int, topk_ids: Tensor, **options: Any) -> None:
         first_page = self.host.first_page[layer]
@@ -550,10 +581,13 @@ class ExpertCache:
         if self.device.type == "cuda":
             gather(self._addresses, memory, copies, page_bytes)
             return
-        pages, first_page = self.host.pages(layer), self.host.first_page[layer]
         for i in range(int(copies.count)):
             page, slot = int(copies.pages[i]), int(copies.slots[i])
-            memory[slot, :page_bytes] = pages[page - first_page]
+            if self._reads is None:
+                source = self.host.pages(layer)[page - self.host.first_page[layer]]
+            else:
+                source = self._reads.page(page)
+            memory[slot, :page_bytes] = source[:page_bytes]
 
     # ---- threads and streams -------------------------------------------------------------------
 
@@ -575,23 +609,40 @@ class ExpertCache:
             self._follow()
             if self._sharing is not None and not self._capturing():
                 self._sharing.begin()
+            if self._reads is not None and not self._capturing():
+                self._unless_failed(self._reads.begin)
             self._staged = None  # other pages may be resident afterwards
 
     def check_answers(self) -> None:
-        """Raise RuntimeError if the host did not compute its share of what the device has done.
+        """Raise if the host did not compute its share of what the device has done, or read it.
 
         For results that were waited for and are about to be given out.
+
+        Raises:
+            RuntimeError: it did not compute its share.
+            CheckpointError: a page could not be read.
         """
         with self.lock, self._on_device():
             if self._sharing is not None:
                 self._sharing.check()
+            if self._reads is not None:
+                self._unless_failed(self._reads.check)
+
+    def _unless_failed(self, look: Callable[[], None]) -> None:
+        """Look whether reading has failed; if so, the slots hold anything."""
+        before, self._interrupted = self._interrupted, True
+        look()
+        self._interrupted = before
 
     def stop_workers(self) -> None:
         """End the threads on the host, if there are some; the next step starts others."""
         with self.lock, self._on_device():
-            if self._sharing is not None:
+            if self._sharing is not None or self._reads is not None:
                 self._synchronize()
+            if self._sharing is not None:
                 self._sharing.stop()
+            if self._reads is not None:
+                self._reads.stop()
 
     def _follow(self) -> _Pool:
         """Let the current stream wait for the last one that used the slots."""
@@ -650,6 +701,7 @@ class ExpertCache:
         with self._runtime.stream(self._stats_stream):
             counters = self._counters.tolist()
             shared = [[0, 0]] * len(counters) if sharing is None else sharing.read_counters()
+            reads = self._reads.read_counters() if self._reads else [[0, 0]] * len(counters)
         return CacheStats(
             layers=tuple(
                 LayerStats(
@@ -658,8 +710,13 @@ class ExpertCache:
                     streamed_bytes=streamed,
                     host_misses=host[SERVED],
                     waited_ns=host[WAITED_NS],
+                    disk_misses=read[0],
+                    disk_bytes=read[0] * pages.page_bytes + (streamed if self._reads else 0),
+                    disk_waited_ns=read[1],
                 )
-                for row, host, streamed in zip(counters, shared, self._streamed_bytes, strict=True)
+                for row, host, streamed, read, pages in zip(
+                    counters, shared, self._streamed_bytes, reads, self.host.layers, strict=True
+                )
             ),
             page_bytes=tuple(layer.page_bytes for layer in self.host.layers),
             num_slots=self.num_slots,

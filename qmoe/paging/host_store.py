@@ -124,23 +124,29 @@ class HostStore:
         memory = memory[: geometry.num_experts * geometry.page_stride]
         return memory.view(geometry.num_experts, geometry.page_stride)
 
+    def pieces(self, layer: int, start: int, end: int) -> Iterator[torch.Tensor]:
+        """One piece, the pages of experts ``start`` to ``end``: (n, page_stride) uint8."""
+        yield self.pages(layer)[start:end]
+
     def weights(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """gate_up and down of one layer, (num_experts, rows, columns) each: views of its pages."""
         return self.layers[layer].views(self.pages(layer))
 
-    def fill(self, reads: Sequence[PageRead], *, progress: bool = False) -> None:
+    def fill(self, reads: Sequence[PageRead], *, progress: bool = False, few: bool = False) -> None:
         """Read pieces of files straight into pages, with several threads.
 
         Args:
             reads: in any order.
             progress: draw a progress bar if stderr is a terminal.
+            few: they are, so that each thread is to take its part of them.
 
         Raises:
             CheckpointError: a file is gone, was replaced, ends too early or cannot be read; the
                 pages are then undefined.
         """
         num_bytes = sum(read.nbytes for read in reads)
-        _in_threads(self._read, _batches(reads), "Loading experts", num_bytes, progress)
+        most = num_bytes // _NUM_THREADS if few else _BATCH_BYTES
+        _in_threads(self._read, _batches(reads, most), "Loading experts", num_bytes, progress)
 
     def _read(self, batch: Sequence[PageRead]) -> int:
         file, version = batch[0].file, batch[0].version
@@ -308,12 +314,12 @@ def _release(maps: list[mmap.mmap], pinned: list[int]) -> None:
     maps.clear()
 
 
-def _batches(reads: Sequence[PageRead]) -> Iterator[list[PageRead]]:
-    """Group reads that follow one another in a file, for one thread each."""
+def _batches(reads: Sequence[PageRead], most: int) -> Iterator[list[PageRead]]:
+    """Group reads that follow one another in a file, for one thread each, from so many bytes on."""
     batch: list[PageRead] = []
     nbytes = 0
     for read in sorted(reads, key=lambda read: (str(read.file), read.file_offset)):
-        if batch and (read.file != batch[0].file or nbytes >= _BATCH_BYTES):
+        if batch and (read.file != batch[0].file or nbytes >= most):
             yield batch
             batch, nbytes = [], 0
         batch.append(read)

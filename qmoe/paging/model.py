@@ -22,7 +22,8 @@ from qmoe.experts.quantized import QuantizedExperts, quantized_modules
 from qmoe.paging.budget import Budget, divide_budget, parse_budget
 from qmoe.paging.expert_cache import ExpertCache
 from qmoe.paging.footprint import measure
-from qmoe.paging.host_store import HostStore
+from qmoe.paging.frame_store import FrameStore
+from qmoe.paging.host_store import HostStore, PageRead
 from qmoe.paging.options import PagingOptions
 from qmoe.paging.sharing import calibrate, sharing_of
 from qmoe.paging.stats import CacheStats
@@ -36,13 +37,25 @@ class Paging:
     """What a model was given; ``cache`` is None where everything is resident.
 
     Attributes:
-        misses: see :class:`PagingOptions`.
+        misses, host_memory: see :class:`PagingOptions`.
     """
 
     budget: Budget
     device: torch.device
     cache: ExpertCache | None
     misses: str = "link"
+    host_memory: str | int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        options: PagingOptions,
+        budget: Budget,
+        device: torch.device,
+        cache: ExpertCache | None,
+    ) -> Paging:
+        """What was asked for, and what came of it."""
+        return cls(budget, device, cache, options.misses, options.host_memory)
 
 
 def budget_for(
@@ -85,7 +98,7 @@ def budget_for(
 
 def page_experts(
     model: nn.Module,
-    store: HostStore,
+    store: HostStore | FrameStore,
     budget: Budget,
     device: torch.device | str,
     options: PagingOptions,
@@ -107,7 +120,7 @@ def page_experts(
         cache.share_misses(sharing_of(cache, modules, options.misses))
         for layer, experts in enumerate(modules.values()):
             experts.page(cache, layer)
-        _remember(model, Paging(budget, device, cache, options.misses))
+        _remember(model, Paging.of(options, budget, device, cache))
         _calibrate(model, cache, modules, options.misses)
 
 
@@ -116,7 +129,7 @@ def keep_resident(
 ) -> None:
     """Remember the budget of a model that has all of its weights on ``device``."""
     with _changing(model):
-        _remember(model, Paging(budget, torch.device(device), None, options.misses))
+        _remember(model, Paging.of(options, budget, torch.device(device), None))
 
 
 @contextmanager
@@ -191,15 +204,21 @@ def resize(
             misses = misses or before.misses
         device = before.device if before is not None else next(model.parameters()).device
         layers = pages_of(modules)
-        options = PagingOptions(hbm_budget, context, batch_size or 1, misses or "link")
+        host_memory = None if before is None else before.host_memory
+        options = PagingOptions(hbm_budget, context, batch_size or 1, misses or "link", host_memory)
         for experts in modules.values():
             options.check_activations(experts.activations)
         budget = budget_for(model, layers, options, device)
+        if not budget.all_resident and not _caches(modules) and bounds(options, layers):
+            raise ValueError(
+                f"host_memory={host_memory!r} leaves experts in the checkpoint's files, and this "
+                "model has all of them on the device; load it again with the smaller budget"
+            )
         _synchronize(device)  # steps that are queued still use the weights and slots
         caches = _caches(modules)
         if budget.all_resident:
             _make_resident(modules)
-            _remember(model, Paging(budget, device, None, options.misses))
+            _remember(model, Paging.of(options, budget, device, None))
         elif len(caches) == 1 and all(experts.paged for experts in modules.values()):
             (cache,) = caches
             sharing = cache.sharing
@@ -207,7 +226,7 @@ def resize(
                 sharing = sharing_of(cache, modules, options.misses)
             cache.resize(budget.num_slots, budget.num_staging)
             cache.share_misses(sharing)
-            _remember(model, Paging(budget, device, cache, options.misses))
+            _remember(model, Paging.of(options, budget, device, cache))
             _calibrate(model, cache, modules, options.misses)
         else:
             _make_paged(model, modules, layers, budget, device, options)
@@ -309,7 +328,7 @@ def _make_paged(
             traceback.clear_frames(another.__traceback__)
             for layer, experts in enumerate(modules.values()):
                 experts.page(cache, layer)
-            _remember(model, Paging(budget, device, cache, options.misses))
+            _remember(model, Paging.of(options, budget, device, cache))
             raise torch.OutOfMemoryError(
                 f"{device} has no memory for {budget.num_slots} slots, nor for the weights as they "
                 f"were; {type(model).__name__} is paged with {cache.num_slots} slots now, free "
@@ -317,7 +336,7 @@ def _make_paged(
             ) from None
         cache.close()
         raise
-    _remember(model, Paging(budget, device, cache, options.misses))
+    _remember(model, Paging.of(options, budget, device, cache))
     _calibrate(model, cache, modules, options.misses)
 
 
@@ -327,14 +346,19 @@ def _unpage(modules: Iterable[QuantizedExperts]) -> None:
         if experts.paged is None:
             continue
         cache, layer = experts.paged
-        weights = []
         device = experts.down_proj_scale.device
-        for pages in cache.host.weights(layer):
-            weight = torch.empty(pages.shape, dtype=pages.dtype, device=device)
-            # One by one, each copy is contiguous on both sides.
-            for target, source in zip(weight, pages, strict=True):
-                target.copy_(source, non_blocking=True)
-            weights.append(weight)
+        pages = cache.host.layers[layer]
+        weights = [
+            torch.empty(pages.num_experts, *shape, dtype=pages.dtype, device=device)
+            for shape in (pages.gate_up, pages.down)
+        ]
+        expert = 0
+        for piece in cache.host.pieces(layer, 0, pages.num_experts):
+            for weight, sources in zip(weights, pages.views(piece), strict=True):
+                # One by one, each copy is contiguous on both sides.
+                for i, source in enumerate(sources):
+                    weight[expert + i].copy_(source, non_blocking=True)
+            expert += len(piece)
         _synchronize(cache.device)  # a thread that runs the layer on another stream finds them
         experts.unpage(*weights)
 
@@ -350,6 +374,34 @@ def host_store(
     on_gpu = device.type == "cuda"
     with torch.cuda.device(device) if on_gpu else nullcontext():
         return HostStore(layers, pin=on_gpu, progress=progress)
+
+
+def bounds(options: PagingOptions, layers: Sequence[LayerPages]) -> bool:
+    """Whether the host memory that was asked for does not hold all pages."""
+    needed = sum(layer.num_experts * layer.page_stride for layer in layers)
+    return options.host_bytes is not None and options.host_bytes < needed
+
+
+def frame_store(
+    model: Any,
+    layers: Sequence[LayerPages],
+    reads: Sequence[PageRead],
+    device: torch.device,
+    options: PagingOptions,
+    *,
+    progress: bool = False,
+) -> FrameStore:
+    """The host memory that was asked for, for pages that ``device`` is going to read.
+
+    Raises:
+        ValueError: see :class:`FrameStore`.
+    """
+    on_gpu, bound = device.type == "cuda", options.host_bytes
+    assert bound is not None
+    at_a_time = (find_top_k(model.config.to_dict()) or 1) * options.batch_size
+    least = max(min(at_a_time, layer.num_experts) for layer in layers)
+    with torch.cuda.device(device) if on_gpu else nullcontext():
+        return FrameStore(layers, reads, bound, least, pin=on_gpu, progress=progress)
 
 
 def fill_layer(store: HostStore, layer: int, experts: QuantizedExperts) -> None:

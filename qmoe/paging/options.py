@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from qmoe.paging.budget import check_budget
+from qmoe.sizes import parse_size
 
 # Who serves an expert that is not in a slot.
 MISSES = ("link", "host", "auto")
@@ -25,16 +26,20 @@ class PagingOptions:
             ``"host"``: the host computes it, but for experts that come back soon. ``"auto"``: each
             does a share, as measured once. Other than ``"link"``, results depend within rounding
             on what was resident.
+        host_memory: bytes of host memory that experts may take (``"16GiB"``, or a whole number);
+            the others are read from the checkpoint's files when they are wanted. None: all are in
+            host memory.
 
     Raises:
-        ValueError: a budget that is no size, a context or batch size that is no number, or an
-            unknown or impossible choice of who serves misses.
+        ValueError: a budget or host memory that is no size, a context or batch size that is no
+            number, or an unknown or impossible choice of who serves misses.
     """
 
     hbm_budget: str | int | float
     context: int | None = None
     batch_size: int = 1
     misses: str = "link"
+    host_memory: str | int | None = None
 
     def __post_init__(self) -> None:
         check_budget(self.hbm_budget)
@@ -42,6 +47,11 @@ class PagingOptions:
         for name, value in (("context", context), ("batch_size", self.batch_size)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}; must be a whole number, at least 1")
+        if self.host_memory is not None:
+            try:
+                parse_size(self.host_memory)
+            except ValueError as error:
+                raise ValueError(f"host_memory: {error}") from None
         if self.misses not in MISSES:
             raise ValueError(f"misses={self.misses!r}; use one of {', '.join(map(repr, MISSES))}")
         if self.misses == "host" and not sys.platform.startswith("linux"):
@@ -50,6 +60,11 @@ class PagingOptions:
             )
         if self.misses == "host" and find_spec("numba") is None:
             raise ValueError("misses='host' needs numba, which is not installed; 'link' works")
+
+    @property
+    def host_bytes(self) -> int | None:
+        """``host_memory`` in bytes."""
+        return None if self.host_memory is None else parse_size(self.host_memory)
 
     def check_activations(self, activations: str) -> None:
         """Refuse products of 8-bit rows on the host.
@@ -69,6 +84,7 @@ def paging_options(
     context: int | None,
     batch_size: int | None,
     misses: str | None = None,
+    host_memory: str | int | None = None,
 ) -> PagingOptions | None:
     """What arguments ask for; None without a budget.
 
@@ -77,8 +93,10 @@ def paging_options(
     """
     if hbm_budget is not None:
         size = 1 if batch_size is None else batch_size
-        return PagingOptions(hbm_budget, context, size, "link" if misses is None else misses)
-    for name, value in (("context", context), ("batch_size", batch_size), ("misses", misses)):
+        misses = "link" if misses is None else misses
+        return PagingOptions(hbm_budget, context, size, misses, host_memory)
+    given = {"context": context, "batch_size": batch_size, "misses": misses}
+    for name, value in {**given, "host_memory": host_memory}.items():
         if value is not None:
             raise ValueError(f"{name}={value!r} has no effect without hbm_budget; drop it")
     return None

@@ -26,6 +26,7 @@ from torch import Tensor
 from qmoe.checkpoints.schema import BIAS_SUFFIX, SCALE_SUFFIX
 from qmoe.experts.quantized import QuantizedExperts
 from qmoe.paging.expert_cache import ExpertCache
+from qmoe.paging.frame_store import FrameStore
 from qmoe.paging.host_experts import HostExperts
 from qmoe_kernels.cpu import native
 from qmoe_kernels.experts import Experts, Projection
@@ -63,6 +64,8 @@ def sharing_of(
     try:
         if cache.device.type == "cuda" and not TRIED_ON_A_GPU:
             raise ValueError("the host's share has not been tried on a GPU yet")
+        if isinstance(cache.host, FrameStore):
+            raise ValueError("host_memory leaves experts in files, where no processor reaches them")
         for name, experts in modules.items():
             if experts.activation is None:
                 raise ValueError(

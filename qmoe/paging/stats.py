@@ -15,6 +15,9 @@ class LayerStats:
         streamed_bytes: copied for long prompts, past the slots.
         host_misses: those of the misses that the host computed where they lay.
         waited_ns: nanoseconds that the device waited for the host.
+        disk_misses: those of the misses whose pages were read from files first.
+        disk_bytes: read from files, for misses and for long prompts.
+        disk_waited_ns: nanoseconds that the device waited for the disk, long prompts aside.
     """
 
     hits: int
@@ -22,6 +25,9 @@ class LayerStats:
     streamed_bytes: int
     host_misses: int = 0
     waited_ns: int = 0
+    disk_misses: int = 0
+    disk_bytes: int = 0
+    disk_waited_ns: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,21 @@ class CacheStats:
     def waited_seconds(self) -> float:
         """How long the device waited for the host, in all layers."""
         return sum(layer.waited_ns for layer in self.layers) / 1e9
+
+    @property
+    def disk_misses(self) -> int:
+        """Misses whose pages were read from files first, of all layers."""
+        return sum(layer.disk_misses for layer in self.layers)
+
+    @property
+    def disk_bytes(self) -> int:
+        """Read from files, for misses and for long prompts, of all layers."""
+        return sum(layer.disk_bytes for layer in self.layers)
+
+    @property
+    def disk_waited_seconds(self) -> float:
+        """How long the device waited for the disk, in all layers, long prompts aside."""
+        return sum(layer.disk_waited_ns for layer in self.layers) / 1e9
 
     @property
     def hit_rate(self) -> float | None:

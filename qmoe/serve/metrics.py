@@ -82,11 +82,12 @@ def _experts(model: Any) -> Iterator[Any]:
     experts = CounterMetricFamily(
         "qmoe_experts",
         "Experts asked for, by who had them: the GPU, or else a copy from the host, "
-        "or the host's processor.",
+        "or the host's processor, or a copy that was read from a file first.",
         labels=["source"],
     )
     experts.add_metric(["gpu"], found.hits)
-    experts.add_metric(["host"], found.misses - found.host_misses)
+    experts.add_metric(["host"], found.misses - found.host_misses - found.disk_misses)
     experts.add_metric(["processor"], found.host_misses)
+    experts.add_metric(["disk"], found.disk_misses)
     yield experts
     yield CounterMetricFamily("qmoe_paged_bytes", "Copied from host memory.", value=found.bytes)

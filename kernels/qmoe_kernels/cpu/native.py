@@ -31,11 +31,15 @@ GROUPS = {
     "dense": ("linear",),
     "formats": ("quantize", "compare", "widen"),
     "workers": ("lead", "assist", "store_word", "load_word", "ring_bell"),
+    "reading": ("read",),
 }
 # Kinds of dot products: by weights, and whether rows are bf16 numbers that are multiplied in pairs.
 INT8, FP8, FP8_PAIRS, BF16 = "int8", "fp8", "fp8_pairs", "bf16"
 # Of the C library; anything else that machine code asks for would end the process.
-KNOWN_SYMBOLS = {"erff", "tanhf", "memset", "memcpy", "sched_yield", "syscall", "clock_gettime"}
+KNOWN_SYMBOLS = {
+    *("erff", "tanhf", "memset", "memcpy"),
+    *("sched_yield", "syscall", "clock_gettime", "__errno_location"),
+}
 COUNTERS = 7  # of a loop; what it has claimed and how many threads there are come first
 DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -255,9 +259,9 @@ def _compile(group: str, machine: Machine) -> bytes:
     """Return an object file with the loops of a group."""
     from llvmlite import binding as llvm
 
-    from qmoe_kernels.cpu import dots, loops, worker_loops
+    from qmoe_kernels.cpu import dots, loops, read_loops, worker_loops
 
-    source = worker_loops if group == "workers" else loops
+    source = {"workers": worker_loops, "reading": read_loops}.get(group, loops)
     module, names = llvm.parse_assembly(f'target triple = "{machine.triple}"'), set(GROUPS[group])
     for name in GROUPS[group]:
         code, inner = getattr(source, f"make_{name}")()

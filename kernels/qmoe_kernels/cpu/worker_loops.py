@@ -1,5 +1,7 @@
 """The workers of a mailbox, in numba's Python; `workers` compiles this and starts the threads.
 
+They compute experts, or read pages from files (`read_loops`): the protocol is the same.
+
 A post has a number, one more than the one before. Whoever posts writes rows, experts and the
 header, then the number (`POSTED`); the *leader* sees it, opens a job that *helpers* may join, and
 works on it; so does who joined. Once no work is left to claim the leader closes the job, waits for
@@ -20,6 +22,7 @@ from numba import njit, types
 from qmoe_kernels.cpu.atomics import add, load, now, pause, replace, run, sleep_on, swap, wake
 from qmoe_kernels.cpu.intrinsics import pointer_to, yield_processor
 from qmoe_kernels.cpu.loops import OPTIONS, loop
+from qmoe_kernels.cpu.read_loops import prepare_reads
 
 longs_at = pointer_to(types.int64)
 
@@ -30,8 +33,8 @@ POSTED, ANSWERED, STOP, TEAM, BELL, SLEEPERS, HEADER, FAILED = range(0, 8 * 128,
 LAYER, NUM_TOKENS, TOP_K, DTYPE = range(4)
 # TEAM: how many joined, whether more may, and the post's number.
 MEMBERS, OPEN, NUMBER_BIT = (1 << 16) - 1, 1 << 16, 17
-# Arguments of a worker.
-WORDS, LAYER_LOOP, JOB, PRODUCTS, NUM_LAYERS, MAX_PAIRS, SPIN_NS, POLL_NS = range(8)
+# Arguments of a worker. PRODUCTS is 0 where the job is to read files: see `read_loops`.
+WORDS, LOOP, JOB, PRODUCTS, NUM_LAYERS, MAX_PAIRS, SPIN_NS, POLL_NS = range(8)
 NUM_DTYPES = 3
 # Places in the arguments of `loops.layer`, see `cpu.layer`.
 PAIRS, TOP, EXPERTS, FEW, UP, DOWN, COUNTERS = 3, 4, 5, 7, 16, 17, 19
@@ -43,6 +46,8 @@ CHECKS = 64  # of a word, before the clock is read
 def prepare(a):
     """Fill in the job's arguments; whether what is posted can be one."""
     header, job = longs_at(a[WORDS] + HEADER), longs_at(a[JOB])
+    if a[PRODUCTS] == 0:
+        return prepare_reads(header[0], a[MAX_PAIRS], a[JOB])
     pairs = header[NUM_TOKENS] * header[TOP_K]
     if not 0 <= header[LAYER] < a[NUM_LAYERS] or not 0 <= header[DTYPE] < NUM_DTYPES:
         return False
@@ -59,7 +64,7 @@ def prepare(a):
 @njit(**OPTIONS)
 def work(a):
     """Claim and do parts of the job until none is left."""
-    run(a[LAYER_LOOP], a[JOB])
+    run(a[LOOP], a[JOB])
 
 
 @njit(**OPTIONS)

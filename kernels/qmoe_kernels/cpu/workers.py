@@ -58,12 +58,86 @@ def unavailable(experts: Sequence[Experts]) -> str | None:
     return None
 
 
-class Workers:
+class Team:
     """Threads that serve one mailbox until `close`, the end of the process, or nobody's use of it.
 
     A forked child has none of its parent's threads: there `alive` is False, and others are to be
     made, with a mailbox of their own.
     """
+
+    def __init__(
+        self,
+        words: Tensor,  # (NUM_WORDS, WORD_STRIDE) int64, zeros
+        job: Sequence[int],
+        num_threads: int,
+        kept: Any,
+        *,
+        spin_ns: tuple[int, int],
+        poll_ns: tuple[int, int],
+        name: str,
+    ) -> None:
+        """Start the threads.
+
+        Args:
+            words: of the mailbox.
+            job: the arguments of `worker_loops.lead` between the words and the two times.
+            num_threads: how many, one of which leads.
+            kept: what they may write to; it outlives them.
+            spin_ns: so long the leader, and the others, look for work before they sleep, in
+                nanoseconds.
+            poll_ns: so long they sleep at most, less than a second.
+            name: of the threads, with their part behind it.
+        """
+        self._pid = os.getpid()
+        self._words = words
+        given = [
+            array("q", [words.data_ptr(), *job, *times])
+            for times in zip(spin_ns, poll_ns, strict=True)
+        ]
+        parts = [("lead", given[0]), *[("assist", given[1])] * (num_threads - 1)]
+        # Daemons: their end is the finalizer's business, before which Python must not wait.
+        self._threads = [
+            threading.Thread(
+                target=_native(part),
+                args=(arguments.buffer_info()[0],),
+                name=f"{name}-{part}",
+                daemon=True,
+            )
+            for part, arguments in parts
+        ]
+        memory = (words, given, kept)
+        self._finalizer = weakref.finalize(self, _end, self._threads, words, self._pid, memory)
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def num_threads(self) -> int:
+        return len(self._threads)
+
+    @property
+    def alive(self) -> bool:
+        """Whether all threads are running, in this process."""
+        return os.getpid() == self._pid and all(thread.is_alive() for thread in self._threads)
+
+    def ring(self) -> None:
+        """Wake who sleeps, because a post is about to come."""
+        _call("ring_bell", self._words.data_ptr())
+
+    def close(self) -> bool:
+        """End the threads.
+
+        Returns:
+            whether they have ended; if not, the mailbox's memory is theirs for good.
+        """
+        return self._finalizer() is not False
+
+
+class Workers(Team):
+    """The threads that compute experts."""
 
     def __init__(
         self,
@@ -93,62 +167,22 @@ class Workers:
             raise ValueError(f"the host cannot compute experts: {reason}")
         if num_threads is None:
             num_threads = max(1, torch.get_num_threads() - 1)
-        self._pid = os.getpid()
-        self._words = words
         memory = _Job(experts, ids, rows, answers)
-        arguments = array(
-            "q",
+        super().__init__(
+            words,
             [
-                words.data_ptr(),
                 native.address_of("layer") or 0,
                 memory.address,
                 memory.products.buffer_info()[0],
                 len(experts),
                 len(ids),
-                spin_ns,
-                poll_ns,
             ],
+            num_threads,
+            (ids, rows, answers, memory),
+            spin_ns=(spin_ns, spin_ns),
+            poll_ns=(poll_ns, poll_ns),
+            name="qmoe-host",
         )
-        names = ["lead", *["assist"] * (num_threads - 1)]
-        # Daemons: their end is the finalizer's business, before which Python must not wait.
-        self._threads = [
-            threading.Thread(
-                target=_native(name),
-                args=(arguments.buffer_info()[0],),
-                name=f"qmoe-host-{name}",
-                daemon=True,
-            )
-            for name in names
-        ]
-        kept = (words, ids, rows, answers, memory, arguments)
-        self._finalizer = weakref.finalize(self, _end, self._threads, words, self._pid, kept)
-        try:
-            for thread in self._threads:
-                thread.start()
-        except BaseException:
-            self.close()
-            raise
-
-    @property
-    def num_threads(self) -> int:
-        return len(self._threads)
-
-    @property
-    def alive(self) -> bool:
-        """Whether all threads are running, in this process."""
-        return os.getpid() == self._pid and all(thread.is_alive() for thread in self._threads)
-
-    def ring(self) -> None:
-        """Wake who sleeps, because a post is about to come."""
-        _call("ring_bell", self._words.data_ptr())
-
-    def close(self) -> bool:
-        """End the threads.
-
-        Returns:
-            whether they have ended; if not, the mailbox's memory is theirs for good.
-        """
-        return self._finalizer() is not False
 
 
 def store_word(words: Tensor, word: int, value: int) -> None:
@@ -235,7 +269,7 @@ def _end(threads: list[threading.Thread], words: Tensor, pid: int, kept: Any) ->
     if not any(thread.is_alive() for thread in threads):
         return True
     _abandoned.append(kept)
-    logger.warning("a thread that computes experts did not end; its memory is not freed")
+    logger.warning("a thread of the host's did not end; its memory is not freed")
     return False
 
 
