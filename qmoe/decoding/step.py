@@ -148,6 +148,7 @@ class DecodeStep:
             and self.cache.has_columns_only
         )
         self._version = guard.version
+        self._failures = 0  # of the expert cache, when the prompts were read
         self._selections: dict[Key, Selection] = {}
         self.forget_graphs()
 
@@ -191,12 +192,22 @@ class DecodeStep:
         return None if paged is None else paged[0]
 
     def check(self) -> None:
-        """Raise RuntimeError if steps that have ended are not valid: the host left its share out.
+        """Raise if steps that have ended are not valid: the host left its share out, or a disk.
 
         For tokens that were waited for and are about to be given out.
+
+        Raises:
+            RuntimeError, CheckpointError: see `ExpertCache.check_answers`; or another call was told
+                since this one has read its prompts, and steps that were queued meanwhile are not
+                valid either.
         """
         if (cache := self._expert_cache()) is not None:
             cache.check_answers()
+            if cache.failures != self._failures:
+                raise RuntimeError(
+                    "experts could not be read or computed while this text was made, as another "
+                    "call was told, and what was computed meanwhile is not valid; call again"
+                )
 
     # ---- prompts -------------------------------------------------------------------------------
 
@@ -218,6 +229,8 @@ class DecodeStep:
             plain: there is no padding, and positions count from 0.
         """
         cache, columns = self.cache, input_ids.shape[1]
+        paged = self._expert_cache()
+        self._failures = 0 if paged is None else paged.failures
         self._step.try_again()
         cache.begin(attention_mask)
         self._attention_mask.fill_(1)

@@ -29,13 +29,14 @@ import traceback
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qmoe.checkpoints.files import CheckpointError
 from qmoe.paging.frame_store import FrameStore
 from qmoe.paging.host_experts import HostExperts
 from qmoe.paging.host_reads import HostReads
@@ -103,6 +104,9 @@ class ExpertCache:
     Attributes:
         host: where every page is, or which files have those that host memory has no room for.
         device: where the slots are.
+        num_pages: of the model.
+        failures: how often a page could not be read, or the host left its share out. What was
+            queued before one of them and not given out yet is not valid.
         lock: held by whoever queues work that uses the slots, and while they change.
         overlap: whether a layer computes with the experts that it has while the others fly; None:
             from `OVERLAPPED_TOKENS` tokens on.
@@ -138,7 +142,7 @@ class ExpertCache:
         self.lock = threading.RLock()
         self._runtime: Any = torch.cuda if self.device.type == "cuda" else torch.cpu
         num_layers = len(host.layers)
-        self._num_pages = sum(layer.num_experts for layer in host.layers)
+        self.num_pages = sum(layer.num_experts for layer in host.layers)
         self._reads: HostReads | None = None
         if isinstance(host, FrameStore):
             self._reads = HostReads(host, self.device)
@@ -154,6 +158,7 @@ class ExpertCache:
         self._copy_stream = self._new_stream()
         self._stats_stream = self._new_stream()
         self._closed = False
+        self.failures = 0
         # The group that is copied ahead, and the pages that were absent when its pass began. Void
         # as soon as anything else uses the slots.
         self._staged: _Staged | None = None
@@ -225,7 +230,7 @@ class ExpertCache:
 
     def _tables(self, num_slots: int, old: Residency | None) -> Residency:
         """Tables of so many slots, the first of which hold the pages that were used last."""
-        tables = Residency.empty(self._num_pages, num_slots, 1, "cpu")
+        tables = Residency.empty(self.num_pages, num_slots, 1, "cpu")
         if old is not None:
             # In the order in which they would be evicted: of one stamp, the lower slot first.
             pages = old.slot_to_page[old.last_used.argsort(stable=True)].cpu()
@@ -317,7 +322,8 @@ class ExpertCache:
         if self._sharing is not None:
             self._sharing.drain()
         if self._reads is not None:
-            self._reads.forget()
+            with self._counting_failures():
+                self._reads.forget()
         if self._pool is not None:
             _empty(self._pool.residency)
         self._interrupted = False
@@ -566,7 +572,8 @@ class ExpertCache:
         """Bring what is in no slot into host memory, where that does not hold all pages."""
         if self._reads is not None:
             self._interrupted = True
-            self._reads.read(layer, topk_ids, pool.residency.page_to_slot, experts)
+            with self._counting_failures():
+                self._reads.read(layer, topk_ids, pool.residency.page_to_slot, experts)
             self._interrupted = False
 
     def _admit(self, pool: _Pool, layer: int, topk_ids: Tensor, **options: Any) -> None:
@@ -583,9 +590,10 @@ class ExpertCache:
             return
         for i in range(int(copies.count)):
             page, slot = int(copies.pages[i]), int(copies.slots[i])
-            if self._reads is None:
+            if isinstance(self.host, HostStore):
                 source = self.host.pages(layer)[page - self.host.first_page[layer]]
             else:
+                assert self._reads is not None
                 source = self._reads.page(page)
             memory[slot, :page_bytes] = source[:page_bytes]
 
@@ -607,10 +615,12 @@ class ExpertCache:
         """
         with self.lock, self._on_device():
             self._follow()
-            if self._sharing is not None and not self._capturing():
-                self._sharing.begin()
-            if self._reads is not None and not self._capturing():
-                self._unless_failed(self._reads.begin)
+            if not self._capturing():
+                with self._counting_failures():
+                    if self._sharing is not None:
+                        self._sharing.begin()
+                    if self._reads is not None:
+                        self._unless_failed(self._reads.begin)
             self._staged = None  # other pages may be resident afterwards
 
     def check_answers(self) -> None:
@@ -622,7 +632,7 @@ class ExpertCache:
             RuntimeError: it did not compute its share.
             CheckpointError: a page could not be read.
         """
-        with self.lock, self._on_device():
+        with self.lock, self._on_device(), self._counting_failures():
             if self._sharing is not None:
                 self._sharing.check()
             if self._reads is not None:
@@ -633,6 +643,14 @@ class ExpertCache:
         before, self._interrupted = self._interrupted, True
         look()
         self._interrupted = before
+
+    @contextmanager
+    def _counting_failures(self) -> Iterator[None]:
+        try:
+            yield
+        except (CheckpointError, RuntimeError):
+            self.failures += 1
+            raise
 
     def stop_workers(self) -> None:
         """End the threads on the host, if there are some; the next step starts others."""
@@ -720,7 +738,7 @@ class ExpertCache:
             ),
             page_bytes=tuple(layer.page_bytes for layer in self.host.layers),
             num_slots=self.num_slots,
-            num_pages=self._num_pages,
+            num_pages=self.num_pages,
         )
 
 

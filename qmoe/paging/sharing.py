@@ -103,7 +103,7 @@ def _host_experts(cache: ExpertCache, modules: Sequence[QuantizedExperts]) -> Ho
     watched = [
         [(m._parameters, p + end) for p in m.layout.projections for end in ends] for m in modules
     ]
-    first_page, num_pages = cache.host.first_page, len(cache.host.addresses)
+    first_page, num_pages = cache.host.first_page, cache.num_pages
     return HostExperts(experts_of, watched, first_page, num_pages, cache.device)
 
 
@@ -203,7 +203,7 @@ class _Case:
 def _case(cache: ExpertCache, top_k: int) -> _Case | None:
     """None where no expert can be absent, or no slot be left for those that are there."""
     host, num_slots = cache.host, cache.num_slots
-    absent = len(host.addresses) - num_slots
+    absent = cache.num_pages - num_slots
     layers = min(_LAYERS, len(host.layers), absent)
     if layers < 1:
         return None
@@ -216,8 +216,8 @@ def _case(cache: ExpertCache, top_k: int) -> _Case | None:
         for layer in range(layers)
         for i in range(most)
     }
-    pages = [page for page in range(len(host.addresses)) if page not in away][:num_slots]
-    tables = Residency.empty(len(host.addresses), num_slots, 1, "cpu")
+    pages = [page for page in range(cache.num_pages) if page not in away][:num_slots]
+    tables = Residency.empty(cache.num_pages, num_slots, 1, "cpu")
     slots = torch.arange(len(pages), dtype=torch.int32)
     tables.slot_to_page[: len(pages)] = torch.tensor(pages, dtype=torch.int32)
     tables.page_to_slot[pages] = slots
