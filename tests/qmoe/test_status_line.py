@@ -86,8 +86,9 @@ def test_nothing_is_drawn_on_what_is_no_terminal():
 
 def test_counters_in_one_line():
     stats = SimpleNamespace(
-        hit_rate=0.75, misses=20, bytes=2_800_000_000, num_slots=7, num_pages=64, host_misses=0
-    )
+        hit_rate=0.75, misses=20, bytes=2_800_000_000, num_slots=7, num_pages=64, host_misses=0,
+        disk_misses=0, disk_bytes=0, disk_waited_seconds=0.0,
+    )  # fmt: skip
     line = "7 of 64 experts in slots | hit rate 75.0% | misses 20 | copied 2.8 GB"
     assert cache_line(stats) == line
     stats.hit_rate = None
