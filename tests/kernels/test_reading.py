@@ -211,6 +211,9 @@ def test_a_file_that_is_not_what_it_was(disks, implementation, harm, code, tmp_p
     assert reading.has_failed(disk.box) and int(disk.frames.failed) == 1
     number, found = divmod(int(disk.box.status), 1 << readers.FILE_BIT)
     assert number == 1 and found in (code, readers.CHANGED)
+    # The others may have left theirs before they began: frames that nobody has used are zeros.
+    frames = [disk.frame_of(NUM_EXPERTS + expert)[PAGE_BYTES // 2 :] for expert in (0, 1)]
+    assert not any(frame.any() for frame in frames), "it holds what another file has"
     posted = workers.load_word(disk.box.words, workers.POSTED)
     disk.read(2, disk.ids(0, 1))
     assert workers.load_word(disk.box.words, workers.POSTED) == posted, "it posted after a failure"

@@ -95,3 +95,5 @@ def test_counters_in_one_line():
     assert "hit rate - " in cache_line(stats)
     stats.host_misses, stats.waited_seconds = 8, 1.25
     assert cache_line(stats).endswith(" | host computed 8, waited 1.2 s for it")
+    stats.disk_misses, stats.disk_bytes, stats.disk_waited_seconds = 5, 3_000_000, 0.5
+    assert cache_line(stats).endswith(" | from disk 5, 3 MB, waited 0.5 s for it")

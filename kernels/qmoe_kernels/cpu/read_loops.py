@@ -18,6 +18,7 @@ from qmoe_kernels.cpu.atomics import I32, I64, ON_X86, load, replace
 from qmoe_kernels.cpu.intrinsics import claim, pointer_to
 from qmoe_kernels.cpu.loops import OPTIONS, loop
 
+bytes_at = pointer_to(types.int8)
 longs_at = pointer_to(types.int64)
 
 # Numbers of Linux's system calls.
@@ -133,6 +134,11 @@ def read(a):
             frame = a[MEMORY] + longs_at(a[FRAMES])[i] * a[FRAME_BYTES]
             error = read_part(part, file, frame)
             if error:
+                # What another file holds may be NaN, which ends a GPU's context where tokens are
+                # drawn, before anybody is told.
+                target = bytes_at(frame + part[OFFSET])
+                for k in range(part[NBYTES]):
+                    target[k] = 0
                 replace(a[STATUS], 0, (part[FILE] << FILE_BIT) | error)
 
 
