@@ -686,6 +686,21 @@ def test_each_rank_pages_with_its_own_budget(checkpoints, tokenizer, alone) -> N
     assert zero[1] <= one[1] and zero[2][1] < 2 * 16
 
 
+# ---- gradients ---------------------------------------------------------------------------------
+
+
+def gradient(rank: int, path: Path) -> Any:
+    model = spread(path)
+    with pytest.raises(RuntimeError) as caught:
+        model(TOKENS).logits.sum().backward()
+    return str(caught.value)
+
+
+def test_gradients_are_refused(checkpoints) -> None:
+    for found in ranks.run(2, gradient, checkpoints["qwen3_moe"]):
+        assert "experts on several ranks have no gradient" in found
+
+
 # ---- the command -------------------------------------------------------------------------------
 
 
