@@ -404,7 +404,7 @@ class QuantizedExperts(nn.Module):
         else:
             with torch.no_grad():
                 output = self.share.run(*routed, self._own_experts)
-            output = _SpreadExperts.apply(output, *routed)  # type: ignore[no-untyped-call]
+            output = _SpreadExperts.apply(output, *routed)
         if self.layout.num_identity_experts:
             identity = top_k_weights * (top_k_index >= self.num_experts)
             output = output + hidden_states * identity.sum(-1, keepdim=True).to(output.dtype)
