@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.shapes import SHAPES, TUNED
+from benchmarks.kernels.shapes import SHAPES, WITH_TARGETS
 from benchmarks.model import QWEN3_30B_A3B, TINY, as_graph, build_model, synchronize, time_each
 from benchmarks.options import check_names, parser_of
 from benchmarks.record import Results, facts, run_sections
@@ -95,7 +95,7 @@ class Worker:
 
     def layer(self) -> None:
         """One layer, by shape, tokens of all ranks together, and whose rows they are."""
-        shapes = {"tiny": SMALL} if self.tiny else {name: SHAPES[name] for name in TUNED}
+        shapes = {"tiny": SMALL} if self.tiny else {name: SHAPES[name] for name in WITH_TARGETS}
         for name, shape in shapes.items():
             generator = torch.Generator(self.device).manual_seed(0)
             whole = random_layer(shape, "int8", self.device, generator)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import ranks
 import torch
 
@@ -30,6 +31,7 @@ def test_every_section_runs_on_ranks(tmp_path, monkeypatch) -> None:
     assert {cell["how"] for cell in found["layer"]["cells"]} == {"one", "same", "own"}
     whats = [target["what"] for target in targets(found)]
     assert whats == ["decode, 1 texts, two GPUs over one", "prefill, two GPUs over one"]
+    pytest.importorskip("matplotlib")
     about = {"machine": {"gpu": None, "cpu": "any"}, "date": "today", "commit": "none"}
     draw({"sections": {"layer": found["layer"] | about}}, tmp_path)
     assert (tmp_path / "parallel.png").stat().st_size
