@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ from transformers.distributed import DistributedConfig
 import qmoe
 from qmoe.agreement import Agreement, Strikes
 from qmoe.cli.main import main
+from qmoe.decoding.step import step_of
 from qmoe.experts.quantized import QuantizedExperts, group_of, quantized_modules
 from qmoe.loading import shares
 from qmoe.paging.host_store import HostStore
 from qmoe.parallel import failure
+from qmoe.parallel.group import rank_group
 from qmoe.parallel.share import ranges, share_of
 from qmoe.text import Text
 from qmoe_convert.convert import convert
@@ -280,6 +283,53 @@ def test_every_experts_class_is_the_sum_of_its_shares(experts_class) -> None:
                 torch.testing.assert_close(experts(hidden, ids, weights), expected)
             else:
                 parts.append(experts._own_experts(hidden, share.own_ids(ids), weights))
+
+
+def rounded_once(total: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """fp64 to 16 bits by whole numbers: torch's own way goes over fp32, and rounds twice."""
+    kept = {torch.bfloat16: 7, torch.float16: 10}[dtype]
+    bits = total.view(torch.int64)
+    half = 1 << (51 - kept)
+    bits = bits + (half - 1) + ((bits >> (52 - kept)) & 1)
+    return (bits & -(half << 1)).view(torch.float64)
+
+
+def exchanged(rank: int, dtype: torch.dtype) -> Any:
+    """What layers exchange, of numbers whose exponents differ by all that matters."""
+    group = rank_group(True, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(rank)
+    exponents = torch.randint(-6, 6, (64 * group.size, 256), generator=generator)
+    rows = (torch.randn(exponents.shape, generator=generator) * 2.0**exponents).to(dtype)
+    ids = torch.arange(2 * rank).view(rank, 2) + 10 * rank
+    with group.together("a test"):
+        routed = group.start_gather(rows[:rank, :3], ids, ids.to(dtype), 2)()
+        aside = group.start_gather(rows[:rank, :3], ids, ids.to(dtype), 2, aside=True)
+        assert all(map(torch.equal, aside(), routed))
+        scattered = group.start_sum_and_scatter(rows.clone())()
+        return rows, routed, scattered, group.sum(rows.clone())
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sums_are_rounded_once(dtype, size) -> None:
+    """Two ranks add up in 16 bits and more in fp32: the same bits, but for the order."""
+    results = ranks.run(size, exchanged, dtype)
+    assert not [result for result in results if isinstance(result, ranks.Failure)], results
+    rows = [result[0] for result in results]
+    exact = torch.stack(rows).double().sum(0)
+    assert (rows[0] + rows[1] != rows[0]).double().mean() > 0.5, "both matter"
+    for rank, (_, routed, scattered, total) in enumerate(results):
+        assert torch.equal(scattered, total.chunk(size)[rank])
+        if size == 2:
+            assert torch.equal(total.double(), rounded_once(exact, dtype))
+        else:
+            torch.testing.assert_close(total.double(), exact, rtol=2e-2, atol=1e-3)
+        lengths = [min(2, count) for count in range(size)]
+        assert (routed[1] >= 0).sum(1).tolist() == [2 * (i < n) for n in lengths for i in (0, 1)]
+        assert routed[2].dtype == torch.float32
+        for other, count in enumerate(lengths):
+            actual = routed[0].view(size, 2, 3)[other, :count]
+            assert torch.equal(actual, rows[other][:count, :3])
 
 
 # ---- what is refused ---------------------------------------------------------------------------
@@ -619,6 +669,63 @@ def test_each_rank_has_texts_of_its_own(checkpoints, tokenizer, alone) -> None:
                     generate(model, tokenizer, do_sample=True, seed=rank, **options),
                 )
             assert result[name] == (*expected, alone[name][2]), (name, rank)
+
+
+def heard_texts(rank: int, path: Path, tokenizer: Any) -> Any:
+    """One rank listens, which only transformers' loop lets it do: all decode in open rounds."""
+    model = spread(path)
+    calls = []
+    if rank == 2:
+        layer = next(iter(quantized_modules(model).values()))
+        layer.register_forward_hook(lambda *_: calls.append(0))
+    options = {"prompts": OWN[rank], "max_new_tokens": LENGTHS[rank], "own_texts": True}
+    return generate(model, tokenizer, **options), len(calls)
+
+
+@pytest.mark.filterwarnings("ignore:.*decodes by transformers' own loop")
+def test_who_listens_hears_every_round(checkpoints, tokenizer) -> None:
+    results = ranks.run(3, heard_texts, checkpoints["qwen3_moe"], tokenizer)
+    model = load(checkpoints["qwen3_moe"])
+    for rank, result in enumerate(results):
+        assert not isinstance(result, ranks.Failure), result
+        options = {"prompts": OWN[rank], "max_new_tokens": LENGTHS[rank]}
+        assert result[0] == (generate(model, tokenizer, **options) if OWN[rank] else [])
+    assert results[2][1] == LENGTH, "a pass for each token of the longest text"
+
+
+def said(rank: int, path: Path, tokenizer: Any) -> Any:
+    """What hosts say while ranks decode in steps, and what the others queue for it."""
+    model = spread(path)
+    group = group_of(model)
+    heard, exchange = [], type(group).exchange
+
+    def note(self: Any, what: str, **words: Any) -> Any:
+        heard.append(what.partition(" of ")[0])
+        return exchange(self, what, **words)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(type(group), "exchange", note)
+        options = {"prompts": OWN[rank], "max_new_tokens": LENGTHS[rank], "own_texts": True}
+        generate(model, tokenizer, **options)
+    return heard[1:]
+
+
+def test_steps_are_agreed_on_once(checkpoints, tokenizer) -> None:
+    reading = ["how texts are decoded", "a forward pass", "a forward pass"]
+    steps = [f"step {i}" for i in range(1, LENGTH + 1)]
+    for heard in ranks.run(3, said, checkpoints["qwen3_moe"], tokenizer):
+        assert heard == [*reading, *steps]
+
+
+def test_graphs_are_of_one_exchange(checkpoints) -> None:
+    """A kept step is captured again where ranks exchange other rows than in its graph."""
+    step = step_of(load(checkpoints["qwen3_moe"]), 2, 32)
+    pools = []
+    for round_rows in (None, 8, 8, 16, None):
+        step.serve(round_rows)
+        pools.append(step.pool)
+    assert [a is b for a, b in pairwise(pools)] == [False, True, False, False]
+    assert step.pool is not pools[0]
 
 
 def own_ends(rank: int, path: Path, tokenizer: Any) -> Any:
