@@ -6,6 +6,9 @@ others' numbers. Program ``i`` of every rank handles the same slices, so that it
 
 A slot is written again in the exchange after the next one. By then its reader has begun the next
 one, which it does when it has ended this one: so nobody needs to say that a slot was read.
+
+Unlike a layer's kernels these start when all before them has ended, and no earlier: rows may come
+from a copy, which a kernel that starts early would not wait for.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qmoe_kernels.launching import COMPILED, has_dependent_launch, launch_options
+from qmoe_kernels.launching import COMPILED
 from qmoe_kernels.signals import store_released, wait_until
 
 # Of one kernel: all of them must run at the same time, on every GPU.
@@ -103,9 +106,7 @@ def launch_sum(output: Tensor, peers: PeerMemory, *, scatter: bool = False) -> T
         SLOT_BYTES=peers.slot_bytes,
         BLOCK=_BLOCK,
         ON_GPU=COMPILED,
-        PDL=has_dependent_launch(output.device),
         num_warps=8,
-        **launch_options(True, output.device),
     )
     return out
 
@@ -155,9 +156,7 @@ def launch_gather(
         SLOT_BYTES=peers.slot_bytes,
         BLOCK=_BLOCK,
         ON_GPU=COMPILED,
-        PDL=has_dependent_launch(rows.device),
         num_warps=8,
-        **launch_options(True, rows.device),
     )
     return out
 
@@ -251,11 +250,8 @@ def sum_kernel(
     SLOT_BYTES: tl.constexpr,
     BLOCK: tl.constexpr,
     ON_GPU: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Grid: (up to MAX_PROGRAMS,)."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     number = tl.load(state_ptr + _NUMBER) + 1
     for peer in tl.static_range(SIZE):
@@ -312,11 +308,8 @@ def gather_kernel(
     SLOT_BYTES: tl.constexpr,
     BLOCK: tl.constexpr,
     ON_GPU: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Grid: (up to MAX_PROGRAMS,)."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     dtype: tl.constexpr = rows_ptr.dtype.element_ty
     number = tl.load(state_ptr + _NUMBER) + 1
     num, most = num_rows * hidden_size, most_rows * hidden_size

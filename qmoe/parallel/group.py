@@ -124,8 +124,8 @@ class RankGroup:
             return self.peers.sum(output)
         total = output.to(self._summed_in(output)).contiguous()
         with self._exchanging():
-            self._groups[1].allreduce([total], _options(AllreduceOptions)).wait()
-        return total.to(output.dtype)
+            work = self._groups[1].allreduce([total], _options(AllreduceOptions))
+        return self._once_done([work], total)().to(output.dtype)
 
     @torch.compiler.disable
     def start_gather(
@@ -204,7 +204,8 @@ class RankGroup:
         def wait() -> _Result:
             with self._exchanging():
                 for work in works:
-                    work.wait()
+                    if work is not None:  # it has taken its turn in the stream already
+                        work.wait()
             return result
 
         return wait

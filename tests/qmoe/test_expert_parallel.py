@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from contextlib import contextmanager
 from itertools import pairwise
@@ -41,6 +42,11 @@ from qmoe_convert.convert import convert
 # Stored expert by expert, and fused with biases; with dense layers; with shared experts. The number
 # of experts is 32, 4, 4, 8 and 8: three ranks divide none of them.
 NAMES = ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "qwen3_next"]
+TWO_GPUS = [
+    pytest.mark.gpu,
+    pytest.mark.multi_gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
+]
 TOKENS = torch.arange(1, 19).view(2, 9)
 PROMPTS = ["def close(self):", "import os"]
 LENGTH = 12
@@ -796,13 +802,6 @@ def test_each_rank_pages_with_its_own_budget(checkpoints, tokenizer, alone) -> N
 # ---- the command -------------------------------------------------------------------------------
 
 
-TWO_GPUS = [
-    pytest.mark.gpu,
-    pytest.mark.multi_gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
-]
-
-
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=TWO_GPUS)])
 def test_torchrun_generates_and_rank_0_speaks(device, checkpoints, tokenizer, tmp_path) -> None:
     path = tmp_path / "model"
@@ -841,3 +840,114 @@ def test_what_the_commands_refuse_under_torchrun(tmp_path, monkeypatch, capsys) 
         assert sys.stdout is not stdout and sys.stderr is not stderr, "rank 0 says it"
     finally:
         sys.stdout, sys.stderr = stdout, stderr
+
+
+# ---- two GPUs ----------------------------------------------------------------------------------
+
+
+def on_two_gpus(test: Any) -> Any:
+    for mark in TWO_GPUS:
+        test = mark(test)
+    return test
+
+
+def on_two(function: Any, *args: Any) -> list[Any]:
+    results = ranks.run(2, function, *args, start="spawn", timeout=240)
+    assert not [result for result in results if isinstance(result, ranks.Failure)], results
+    return results
+
+
+def on_gpus(rank: int, paths: list[Path], tokenizer: Any, device: str) -> Any:
+    """Texts of both kinds on all GPUs and on one, each kind twice: by a step that was kept."""
+    found = []
+    warnings.filterwarnings("error", message=".*without a CUDA graph|.*own loop")
+    for path in paths:
+        model = qmoe.load(path, device=device, expert_parallel=True)
+        alone = qmoe.load(path, device=f"{device}:{rank}" if device == "cuda" else device)
+        same = {"max_new_tokens": 2 * LENGTH}
+        own = {"prompts": OWN[-rank], "max_new_tokens": (3 + rank) * LENGTH}
+        sampled = {"do_sample": True, "temperature": 1.5, "seed": 3}
+        for options in (same, own, same | sampled, own | sampled, own, same):
+            spread_over_all = {"own_texts": True} if "prompts" in options else {}
+            found.append(
+                (
+                    generate(model, tokenizer, **options, **spread_over_all),
+                    generate(alone, tokenizer, **options),
+                )
+            )
+        nobody = {"prompts": own["prompts"] if rank else [], "own_texts": True}
+        expected = generate(alone, tokenizer, prompts=own["prompts"]) if rank else []
+        found.append((generate(model, tokenizer, **nobody), expected))
+    return found
+
+
+@on_two_gpus
+def test_two_gpus_give_the_tokens_of_one(checkpoints, tokenizer) -> None:
+    paths = [checkpoints[name] for name in ("qwen3_moe", "gpt_oss")]
+    for result in on_two(on_gpus, paths, tokenizer, "cuda"):
+        for actual, expected in result:
+            assert actual == expected
+
+
+def both_ways(rank: int) -> Any:
+    """Exchanges over peers' memory and by NCCL, many and of many sizes, also by a graph."""
+    group = rank_group(True, torch.device("cuda", rank))
+    torch.cuda.set_device(rank)
+    assert group.peers is not None
+    generator = torch.Generator("cuda").manual_seed(rank)
+    found = []
+    with group.together("a test"):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for num_rows, width in [(1, 2048), (3, 7), (64, 2048), (128, 2880), (2, 64)] * 3:
+                rows = torch.randn(2 * num_rows, width, device="cuda", generator=generator)
+                rows = rows.to(dtype)
+                ids = torch.randint(0, 9, (num_rows, 4), device="cuda", generator=generator)
+                routed = rows[: num_rows - rank], ids[rank:], ids[rank:].to(dtype), num_rows
+
+                def exchange(rows: Any = rows, routed: Any = routed) -> Any:
+                    total = group.sum(rows.clone())
+                    scattered = group.start_sum_and_scatter(rows.clone())()
+                    return total, scattered, *group.start_gather(*routed)()
+
+                peers, group.peers = group.peers, None
+                expected = exchange()
+                group.peers = peers
+                actual = exchange()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    replayed = exchange()
+                for _ in range(5):
+                    graph.replay()
+                for way in (actual, replayed):
+                    found.append(all(map(torch.equal, way, expected)))
+        group.check_open()
+    return found
+
+
+@on_two_gpus
+def test_peers_exchange_what_nccl_does() -> None:
+    for found in on_two(both_ways):
+        assert found == [True] * len(found)
+
+
+def dies(rank: int, path: Path, tokenizer: Any, own: bool) -> Any:
+    """Rank 1 is killed in the middle of a text; steps are captured by then."""
+    model = qmoe.load(path, device="cuda", expert_parallel=True)
+
+    def until(index: int, tokens: Any) -> bool:
+        if rank == 1 and len(tokens) == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return False
+
+    started = time.monotonic()
+    options = {"until": until, "own_texts": own, "max_new_tokens": 4 * LENGTH}
+    return refused(generate, model, tokenizer, **options), time.monotonic() - started
+
+
+@on_two_gpus
+@pytest.mark.parametrize("own", [False, True], ids=["same", "own"])
+def test_a_killed_rank_ends_the_other_gpu(own, checkpoints, tokenizer) -> None:
+    zero, one = on_two(dies, checkpoints["qwen3_moe"], tokenizer, own)
+    assert one is None
+    assert "RankFailed: rank 1 does not answer any more" in zero[0]
+    assert zero[1] < 60  # kernels are compiled in it
