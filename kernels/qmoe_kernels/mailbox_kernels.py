@@ -17,6 +17,7 @@ from qmoe_kernels.cpu import DTYPES, workers
 from qmoe_kernels.launching import COMPILED
 from qmoe_kernels.mailbox import RANK_BITS, SERVED, WAITED_NS, Mailbox, Posts
 from qmoe_kernels.paging import Residency
+from qmoe_kernels.signals import store_released, wait_until
 
 # Kernels see only globals of this type; words are counted in int64.
 _POSTED = tl.constexpr(workers.POSTED * workers.WORD_STRIDE)
@@ -26,6 +27,7 @@ _FAILED = tl.constexpr(workers.FAILED * workers.WORD_STRIDE)
 _SERVED, _WAITED_NS = tl.constexpr(SERVED), tl.constexpr(WAITED_NS)
 _RANK_BITS, _LAST_RANK = tl.constexpr(RANK_BITS), tl.constexpr((1 << RANK_BITS) - 1)
 _NEVER = tl.constexpr(0x7FFFFFFFFFFFFFFF)
+_PAUSE_NS = tl.constexpr(200)  # between two looks over the link
 
 _NOT_SPECIALIZED: Any = [
     "num_tokens",
@@ -137,62 +139,6 @@ def launch_combine(
     return out
 
 
-@triton.jit
-def _store_released(ptr, value, ON_GPU: tl.constexpr):
-    """Store an int64 that the host sees, after all that this program has written before."""
-    tl.debug_barrier()
-    if ON_GPU:
-        tl.inline_asm_elementwise(
-            "fence.acq_rel.sys; st.release.sys.global.u64 [$1], $2; mov.u32 $0, 0;",
-            "=r,l,l",
-            [ptr.to(tl.int64), value],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        tl.store(ptr, value)
-
-
-@triton.jit
-def _wait_until(ptr, value, nanoseconds, ON_GPU: tl.constexpr):
-    """Wait until the int64 there is at least ``value``; how long it took, -1: too long."""
-    if ON_GPU:
-        waited = tl.inline_asm_elementwise(
-            """{
-            .reg .pred there, late;
-            .reg .u64 begin, time, now;
-            mov.u64 begin, %globaltimer;
-            again:
-            ld.acquire.sys.global.u64 now, [$1];
-            mov.u64 time, %globaltimer;
-            sub.u64 time, time, begin;
-            setp.ge.s64 there, now, $2;
-            @there bra done;
-            setp.gt.u64 late, time, $3;
-            @late bra give_up;
-            nanosleep.u32 200;
-            bra again;
-            give_up:
-            mov.u64 time, -1;
-            done:
-            mov.u64 $0, time;
-            }""",
-            "=l,l,l,l",
-            [ptr.to(tl.int64), value, nanoseconds],
-            dtype=tl.int64,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        # The interpreter has no clock: so many looks take longer there.
-        looks = nanoseconds // 10000
-        while (tl.load(ptr, volatile=True) < value) & (looks > 0):
-            looks -= 1
-        waited = tl.where(tl.load(ptr, volatile=True) < value, -1, 0).to(tl.int64)
-    return waited
-
-
 # One compilation serves every layer and every number of tokens.
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
 def divert_kernel(
@@ -296,7 +242,7 @@ def divert_kernel(
         tl.store(header + 3, DTYPE)
         tl.store(served_ptr, served + num_taken)
         tl.store(number_ptr, number + 1)
-        _store_released(words_ptr + _POSTED, number + 1, ON_GPU)
+        store_released(words_ptr + _POSTED, number + 1, ON_GPU)
 
 
 @triton.jit(do_not_specialize=["layer", "nanoseconds"])
@@ -316,12 +262,12 @@ def wait_kernel(
     before = tl.load(waited_ptr)
     if (tl.load(pending_ptr) > 0) & (failed == 0):
         limit = number * 0 + nanoseconds
-        waited = _wait_until(words_ptr + _ANSWERED, number, limit, ON_GPU)
+        waited = wait_until(words_ptr + _ANSWERED, number, limit, _PAUSE_NS, ON_GPU)
         tl.debug_barrier()
         tl.store(waited_ptr, before + tl.where(waited < 0, limit, waited))
         if waited < 0:
             tl.store(failed_ptr, 1)
-            _store_released(words_ptr + _FAILED, number * 0 + 1, ON_GPU)
+            store_released(words_ptr + _FAILED, number * 0 + 1, ON_GPU)
 
 
 @triton.jit(do_not_specialize=["num_experts"])
