@@ -34,6 +34,8 @@ from qmoe.parallel.peers import Peers
 
 # Seconds that a rank waits for another in an exchange.
 TIMEOUT_VARIABLE = "QMOE_RANK_TIMEOUT"
+# Whether few rows go over memory that the GPUs share, rather than by NCCL.
+PEERS_VARIABLE = "QMOE_PEERS"
 _TIMEOUT = 60.0
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Bytes of what a rank says that fly at once; longer words need a second exchange.
@@ -90,7 +92,8 @@ class RankGroup:
         self.peers: Peers | None = None
         if device.type == "cuda":
             weakref.finalize(self, _closer(self._groups[1].shutdown))
-            if self.size > 1:
+            # Until its tests have passed on two GPUs, only who asks for it rests on it.
+            if self.size > 1 and os.environ.get(PEERS_VARIABLE) == "1":
                 self.peers = self._try_peers(processes)
 
     # A copy of a model, or of its configuration, belongs to the same ranks.

@@ -897,7 +897,9 @@ def on_gpus(rank: int, paths: list[Path], tokenizer: Any, device: str) -> Any:
 
 
 @on_two_gpus
-def test_two_gpus_give_the_tokens_of_one(checkpoints, tokenizer) -> None:
+@pytest.mark.parametrize("peers", ["0", "1"])
+def test_two_gpus_give_the_tokens_of_one(checkpoints, tokenizer, monkeypatch, peers) -> None:
+    monkeypatch.setenv("QMOE_PEERS", peers)
     paths = [checkpoints[name] for name in ("qwen3_moe", "gpt_oss")]
     for result in on_two(on_gpus, paths, tokenizer, "cuda"):
         for actual, expected in result:
@@ -906,6 +908,7 @@ def test_two_gpus_give_the_tokens_of_one(checkpoints, tokenizer) -> None:
 
 def both_ways(rank: int) -> Any:
     """Exchanges over peers' memory and by NCCL, many and of many sizes, also by a graph."""
+    os.environ["QMOE_PEERS"] = "1"
     group = rank_group(True, torch.device("cuda", rank))
     torch.cuda.set_device(rank)
     assert group.peers is not None
