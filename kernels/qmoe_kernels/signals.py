@@ -37,7 +37,7 @@ def store_released(ptr, value, ON_GPU: tl.constexpr):
 
 
 @triton.jit
-def wait_until(ptr, value, nanoseconds, PAUSE_NS: tl.constexpr, ON_GPU: tl.constexpr):
+def wait_until(ptr, value, nanoseconds, pause_ns, ON_GPU: tl.constexpr):
     """Wait until the int64 there is at least ``value``; how long it took, -1: too long."""
     if ON_GPU:
         waited = tl.inline_asm_elementwise(
@@ -61,7 +61,7 @@ def wait_until(ptr, value, nanoseconds, PAUSE_NS: tl.constexpr, ON_GPU: tl.const
             mov.u64 $0, time;
             }""",
             "=l,l,l,l,r",
-            [ptr.to(tl.int64), value, nanoseconds, PAUSE_NS],
+            [ptr.to(tl.int64), value, nanoseconds, pause_ns],
             dtype=tl.int64,
             is_pure=False,
             pack=1,

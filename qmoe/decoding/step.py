@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -358,12 +358,14 @@ class DecodeStep(Step):
     @torch.no_grad()
     def run(self) -> None:
         """One step, kernel by kernel."""
-        try:
-            self._run()
-        except UnknownAttention as reason:
-            # What the layers before have stored is stored again.
-            self.shadows.drop_attention(reason)
-            self._run()
+        cache = self._expert_cache()
+        with nullcontext() if cache is None else cache.step():
+            try:
+                self._run()
+            except UnknownAttention as reason:
+                # What the layers before have stored is stored again.
+                self.shadows.drop_attention(reason)
+                self._run()
 
     def _run(self) -> None:
         shadows = self.shadows
