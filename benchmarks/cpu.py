@@ -4,7 +4,8 @@
 numbers of threads) runs, with experts of Qwen3-30B-A3B's sizes:
 
 - *candidates*: GB of weights per second of one token's products with many experts: ours in INT8 and
-  FP8, torch's 8-bit products, and the rate at which the same threads read the same memory.
+  FP8, other libraries' (`benchmarks.libraries`), and the rate at which the same threads read the
+  same memory.
 - *layer*: whole calls of `fused_moe` by number of tokens, and of torch without the native loops.
 - *quantize*: GB of bf16 per second that threads of Python quantize and check.
 - *start*: seconds that the first call of a process takes, with loops to compile and without.
@@ -14,7 +15,8 @@ numbers of threads) runs, with experts of Qwen3-30B-A3B's sizes:
 
 What is compared takes turns within a round, and ratios are medians of a round's ratios: a machine
 that is busy with other things slows both. Results go to ``benchmarks/results/cpu.json`` as they
-come, and ``--draw`` draws them.
+come, and ``--draw`` draws them beside it. Another machine's go to a file of their own (``--out``).
+Where memory is in several NUMA nodes, ``numactl --cpunodebind=0 --membind=0`` keeps to one.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import sys
 import tempfile
 import threading
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,9 +38,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.libraries import FORMATS, kt_kernel_calls, torch_calls, torchao_calls
 from benchmarks.llama_cpp import tokens_per_second, write_gguf
 from benchmarks.model import QWEN3_30B_A3B, TINY, Shape, build_model, experts_of
-from benchmarks.options import check_names, parser_of
+from benchmarks.options import check_sections, parser_of
 from benchmarks.record import Results, facts, run_sections
 from qmoe_convert.verify import first_wrong_row
 from qmoe_kernels import fused_moe, quantize
@@ -46,14 +50,14 @@ from qmoe_kernels.quantization import STORAGE_DTYPE, quantize_with_squares
 
 RESULTS = Path(__file__).parent / "results" / "cpu.json"
 SHAPE = QWEN3_30B_A3B
-FORMATS = ("int8", "fp8")
+GOAL = 0.8  # of the rate of reading
 
 
 class Weights:
     """Many experts of one layer, in memory of their own each."""
 
     def __init__(self, experts: int, tiny: bool) -> None:
-        self.hidden, self.inner = (64, 32) if tiny else (SHAPE.hidden_size, 768)
+        self.hidden, self.inner = (256, 128) if tiny else (SHAPE.hidden_size, 768)
         torch.manual_seed(0)
         self.experts, self.layers = experts, {}
         for weights in FORMATS:
@@ -98,55 +102,14 @@ def rounds(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, li
     return found
 
 
-def torch_candidates(w: Weights) -> dict[str, Callable[[], object]]:
-    """What torch has for 8-bit weights: bf16 rows, or INT8 rows of an activation quantizer."""
-    gate_up, up_scale, down, down_scale = w.layers["int8"]
-    x, h = (torch.randn(1, n, dtype=torch.bfloat16) for n in (w.hidden, w.inner))
-    pairs = [
-        (x, gate_up, up_scale.bfloat16()),
-        (h, down, down_scale.bfloat16()),
-    ]
-
-    def packed() -> None:
-        for rows, weight, scale in pairs:
-            for expert in range(w.experts):
-                torch._weight_int8pack_mm(rows, weight[expert], scale[expert])
-
-    found: dict[str, Callable[[], object]] = {"torch _weight_int8pack_mm": packed}
-    onednn = getattr(torch.ops, "onednn", None)
-    if not hasattr(onednn, "qlinear_pointwise"):
-        return found
-    prepacked = [
-        (
-            torch.full(rows.shape, 130, dtype=torch.uint8),
-            [onednn.qlinear_prepack(one, None) for one in weight],
-            scale.float(),
-            torch.zeros(weight.shape[1], dtype=torch.int32),
-        )
-        for rows, weight, scale in pairs
-    ]
-
-    def pointwise() -> None:
-        for rows, weight, scale, zeros in prepacked:
-            for expert in range(w.experts):
-                onednn.qlinear_pointwise(
-                    rows, 0.01, 128, weight[expert], scale[expert], zeros, None, 1.0, 0,
-                    torch.float32, "none", [], "",
-                )  # fmt: skip
-
-    return found | {"oneDNN qlinear_pointwise": pointwise}
-
-
 class Benchmark:
     """The sections, and what they share."""
 
-    def __init__(
-        self, results: Results, threads: list[int], tiny: bool, node_modules: Path | None = None
-    ) -> None:
-        self.results, self.threads, self.tiny = results, threads, tiny
-        self.node_modules = node_modules
-        self._layers: int | None = None
-        self.repeats = 2 if tiny else 15
+    def __init__(self, results: Results, threads: list[int], options: Namespace) -> None:
+        self.results, self.threads, self.tiny = results, threads, options.tiny
+        self.node_modules: Path | None = options.node_modules
+        self._layers: int | None = options.layers
+        self.repeats = 2 if self.tiny else 15
         self._weights: Weights | None = None
 
     @property
@@ -159,12 +122,14 @@ class Benchmark:
     def candidates(self) -> None:
         """One token with all experts at once, so that nothing but memory counts."""
         w = self.weights
-        calls = {"read": w.sums, **torch_candidates(w)}
+        sizes = (w.experts, w.hidden, w.inner)
+        calls = {"read": w.sums, **torch_calls(w.layers["int8"]), **torchao_calls(*sizes)}
         for f in FORMATS:
             calls[f"ours {f}"] = partial(w.call, f, 1, 0, w.experts)
         for threads in self.threads:
             torch.set_num_threads(threads)
-            found = rounds(calls, self.repeats)
+            with kt_kernel_calls(*sizes, threads) as more:
+                found = rounds(calls | more, self.repeats)
             for name, times in found.items():
                 ratios = [read / t for read, t in zip(found["read"], times, strict=True)]
                 self.results.add(
@@ -369,7 +334,7 @@ def targets(sections: dict[str, Any]) -> list[dict[str, Any]]:
     for cell in cells:
         if cell["what"].startswith("ours"):
             what = f"{cell['what'].removeprefix('ours ')}, {cell['threads']} threads, of reading"
-            found.append(_target(what, cell["of_reading"], 0.8))
+            found.append(_target(what, cell["of_reading"], GOAL))
     for cell in sections.get("decode", {}).get("cells", []):
         what = f"decode over transformers bf16, {cell['threads']} threads"
         found.append(_target(what, cell["ratio"], 1.7))
@@ -389,34 +354,32 @@ def _target(what: str, measured: float, least: float) -> dict[str, Any]:
     return {"what": what, "measured": measured, "target": least, "met": measured >= least}
 
 
-def draw(data: dict[str, Any], folder: Path) -> None:
-    """One picture: shares of the rate of reading, by threads."""
+def draw(data: dict[str, Any], path: Path) -> None:
+    """One picture: shares of the rate of reading, a panel for each number of threads."""
     from matplotlib import pyplot as plt
 
-    from benchmarks.drawing import BLUE, GREEN, GREY, ORANGE, RED, save, tidy
+    from benchmarks.drawing import BLACK, BLUE, GREY, save, tidy
 
     section = data["sections"]["candidates"]
-    figure, axis = plt.subplots(figsize=(6, 3.4))
-    names = dict.fromkeys(cell["what"] for cell in section["cells"])
-    for name, color in zip(names, (GREY, ORANGE, RED, BLUE, GREEN), strict=False):
-        cells = [cell for cell in section["cells"] if cell["what"] == name]
-        axis.plot(
-            [cell["threads"] for cell in cells],
-            [cell["of_reading"] for cell in cells],
-            "o-",
-            color=color,
-            label=name,
-        )
-    axis.set_xscale("log", base=2)
-    threads = sorted({cell["threads"] for cell in section["cells"]})
-    axis.set_xticks(threads, map(str, threads))
-    axis.set_xlabel("threads")
-    axis.set_ylabel("weights read, of the rate of reading")
-    axis.set_ylim(0)
-    axis.legend(fontsize=8)
-    tidy(axis)
-    title = f"One token's products with 8-bit experts ({section['machine']['cpu']})"
-    save(figure, title, folder / "cpu.png", section)
+    cells = [cell for cell in section["cells"] if cell["what"] != "read"]
+    names = sorted(
+        {cell["what"] for cell in cells}, key=lambda what: (what.startswith("ours"), what)
+    )
+    threads = sorted({cell["threads"] for cell in cells})
+    shares = {(cell["what"], cell["threads"]): cell["of_reading"] for cell in cells}
+    size = (2 + 2.6 * len(threads), 1.2 + 0.28 * len(names))
+    figure, axes = plt.subplots(1, len(threads), figsize=size, sharey=True, squeeze=False)
+    colours = [BLUE if name.startswith("ours") else GREY for name in names]
+    for axis, n in zip(axes[0], threads, strict=True):
+        bars = axis.barh(names, [shares.get((name, n), 0) for name in names], color=colours)
+        axis.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+        axis.axvline(GOAL, color=BLACK, lw=1, ls="--")
+        axis.set_xlim(0, 1.15)
+        axis.set_title(f"{n} thread" + "s" * (n > 1), fontsize=10)
+        axis.set_xlabel("of the rate of reading (- -: goal)", fontsize=9)
+        tidy(axis)
+    title = f"One token's products with 8-bit experts, {section['machine']['cpu']}"
+    save(figure, title, path, section)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -426,13 +389,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = parser_of(__doc__, names, RESULTS, on_request=("llama",))
     parser.add_argument("--node-modules", type=Path, help="a folder with node-llama-cpp")
     parser.add_argument("--threads", help="with commas; default: powers of two up to all cores")
+    parser.add_argument("--layers", type=int, help="of decode's and llama's model; else by memory")
     options = parser.parse_args(arguments)
-    only = options.only.split(",")
-    check_names(parser, "section", only, names)
+    only = check_sections(parser, options, names)
     common = facts("cpu", arguments, options.commit)
     results = Results("cpu", options.out, common, targets)
     if options.draw:
-        draw(results.data, options.out.parent)
+        draw(results.data, options.out.with_suffix(".png"))
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= (cores or 1)]
@@ -440,7 +403,7 @@ def main(arguments: list[str] | None = None) -> int:
         threads = [int(n) for n in options.threads.split(",")]
     if "llama" in only and options.node_modules is None:
         parser.error("llama needs --node-modules, the folder that has node-llama-cpp")
-    benchmark = Benchmark(results, threads, options.tiny, options.node_modules)
+    benchmark = Benchmark(results, threads, options)
     return run_sections(results, {name: getattr(benchmark, name) for name in only})
 
 

@@ -36,13 +36,21 @@ def parser_of(
 def check(
     parser: argparse.ArgumentParser, options: argparse.Namespace, sections: Collection[str]
 ) -> list[str]:
+    """As `check_sections`, for a benchmark that needs a GPU."""
+    only = check_sections(parser, options, sections)
+    if not options.tiny and not torch.cuda.is_available():
+        parser.error("this needs a GPU; --tiny runs on the CPU")
+    return only
+
+
+def check_sections(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, sections: Collection[str]
+) -> list[str]:
     """The sections that were asked for; ends the process where options cannot be."""
     only: list[str] = options.only.split(",")
     check_names(parser, "section", only, sections)
     if options.tiny and options.out == parser.get_default("out"):
         parser.error("--tiny measures nothing worth keeping: give it another --out")
-    if not options.tiny and not torch.cuda.is_available():
-        parser.error("this needs a GPU; --tiny runs on the CPU")
     return only
 
 

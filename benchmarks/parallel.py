@@ -3,12 +3,16 @@
 ``python -m benchmarks.parallel`` (``make bench-parallel``) starts itself by torchrun with each of
 ``--ranks``, one GPU for a rank, and runs:
 
-- *exchange*: microseconds of the layers' exchanges by size, replayed as a CUDA graph.
+- *exchange*: microseconds of the layers' exchanges by size, several in a CUDA graph that is
+  replayed; over peers' memory and by NCCL.
 - *layer*: one layer of three models' shapes. *same*: all ranks have the same rows, and add up;
-  *own*: each rank has its part of them, gathered and scattered. Compared with a layer of all
-  experts on one GPU before it is timed.
-- *model*: Qwen3-30B-A3B's shape, random weights in INT8: captured decode steps with as many texts
-  on every rank, and reading 8 prompts of 2048 tokens.
+  *own*: each rank has its part of them, gathered and scattered, all at once or in two parts. With
+  rows in 16 bits, and in 8 where that is the default. Compared with a layer of all experts on one
+  GPU before it is timed.
+- *model*: Qwen3-30B-A3B's shape, random weights in INT8: captured decode steps, few texts on every
+  rank the same, many texts each rank's own part; and reading 8 prompts of 2048 tokens.
+- *trace*: what runs when in a layer of rows of each rank's own, and how much of the exchanges is
+  beside products.
 
 Results go to ``benchmarks/results/parallel.json`` as they come, and ``--draw`` draws them. Without
 a GPU it runs with gloo; ``--tiny`` is for the tests.
@@ -23,6 +27,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,11 +35,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.shapes import SHAPES, TUNED
+from benchmarks.kernels.shapes import SHAPES, WITH_TARGETS
 from benchmarks.model import QWEN3_30B_A3B, TINY, as_graph, build_model, synchronize, time_each
 from benchmarks.options import check_names, parser_of
 from benchmarks.record import Results, facts, run_sections
-from qmoe.decoding.step import step_of
+from qmoe.decoding.step import DecodeStep, step_of
 from qmoe.loading.devices import choose_own_device
 from qmoe.parallel.group import RankGroup, rank_group
 from qmoe.parallel.share import Share, share_of
@@ -44,12 +49,17 @@ from qmoe_kernels.tiles import LayerShape
 from qmoe_kernels.timing import LayerWeights, random_layer
 
 RESULTS = Path(__file__).parent / "results" / "parallel.json"
-SECTIONS = ("exchange", "layer", "model")
+SECTIONS = ("exchange", "layer", "model", "trace")
+OF_SEVERAL = ("exchange", "trace")  # nothing to measure on one rank
+REPEATS = 10  # in a graph: its launch takes as long as a small exchange
 SMALL = LayerShape(num_experts=6, top_k=2, hidden_size=64, intermediate_size=32)
 MOST_DIFFERENT = 0.02  # relative Frobenius distance of bf16 outputs
 # Speed-up by two ranks over one: of a layer of 4096 tokens, of decode by texts on each rank.
 LAYER_TARGETS = {"qwen3": 1.6, "mixtral": 1.8, "dsv3": 1.8}
 DECODE_TARGETS = {1: 1.0, 64: 1.6, 256: 1.7}
+LEAST_HIDDEN = 0.5
+# Kernels of exchanges, by what their names hold.
+EXCHANGES = ("nccl", "sum_kernel", "gather_kernel")
 
 
 # ---- on each rank ------------------------------------------------------------------------------
@@ -71,48 +81,76 @@ class Worker:
             self.out.write_text(json.dumps(self.cells))
 
     def microseconds(self, function: Callable[[], object]) -> float:
-        """Of a call, on the slowest rank: the median of replays of a graph of it."""
+        """Of a call, on the slowest rank: the median of replays of a graph of several."""
         for _ in range(3):
             function()
         synchronize(self.device)
-        replay = as_graph(function, self.device)
-        each, _ = time_each(replay, 3 if self.tiny else 50, self.device)
-        heard = self.group.exchange("a time", us=1e3 * median(each))
+        calls = REPEATS if self.device.type == "cuda" else 1
+        replay = as_graph(lambda: [function() for _ in range(calls)], self.device)
+        each, _ = time_each(replay, 3 if self.tiny else 30, self.device)
+        heard = self.group.exchange("a time", us=1e3 * median(each) / calls)
         return round(max(other["us"] for other in heard), 2)
 
     def exchange(self) -> None:
-        """The layers' exchanges, by the size of a rank's rows in the model's dtype."""
-        for kib in (4, 64) if self.tiny else (4, 64, 1024, 4096, 16384, 65536):
-            rows = torch.randn(kib, 1024 // self.dtype.itemsize, device=self.device)
-            rows = rows.to(self.dtype)
+        """The layers' exchanges, by a rank's rows of 2048 numbers in the model's dtype."""
+        peers = self.group.peers
+        for num_rows in (1, 16) if self.tiny else (1, 16, 64, 256, 1024, 4096, 16384):
+            rows = torch.zeros(num_rows, 2048, dtype=self.dtype, device=self.device)
             all_rows = rows.repeat(self.group.size, 1)
+            ids = torch.zeros(num_rows, 8, dtype=torch.int64, device=self.device)
+            routed = (rows, ids, torch.zeros(num_rows, 8, device=self.device), num_rows)
+            takes = {
+                "sum": peers is not None and peers.takes_sum(rows),
+                "gather": peers is not None and peers.takes_gather(rows, ids, num_rows),
+                "sum_and_scatter": peers is not None and peers.takes_sum(all_rows, scatter=True),
+            }
             for what, function in (
                 ("sum", partial(self.group.sum, rows)),
-                ("gather", partial(self.group.gather, rows)),
-                ("sum_and_scatter", partial(self.group.sum_and_scatter, all_rows)),
+                ("gather", lambda routed=routed: self.group.start_gather(*routed)()),
+                ("sum_and_scatter", lambda r=all_rows: self.group.start_sum_and_scatter(r)()),
             ):
-                self.add(what=what, kib=kib, us=self.microseconds(function))
+                for how, way in (("peers", peers), ("collective", None)):
+                    if how == "peers" and not takes[what]:
+                        continue
+                    self.group.peers = way
+                    us = self.microseconds(function)
+                    self.add(what=what, how=how, rows=num_rows, kib=rows.nbytes // 1024, us=us)
+            self.group.peers = peers
 
     def layer(self) -> None:
         """One layer, by shape, tokens of all ranks together, and whose rows they are."""
-        shapes = {"tiny": SMALL} if self.tiny else {name: SHAPES[name] for name in TUNED}
+        shapes = {"tiny": SMALL} if self.tiny else {name: SHAPES[name] for name in WITH_TARGETS}
         for name, shape in shapes.items():
             generator = torch.Generator(self.device).manual_seed(0)
             whole = random_layer(shape, "int8", self.device, generator)
             share = share_of(self.group, shape.num_experts, name)
             for tokens in (4, 8) if self.tiny else (1, 64, 256, 1024, 4096):
-                rows = self._rows(shape, tokens)
-                expected = _experts(whole, *rows)
-                if self.group.size == 1:
-                    us = self.microseconds(partial(_experts, whole, *rows))
-                    self.add(shape=name, tokens=tokens, how="one", us=us)
-                    continue
-                for how, call, part in self._ways(shape, share, whole, rows):
-                    distance = float((call() - expected[part]).norm() / expected[part].norm())
-                    if not distance < MOST_DIFFERENT:
-                        raise ValueError(f"{name}, {tokens} tokens, {how}: {distance:.3f} off")
-                    us = self.microseconds(call)
-                    self.add(shape=name, tokens=tokens, how=how, us=us, distance=distance)
+                for activations in ("bf16", "auto") if tokens >= 1024 else ("bf16",):
+                    self._layer(name, shape, whole, share, tokens, activations)
+
+    def _layer(
+        self,
+        name: str,
+        shape: LayerShape,
+        whole: LayerWeights,
+        share: Share,
+        tokens: int,
+        activations: str,
+    ) -> None:
+        rows, about = (
+            self._rows(shape, tokens),
+            {"shape": name, "tokens": tokens, "activations": activations},
+        )
+        expected = _experts(whole, *rows, activations)
+        if self.group.size == 1:
+            us = self.microseconds(partial(_experts, whole, *rows, activations))
+            self.add(**about, how="one", us=us)
+            return
+        for how, call, part in self._ways(shape, share, whole, rows, activations):
+            distance = float((call() - expected[part]).norm() / expected[part].norm())
+            if not distance < MOST_DIFFERENT:
+                raise ValueError(f"{name}, {tokens} tokens, {how}: {distance:.3f} off")
+            self.add(**about, how=how, us=self.microseconds(call), distance=distance)
 
     def _rows(self, shape: LayerShape, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
         generator = torch.Generator(self.device).manual_seed(tokens)
@@ -129,6 +167,7 @@ class Worker:
         share: Share,
         whole: LayerWeights,
         rows: tuple[Tensor, Tensor, Tensor],
+        activations: str,
     ) -> list[tuple[str, Callable[[], Tensor], slice]]:
         """How ranks compute a layer, and which rows of its output this rank gets."""
         part = slice(share.first, share.first + share.count)
@@ -140,54 +179,125 @@ class Worker:
         )
 
         def same() -> Tensor:
-            return self.group.sum(_experts(own, rows[0], share.own_ids(rows[1]), rows[2]))
+            hidden, ids, w = rows
+            return self.group.sum(_experts(own, hidden, share.own_ids(ids), w, activations))
 
         ways = [("same", same, slice(None))]
         tokens = len(rows[0])
         if tokens % self.group.size == 0:
             count = tokens // self.group.size
-            texts = OwnTexts(self.group, shape.top_k, lambda: False)
-            texts.rows = count
             mine = slice(self.group.rank * count, (self.group.rank + 1) * count)
             my_rows = [tensor[mine] for tensor in rows]
 
-            def scattered() -> Tensor:
+            def scattered(parts: int) -> Tensor:
+                texts = OwnTexts(self.group, shape.top_k, lambda: False, parts)
+                texts.rows = count
                 return texts.run(
-                    *my_rows, lambda h, ids, w: _experts(own, h, share.own_ids(ids), w)
+                    *my_rows,
+                    lambda h, ids, w: _experts(own, h, share.own_ids(ids), w, activations),
                 )
 
-            ways.append(("own", scattered, mine))
+            ways.append(("own", partial(scattered, 1), mine))
+            if self.tiny or tokens >= 1024:
+                ways.append(("own, two parts", partial(scattered, 2), mine))
         return ways
 
     def model(self) -> None:
-        """Captured decode steps and the reading of prompts, every rank with the same texts."""
+        """Captured decode steps, and the reading of prompts."""
         shape = TINY if self.tiny else QWEN3_30B_A3B
         model = build_model(shape, self.device, "int8", self.group)
+        top_k, size = shape.num_experts_per_tok, self.group.size
         for texts in (1, 2) if self.tiny else (1, 8, 64, 256):
-            step = step_of(model, texts, 64 if self.tiny else 512)
-            ids = torch.arange(texts * 8, device=self.device).view(texts, 8) % shape.vocab_size
-            positions = torch.arange(8, device=self.device).expand(texts, -1)
+            own = size > 1 and texts >= (2 if self.tiny else 64)
+            rows = texts // size if own else texts
+            step = step_of(model, rows, 64 if self.tiny else 512)
+            ids = torch.arange(rows * 8, device=self.device).view(rows, 8) % shape.vocab_size
+            positions = torch.arange(8, device=self.device).expand(rows, -1)
+            rounds = OwnTexts(self.group, top_k, lambda: False)
+            if own:
+                self.group.own_texts = rounds
+                rounds.rows = ids.numel()
             step.read(ids, torch.ones_like(ids), positions, None)
-            for _ in range(4):
+            rounds.rows = rows
+            step.serve(rows if own else None)
+
+            def advance(step: DecodeStep = step, rounds: OwnTexts = rounds) -> None:
                 step.advance()
-            each, _ = time_each(step.advance, 3 if self.tiny else 100, self.device)
+                if self.group.own_texts is not None:
+                    rounds.goes_on(True)  # what hosts say beside each step
+
+            for _ in range(4):
+                advance()
+            each, _ = time_each(advance, 3 if self.tiny else 100, self.device)
+            self.group.own_texts = None
+            how = "own" if own else "one" if size == 1 else "same"
             heard = self.group.exchange("a time", ms=median(each), trouble=step.trouble)
-            ms = max(other["ms"] for other in heard)
-            self.add(what="decode", texts=texts, ms=round(ms, 3), trouble=heard[0]["trouble"])
-            del step
+            ms, trouble = max(other["ms"] for other in heard), heard[0]["trouble"]
+            self.add(what="decode", texts=texts, how=how, ms=round(ms, 3), trouble=trouble)
+            del step, advance
         columns, texts = (16, 2) if self.tiny else (2048, 8)
-        step = step_of(model, texts, columns + 8)
-        ids = torch.arange(texts * columns, device=self.device).view(texts, columns)
-        positions = torch.arange(columns, device=self.device).expand(texts, -1)
+        rows = texts // size
+        step = step_of(model, rows, columns + 8)
+        ids = torch.arange(rows * columns, device=self.device).view(rows, columns)
+        positions = torch.arange(columns, device=self.device).expand(rows, -1)
         read = partial(step.read, ids % shape.vocab_size, torch.ones_like(ids), positions, None)
-        read()
-        each, _ = time_each(read, 3, self.device)
-        heard = self.group.exchange("a time", ms=median(each))
-        ms = max(other["ms"] for other in heard)
-        self.add(what="prefill", texts=texts, columns=columns, ms=round(ms, 3))
+        for parts in (1,) if size == 1 else (1, 2):
+            if size > 1:
+                self.group.own_texts = OwnTexts(self.group, top_k, lambda: False, parts)
+                self.group.own_texts.rows = ids.numel()
+            read()
+            each, _ = time_each(read, 3, self.device)
+            self.group.own_texts = None
+            heard = self.group.exchange("a time", ms=median(each))
+            ms = round(max(other["ms"] for other in heard), 3)
+            self.add(what="prefill", texts=texts, columns=columns, parts=parts, ms=ms)
+
+    def trace(self) -> None:
+        """When kernels run in a layer of the most tokens, each rank with its own rows."""
+        name, shape, tokens = ("tiny", SMALL, 8) if self.tiny else ("qwen3", SHAPES["qwen3"], 4096)
+        generator = torch.Generator(self.device).manual_seed(0)
+        whole = random_layer(shape, "int8", self.device, generator)
+        share = share_of(self.group, shape.num_experts, name)
+        rows = self._rows(shape, tokens)
+        for how, call, _ in self._ways(shape, share, whole, rows, "auto"):
+            if how == "same":
+                continue
+            for _ in range(5):
+                call()
+            synchronize(self.device)
+            self.group.exchange("a trace")
+            with torch.profiler.profile() as profile:
+                for _ in range(3):
+                    call()
+                synchronize(self.device)
+            spans = sorted(
+                (event.time_range.start, event.time_range.elapsed_us(), event.name)
+                for event in profile.events()
+                if event.device_type == torch.autograd.DeviceType.CUDA
+            )
+            spans = spans[-(len(spans) // 3) :]  # of the last call
+            spans = [
+                [round(start - spans[0][0], 2), round(us, 2), n[:60]] for start, us, n in spans
+            ]
+            self.add(shape=name, tokens=tokens, how=how, hidden=_hidden(spans), spans=spans)
 
 
-def _experts(weights: LayerWeights, hidden: Tensor, ids: Tensor, topk_weights: Tensor) -> Tensor:
+def _hidden(spans: list[Any]) -> float | None:
+    """Of the time that exchanges run, the part in which something else runs too."""
+    exchanges = [span for span in spans if any(word in span[2] for word in EXCHANGES)]
+    edges = sorted({start for start, _, _ in spans} | {start + us for start, us, _ in spans})
+    beside = total = 0.0
+    for start, end in pairwise(edges):
+        running = [span for span in spans if span[0] <= start and end <= span[0] + span[1]]
+        if any(span in exchanges for span in running):
+            total += end - start
+            beside += (end - start) * any(span not in exchanges for span in running)
+    return round(beside / total, 3) if total else None
+
+
+def _experts(
+    weights: LayerWeights, hidden: Tensor, ids: Tensor, topk_weights: Tensor, activations: str
+) -> Tensor:
     return fused_moe(
         hidden,
         weights.gate_up_proj,
@@ -196,7 +306,7 @@ def _experts(weights: LayerWeights, hidden: Tensor, ids: Tensor, topk_weights: T
         weights.down_proj_scale,
         ids,
         topk_weights,
-        activations="bf16",
+        activations=activations,
     )
 
 
@@ -217,6 +327,8 @@ def work(section: str, tiny: bool, out: Path) -> None:
 def measure(results: Results, section: str, ranks: list[int], tiny: bool) -> None:
     """Run a section with each number of ranks."""
     for size in ranks:
+        if size == 1 and section in OF_SEVERAL:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "cells.json"
             worker = [section, str(int(tiny)), str(out)]
@@ -236,24 +348,37 @@ def _environment() -> dict[str, str]:
 
 
 def targets(sections: dict[str, Any]) -> list[dict[str, Any]]:
-    """What two ranks have to reach over one, and did."""
+    """What two ranks have to reach over one, and did, the best of their ways."""
     found = []
     cells = sections.get("layer", {}).get("cells", [])
-    one = {(c["shape"], c["tokens"]): c["us"] for c in cells if c["how"] == "one"}
-    for cell in cells:
-        key = cell["shape"], cell["tokens"]
-        if cell["ranks"] == 2 and cell["how"] == "own" and key in one and key[1] == 4096:
-            what = f"layer {key[0]}, 4096 tokens in all, two GPUs over one"
-            found.append(_target(what, one[key] / cell["us"], LAYER_TARGETS[key[0]]))
+    best = _best(cells, ("shape", "tokens", "activations"), "us")
+    for (ranks, shape, tokens, activations), us in best.items():
+        one = best.get((1, shape, tokens, activations))
+        if ranks == 2 and one is not None and tokens == 4096:
+            what = f"layer {shape}, 4096 tokens in all, {activations} rows, two GPUs over one"
+            found.append(_target(what, one / us, LAYER_TARGETS[shape]))
     cells = sections.get("model", {}).get("cells", [])
-    steps = {(c["ranks"], c["texts"]): c["ms"] for c in cells if c["what"] == "decode"}
+    steps = _best([c for c in cells if c["what"] == "decode"], ("texts",), "ms")
     for texts, least in DECODE_TARGETS.items():
-        if (1, texts) in steps and (2, texts) in steps:
+        if {(1, texts), (2, texts)} <= steps.keys():
             what = f"decode, {texts} texts, two GPUs over one"
             found.append(_target(what, steps[1, texts] / steps[2, texts], least))
-    prefill = {c["ranks"]: c["ms"] for c in cells if c["what"] == "prefill"}
-    if {1, 2} <= prefill.keys():
-        found.append(_target("prefill, two GPUs over one", prefill[1] / prefill[2], 1.7))
+    prefill = _best([c for c in cells if c["what"] == "prefill"], (), "ms")
+    if {(1,), (2,)} <= prefill.keys():
+        found.append(_target("prefill, two GPUs over one", prefill[1,] / prefill[2,], 1.7))
+    for cell in sections.get("trace", {}).get("cells", []):
+        if cell["hidden"] is not None and cell["how"] == "own, two parts":
+            what = f"layer {cell['shape']}, {cell['tokens']} tokens, part of exchanges hidden"
+            found.append(_target(what, cell["hidden"], LEAST_HIDDEN))
+    return found
+
+
+def _best(cells: list[dict[str, Any]], keys: tuple[str, ...], of: str) -> dict[Any, float]:
+    """The least time by number of ranks and ``keys``."""
+    found: dict[Any, float] = {}
+    for cell in cells:
+        key = (cell["ranks"], *(cell[name] for name in keys))
+        found[key] = min(cell[of], found.get(key, cell[of]))
     return found
 
 
@@ -267,7 +392,7 @@ def _target(what: str, measured: float, least: float) -> dict[str, Any]:
 
 
 def draw(data: dict[str, Any], folder: Path) -> None:
-    """One picture: throughput of a layer of the most tokens over ranks, beside linear scaling."""
+    """Throughput of a layer of the most tokens over ranks; and what runs when in one."""
     from matplotlib import pyplot as plt
 
     from benchmarks.drawing import BLUE, GREEN, GREY, ORANGE, save, tidy
@@ -275,16 +400,18 @@ def draw(data: dict[str, Any], folder: Path) -> None:
     section = data["sections"]["layer"]
     cells = section["cells"]
     most = max(cell["tokens"] for cell in cells)
+    cells = [cell for cell in cells if cell["tokens"] == most and cell["how"] != "same"]
+    activations = "auto" if any(cell["activations"] == "auto" for cell in cells) else "bf16"
+    us = _best([c for c in cells if c["activations"] == activations], ("shape",), "us")
     shapes = list(dict.fromkeys(cell["shape"] for cell in cells))
     figure, axis = plt.subplots(figsize=(6, 3.6))
     sizes = sorted({cell["ranks"] for cell in cells})
     for shape, color in zip(shapes, (BLUE, ORANGE, GREEN), strict=False):
-        us = {
-            cell["ranks"]: cell["us"]
-            for cell in cells
-            if (cell["shape"], cell["tokens"]) == (shape, most) and cell["how"] in ("one", "own")
-        }
-        reached = [(size, us[1] / us[size]) for size in sizes if size in us and 1 in us]
+        reached = [
+            (size, us[1, shape] / us[size, shape])
+            for size in sizes
+            if {(1, shape), (size, shape)} <= us.keys()
+        ]
         axis.plot(*zip(*reached, strict=True), "o-", color=color, label=shape)
     axis.plot(sizes, sizes, "--", color=GREY, label="linear")
     axis.set_xticks(sizes)
@@ -295,6 +422,33 @@ def draw(data: dict[str, Any], folder: Path) -> None:
     tidy(axis)
     where = section["machine"]["gpu"] or section["machine"]["cpu"]
     save(figure, f"One layer, {most} tokens in all ({where})", folder / "parallel.png", section)
+    if "trace" in data["sections"]:
+        _draw_trace(data["sections"]["trace"], folder / "parallel_trace.png")
+
+
+def _draw_trace(section: dict[str, Any], path: Path) -> None:
+    """Kernels of one layer over time, exchanges above products, for each way."""
+    from matplotlib import pyplot as plt
+
+    from benchmarks.drawing import BLUE, ORANGE, save, tidy
+
+    cells = section["cells"]
+    figure, axes = plt.subplots(len(cells), figsize=(7, 1.4 * len(cells) + 0.8), sharex=True)
+    for axis, cell in zip(axes, cells, strict=True):
+        for start, us, name in cell["spans"]:
+            exchange = any(word in name for word in EXCHANGES)
+            place = (1.1, 0.8) if exchange else (0.1, 0.8)
+            axis.broken_barh([(start, us)], place, color=ORANGE if exchange else BLUE)
+        axis.set_yticks([0.5, 1.5], ["products", "exchanges"])
+        axis.set_title(cell["how"], fontsize=9)
+        tidy(axis)
+    axes[-1].set_xlabel("microseconds")
+    cell = cells[0]
+    where = section["machine"]["gpu"] or section["machine"]["cpu"]
+    title = (
+        f"One layer of {cell['shape']}, {cell['tokens']} tokens on {cell['ranks']} ranks ({where})"
+    )
+    save(figure, title, path, section)
 
 
 def main(arguments: list[str] | None = None) -> int:

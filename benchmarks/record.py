@@ -116,7 +116,7 @@ def facts(name: str, arguments: Sequence[str], given_commit: str | None) -> dict
     if not given_commit:
         with suppress(OSError):  # no git
             described["commit"] = commit()
-    for package in ("triton", "vllm"):
+    for package in ("triton", "vllm", "torchao", "kt-kernel"):
         with suppress(PackageNotFoundError):
             described["machine"][package] = version(package)
     described["machine"]["cuda"] = torch.version.cuda

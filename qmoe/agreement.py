@@ -20,7 +20,8 @@ import torch
 from transformers import GenerationConfig, StoppingCriteria
 
 from qmoe.checkpoints.inspection import find_top_k
-from qmoe.experts.quantized import quantized_modules
+from qmoe.decoding.fingerprint import Fingerprint
+from qmoe.decoding.step import ExpertsStep
 from qmoe.parallel.failure import RankFailed
 from qmoe.parallel.group import RankGroup
 from qmoe.parallel.texts import OwnTexts
@@ -221,13 +222,27 @@ def begin_own_texts(
     return config, token_ids
 
 
-@torch.no_grad()
 def take_part(model: Any, group: RankGroup) -> None:
     """Run this rank's experts for the others, until all texts have ended."""
-    layers = list(quantized_modules(model).values())
-    device = layers[0].down_proj_scale.device
-    like = torch.empty(0, layers[0].layout.hidden_size, dtype=model.dtype, device=device)
-    group.own_texts.take_part(layers, like)
+    rounds: OwnTexts = group.own_texts
+    # Where this rank had texts, it was agreed on with them.
+    listens = Fingerprint(model).uncapturable is not None
+    rows = rounds.agree_on_steps(None if listens else 0)
+    step = ExpertsStep(model, rounds)
+    if not rows:
+        step.take_part()
+        return
+    if not rounds.in_steps:
+        step.read()
+    try:
+        while True:
+            while rounds.lacks_step:
+                step.advance()
+            if not rounds.goes_on(False):
+                return
+    finally:
+        if step.device.type == "cuda":  # its graph is in flight
+            torch.cuda.current_stream(step.device).synchronize()
 
 
 def _sum_of(values: Any) -> int:

@@ -188,7 +188,7 @@ def generate(
             if token_ids:
                 call = _Call(model, tokenizer, token_ids, config, stream, until, draws, agreement)
                 call.run()
-            if own_texts:
+            if own_texts and group is not None:
                 take_part(model, group)
         if agreement is not None:
             agreement.check_interrupted()
@@ -381,8 +381,9 @@ class _Call:
         # Offloaded weights are on the meta device; accelerate moves the input where it is wanted.
         device = self.model.device
         device = torch.device("cpu") if device.type == "meta" else device
-        # On a CPU a launch costs nothing, and transformers' own loop is as good.
-        ours = device.type == "cuda" and mode in ONE_BY_ONE and not self._in_rounds()
+        # On a CPU a launch costs nothing, and transformers' own loop is as good; of texts of each
+        # rank's own it knows nothing.
+        ours = mode in ONE_BY_ONE and (device.type == "cuda" or self._has_own_texts())
         generator = None if self.draws is None else self.draws.generator(device)
         # transformers hands its streamer to no loop but its own.
         loop = partial(decode, streamer=streamer, generator=generator)
@@ -405,8 +406,8 @@ class _Call:
             for text, row in zip(self.texts, rows, strict=True):
                 text.extend(row)
 
-    def _in_rounds(self) -> bool:
-        """Whether hosts agree on each forward pass, which a graph cannot hold."""
+    def _has_own_texts(self) -> bool:
+        """Whether the other ranks have other texts."""
         group = group_of(self.model)
         return group is not None and group.own_texts is not None
 

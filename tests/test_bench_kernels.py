@@ -35,7 +35,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
 
 def test_every_section_runs(results: tuple[Path, dict[str, Any]]) -> None:
     found = results[1]["sections"]
-    names = "ceilings, errors, latency.tiny, untuned.tiny, accumulation.tiny, skew.tiny, "
+    names = "ceilings, errors, latency.tiny, held_out.tiny, accumulation.tiny, skew.tiny, "
     names += "routing, layer, perplexity"
     assert ", ".join(found) == names
     assert all(0 < cell["levels_2_error"] < 0.1 for cell in found["accumulation.tiny"]["sums"])
@@ -68,14 +68,14 @@ def test_pictures_and_tables_come_from_the_file(results: tuple[Path, dict[str, A
     out, data = results
     assert benchmark.main(["--draw", f"--out={out}"]) == 0
     assert {picture.name for picture in out.parent.glob("*.png")} == {
-        "kernels_latency.png", "kernels_untuned.png", "kernels_layer.png",
+        "kernels_latency.png", "kernels_held_out.png", "kernels_layer.png",
     }  # fmt: skip
     text = "\n".join(tables(data["sections"]))
     assert (
         "int8-w8a16" in text
         and "FAILED" not in text
         and "skewed: tiny" in text
-        and "no table row" in text
+        and "held out" in text
     )
 
 
@@ -151,7 +151,7 @@ def test_targets_of_cells() -> None:
     def target(name: str, tokens: int, floor: float, bits: int = 8) -> float | None:
         return targets.target_microseconds(name, tokens, floor, weight_bits=8, product_bits=bits)
 
-    assert [target(name, 1, 8.4) for name in shapes.TUNED] == [14, 90, 88]
+    assert [target(name, 1, 8.4) for name in shapes.WITH_TARGETS] == [14, 90, 88]
     assert target("qwen3", 4, 31.2) == pytest.approx(1.3 * 31.2)
     assert target("qwen3", 16, 86.0) == pytest.approx(1.2 * 86.0)
     assert target("dsv3", 16, 1001) == 1017  # the best peer is under 1.08 floors
@@ -186,7 +186,7 @@ def test_which_targets_were_met() -> None:
     }
 
 
-def test_ratios_of_a_shape_without_a_table_row() -> None:
+def test_ratios_of_a_held_out_shape() -> None:
     def cell(what: str, name: str, us: float, tokens: int = 16) -> dict[str, Any]:
         return {"shape": "lfm2", "tokens": tokens, what: name, "us": us}
 
@@ -208,7 +208,7 @@ def test_ratios_of_a_shape_without_a_table_row() -> None:
             cell("peer", "vLLM Triton bf16", 120.0),
         ],
     }
-    found = targets.targets({"untuned.lfm2": section, "latency.lfm2": section})
+    found = targets.targets({"held_out.lfm2": section, "latency.lfm2": section})
     assert [(t["what"], t["measured"], t["met"]) for t in found if "W8A8" not in t["what"]] == [
         ("lfm2, 16 tokens, best over vLLM's 8-bit", 0.8, True),
         ("lfm2, 16 tokens, int8 auto over best", 1.25, False),
@@ -222,9 +222,9 @@ def test_ratios_of_a_shape_without_a_table_row() -> None:
 
 
 def test_groups_of_shapes() -> None:
-    assert set(shapes.TUNED) == set(targets.PEER_MICROSECONDS)
-    assert set(shapes.FITTED).isdisjoint(shapes.UNTUNED)
-    assert set(shapes.FITTED) | set(shapes.UNTUNED) == set(shapes.SHAPES)
+    assert set(shapes.WITH_TARGETS) == set(targets.PEER_MICROSECONDS)
+    assert set(shapes.FITTED).isdisjoint(shapes.HELD_OUT)
+    assert set(shapes.FITTED) | set(shapes.HELD_OUT) == set(shapes.SHAPES)
 
 
 def test_table_of_peers_is_whole() -> None:

@@ -14,6 +14,7 @@
   resident, and LRU and Belady replayed on the same tokens.
 - *sharing*: the same with a share of the misses computed by the host, by ``--misses``: where misses
   were served, how long the GPU waited, and the share that was calibrated.
+- *batches*: the same for as many texts at once as ``--batch`` says, each with a trace of its own.
 - *prefill*: seconds for 8192 tokens with all experts on the host.
 - *baselines*: a host-driven cache and qmoe's own, as eager forward passes.
 - *offload*: accelerate's ``cpu_offload`` of the bf16 model.
@@ -44,7 +45,7 @@ from benchmarks.cache.harness import Benchmark
 from benchmarks.cache.kernels import run_admission, run_gather
 from benchmarks.cache.overlap import run_overlap
 from benchmarks.cache.prefill import run_prefill
-from benchmarks.cache.sharing import run_sharing
+from benchmarks.cache.sharing import run_batches, run_sharing
 from benchmarks.cache.targets import targets
 from benchmarks.cache.traces import own_traces, read_trace, shape_of
 from benchmarks.model import QWEN3_30B_A3B, TINY, Shape
@@ -60,6 +61,7 @@ SECTIONS: dict[str, Callable[[Benchmark], None]] = {
     "overlap": run_overlap,
     "decode": run_decode,
     "sharing": run_sharing,
+    "batches": run_batches,
     "prefill": run_prefill,
     "baselines": run_baselines,
     "offload": run_offload,
@@ -98,8 +100,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--misses",
         default="link,host,auto",
-        help="who serves them in the section sharing: link, host, auto",
+        help="who serves them in the sections sharing and batches: link, host, auto",
     )
+    parser.add_argument("--batch", default="8,32", help="texts at once in the section batches")
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="start no new cell after so long"
     )

@@ -29,6 +29,10 @@ def draw(path: Path) -> list[Path]:
         for name, function in (("retention", retention), ("time_per_token", time_per_token)):
             drawn.append(path.with_name(f"{path.stem}_{name}.png"))
             function(decode, drawn[-1])
+    sharing = sections.get("sharing", {})
+    if sharing.get("cells") and "link_gb_per_s" in sharing:  # older files do not say it
+        drawn.append(path.with_name(f"{path.stem}_sources.png"))
+        time_by_source(sharing, drawn[-1])
     if sections.get("baselines", {}).get("cells"):
         drawn.append(path.with_name(f"{path.stem}_baselines.png"))
         baselines(sections, drawn[-1])
@@ -115,6 +119,44 @@ def time_per_token(section: Cell, path: Path) -> None:
     axes[0, 0].set_ylim(top=1.12 * axes[0, 0].get_ylim()[1])
     axes[0, -1].legend(fontsize=8)
     save(figure, "Time per token\n" + subtitle(section), path, section)
+
+
+def time_by_source(section: Cell, path: Path) -> None:
+    """A token's milliseconds by who served its misses, and what they are made of.
+
+    Stacked: the resident model's step, the time in which the GPU waited for the host, and the rest:
+    copies that the layer waited for, and launches. A mark says how long the link copied in all,
+    also beside the computation.
+    """
+    traces: dict[str, list[Cell]] = {}
+    for cell in section["cells"]:
+        traces.setdefault(cell["trace"], []).append(cell)
+    figure, axes = plt.subplots(
+        1, len(traces), figsize=(5.6 * len(traces), 4.4), sharey=True, squeeze=False
+    )
+    for axis, (trace, cells) in zip(axes[0], traces.items(), strict=True):
+        places = range(len(cells))
+        resident = [cell["resident_ms"] for cell in cells]
+        waited = [cell["waited_ms_per_token"] for cell in cells]
+        rest = [
+            max(0.0, cell["ms"] - ms - host)
+            for cell, ms, host in zip(cells, resident, waited, strict=True)
+        ]
+        axis.bar(places, resident, color="#555555", label="as with all experts on the GPU")
+        axis.bar(places, waited, bottom=resident, color=GREY, label="waited for the host")
+        below = [a + b for a, b in zip(resident, waited, strict=True)]
+        bars = axis.bar(places, rest, bottom=below, color=BLUE, label="copies and launches")
+        axis.bar_label(bars, [f"{cell['retention']:.0%}" for cell in cells], fontsize=8, padding=2)
+        link = [cell["copied_bytes"] / 1e6 / section["link_gb_per_s"]["layer"] for cell in cells]
+        axis.plot(places, link, "_", c="black", ms=14, label="the link copied for so long")
+        names = [f"{cell['served_by']}\n{100 * cell['capacity']:g} %" for cell in cells]
+        axis.set_xticks(places, names, fontsize=8)
+        axis.set_title(TITLES.get(trace, trace), fontsize=10)
+        tidy(axis)
+    axes[0, 0].set_ylabel("ms per token (above bars: kept of the resident speed)")
+    axes[0, 0].set_ylim(top=1.12 * axes[0, 0].get_ylim()[1])
+    axes[0, -1].legend(fontsize=8)
+    save(figure, "Time per token by who serves misses\n" + subtitle(section), path, section)
 
 
 def baselines(sections: Cell, path: Path) -> None:

@@ -17,6 +17,7 @@ from benchmarks.cache.model import (
     replay_routing,
     sweep,
 )
+from benchmarks.cache.traces import fitted_trace
 from benchmarks.model import Shape, build_model, synchronize
 from benchmarks.record import Results
 from qmoe.paging.expert_cache import ExpertCache
@@ -42,11 +43,27 @@ class Benchmark:
         # By name; each starts with a sweep over all experts, then warm-up, then what is timed.
         self.traces = {name: sweep(trace) for name, trace in traces.items()}
         self.misses: list[str] = options.misses.split(",")
+        self.batches = [int(batch) for batch in options.batch.split(",")]
 
     @property
     def first_trace(self) -> RoutingTrace:
         """For what needs only one."""
         return next(iter(self.traces.values()))
+
+    def texts(self, num_texts: int) -> list[RoutingTrace]:
+        """Traces of so many texts: one of one model, cut, or the user's, begun elsewhere each."""
+        num_tokens = self.num_warmup + self.num_tokens
+        if "fitted" in self.traces:
+            whole = fitted_trace(self.shape, num_texts * num_tokens).topk_ids
+        else:
+            ids = self.first_trace.topk_ids[-num_tokens:]
+            step = max(1, num_tokens // num_texts)
+            whole = torch.cat([ids.roll(-i * step, 0) for i in range(num_texts)])
+        like = self.first_trace
+        return [
+            RoutingTrace(part, like.num_experts, like.page_bytes)
+            for part in whole.split(num_tokens)
+        ]
 
     @property
     def first(self) -> int:

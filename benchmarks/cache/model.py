@@ -96,28 +96,35 @@ def measure_link(store: HostStore, device: torch.device) -> dict[str, float]:
 
 
 class Replay:
-    """A trace on the device, and a counter that says which token is next.
+    """Traces of as many texts on the device, and a counter that says which token is next.
 
     Attributes:
-        topk_ids: (num_layers, num_tokens, top_k) int64.
-        token: (1,) int64, the next row; it wraps around.
+        topk_ids: (num_layers, num_texts * num_tokens, top_k) int64, one text after the other.
+        token: (1,) int64, the next token of each; it wraps around.
         rows: rows of the tokens in the present forward pass.
     """
 
     def __init__(self, shape: Shape, num_tokens: int, device: torch.device) -> None:
         size = (shape.num_hidden_layers, num_tokens, shape.num_experts_per_tok)
+        self.num_tokens = num_tokens
         self.topk_ids = torch.zeros(size, dtype=torch.int64, device=device)
         self.token = torch.zeros(1, dtype=torch.int64, device=device)
         self.rows = self.token
 
-    def load(self, trace: RoutingTrace) -> None:
-        """Take another trace of the same size; a captured graph goes on with it."""
-        self.topk_ids.copy_(trace.topk_ids.transpose(0, 1))
+    def load(self, *traces: RoutingTrace) -> None:
+        """Take other traces of the same size; with as many as before, a graph goes on with them."""
+        ids = torch.cat([trace.topk_ids.transpose(0, 1) for trace in traces], 1)
+        if ids.shape == self.topk_ids.shape:
+            self.topk_ids.copy_(ids)
+        else:
+            self.topk_ids = ids.to(self.topk_ids)
 
     def begin(self, num_tokens: int) -> None:
-        """Call before a forward pass over so many tokens."""
-        rows = self.token + torch.arange(num_tokens, device=self.token.device)
-        self.rows = rows % self.topk_ids.shape[1]
+        """Call before a forward pass over so many tokens of each text."""
+        device = self.token.device
+        tokens = (self.token + torch.arange(num_tokens, device=device)) % self.num_tokens
+        first = torch.arange(0, self.topk_ids.shape[1], self.num_tokens, device=device)
+        self.rows = (first[:, None] + tokens).flatten()
 
     def end(self, num_tokens: int) -> None:
         """Call after it."""
@@ -170,19 +177,24 @@ class Residents:
 
 
 class Decoder:
-    """Greedy decoding of one text by a step of qmoe's, with a trace for its routing.
+    """Greedy decoding of one text or several by a step of qmoe's, with traces for its routing.
 
     On a GPU the step can be captured into a CUDA graph; `advance` then replays it.
 
     Attributes:
-        logits: (1, vocab_size), of the last step.
+        logits: (num_texts, vocab_size), of the last step.
     """
 
     def __init__(
-        self, model: Qwen3MoeForCausalLM, replay: Replay, context: int, num_tokens: int
+        self,
+        model: Qwen3MoeForCausalLM,
+        replay: Replay,
+        context: int,
+        num_tokens: int,
+        num_texts: int = 1,
     ) -> None:
         self.replay, self.context = replay, context
-        self.decode = step_of(model, 1, context + num_tokens)
+        self.decode = step_of(model, num_texts, context + num_tokens)
         self.decode.rounds_prompts = False  # a trace has as many rows as there are tokens
         self.device = replay.token.device
         self.graph: Any = None
@@ -195,7 +207,8 @@ class Decoder:
     def read(self) -> None:
         """Fill the context, once."""
         vocab_size = self.decode.shadows.config.vocab_size
-        ids = torch.arange(self.context, device=self.device)[None] % vocab_size
+        ids = torch.arange(self.context, device=self.device) % vocab_size
+        ids = ids.expand(self.decode.rows, -1)
         mask = torch.ones_like(ids)
         self.replay.token.zero_()
         self.replay.begin(self.context)

@@ -19,14 +19,19 @@ ROWS = 16  # an intermediate size is a multiple of them
 
 def own_traces(shape: Shape, num_tokens: int) -> dict[str, RoutingTrace]:
     """By name: one that hits as often as Qwen3-30B-A3B, and two that are harder."""
-    drift = published.fitted(published.QWEN3_30B_A3B)
     size = {"page_bytes": shape.page_bytes}
     recorded = RoutingTrace.load(RECORDED)
     return {
-        "fitted": drifting_trace(num_tokens, *shape.routing, drift, **size),
+        "fitted": fitted_trace(shape, num_tokens),
         "synthetic": synthetic_trace(num_tokens, *shape.routing, **size),
         "recorded": tile_trace(recorded, *shape.routing, num_tokens=num_tokens, **size),
     }
+
+
+def fitted_trace(shape: Shape, num_tokens: int) -> RoutingTrace:
+    """One that hits as often as Qwen3-30B-A3B."""
+    drift = published.fitted(published.QWEN3_30B_A3B)
+    return drifting_trace(num_tokens, *shape.routing, drift, page_bytes=shape.page_bytes)
 
 
 def read_trace(path: Path, num_tokens: int) -> RoutingTrace:

@@ -8,7 +8,7 @@ names some of them):
 - *latency*: microseconds of the whole layer, by tokens, of our modes, torch's grouped products
   (GEMMs alone), transformers' experts implementations and, where it is installed, vLLM's kernels:
   CUDA-graph replay, two layers' weights and many routings in turn, so that nothing is in L2.
-- *untuned*: the same of shapes that the rule was not fitted on, without transformers.
+- *held_out*: the same of shapes that the rule was not fitted on, without transformers.
 - *accumulation*: FP8 sums in one level and in two: time and error.
 - *skew*: Zipf-distributed routing over uniform routing with as many active experts.
 - *routing*: sorting pairs by expert, by itself, and routers, fused and transformers' own.
@@ -40,12 +40,12 @@ from benchmarks.kernels.sections import (
     run_accumulation,
     run_ceilings,
     run_errors,
+    run_held_out,
     run_latency,
     run_layer,
     run_skew,
-    run_untuned,
 )
-from benchmarks.kernels.shapes import SHAPES, TOKENS, TUNED, UNTUNED, UNTUNED_TOKENS
+from benchmarks.kernels.shapes import HELD_OUT, HELD_OUT_TOKENS, SHAPES, TOKENS, WITH_TARGETS
 from benchmarks.kernels.table import tables
 from benchmarks.kernels.targets import targets
 from benchmarks.options import check, check_names, parser_of
@@ -63,7 +63,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "ceilings": run_ceilings,
     "errors": run_errors,
     "latency": run_latency,
-    "untuned": run_untuned,
+    "held_out": run_held_out,
     "accumulation": run_accumulation,
     "skew": run_skew,
     "routing": run_routing,
@@ -78,10 +78,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = parser_of(__doc__, SECTIONS, RESULTS)
     parser.add_argument(
         "--shapes",
-        help=f"some of {','.join(SHAPES)}; if absent, {','.join(UNTUNED)} in section untuned "
-        f"and {','.join(TUNED)} in the others",
+        help=f"some of {','.join(SHAPES)}; if absent, {','.join(HELD_OUT)} in section held_out "
+        f"and {','.join(WITH_TARGETS)} in the others",
     )
-    parser.add_argument("--tokens", help=f"{','.join(map(str, TOKENS))} if absent, untuned 512 too")
+    parser.add_argument(
+        "--tokens", help=f"{','.join(map(str, TOKENS))} if absent, held_out 512 too"
+    )
     parser.add_argument("--modes", default=",".join(MODES), help="%(default)s")
     parser.add_argument("--seconds", type=float, default=0.1, help="of replays, per cell")
     options = parser.parse_args(arguments)
@@ -109,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, run in SECTIONS.items():
         if name not in only:
             continue
-        group, usual = (UNTUNED, UNTUNED_TOKENS) if name == "untuned" else (TUNED, TOKENS)
+        group, usual = (HELD_OUT, HELD_OUT_TOKENS) if name == "held_out" else (WITH_TARGETS, TOKENS)
         if options.tiny:
             group, usual = tuple(TINY_SHAPES), TINY_TOKENS
         chosen = {shape: known[shape] for shape in shapes or group}

@@ -36,11 +36,11 @@ def draw(path: Path) -> list[Path]:
     """Draw what ``path`` holds beside it, as far as it has been measured; the pictures' paths."""
     sections = json.loads(path.read_text())["sections"]
     drawn = []
-    for kind in ("latency", "untuned"):
+    for kind in ("latency", "held_out"):
         measured = [s for n, s in sections.items() if n.startswith(f"{kind}.") and s.get("cells")]
         if measured:
             drawn.append(path.with_name(f"{path.stem}_{kind}.png"))
-            series = tuned_series if kind == "latency" else untuned_series
+            series = latency_series if kind == "latency" else held_out_series
             latency(measured, series, drawn[-1])
     if sections.get("layer", {}).get("bars"):
         drawn.append(path.with_name(f"{path.stem}_layer.png"))
@@ -69,7 +69,7 @@ def latency(sections: list[Section], series: Series, path: Path) -> None:
     save(figure, title, path, *sections)
 
 
-def tuned_series(section: Section) -> Iterator[Line]:
+def latency_series(section: Section) -> Iterator[Line]:
     """Yield what is drawn of a shape that has goals of its own."""
     grouped = [p for p in section.get("peers", []) if p["peer"] == "transformers grouped_mm"]
     times = {p["tokens"]: p["us"] for p in grouped if "us" in p}
@@ -80,7 +80,7 @@ def tuned_series(section: Section) -> Iterator[Line]:
         yield times, label, colour, marker, "-"
 
 
-def untuned_series(section: Section) -> Iterator[Line]:
+def held_out_series(section: Section) -> Iterator[Line]:
     """Yield what is drawn of a shape that the rule was not fitted on."""
     yield _vllm(section, 16, GREY)
     yield _vllm(section, 8, GREEN)

@@ -141,10 +141,10 @@ def run_latency(bench: Bench) -> None:
     _time_shapes(bench, "latency", peers())
 
 
-def run_untuned(bench: Bench) -> None:
+def run_held_out(bench: Bench) -> None:
     """The same of shapes that no rule was fitted on; of the peers, vLLM's kernels and torch's."""
     fast = {n: peer for n, peer in peers().items() if not n.startswith("transformers")}
-    _time_shapes(bench, "untuned", fast)
+    _time_shapes(bench, "held_out", fast)
 
 
 def _time_shapes(bench: Bench, section: str, known: dict[str, Peer]) -> None:

@@ -19,10 +19,10 @@ SHAPES = {
     "lfm2": LayerShape(num_experts=32, top_k=4, hidden_size=2048, intermediate_size=1792),
 }
 # Have goals of their own (`benchmarks.kernels.targets`).
-TUNED: tuple[str, ...] = ("qwen3", "mixtral", "dsv3")
+WITH_TARGETS: tuple[str, ...] = ("qwen3", "mixtral", "dsv3")
 TOKENS: tuple[int, ...] = (1, 4, 16, 64, 256, 1024, 4096)
 # The rule was not fitted on them: what users of other models get.
-UNTUNED: tuple[str, ...] = ("glm45air", "scout", "ernie", "lfm2")
-UNTUNED_TOKENS: tuple[int, ...] = (1, 4, 16, 64, 256, 512, 1024, 4096)
+HELD_OUT: tuple[str, ...] = ("glm45air", "scout", "ernie", "lfm2")
+HELD_OUT_TOKENS: tuple[int, ...] = (1, 4, 16, 64, 256, 512, 1024, 4096)
 # The rule was fitted on these.
-FITTED: tuple[str, ...] = (*TUNED, "olmoe", "gptoss", "qwen3next", "phimoe", "granite")
+FITTED: tuple[str, ...] = (*WITH_TARGETS, "olmoe", "gptoss", "qwen3next", "phimoe", "granite")

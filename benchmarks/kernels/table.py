@@ -8,10 +8,10 @@ from typing import Any
 from benchmarks.kernels.layers import MODES
 from benchmarks.kernels.shapes import TOKENS
 from benchmarks.kernels.targets import (
+    HELD_OUT_TARGETS,
     PEER_MICROSECONDS,
-    UNTUNED_TARGETS,
     best_peer,
-    untuned_ratios,
+    held_out_ratios,
 )
 
 LEGEND = (
@@ -21,7 +21,7 @@ LEGEND = (
 )
 
 
-TIMED = ("latency.", "untuned.")
+TIMED = ("latency.", "held_out.")
 
 
 def tables(sections: dict[str, Any]) -> Iterator[str]:
@@ -49,9 +49,9 @@ def tables(sections: dict[str, Any]) -> Iterator[str]:
             f"error: {cell['shape']:8} {cell['tokens']:5} {cell['mode']:10} {cell['error']:.5f}, "
             f"the format's {cell['format_error']:.5f}, ratio {cell['ratio']:.3f}"
         )
-    untuned = [s for name, s in timed.items() if name.startswith("untuned.")]
-    if untuned:
-        yield from ratio_table(untuned)
+    held_out = [s for name, s in timed.items() if name.startswith("held_out.")]
+    if held_out:
+        yield from ratio_table(held_out)
 
 
 def latency_table(section: dict[str, Any]) -> Iterator[str]:
@@ -76,9 +76,9 @@ def latency_table(section: dict[str, Any]) -> Iterator[str]:
 def ratio_table(sections: Iterable[dict[str, Any]]) -> Iterator[str]:
     """Yield a row for each number of tokens of each shape that the rule was not fitted on."""
     yield ""
-    yield f"{'no table row':15} |" + "|".join(f"{what:^24}" for what in UNTUNED_TARGETS)
-    for row in (row for section in sections for row in untuned_ratios(section)):
-        entries = (_ratio(row.get(what), target) for what, target in UNTUNED_TARGETS.items())
+    yield f"{'held out':15} |" + "|".join(f"{what:^24}" for what in HELD_OUT_TARGETS)
+    for row in (row for section in sections for row in held_out_ratios(section)):
+        entries = (_ratio(row.get(what), target) for what, target in HELD_OUT_TARGETS.items())
         yield f"{row['shape']:10}{row['tokens']:5} |" + "|".join(entries)
 
 

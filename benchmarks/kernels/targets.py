@@ -61,8 +61,8 @@ ONE_TOKEN = {"qwen3": 14.0, "mixtral": 90.0, "dsv3": 88.0}
 W8A16_OVER_W8A8 = 1.05
 SKEWED_OVER_UNIFORM = 1.15
 ERROR_OVER_FORMATS = 1.2
-# Of shapes that the rule was not fitted on, by what `untuned_ratios` calls them.
-UNTUNED_TARGETS = {
+# Of shapes that the rule was not fitted on, by what `held_out_ratios` calls them.
+HELD_OUT_TARGETS = {
     "best over vLLM's 8-bit": 0.95,
     "int8 auto over best": 1.03,
     "fp8 auto over best": 1.03,
@@ -150,14 +150,14 @@ def best_of_ours(section: dict[str, Any], num_tokens: int) -> dict[str, float]:
     return best
 
 
-def untuned_ratios(section: dict[str, Any]) -> list[dict[str, Any]]:
+def held_out_ratios(section: dict[str, Any]) -> list[dict[str, Any]]:
     """Compare times of a section: ours with vLLM's, and what `auto` chose with the better way.
 
     Args:
         section: of the results, of one shape.
 
     Returns:
-        for each number of tokens ``shape``, ``tokens`` and a ratio for each of `UNTUNED_TARGETS`,
+        for each number of tokens ``shape``, ``tokens`` and a ratio for each of `HELD_OUT_TARGETS`,
         as far as both of its times were measured.
     """
     cells = section.get("cells", [])
@@ -173,7 +173,7 @@ def untuned_ratios(section: dict[str, Any]) -> list[dict[str, Any]]:
             (times.get("bf16"), peer_16 and peer_16[0]),
         )
         row = {"shape": cells[0]["shape"], "tokens": num_tokens}
-        for what, (ours, other) in zip(UNTUNED_TARGETS, pairs, strict=True):
+        for what, (ours, other) in zip(HELD_OUT_TARGETS, pairs, strict=True):
             if ours and other:
                 row[what] = round(ours / other, 3)
         rows.append(row)
@@ -204,8 +204,8 @@ def targets(sections: dict[str, Any]) -> list[dict[str, Any]]:
             if asked and mode.endswith("w8a16") and other is not None:
                 what = f"{shape}, {tokens} tokens, {mode} over W8A8"
                 add(what, W8A16_OVER_W8A8, round(us / other, 3))
-        for row in untuned_ratios(section) if name.startswith("untuned.") else ():
-            for what, target in UNTUNED_TARGETS.items():
+        for row in held_out_ratios(section) if name.startswith("held_out.") else ():
+            for what, target in HELD_OUT_TARGETS.items():
                 if what in row:
                     add(f"{row['shape']}, {row['tokens']} tokens, {what}", target, row[what])
         for cell in section.get("skewed", []):

@@ -15,6 +15,7 @@ with ``f`` one of the named functions, ``silu(x) = x * sigmoid(alpha * x)``.  Va
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -96,6 +97,68 @@ def apply(activation: Activation, gate_up: torch.Tensor) -> torch.Tensor:
     return (gate * up).to(gate_up.dtype)
 
 
+def apply_with_gradient(
+    activation: Activation, gate_up: torch.Tensor, gradient: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`apply`, and the gradient of its input, in fp32.
+
+    Args:
+        activation: which one.
+        gate_up: as `apply` has it.
+        gradient: (..., intermediate_size), of the output.
+
+    Returns:
+        (..., intermediate_size), and the gradient, which has the shape of ``gate_up``.
+    """
+    a, gradient = activation, gradient.float()
+    if not a.gated:
+        out, slope = _function_with_slope(a, gate_up.float())
+        return out, gradient * slope
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    gate_slope = up_slope = None
+    if a.limit is not None:
+        up_slope = up.abs() <= a.limit
+        up = up.clamp(-a.limit, a.limit)
+        if not a.limit_after:
+            gate_slope = gate <= a.limit
+            gate = gate.clamp(max=a.limit)
+    gate, slope = _function_with_slope(a, gate)
+    if a.limit is not None and a.limit_after:
+        gate_slope = gate <= a.limit
+        gate = gate.clamp(max=a.limit)
+    if gate_slope is not None:
+        slope = slope * gate_slope
+    of_up = gradient * gate
+    if a.up_softcap is not None:
+        tanh = torch.tanh(up / a.up_softcap)
+        of_up, up = of_up * (1 - tanh * tanh), a.up_softcap * tanh
+    if up_slope is not None:
+        of_up = of_up * up_slope
+    up = up + a.up_shift
+    return gate * up, torch.cat((gradient * up * slope, of_up), -1)
+
+
+def _function_with_slope(a: Activation, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if a.name == "gelu":
+        normal = 0.5 * (1 + torch.erf(x * 0.5**0.5))
+        return x * normal, normal + x * torch.exp(-0.5 * x * x) * (2 * math.pi) ** -0.5
+    if a.name == "gelu_tanh":
+        c = (2 / math.pi) ** 0.5
+        tanh = torch.tanh(c * (x + 0.044715 * x**3))
+        inner = c * (1 + 3 * 0.044715 * x * x)
+        return 0.5 * x * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * inner
+    if a.name == "relu":
+        return F.relu(x), (x > 0).float()
+    if a.name == "relu2":
+        return F.relu(x).square(), 2 * F.relu(x)
+    sigmoid = torch.sigmoid(a.alpha * x)
+    linear, slope = x, torch.ones_like(x)
+    if a.gate_softcap is not None:
+        tanh = torch.tanh(x / a.gate_softcap)
+        linear, slope = a.gate_softcap * tanh, 1 - tanh * tanh
+    return linear * sigmoid, slope * sigmoid + linear * a.alpha * sigmoid * (1 - sigmoid)
+
+
 def _softcap(x: torch.Tensor, cap: float) -> torch.Tensor:
     return cap * torch.tanh(x / cap)
 
@@ -158,6 +221,73 @@ if triton is not None:
                 up = UP_SOFTCAP * _tanh(up / UP_SOFTCAP)
             out = out * (up + UP_SHIFT)
         return out
+
+    @triton.jit
+    def gradient_triton(
+        gate,  # fp32; the whole input without a gate
+        up,  # fp32; not read without a gate
+        gradient,  # fp32, of the output
+        ACTIVATION: tl.constexpr,  # an `Activation`
+    ):
+        """`apply_with_gradient` on fp32 registers: the output, and gradients of gate and up."""
+        NAME: tl.constexpr = ACTIVATION.name
+        GATED: tl.constexpr = ACTIVATION.gated
+        ALPHA: tl.constexpr = ACTIVATION.alpha
+        UP_SHIFT: tl.constexpr = ACTIVATION.up_shift
+        LIMIT: tl.constexpr = ACTIVATION.limit
+        LIMIT_AFTER: tl.constexpr = ACTIVATION.limit_after
+        GATE_SOFTCAP: tl.constexpr = ACTIVATION.gate_softcap
+        UP_SOFTCAP: tl.constexpr = ACTIVATION.up_softcap
+        x = gate
+        if GATED and LIMIT is not None and not LIMIT_AFTER:
+            x = _clamp_max(gate, LIMIT)
+        if NAME == "silu":
+            sigmoid = tl.sigmoid(ALPHA * x)
+            linear = x
+            slope = sigmoid
+            if GATE_SOFTCAP is not None:
+                tanh = _tanh(x / GATE_SOFTCAP)
+                linear = GATE_SOFTCAP * tanh
+                slope = (1.0 - tanh * tanh) * sigmoid
+            out = linear * sigmoid
+            slope += out * ALPHA * (1.0 - sigmoid)
+        elif NAME == "gelu":
+            normal = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+            out = x * normal
+            slope = normal + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+        elif NAME == "gelu_tanh":
+            tanh = _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
+            inner = 0.7978845608028654 * (1.0 + 0.134145 * x * x)
+            out = 0.5 * x * (1.0 + tanh)
+            slope = 0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh * tanh) * inner
+        elif NAME == "relu":
+            out = _clamp_min_zero(x)
+            slope = tl.where(x > 0.0, 1.0, 0.0)
+        else:
+            tl.static_assert(NAME == "relu2")
+            out = _clamp_min_zero(x)
+            slope = 2.0 * out
+            out = out * out
+        of_up = gradient
+        if GATED:
+            if LIMIT is not None:
+                if LIMIT_AFTER:
+                    slope = tl.where(out <= LIMIT, slope, 0.0)
+                    out = _clamp_max(out, LIMIT)
+                else:
+                    slope = tl.where(gate <= LIMIT, slope, 0.0)
+            of_up = gradient * out
+            if LIMIT is not None:
+                of_up = tl.where(tl.abs(up) <= LIMIT, of_up, 0.0)
+                up = _clamp_max(-_clamp_max(-up, LIMIT), LIMIT)
+            if UP_SOFTCAP is not None:
+                bent = _tanh(up / UP_SOFTCAP)
+                of_up *= 1.0 - bent * bent
+                up = UP_SOFTCAP * bent
+            up = up + UP_SHIFT
+            out = out * up
+            gradient = gradient * up
+        return out, gradient * slope, of_up
 
     @triton.jit
     def _tanh(x):

@@ -75,7 +75,7 @@ def fused_moe(
             ``hidden_states``. ``"int8"``, ``"fp8"``: rows quantized to the weights' dtype with a
             scale each, by `quantize_rows`, before either product. ``"auto"``: 16-bit rows in 8 bits
             where that is quicker, which is from `EIGHT_BIT_ROWS` pairs per expert on, on average,
-            on a GPU; all others as they are.
+            on a GPU; all others as they are, and all where gradients are recorded.
         two_level_sums: where FP8 meets FP8. Hopper's tensor cores keep some 14 bits of such sums;
             true adds up to fp32 every 64 products, which takes longer. Other products and devices
             are exact enough as they are; an ``activation`` that is a callable goes without.
@@ -94,6 +94,8 @@ def fused_moe(
     """
     _check_activations(activations, gate_up_proj)
     _check_hidden_states(hidden_states, topk_ids)
+    if activations == "auto" and _is_recorded(hidden_states, topk_weights):
+        activations = "bf16"
     gate_up = Projection(gate_up_proj, gate_up_proj_scale, gate_up_proj_bias, expert_to_slot)
     down = Projection(down_proj, down_proj_scale, down_proj_bias, expert_to_slot)
     num_rows = _check_projection("gate_up_proj", gate_up, hidden_states, hidden_states.shape[-1])
@@ -178,6 +180,8 @@ def grouped_linear(
     """
     _check_activations(activations, weight)
     _check_hidden_states(x, topk_ids, per_pair=True)
+    if activations == "auto" and _is_recorded(x):
+        activations = "bf16"
     projection = Projection(weight, scale, bias, expert_to_slot)
     _check_projection("weight", projection, x, x.shape[-1])
     return _grouped_linear(x, weight, scale, bias, topk_ids, expert_to_slot, activations)
@@ -229,6 +233,11 @@ def _check_activations(activations: str, weight: Tensor) -> None:
         raise ValueError(
             f"activations='fp8': {name} multiplies no FP8; 'auto' and 'bf16' work there"
         )
+
+
+def _is_recorded(*tensors: Tensor | None) -> bool:
+    """Whether somebody may ask for gradients, which are those of rows that are not quantized."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _multiplies_fp8(device: torch.device) -> bool:

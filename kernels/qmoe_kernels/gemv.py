@@ -134,8 +134,10 @@ def gemv_kernel(
     y = tl.where(absent[:, None], float("nan"), y).to(out_ptr.dtype.element_ty)
     exists = columns < N
     if topk_weights_ptr is None:
+        # Also of skipped ids: zeros, so that nobody fills memory before.
+        y = tl.where(routed[:, None], y, 0.0)
         out_ptrs = out_ptr + pairs.to(tl.int64)[:, None] * N + columns[None, :]
-        tl.store(out_ptrs, y, mask=routed[:, None] & exists[None, :])
+        tl.store(out_ptrs, y, mask=(order < PAIRS)[:, None] & exists[None, :])
     else:
         # As weighted_sum_kernel does it, to the same bits: rounded, then in order.
         y = tl.where(routed[:, None], y.to(tl.float32), 0.0)
@@ -163,7 +165,7 @@ def launch_gemv(
     next_weight: torch.Tensor | None = None,
     dependent: bool = True,
 ) -> torch.Tensor:
-    """Fill the routed rows of ``out`` and return it; with ``topk_weights``, sums over experts.
+    """Fill ``out``, with zeros for skipped ids; with ``topk_weights``, with sums over experts.
 
     All tensors but weights are contiguous; see `qmoe_kernels.layer`.
 

@@ -2,6 +2,7 @@
 
 The numbers are read off ``benchmarks/results/kernel_tiles.json``: eight models' layers on an H200,
 every tile at 1 to 4096 tokens (``python -m benchmarks.tiles``; ``--fit`` prints what each loses).
+Few tokens of experts of a middle size come from ``kernel_tiles_few.json``, by the same program.
 What decides is the mean number of rows per expert, and whether experts are large: then a program's
 loop over K is long, and hides what comes before and after it.
 """

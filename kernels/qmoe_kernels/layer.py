@@ -87,10 +87,8 @@ def _by_gemv(
         dependent=False,
     )
     summed = topk_weights is not None
-    if summed:
-        out = hidden_states.new_empty(num_tokens, experts.hidden_size)
-    else:
-        out = hidden_states.new_zeros(num_tokens * top_k, experts.hidden_size)
+    num_rows = num_tokens if summed else num_tokens * top_k
+    out = hidden_states.new_empty(num_rows, experts.hidden_size)
     launch_gemv(
         hidden,
         experts.down,
@@ -99,7 +97,6 @@ def _by_gemv(
         tiles.down,
         topk_weights=topk_weights,
         per_pair=True,
-        dependent=summed,
     )
     return out if summed else out.view(num_tokens, top_k, experts.hidden_size)
 

@@ -2,19 +2,21 @@
 
 A layer whose experts are partly absent goes
 
-    divert    choose the missed experts that the host takes, post their rows to the mailbox, and
-              write ids in which these experts are skipped
-    ...       admission, gather and products with those ids, while the host computes
-    combine   wait for the answer and sum up, first expert to last, whoever computed it
+    admit_and_post  choose the missed experts that the host takes, post their rows to the mailbox,
+                    write ids in which these experts are skipped, and give slots to those that stay
+    gather          copy what the layer needs, and later, when nobody waits, what the host computes
+    ...             products with those ids, while the host computes
+    combine         wait for the answer and sum up, first expert to last, whoever computed it
 
 all of it on the device, without a word from its own program on the host, so that a CUDA graph can
 hold it. The mailbox is pinned memory that `qmoe_kernels.cpu.workers` looks at. One serves all
 layers of a model, because a layer's sum is queued before the next layer's post.
 
-Which experts: those of the missed ones that nobody asked for since the coldest slot was used, the
-longest ago first, and at most so many as a table says for the number of misses. They get no slot,
-so that an expert that is wanted once evicts nobody. One that comes back earlier than that, or finds
-an empty slot, is brought over the link, and stays.
+Which experts: a table says how many of so many misses the host takes. It takes those that nobody
+asked for the longest. Of these, an expert is *cold* if nobody asked for it since the coldest slot
+was used. It gets no slot: an expert that is wanted once evicts nobody. One that is *warm* gets a
+slot, and its page is copied later, beside everything else: this call skips it, the next call of the
+layer finds it there. What the link takes gets a slot and is copied at once.
 
 On the CPU the same functions are plain Python over the same tensors, and the workers are real.
 """
@@ -28,7 +30,7 @@ import torch
 from torch import Tensor
 
 from qmoe_kernels.cpu import DTYPES, LANES, workers
-from qmoe_kernels.paging import Residency
+from qmoe_kernels.paging import CopyList, Residency, look_up, take_slots_of_coldest
 
 # What a mailbox has room for; larger calls are the link's alone.
 MAX_TOKENS, MAX_PAIRS = 64, 512
@@ -36,7 +38,7 @@ MAX_TOKENS, MAX_PAIRS = 64, 512
 ANSWER_SECONDS = 5.0
 
 # Columns of Posts.counters.
-SERVED, WAITED_NS = range(2)
+SERVED, WAITED_NS, COPIED_LATER = range(3)
 
 RANK_BITS = 20  # of a key; clock stamps lie above
 
@@ -75,13 +77,15 @@ class Posts:
     """What the device knows of a mailbox; all on one device.
 
     Attributes:
-        share: (num_experts + 1,) int32, how many of so many misses the host may take.
+        share: (2, num_experts + 1) int32, how many of so many misses the host takes: of calls of
+            one token, and of several.
         last_asked: (num_pages,) int64, the clock when a page was last routed to, 0: never.
         number: (1,) int64, of the last post.
         pending: (1,) int32, experts of the present layer that were posted.
         failed: (1,) int32, 1 once an answer did not come. Nothing is posted then, and sums are 0.
-        counters: (num_layers, 2) int64: experts that the host computed (`SERVED`), and how long the
-            device waited for it, in nanoseconds (`WAITED_NS`).
+        counters: (num_layers, 3) int64: experts that the host computed (`SERVED`), how long the
+            device waited for it, in nanoseconds (`WAITED_NS`), and how many of these experts were
+            copied as well (`COPIED_LATER`).
     """
 
     share: Tensor
@@ -101,12 +105,12 @@ class Posts:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
         return cls(
-            share=zeros(num_experts + 1, dtype=torch.int32),
+            share=zeros(2, num_experts + 1, dtype=torch.int32),
             last_asked=zeros(num_pages, dtype=torch.int64),
             number=zeros(1, dtype=torch.int64),
             pending=zeros(1, dtype=torch.int32),
             failed=zeros(1, dtype=torch.int32),
-            counters=zeros(num_layers, 2, dtype=torch.int64),
+            counters=zeros(num_layers, 3, dtype=torch.int64),
         )
 
 
@@ -115,17 +119,18 @@ def has_room(num_tokens: int, top_k: int) -> bool:
     return 0 < num_tokens <= MAX_TOKENS and 0 < num_tokens * top_k <= MAX_PAIRS
 
 
-def divert(
+def admit_and_post(
     hidden_states: Tensor,  # (num_tokens, hidden_size) bf16 | fp16 | fp32
     topk_ids: Tensor,  # (num_tokens, top_k) int32 | int64
     layer: int,
     first_page: int,
     num_experts: int,
     residency: Residency,
+    copies: CopyList,
     posts: Posts,
     mailbox: Mailbox,
 ) -> Tensor:
-    """Choose what the host computes of a layer and post it; before the layer's `admit`.
+    """Admit a layer's experts as `paging.admit` does, but for those that the host computes.
 
     Args:
         hidden_states: at most `MAX_TOKENS` rows.
@@ -133,25 +138,25 @@ def divert(
         layer: its number.
         first_page: page of the layer's expert 0.
         num_experts: of this layer.
-        residency: as the last admission left it; not changed.
-        posts, mailbox: changed in place.
+        residency, copies, posts, mailbox: changed in place.
 
     Returns:
         ``topk_ids`` with ``num_experts``, which is skipped, where the host computes.
     """
     assert has_room(*topk_ids.shape)
-    arguments = (hidden_states, topk_ids, layer, first_page, num_experts, residency, posts, mailbox)
+    where = (layer, first_page, num_experts)
+    arguments = (hidden_states, topk_ids, *where, residency, copies, posts, mailbox)
     if topk_ids.device.type == "cpu":
-        return _divert_cpu(*arguments)
-    from qmoe_kernels.mailbox_kernels import launch_divert  # here: a CPU needs no Triton
+        return _admit_and_post_cpu(*arguments)
+    from qmoe_kernels.mailbox_kernels import launch_admit_and_post  # a CPU needs no Triton
 
-    return launch_divert(*arguments)
+    return launch_admit_and_post(*arguments)
 
 
 def combine(
     rows: Tensor,  # (num_tokens, top_k, hidden_size) float: zeros where link_ids skip
     topk_ids: Tensor,  # (num_tokens, top_k)
-    link_ids: Tensor,  # (num_tokens, top_k), from `divert`
+    link_ids: Tensor,  # (num_tokens, top_k), from `admit_and_post`
     topk_weights: Tensor | None,  # (num_tokens, top_k) float
     layer: int,
     num_experts: int,
@@ -160,7 +165,7 @@ def combine(
     *,
     seconds: float = ANSWER_SECONDS,
 ) -> Tensor:
-    """Wait for the answer to `divert`'s post, and sum the rows of each token by its weights.
+    """Wait for the answer to `admit_and_post`, and sum the rows of each token by its weights.
 
     Sums are fp32, in the order of ``topk_ids``, whoever computed a row. If no answer comes within
     ``seconds``, `Posts.failed` and the word `FAILED` are set and the result is zeros that nobody
@@ -185,41 +190,41 @@ def has_failed(mailbox: Mailbox) -> bool:
 # ---- CPU ---------------------------------------------------------------------------------------
 
 
-def _divert_cpu(
+def _admit_and_post_cpu(
     hidden_states: Tensor,
     topk_ids: Tensor,
     layer: int,
     first_page: int,
     num_experts: int,
     residency: Residency,
+    copies: CopyList,
     posts: Posts,
     mailbox: Mailbox,
 ) -> Tensor:
     num_tokens, top_k = topk_ids.shape
-    by_rank = topk_ids.t().flatten().tolist()
-    wanted = list(dict.fromkeys(e for e in by_rank if 0 <= e < num_experts))
-    slots = residency.page_to_slot[first_page : first_page + num_experts].tolist()
     asked = posts.last_asked[first_page : first_page + num_experts].tolist()
-    coldest = int(residency.last_used.min())
-    missing = [e for e in wanted if slots[e] < 0]
-    cold = [e for e in missing if asked[e] < coldest]
+    wanted, missing = look_up(topk_ids, layer, first_page, num_experts, 0, num_experts, residency)
+    now = int(residency.clock)
+    posts.last_asked[[first_page + e for e in wanted]] = now
+    coldest = min((used for used in residency.last_used.tolist() if used < now), default=now)
     # The longest ago first; of those that were never asked for, the last choices.
-    cold.sort(key=lambda e: (asked[e], -by_rank.index(e)))
-    allowed = 0 if int(posts.failed) else int(posts.share[len(missing)])
-    taken = torch.tensor(cold[:allowed], dtype=topk_ids.dtype)
-    posts.last_asked[[first_page + e for e in wanted]] = residency.clock + 1
+    allowed = 0 if int(posts.failed) else int(posts.share[int(num_tokens > 1), len(missing)])
+    taken = sorted(missing, key=lambda e: (asked[e], -wanted.index(e)))[:allowed]
+    on_host = torch.isin(topk_ids, torch.tensor(taken, dtype=topk_ids.dtype))
     posts.pending.fill_(len(taken))
-    if not len(taken):
-        return topk_ids.clone()
     posts.counters[layer, SERVED] += len(taken)
-    on_host = torch.isin(topk_ids, taken)
-    mailbox.rows[:num_tokens, : hidden_states.shape[1]] = hidden_states
-    mailbox.ids[: topk_ids.numel()] = torch.where(on_host, topk_ids, -1).flatten()
-    header = [layer, num_tokens, top_k, DTYPES.index(hidden_states.dtype)]
-    mailbox.words[workers.HEADER, :4] = torch.tensor(header)
-    # The number first: cut off here, a post that nobody saw is one too many, not one twice.
-    posts.number.add_(1)
-    workers.store_word(mailbox.words, workers.POSTED, int(posts.number))
+    if taken:
+        mailbox.rows[:num_tokens, : hidden_states.shape[1]] = hidden_states
+        mailbox.ids[: topk_ids.numel()] = torch.where(on_host, topk_ids, -1).flatten()
+        header = [layer, num_tokens, top_k, DTYPES.index(hidden_states.dtype)]
+        mailbox.words[workers.HEADER, :4] = torch.tensor(header)
+        # The number first: cut off here, a post that nobody saw is one too many, not one twice.
+        posts.number.add_(1)
+        workers.store_word(mailbox.words, workers.POSTED, int(posts.number))
+    of_link = [e for e in missing if e not in taken]
+    warm = [e for e in missing if e in taken and asked[e] >= coldest]
+    later = take_slots_of_coldest(of_link + warm, len(warm), first_page, residency, copies)
+    posts.counters[layer, COPIED_LATER] += later
     return topk_ids.masked_fill(on_host, num_experts)
 
 

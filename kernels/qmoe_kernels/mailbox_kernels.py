@@ -1,7 +1,7 @@
 """The kernels of `mailbox`: what a GPU does for misses that the host computes.
 
-Each waits for the one before it. Memory that both sides see is written before a number that is
-released to the whole system, and read after one that was acquired.
+Memory that both sides see is written before a number that is released to the whole system, and read
+after one that was acquired.
 """
 
 from __future__ import annotations
@@ -14,9 +14,24 @@ import triton.language as tl
 from torch import Tensor
 
 from qmoe_kernels.cpu import DTYPES, workers
-from qmoe_kernels.launching import COMPILED
-from qmoe_kernels.mailbox import RANK_BITS, SERVED, WAITED_NS, Mailbox, Posts
-from qmoe_kernels.paging import Residency
+from qmoe_kernels.launching import COMPILED, has_dependent_launch, launch_options
+from qmoe_kernels.mailbox import COPIED_LATER, RANK_BITS, SERVED, WAITED_NS, Mailbox, Posts
+from qmoe_kernels.paging import (
+    HITS,
+    MISSES,
+    SLOT_BITS,
+    CopyList,
+    Residency,
+    admission_blocks,
+    coldest_slots,
+    first_ranks,
+    take_slots,
+)
+from qmoe_kernels.signals import store_released, wait_until
+
+# A program of `combine_kernel` that waits looks at the host's memory so often, times the number of
+# programs: all of them together do not take the link from the pages.
+LOOK_NS = 50
 
 # Kernels see only globals of this type; words are counted in int64.
 _POSTED = tl.constexpr(workers.POSTED * workers.WORD_STRIDE)
@@ -24,8 +39,11 @@ _ANSWERED = tl.constexpr(workers.ANSWERED * workers.WORD_STRIDE)
 _HEADER = tl.constexpr(workers.HEADER * workers.WORD_STRIDE)
 _FAILED = tl.constexpr(workers.FAILED * workers.WORD_STRIDE)
 _SERVED, _WAITED_NS = tl.constexpr(SERVED), tl.constexpr(WAITED_NS)
+_COPIED_LATER, _NUM_COUNTERS = tl.constexpr(COPIED_LATER), tl.constexpr(3)
+_HITS, _MISSES, _SLOT_BITS = tl.constexpr(HITS), tl.constexpr(MISSES), tl.constexpr(SLOT_BITS)
 _RANK_BITS, _LAST_RANK = tl.constexpr(RANK_BITS), tl.constexpr((1 << RANK_BITS) - 1)
-_NEVER = tl.constexpr(0x7FFFFFFFFFFFFFFF)
+_NEVER, _UNNAMED = tl.constexpr(0x7FFFFFFFFFFFFFFF), tl.constexpr(0x7FFFFFFF)
+_LOOK_NS = tl.constexpr(LOOK_NS)
 
 _NOT_SPECIALIZED: Any = [
     "num_tokens",
@@ -34,32 +52,40 @@ _NOT_SPECIALIZED: Any = [
     "first_page",
     "num_experts",
     "num_slots",
+    "share_start",
 ]
 
 
-def launch_divert(
+def launch_admit_and_post(
     hidden_states: Tensor,
     topk_ids: Tensor,
     layer: int,
     first_page: int,
     num_experts: int,
     residency: Residency,
+    copies: CopyList,
     posts: Posts,
     mailbox: Mailbox,
 ) -> Tensor:
-    """Run `divert_kernel`; arguments as in `divert`."""
+    """Run `admit_and_post_kernel`; arguments as in `admit_and_post`."""
     num_tokens, top_k = topk_ids.shape
     hidden_states, topk_ids = hidden_states.contiguous(), topk_ids.contiguous()
     link_ids = torch.empty_like(topk_ids)
     num_slots = residency.slot_to_page.shape[0]
     hidden_size = hidden_states.shape[1]
-    divert_kernel[(1,)](
+    admit_and_post_kernel[(1,)](
         hidden_states,
         topk_ids,
         link_ids,
         residency.page_to_slot,
+        residency.slot_to_page,
         residency.last_used,
         residency.clock,
+        residency.counters,
+        copies.pages,
+        copies.slots,
+        copies.count,
+        copies.late,
         posts.share,
         posts.last_asked,
         posts.number,
@@ -75,15 +101,14 @@ def launch_divert(
         first_page,
         num_experts,
         num_slots,
+        posts.share.stride(0) if num_tokens > 1 else 0,
         hidden_size,
         mailbox.rows.shape[1],
         DTYPE=DTYPES.index(hidden_states.dtype),
-        IDS_BLOCK=16,
-        EXPERTS_BLOCK=triton.next_power_of_2(num_experts),
-        SLOTS_BLOCK=min(triton.next_power_of_2(num_slots), 1024),
         ROW_BLOCK=min(triton.next_power_of_2(hidden_size), 2048),
         ON_GPU=COMPILED,
-        num_warps=4,
+        PDL=has_dependent_launch(topk_ids.device),
+        **admission_blocks(num_experts, num_slots),
     )
     return link_ids
 
@@ -99,26 +124,14 @@ def launch_combine(
     mailbox: Mailbox,
     seconds: float,
 ) -> Tensor:
-    """Run `wait_kernel` and `combine_kernel`; arguments as in `combine`."""
+    """Run `combine_kernel`; arguments as in `combine`."""
     num_tokens, top_k, hidden_size = rows.shape
     rows, topk_ids, link_ids = rows.contiguous(), topk_ids.contiguous(), link_ids.contiguous()
-    # One thread looks at the word: many would take the link from the pages.
-    wait_kernel[(1,)](
-        posts.number,
-        posts.pending,
-        posts.failed,
-        posts.counters,
-        mailbox.words,
-        layer,
-        int(seconds * 1e9),
-        ON_GPU=COMPILED,
-        num_warps=1,
-    )
     summed = topk_weights is not None
     if topk_weights is not None:
         topk_weights = topk_weights.contiguous()
     out = rows.new_empty(num_tokens, hidden_size) if summed else torch.empty_like(rows)
-    block = min(triton.next_power_of_2(hidden_size), 512)
+    block = min(triton.next_power_of_2(hidden_size), 256)
     combine_kernel[(num_tokens, triton.cdiv(hidden_size, block))](
         rows,
         mailbox.answers,
@@ -126,88 +139,48 @@ def launch_combine(
         link_ids,
         topk_weights,
         out,
+        posts.number,
         posts.pending,
         posts.failed,
+        posts.counters,
+        mailbox.words,
+        layer,
         num_experts,
         hidden_size,
+        int(seconds * 1e9),
         TOP_K=top_k,
         BLOCK=block,
-        num_warps=4,
+        ON_GPU=COMPILED,
+        PDL=has_dependent_launch(rows.device),
+        # Each thread that waits looks by itself: one warp's threads all look at once.
+        num_warps=1,
+        # The kernels before it are the products'.
+        **launch_options(True, rows.device),
     )
     return out
 
 
-@triton.jit
-def _store_released(ptr, value, ON_GPU: tl.constexpr):
-    """Store an int64 that the host sees, after all that this program has written before."""
-    tl.debug_barrier()
-    if ON_GPU:
-        tl.inline_asm_elementwise(
-            "fence.acq_rel.sys; st.release.sys.global.u64 [$1], $2; mov.u32 $0, 0;",
-            "=r,l,l",
-            [ptr.to(tl.int64), value],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        tl.store(ptr, value)
-
-
-@triton.jit
-def _wait_until(ptr, value, nanoseconds, ON_GPU: tl.constexpr):
-    """Wait until the int64 there is at least ``value``; how long it took, -1: too long."""
-    if ON_GPU:
-        waited = tl.inline_asm_elementwise(
-            """{
-            .reg .pred there, late;
-            .reg .u64 begin, time, now;
-            mov.u64 begin, %globaltimer;
-            again:
-            ld.acquire.sys.global.u64 now, [$1];
-            mov.u64 time, %globaltimer;
-            sub.u64 time, time, begin;
-            setp.ge.s64 there, now, $2;
-            @there bra done;
-            setp.gt.u64 late, time, $3;
-            @late bra give_up;
-            nanosleep.u32 200;
-            bra again;
-            give_up:
-            mov.u64 time, -1;
-            done:
-            mov.u64 $0, time;
-            }""",
-            "=l,l,l,l",
-            [ptr.to(tl.int64), value, nanoseconds],
-            dtype=tl.int64,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        # The interpreter has no clock: so many looks take longer there.
-        looks = nanoseconds // 10000
-        while (tl.load(ptr, volatile=True) < value) & (looks > 0):
-            looks -= 1
-        waited = tl.where(tl.load(ptr, volatile=True) < value, -1, 0).to(tl.int64)
-    return waited
-
-
 # One compilation serves every layer and every number of tokens.
 @triton.jit(do_not_specialize=_NOT_SPECIALIZED)
-def divert_kernel(
+def admit_and_post_kernel(
     hidden_states_ptr,  # (num_tokens, hidden_size)
     topk_ids_ptr,  # (num_tokens, top_k)
     link_ids_ptr,  # (num_tokens, top_k)
     page_to_slot_ptr,  # Residency's tensors
+    slot_to_page_ptr,
     last_used_ptr,
     clock_ptr,
+    counters_ptr,
+    copy_pages_ptr,  # CopyList's tensors
+    copy_slots_ptr,
+    copy_count_ptr,
+    copy_late_ptr,
     share_ptr,  # Posts' tensors
     last_asked_ptr,
     number_ptr,
     pending_ptr,
     failed_ptr,
-    counters_ptr,
+    host_counters_ptr,
     words_ptr,  # Mailbox's tensors
     host_ids_ptr,
     host_rows_ptr,
@@ -217,114 +190,129 @@ def divert_kernel(
     first_page,
     num_experts,
     num_slots,
+    share_start,  # of the table in share
     hidden_size,
     row_stride,  # of host_rows
     DTYPE: tl.constexpr,  # its place in `cpu.DTYPES`
-    IDS_BLOCK: tl.constexpr,
-    EXPERTS_BLOCK: tl.constexpr,  # power of two, at least num_experts
-    SLOTS_BLOCK: tl.constexpr,  # power of two
     ROW_BLOCK: tl.constexpr,  # power of two
     ON_GPU: tl.constexpr,
+    PDL: tl.constexpr,
+    IDS_BLOCK: tl.constexpr,  # as in `paging.admit_kernel`
+    EXPERTS_BLOCK: tl.constexpr,
+    SLOTS_BLOCK: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
 ):
-    """Grid: (1,). Slots are only searched when something is missing."""
-    NONE: tl.constexpr = _LAST_RANK
-
-    clock, number = tl.load(clock_ptr), tl.load(number_ptr)
+    """Grid: (1,). An admission as `paging.admit_kernel` does it; the host begins in its middle."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    now, number = tl.load(clock_ptr) + 1, tl.load(number_ptr)
     experts = tl.arange(0, EXPERTS_BLOCK)
     in_range = experts < num_experts
     slots = tl.load(page_to_slot_ptr + first_page + experts, mask=in_range, other=-1)
     asked = tl.load(last_asked_ptr + first_page + experts, mask=in_range, other=0)
-    served_ptr = counters_ptr + 2 * layer + _SERVED
-    served = tl.load(served_ptr)
+    hits_ptr = counters_ptr + 2 * layer + _HITS
+    misses_ptr = counters_ptr + 2 * layer + _MISSES
+    served_ptr = host_counters_ptr + _NUM_COUNTERS * layer + _SERVED
+    copied_ptr = host_counters_ptr + _NUM_COUNTERS * layer + _COPIED_LATER
+    hits, misses = tl.load(hits_ptr), tl.load(misses_ptr)
+    served, copied_later = tl.load(served_ptr), tl.load(copied_ptr)
 
-    # The rank at which each expert is first named, as in `paging.admit_kernel`.
-    rank = tl.full((EXPERTS_BLOCK,), NONE, dtype=tl.int32)
-    num_ids = num_tokens * top_k
-    for start in range(0, num_ids, IDS_BLOCK):
-        index = start + tl.arange(0, IDS_BLOCK)
-        ids = tl.load(topk_ids_ptr + index, mask=index < num_ids, other=-1)
-        ranks = (index % top_k) * num_tokens + index // top_k
-        named = ids[:, None] == experts[None, :]
-        rank = tl.minimum(rank, tl.min(tl.where(named, ranks[:, None], NONE), axis=0))
-    wanted = in_range & (rank < NONE)
+    rank = first_ranks(topk_ids_ptr, experts, num_tokens, top_k, IDS_BLOCK)
+    wanted = in_range & (rank < _UNNAMED)
+    hit = wanted & (slots >= 0)
     missing = wanted & (slots < 0)
     num_missing = tl.sum(missing.to(tl.int32), 0)
-    share = tl.load(share_ptr + num_missing)
+    share = tl.load(share_ptr + share_start + num_missing)
     share = tl.where(tl.load(failed_ptr) != 0, 0, share)
 
-    taken = tl.zeros((EXPERTS_BLOCK,), dtype=tl.int32)
+    tl.debug_barrier()  # what is written below has been read by all
+    stamps = tl.zeros_like(slots).to(tl.int64) + now
+    tl.store(clock_ptr, now)
+    tl.store(hits_ptr, hits + tl.sum(hit.to(tl.int32), 0))
+    tl.store(misses_ptr, misses + num_missing)
+    tl.store(last_used_ptr + slots, stamps, mask=hit)
+    tl.store(last_asked_ptr + first_page + experts, stamps, mask=wanted)
+
+    num_ids = num_tokens * top_k
     num_taken = num_missing * 0
-    if share > 0:
-        coldest = tl.full((SLOTS_BLOCK,), _NEVER, dtype=tl.int64)
-        for start in range(0, num_slots, SLOTS_BLOCK):
-            slot = start + tl.arange(0, SLOTS_BLOCK)
-            used = tl.load(last_used_ptr + slot, mask=slot < num_slots, other=_NEVER)
-            coldest = tl.minimum(coldest, used)
-        cold = missing & (asked < tl.min(coldest, 0))
+    num_copies = num_missing * 0
+    num_late = num_missing * 0
+    if num_missing == 0:
+        for start in range(0, num_ids, IDS_BLOCK):
+            index = start + tl.arange(0, IDS_BLOCK)
+            ids = tl.load(topk_ids_ptr + index, mask=index < num_ids, other=-1)
+            tl.store(link_ids_ptr + index, ids, mask=index < num_ids)
+    else:
+        tl.debug_barrier()  # the stamps of hits must be seen below
+        keys, num_free = coldest_slots(last_used_ptr, num_slots, now, SLOTS_BLOCK)
+        taken = tl.zeros((EXPERTS_BLOCK,), dtype=tl.int32)
+        num_taken = tl.minimum(share, num_missing)
         # The last ranks first; so many ones less a rank are these bits, turned over.
         key = (asked << _RANK_BITS) | (rank.to(tl.int64) ^ _LAST_RANK)
-        key = tl.where(cold, key, _NEVER)
-        num_taken = tl.minimum(share, tl.sum(cold.to(tl.int32), 0))
+        key = tl.where(missing, key, _NEVER)
         for _ in range(num_taken):
             chosen = key == tl.min(key, 0)  # one rank, one expert
             taken = tl.where(chosen, 1, taken)
             key = tl.where(chosen, _NEVER, key)
-    tl.debug_barrier()  # what was read above is written below
-    tl.store(last_asked_ptr + first_page + experts, asked * 0 + clock + 1, mask=wanted)
-    tl.store(pending_ptr, num_taken)
-    for start in range(0, num_ids, IDS_BLOCK):
-        index = start + tl.arange(0, IDS_BLOCK)
-        ids = tl.load(topk_ids_ptr + index, mask=index < num_ids, other=-1)
-        named = ids[:, None] == experts[None, :]
-        on_host = tl.sum(tl.where(named, taken[None, :], 0), 1) > 0
-        link = tl.where(on_host, num_experts, ids)
-        tl.store(link_ids_ptr + index, link, mask=index < num_ids)
+        for start in range(0, num_ids, IDS_BLOCK):
+            index = start + tl.arange(0, IDS_BLOCK)
+            ids = tl.load(topk_ids_ptr + index, mask=index < num_ids, other=-1)
+            named = ids[:, None] == experts[None, :]
+            on_host = tl.sum(tl.where(named, taken[None, :], 0), 1) > 0
+            tl.store(link_ids_ptr + index, tl.where(on_host, num_experts, ids), index < num_ids)
+            if num_taken > 0:
+                host = tl.where(on_host, ids, -1).to(tl.int64)
+                tl.store(host_ids_ptr + index, host, mask=index < num_ids)
         if num_taken > 0:
-            host = tl.where(on_host, ids, -1).to(tl.int64)
-            tl.store(host_ids_ptr + index, host, mask=index < num_ids)
-    if num_taken > 0:
-        for token in range(num_tokens):
-            for start in range(0, hidden_size, ROW_BLOCK):
-                column = start + tl.arange(0, ROW_BLOCK)
-                inside = column < hidden_size
-                x = tl.load(hidden_states_ptr + token * hidden_size + column, mask=inside)
-                tl.store(host_rows_ptr + token * row_stride + column, x.to(tl.float32), inside)
-        header = words_ptr + _HEADER
-        tl.store(header + 0, layer)
-        tl.store(header + 1, num_tokens)
-        tl.store(header + 2, top_k)
-        tl.store(header + 3, DTYPE)
-        tl.store(served_ptr, served + num_taken)
-        tl.store(number_ptr, number + 1)
-        _store_released(words_ptr + _POSTED, number + 1, ON_GPU)
+            for token in range(num_tokens):
+                for start in range(0, hidden_size, ROW_BLOCK):
+                    column = start + tl.arange(0, ROW_BLOCK)
+                    inside = column < hidden_size
+                    x = tl.load(hidden_states_ptr + token * hidden_size + column, mask=inside)
+                    at = token * row_stride + column
+                    tl.store(host_rows_ptr + at, x.to(tl.float32), mask=inside)
+            header = words_ptr + _HEADER
+            tl.store(header + 0, layer)
+            tl.store(header + 1, num_tokens)
+            tl.store(header + 2, top_k)
+            tl.store(header + 3, DTYPE)
+            tl.store(served_ptr, served + num_taken)
+            tl.store(number_ptr, number + 1)
+            store_released(words_ptr + _POSTED, number + 1, ON_GPU)
+        # What is cold gets no slot where the host computes it. In the list, what is copied now
+        # comes first: what is copied later has the ranks behind all ranks.
+        warm = missing & (asked >= (tl.min(keys, 0) >> _SLOT_BITS))
+        late = warm & (taken > 0)
+        placed = missing & ((taken == 0) | warm)
+        order = tl.where(placed, rank + late.to(tl.int32) * (_LAST_RANK + 1), _UNNAMED)
+        num_placed = tl.sum(placed.to(tl.int32), 0)
+        num_copies = tl.minimum(num_placed, num_free)
+        num_late = tl.maximum(num_copies - num_missing + num_taken, 0)
+        if num_copies > 0:
+            take_slots(
+                keys,
+                order,
+                num_copies,
+                experts,
+                page_to_slot_ptr,
+                slot_to_page_ptr,
+                last_used_ptr,
+                copy_pages_ptr,
+                copy_slots_ptr,
+                first_page,
+                num_slots,
+                now,
+                SLOTS_BLOCK,
+                NUM_BLOCKS,
+            )
+        tl.store(copied_ptr, copied_later + num_late)
+    tl.store(copy_count_ptr, num_copies - num_late)
+    tl.store(copy_late_ptr, num_late)
+    tl.store(pending_ptr, num_taken)
 
 
-@triton.jit(do_not_specialize=["layer", "nanoseconds"])
-def wait_kernel(
-    number_ptr,  # Posts' tensors
-    pending_ptr,
-    failed_ptr,
-    counters_ptr,
-    words_ptr,
-    layer,
-    nanoseconds,
-    ON_GPU: tl.constexpr,
-):
-    """Grid: (1,)."""
-    number, failed = tl.load(number_ptr), tl.load(failed_ptr)
-    waited_ptr = counters_ptr + 2 * layer + _WAITED_NS
-    before = tl.load(waited_ptr)
-    if (tl.load(pending_ptr) > 0) & (failed == 0):
-        limit = number * 0 + nanoseconds
-        waited = _wait_until(words_ptr + _ANSWERED, number, limit, ON_GPU)
-        tl.debug_barrier()
-        tl.store(waited_ptr, before + tl.where(waited < 0, limit, waited))
-        if waited < 0:
-            tl.store(failed_ptr, 1)
-            _store_released(words_ptr + _FAILED, number * 0 + 1, ON_GPU)
-
-
-@triton.jit(do_not_specialize=["num_experts"])
+@triton.jit(do_not_specialize=["layer", "num_experts", "nanoseconds"])
 def combine_kernel(
     rows_ptr,  # (num_tokens, TOP_K, hidden_size)
     answers_ptr,  # (num_tokens * TOP_K, hidden_size) fp32, in the host's memory
@@ -332,19 +320,45 @@ def combine_kernel(
     link_ids_ptr,  # (num_tokens, TOP_K)
     topk_weights_ptr,  # (num_tokens, TOP_K), or None: rows are not summed
     out_ptr,  # (num_tokens, hidden_size), or as rows
+    number_ptr,  # Posts' tensors
     pending_ptr,
     failed_ptr,
+    counters_ptr,
+    words_ptr,
+    layer,
     num_experts,
     hidden_size,
+    nanoseconds,
     TOP_K: tl.constexpr,
     BLOCK: tl.constexpr,
+    ON_GPU: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Grid: (num_tokens, cdiv(hidden_size, BLOCK)). Sums as `rows.weighted_sum_kernel` does."""
+    """Grid: (num_tokens, cdiv(hidden_size, BLOCK)). Sums as `rows.weighted_sum_kernel` does.
+
+    Every program waits for itself; the first one writes down how long. Where one gives up, others
+    may still have seen the answer: what all of them have written is thrown away.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < hidden_size
     pending = tl.load(pending_ptr) > 0
     valid = tl.load(failed_ptr) == 0
+    if pending & valid:
+        number = tl.load(number_ptr)
+        limit = number * 0 + nanoseconds
+        pause = tl.minimum(tl.num_programs(0) * tl.num_programs(1) * _LOOK_NS, 20000)
+        waited = wait_until(words_ptr + _ANSWERED, number, limit, pause, ON_GPU)
+        valid = waited >= 0
+        if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+            waited_ptr = counters_ptr + _NUM_COUNTERS * layer + _WAITED_NS
+            tl.store(waited_ptr, tl.load(waited_ptr) + tl.where(valid, waited, limit))
+        if waited < 0:
+            tl.store(failed_ptr, 1)
+            store_released(words_ptr + _FAILED, number * 0 + 1, ON_GPU)
     acc = tl.zeros((BLOCK,), dtype=tl.float32)
     for k in tl.static_range(TOP_K):
         pair = token * TOP_K + k

@@ -24,9 +24,8 @@ class Operator:
         _LIBRARY.define(name + infer_schema(function, mutates_args=()))
         key = "CompositeExplicitAutograd" if device_type is None else device_type.upper()
         _LIBRARY.impl(name, function, key)
-        register_autograd(
-            self.name, self._no_gradient, setup_context=_remember_shapes, lib=_LIBRARY
-        )
+        self._gradient: Callable[..., Any] | None = None
+        register_autograd(self.name, self._backward, setup_context=_remember, lib=_LIBRARY)
         self._overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def __call__(self, *args: Any) -> Any:
@@ -41,13 +40,33 @@ class Operator:
 
         return register
 
-    def _no_gradient(self, ctx: Any, *gradients: Any) -> Any:
+    def register_gradient(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Take the decorated function for gradients.
+
+        It is called with the output's gradient and the operator's arguments, and returns gradients
+        of the first arguments, None where there is none. It is made of operators.
+        """
+        self._gradient = function
+        return function
+
+    def _backward(self, ctx: Any, *gradients: Any) -> Any:
+        (gradient, *_) = (g for g in gradients if g is not None)
+        found: tuple[Any, ...] = ()
+        if self._gradient is not None:
+            tensors = iter(ctx.saved_tensors)
+            arguments = [
+                next(tensors) if is_tensor else value for is_tensor, value in ctx.qmoe_arguments
+            ]
+            found = self._gradient(gradient, *arguments)
         # torch.compile follows this where gradients are on, though nobody may ever ask for them:
         # so an operator raises, when it runs.
-        (gradient, *_) = (g for g in gradients if g is not None)
         return tuple(
-            None if shape is None else torch.ops.qmoe.no_gradient(gradient, shape, self.name)
-            for shape in ctx.qmoe_shapes
+            None
+            if shape is None
+            else found[i]
+            if i < len(found) and found[i] is not None
+            else torch.ops.qmoe.no_gradient(gradient, shape, self.name)
+            for i, shape in enumerate(ctx.qmoe_shapes)
         )
 
     def register_fake(self, function: Callable[..., Any]) -> None:
@@ -55,7 +74,12 @@ class Operator:
         register_fake(self.name, function, lib=_LIBRARY)
 
 
-def _remember_shapes(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+def _remember(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+    tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+    ctx.save_for_backward(*tensors)
+    ctx.qmoe_arguments = [
+        (True, None) if isinstance(value, torch.Tensor) else (False, value) for value in inputs
+    ]
     ctx.qmoe_shapes = [
         list(value.shape) if isinstance(value, torch.Tensor) and value.requires_grad else None
         for value in inputs
@@ -64,8 +88,8 @@ def _remember_shapes(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
 
 def _raise_no_gradient(gradient: torch.Tensor, shape: Sequence[int], name: str) -> torch.Tensor:
     raise RuntimeError(
-        f"{name} has no gradient: qmoe is for inference; qmoe.unpatch(model) gives back a model "
-        "that can be trained"
+        f"{name} has no gradient of this: experts stay as they are, and adapters learn beside "
+        "them; qmoe.unpatch(model) gives back a model whose experts can be trained"
     )
 
 

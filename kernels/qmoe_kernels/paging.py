@@ -81,22 +81,34 @@ class Residency:
 
 @dataclass(frozen=True)
 class CopyList:
-    """What `gather` is to copy: the first ``count`` pairs of page and slot.
+    """What `gather` is to copy: pairs of page and slot.
 
     Attributes:
         pages, slots: (capacity,) int32.
-        count: (1,) int32.
+        count: (1,) int32, how many are copied before the layer goes on.
+        late: (1,) int32, how many follow these: for the layer's next call, see `mailbox`.
     """
 
     pages: Tensor
     slots: Tensor
     count: Tensor
+    late: Tensor
 
     @classmethod
     def empty(cls, capacity: int, device: torch.device | str) -> CopyList:
         """A list for as many pages as a layer has experts."""
-        pages, slots = torch.zeros(2, capacity, dtype=torch.int32, device=device).unbind()
-        return cls(pages, slots, torch.zeros(1, dtype=torch.int32, device=device))
+
+        def zeros(size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.int32, device=device)
+
+        return cls(zeros(capacity), zeros(capacity), zeros(1), zeros(1))
+
+    def listed(self, *, late: bool = False) -> list[tuple[int, int]]:
+        """The pairs that `gather` copies; waits for the device."""
+        count = int(self.count)
+        first, end = (count, count + int(self.late)) if late else (0, count)
+        pages, slots = self.pages[first:end].tolist(), self.slots[first:end].tolist()
+        return list(zip(pages, slots, strict=True))
 
 
 def admit(
@@ -139,7 +151,9 @@ def gather(
     copies: CopyList,
     page_bytes: int,
     *,
+    late: bool = False,
     num_programs: int | None = None,
+    dependent: bool = False,
 ) -> None:
     """Copy the pages of ``copies`` from host memory into their slots, on the device.
 
@@ -148,8 +162,10 @@ def gather(
         memory: the slots.
         copies: from `admit`.
         page_bytes: bytes to copy of each page, a multiple of 128.
+        late: copy those that were left for later, not those that the layer waits for.
         num_programs: thread blocks that copy, `GATHER_PROGRAMS` by default; the fewer, the more of
             the device is left to others.
+        dependent: start while the kernel before this one ends; it must be a kernel, not a copy.
     """
     gather_kernel[(num_programs or GATHER_PROGRAMS,)](
         addresses,
@@ -157,10 +173,14 @@ def gather(
         copies.pages,
         copies.slots,
         copies.count,
+        copies.late,
         page_bytes // 8,
         memory.stride(0) // 8,
+        LATE=late,
         BLOCK=GATHER_BLOCK,
+        PDL=has_dependent_launch(memory.device),
         num_warps=GATHER_WARPS,
+        **launch_options(dependent, memory.device),
     )
 
 
@@ -178,6 +198,26 @@ def _admit_cpu(
     copies: CopyList,
     elsewhere: Tensor | None,
 ) -> None:
+    where = (layer, first_page, num_experts, low, high)
+    _, missing = look_up(topk_ids, *where, residency, elsewhere)
+    take_slots_of_coldest(missing, 0, first_page, residency, copies)
+
+
+def look_up(
+    topk_ids: Tensor,
+    layer: int,
+    first_page: int,
+    num_experts: int,
+    low: int,
+    high: int,
+    residency: Residency,
+    elsewhere: Tensor | None = None,
+) -> tuple[list[int], list[int]]:
+    """The first half of an admission on a CPU: tick, count, and refresh what is there.
+
+    Returns:
+        the distinct experts that are routed to, as they are first named, and those that are absent.
+    """
     r = residency
     now = int(r.clock) + 1
     r.clock.fill_(now)
@@ -191,11 +231,27 @@ def _admit_cpu(
     r.counters[layer, HITS] += len(hits)
     r.counters[layer, MISSES] += len(missing)
     r.last_used[hits] = now
+    return wanted, missing
+
+
+def take_slots_of_coldest(
+    experts: list[int], num_late: int, first_page: int, residency: Residency, copies: CopyList
+) -> int:
+    """The second half: give absent experts the slots used longest ago, as far as there are some.
+
+    Args:
+        experts: in the order in which they get slots.
+        num_late: so many of the last ones are copied later.
+
+    Returns:
+        how many are copied later.
+    """
+    r, now = residency, int(residency.clock)
     last_used = r.last_used.tolist()
     victims = sorted(
         (s for s, used in enumerate(last_used) if used < now), key=last_used.__getitem__
     )
-    pairs = list(zip(missing, victims, strict=False))
+    pairs = list(zip(experts, victims, strict=False))
     for i, (expert, slot) in enumerate(pairs):
         page, evicted = first_page + expert, int(r.slot_to_page[slot])
         if evicted >= 0:
@@ -204,7 +260,10 @@ def _admit_cpu(
         r.slot_to_page[slot] = page
         r.last_used[slot] = now
         copies.pages[i], copies.slots[i] = page, slot
-    copies.count.fill_(len(pairs))
+    num_now = min(len(experts) - num_late, len(pairs))
+    copies.count.fill_(num_now)
+    copies.late.fill_(len(pairs) - num_now)
+    return len(pairs) - num_now
 
 
 # ---- GPU ---------------------------------------------------------------------------------------
@@ -234,6 +293,7 @@ def launch_admit(
         copies.pages,
         copies.slots,
         copies.count,
+        copies.late,
         elsewhere,
         num_tokens,
         top_k,
@@ -243,12 +303,13 @@ def launch_admit(
         low,
         high,
         num_slots,
+        PDL=has_dependent_launch(topk_ids.device),
         **admission_blocks(num_experts, num_slots),
     )
 
 
 def admission_blocks(num_experts: int, num_slots: int) -> dict[str, int]:
-    """Sizes that `admit_kernel` is compiled for, and its warps."""
+    """The sizes that a kernel which admits is compiled for."""
     block = min(triton.next_power_of_2(num_slots), SLOTS_BLOCK)
     return {
         "IDS_BLOCK": 16,
@@ -260,10 +321,13 @@ def admission_blocks(num_experts: int, num_slots: int) -> dict[str, int]:
 
 
 if triton is not None:
+    from qmoe_kernels.launching import has_dependent_launch, launch_options
+
     # Kernels see only globals of this type.
     _HITS, _MISSES = tl.constexpr(HITS), tl.constexpr(MISSES)
     _SLOT_BITS, _SLOT_MASK = tl.constexpr(SLOT_BITS), tl.constexpr((1 << SLOT_BITS) - 1)
     _NEVER = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # the key of a slot that may not be evicted
+    _UNNAMED = tl.constexpr(0x7FFFFFFF)  # the rank of an expert that nobody is routed to
 
     _NOT_SPECIALIZED: Any = [
         "num_tokens",
@@ -288,6 +352,7 @@ if triton is not None:
         copy_pages_ptr,  # CopyList's tensors
         copy_slots_ptr,
         copy_count_ptr,
+        copy_late_ptr,
         elsewhere_ptr,  # (num_pages,), or None
         num_tokens,
         top_k,
@@ -301,15 +366,18 @@ if triton is not None:
         EXPERTS_BLOCK: tl.constexpr,  # power of two, at least num_experts
         SLOTS_BLOCK: tl.constexpr,  # power of two
         NUM_BLOCKS: tl.constexpr,  # power of two; so many blocks hold num_slots
+        PDL: tl.constexpr,
     ):
         """Grid: (1,). Slots are only searched when something is missing.
 
         All warps hold what is smaller than the program, and one of them writes it. So whatever is
         read and then overwritten has a barrier between the two: a warp that is late would read what
-        another one has written already.
+        another one has written already. `mailbox_kernels.admit_and_post_kernel` is of the same
+        parts, with a post between them.
         """
-        NONE: tl.constexpr = 0x7FFFFFFF
-
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         now = tl.load(clock_ptr) + 1
         experts = tl.arange(0, EXPERTS_BLOCK)
         in_range = (experts < num_experts) & (experts >= low) & (experts < high)
@@ -320,16 +388,8 @@ if triton is not None:
         misses_ptr = counters_ptr + 2 * layer + _MISSES
         hits, misses = tl.load(hits_ptr), tl.load(misses_ptr)
 
-        # The rank at which each expert is first named; NONE if it is not.
-        rank = tl.full((EXPERTS_BLOCK,), NONE, dtype=tl.int32)
-        num_ids = num_tokens * top_k
-        for start in range(0, num_ids, IDS_BLOCK):
-            index = start + tl.arange(0, IDS_BLOCK)
-            ids = tl.load(topk_ids_ptr + index, mask=index < num_ids, other=-1)
-            ranks = (index % top_k) * num_tokens + index // top_k
-            named = ids[:, None] == experts[None, :]
-            rank = tl.minimum(rank, tl.min(tl.where(named, ranks[:, None], NONE), axis=0))
-        wanted = in_range & (rank < NONE)
+        rank = first_ranks(topk_ids_ptr, experts, num_tokens, top_k, IDS_BLOCK)
+        wanted = in_range & (rank < _UNNAMED)
         hit = wanted & (slots >= 0)
         missing = wanted & (slots < 0)
         num_missing = tl.sum(missing.to(tl.int32), 0)
@@ -343,43 +403,97 @@ if triton is not None:
         num_copies = num_missing * 0
         if num_missing > 0:
             tl.debug_barrier()  # the stamps of hits must be seen below
-            # Slots that are SLOTS_BLOCK apart share a lane. A lane holds the key of its slot that
-            # is evicted next; once that is taken, its other slots are looked at again.
-            lanes = tl.arange(0, SLOTS_BLOCK)
-            keys = tl.full((SLOTS_BLOCK,), _NEVER, dtype=tl.int64)
-            free = tl.zeros((SLOTS_BLOCK,), dtype=tl.int32)
-            for start in range(0, num_slots, SLOTS_BLOCK):
-                more = _eviction_keys(last_used_ptr, start + lanes, num_slots, now)
-                free += (more < _NEVER).to(tl.int32)
-                keys = tl.minimum(keys, more)
-            num_copies = tl.minimum(num_missing, tl.sum(free, 0))
-            order = tl.where(missing, rank, NONE)
-            for i in range(num_copies):
-                oldest = tl.min(keys, 0)
-                first = tl.min(order, 0)
-                # One rank, one id, one expert.
-                expert = tl.sum(tl.where(order == first, experts, 0), 0)
-                victim = (oldest & _SLOT_MASK).to(tl.int32)
-                tl.store(copy_slots_ptr + i, victim)
-                tl.store(copy_pages_ptr + i, first_page + expert)
-                lane = victim % SLOTS_BLOCK + tl.arange(0, NUM_BLOCKS) * SLOTS_BLOCK
-                others = _eviction_keys(last_used_ptr, lane, num_slots, now)
-                following = tl.min(tl.where(others > oldest, others, _NEVER), 0)
-                keys = tl.where(keys == oldest, following, keys)
-                order = tl.where(order == first, NONE, order)
-            tl.debug_barrier()  # the copy list must be seen
-            copied = experts < num_copies
-            pages = tl.load(copy_pages_ptr + experts, mask=copied, other=0)
-            victims = tl.load(copy_slots_ptr + experts, mask=copied, other=0)
-            evicted = tl.load(slot_to_page_ptr + victims, mask=copied, other=-1)
-            tl.debug_barrier()  # slot_to_page and, in the loop above, last_used have been read
-            tl.store(page_to_slot_ptr + evicted, tl.zeros_like(evicted) - 1, mask=evicted >= 0)
-            tl.store(page_to_slot_ptr + pages, victims, mask=copied)
-            tl.store(slot_to_page_ptr + victims, pages, mask=copied)
-            tl.store(
-                last_used_ptr + victims, tl.zeros_like(victims).to(tl.int64) + now, mask=copied
+            keys, num_free = coldest_slots(last_used_ptr, num_slots, now, SLOTS_BLOCK)
+            num_copies = tl.minimum(num_missing, num_free)
+            take_slots(
+                keys,
+                tl.where(missing, rank, _UNNAMED),
+                num_copies,
+                experts,
+                page_to_slot_ptr,
+                slot_to_page_ptr,
+                last_used_ptr,
+                copy_pages_ptr,
+                copy_slots_ptr,
+                first_page,
+                num_slots,
+                now,
+                SLOTS_BLOCK,
+                NUM_BLOCKS,
             )
         tl.store(copy_count_ptr, num_copies)
+        tl.store(copy_late_ptr, num_copies * 0)
+
+    @triton.jit
+    def first_ranks(topk_ids_ptr, experts, num_tokens, top_k, IDS_BLOCK: tl.constexpr):
+        """The rank at which each expert is first named; _UNNAMED if it is not."""
+        rank = tl.zeros_like(experts) + _UNNAMED
+        num_ids = num_tokens * top_k
+        for start in range(0, num_ids, IDS_BLOCK):
+            index = start + tl.arange(0, IDS_BLOCK)
+            ids = tl.load(topk_ids_ptr + index, mask=index < num_ids, other=-1)
+            ranks = (index % top_k) * num_tokens + index // top_k
+            named = ids[:, None] == experts[None, :]
+            rank = tl.minimum(rank, tl.min(tl.where(named, ranks[:, None], _UNNAMED), axis=0))
+        return rank
+
+    @triton.jit
+    def coldest_slots(last_used_ptr, num_slots, now, SLOTS_BLOCK: tl.constexpr):
+        """Keys of slots by lane, and how many slots may be evicted.
+
+        Slots that are SLOTS_BLOCK apart share a lane. A lane holds the key of its slot that is
+        evicted next; once that is taken, its other slots are looked at again.
+        """
+        lanes = tl.arange(0, SLOTS_BLOCK)
+        keys = tl.full((SLOTS_BLOCK,), _NEVER, dtype=tl.int64)
+        free = tl.zeros((SLOTS_BLOCK,), dtype=tl.int32)
+        for start in range(0, num_slots, SLOTS_BLOCK):
+            more = _eviction_keys(last_used_ptr, start + lanes, num_slots, now)
+            free += (more < _NEVER).to(tl.int32)
+            keys = tl.minimum(keys, more)
+        return keys, tl.sum(free, 0)
+
+    @triton.jit
+    def take_slots(
+        keys,  # from `coldest_slots`
+        order,  # of experts: those with the smallest numbers, all different, get slots
+        num_copies,  # how many
+        experts,
+        page_to_slot_ptr,
+        slot_to_page_ptr,
+        last_used_ptr,
+        copy_pages_ptr,
+        copy_slots_ptr,
+        first_page,
+        num_slots,
+        now,
+        SLOTS_BLOCK: tl.constexpr,
+        NUM_BLOCKS: tl.constexpr,
+    ):
+        """Evict the coldest slots, write the copy list, and change the tables."""
+        for i in range(num_copies):
+            oldest = tl.min(keys, 0)
+            first = tl.min(order, 0)
+            # One number, one expert.
+            expert = tl.sum(tl.where(order == first, experts, 0), 0)
+            victim = (oldest & _SLOT_MASK).to(tl.int32)
+            tl.store(copy_slots_ptr + i, victim)
+            tl.store(copy_pages_ptr + i, first_page + expert)
+            lane = victim % SLOTS_BLOCK + tl.arange(0, NUM_BLOCKS) * SLOTS_BLOCK
+            others = _eviction_keys(last_used_ptr, lane, num_slots, now)
+            following = tl.min(tl.where(others > oldest, others, _NEVER), 0)
+            keys = tl.where(keys == oldest, following, keys)
+            order = tl.where(order == first, _UNNAMED, order)
+        tl.debug_barrier()  # the copy list must be seen
+        copied = experts < num_copies
+        pages = tl.load(copy_pages_ptr + experts, mask=copied, other=0)
+        victims = tl.load(copy_slots_ptr + experts, mask=copied, other=0)
+        evicted = tl.load(slot_to_page_ptr + victims, mask=copied, other=-1)
+        tl.debug_barrier()  # slot_to_page and, in the loop above, last_used have been read
+        tl.store(page_to_slot_ptr + evicted, tl.zeros_like(evicted) - 1, mask=evicted >= 0)
+        tl.store(page_to_slot_ptr + pages, victims, mask=copied)
+        tl.store(slot_to_page_ptr + victims, pages, mask=copied)
+        tl.store(last_used_ptr + victims, tl.zeros_like(victims).to(tl.int64) + now, mask=copied)
 
     @triton.jit
     def _eviction_keys(last_used_ptr, slots, num_slots, now):
@@ -391,20 +505,30 @@ if triton is not None:
     def gather_kernel(
         addresses_ptr,  # (num_pages,) int64
         memory_ptr,  # (num_slots, slot_bytes) uint8
-        copy_pages_ptr,
+        copy_pages_ptr,  # CopyList's tensors
         copy_slots_ptr,
         copy_count_ptr,
+        copy_late_ptr,
         page_words,  # of 8 bytes
         slot_words,
+        LATE: tl.constexpr,  # what was left for later
         BLOCK: tl.constexpr,  # words of 8 bytes
+        PDL: tl.constexpr,
     ):
         """Grid: any number of programs; blocks of all pages are dealt out in turn."""
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
         count = tl.load(copy_count_ptr)
+        first = 0
+        if LATE:
+            first = count
+            count = tl.load(copy_late_ptr)
         blocks_per_page = tl.cdiv(page_words, BLOCK)
         memory = memory_ptr.to(tl.pointer_type(tl.int64))
         num_blocks = count * blocks_per_page
         for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
-            i = block // blocks_per_page
+            i = first + block // blocks_per_page
             offsets = (block % blocks_per_page) * BLOCK + tl.arange(0, BLOCK)
             # What do_not_specialize hides from the compiler: pages are whole lines, so that a
             # thread's two words are inside together or outside together.

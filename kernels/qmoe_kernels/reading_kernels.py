@@ -10,9 +10,13 @@ from torch import Tensor
 
 from qmoe_kernels.cpu import workers
 from qmoe_kernels.launching import COMPILED
-from qmoe_kernels.mailbox_kernels import _store_released, _wait_until
 from qmoe_kernels.paging import admission_blocks, admit_kernel
 from qmoe_kernels.reading import Frames, ReadBox
+from qmoe_kernels.signals import store_released, wait_until
+
+# A waiting thread looks at the host's memory so often, in nanoseconds.
+LOOK_NS = 200
+_LOOK_NS = tl.constexpr(LOOK_NS)
 
 # Kernels see only globals of this type; words are counted in int64.
 _POSTED = tl.constexpr(workers.POSTED * workers.WORD_STRIDE)
@@ -61,6 +65,7 @@ def launch_read_pages(
         frames.reads.pages,
         frames.reads.slots,
         frames.reads.count,
+        frames.reads.late,
         frames.addresses,
         frames.number,
         frames.failed,
@@ -99,6 +104,7 @@ def read_kernel(
     read_pages_ptr,  # CopyList's tensors
     read_frames_ptr,
     read_count_ptr,
+    read_late_ptr,
     addresses_ptr,  # (num_pages,)
     number_ptr,
     failed_ptr,
@@ -136,6 +142,7 @@ def read_kernel(
         read_pages_ptr,
         read_frames_ptr,
         read_count_ptr,
+        read_late_ptr,
         page_to_slot_ptr,
         num_tokens,
         top_k,
@@ -149,6 +156,7 @@ def read_kernel(
         EXPERTS_BLOCK,
         SLOTS_BLOCK,
         NUM_BLOCKS,
+        PDL=False,
     )
     tl.debug_barrier()  # the list must be seen
     count = tl.load(read_count_ptr)
@@ -165,22 +173,28 @@ def read_kernel(
             tl.store(box_frames_ptr + i, frames, mask=i < count)
             tl.store(words_ptr + _HEADER, count.to(tl.int64))
             tl.store(number_ptr, number)
-            _store_released(words_ptr + _POSTED, number, ON_GPU)
+            store_released(words_ptr + _POSTED, number, ON_GPU)
             limit = number * 0 + nanoseconds
             answered_ptr = words_ptr + _ANSWERED
             if ON_GPU:
                 # Every thread looks for itself, and one that is late makes all of them late: they
                 # must agree on what comes next.
                 none = tl.zeros((NUM_THREADS,), dtype=tl.int64)
-                times = _wait_until(answered_ptr + none, none + number, none + limit, ON_GPU)
+                times = wait_until(
+                    answered_ptr + none,
+                    none + number,
+                    none + limit,
+                    none.to(tl.int32) + _LOOK_NS,
+                    ON_GPU,
+                )
                 late = tl.min(times, 0) < 0
                 longest = tl.max(times, 0)
             else:
-                longest = _wait_until(answered_ptr, number, limit, ON_GPU)
+                longest = wait_until(answered_ptr, number, limit, _LOOK_NS, ON_GPU)
                 late = longest < 0
             tl.store(waited_ns_ptr + layer, waited + tl.where(late, limit, longest))
             if late:
-                _store_released(words_ptr + _FAILED, number * 0 + 1, ON_GPU)
+                store_released(words_ptr + _FAILED, number * 0 + 1, ON_GPU)
             # Volatile: nobody has it in a cache.
             if late | (tl.load(status_ptr, volatile=True) != 0):
                 tl.store(failed_ptr, 1)

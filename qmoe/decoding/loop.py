@@ -35,12 +35,14 @@ from qmoe.decoding.decoder import decoder_of
 from qmoe.decoding.draws import drawing
 from qmoe.decoding.fingerprint import Fingerprint
 from qmoe.decoding.graph import reason_of
-from qmoe.decoding.selection import Selection
+from qmoe.decoding.selection import Selection, key_of
 from qmoe.decoding.shadow import Undecodable
-from qmoe.decoding.step import DecodeStep
+from qmoe.decoding.step import DecodeStep, ExpertsStep
 from qmoe.experts.guard import guard_of
 from qmoe.experts.quantized import group_of
 from qmoe.parallel.failure import RankFailed
+from qmoe.parallel.group import KnownToAll
+from qmoe.parallel.texts import OwnTexts
 
 _KNOWN_ARGUMENTS = {
     "attention_mask",
@@ -116,6 +118,8 @@ def decode(
         except Undecodable as error:
             # Not the error itself, which holds on to the step and its memory.
             reason, tried = str(error), error.__cause__ is not None
+        if group is not None and group.own_texts is not None:
+            group.own_texts.agree_on_steps(None)
         if tried and group is not None:
             # Other ranks may be further on: to begin again would add up what is not one layer's.
             raise RuntimeError(f"{type(model).__name__} cannot be decoded on this rank: {reason}")
@@ -219,10 +223,26 @@ class _Call:
                 decoder.give_back(step, keep=whole)
 
     def _agree(self, step: DecodeStep) -> None:
-        """Refuse to run where ranks would run steps of other shapes, or another number of them."""
+        """Refuse to run where ranks would run steps of other shapes, or another number of them.
+
+        Raises:
+            Undecodable: texts are each rank's own, and one of them decodes by transformers' loop.
+            RankFailed: the ranks differ.
+        """
         group = group_of(self.model)
         if group is None:
             return
+        if group.own_texts is not None:
+            do_sample = bool(self.config.do_sample)
+            # Ranks queue steps ahead of what is chosen, which these would wait for.
+            waits = key_of(len(self.input_ids), self.processors, do_sample) is None
+            can = step.shadows.uncapturable is None and not waits
+            round_rows = group.own_texts.agree_on_steps(step.rows if can else None)
+            if round_rows is None:
+                raise Undecodable("hooks or logits processors of a rank, which may do anything")
+            step.serve(round_rows)
+            return
+        step.serve(None)
         chunk = self.config.prefill_chunk_size
         columns = step.columns_of(self.input_ids.shape[1], chunk, plain=self.plain)
         mine = [step.rows, columns, step.shadows.uncapturable is None]
@@ -233,6 +253,15 @@ class _Call:
                     "hooks on every rank, and call qmoe.release on all or none",
                     (rank,),
                 )
+
+    def _advance(self, step: DecodeStep) -> None:
+        step.advance()
+        if (rounds := self._rounds()) is not None:
+            rounds.steps += 1
+
+    def _rounds(self) -> OwnTexts | None:
+        group = group_of(self.model)
+        return None if group is None else group.own_texts
 
     def _generate(self, step: DecodeStep) -> Tensor:
         max_new_tokens = self.criteria.max_length - self.input_ids.shape[1]
@@ -245,16 +274,21 @@ class _Call:
         # What looks at all texts is to see padding where one has ended, which the host decides.
         watched = selection.is_foreign and texts.pad is not None and len(self.input_ids) > 1
         ahead = 0 if watched else ahead
+        group, rounds = group_of(self.model), self._rounds()
         for index in range(max_new_tokens):
             if index > 0 and selection.made <= index + ahead < max_new_tokens:
                 with step.alone():
-                    step.advance()
+                    self._advance(step)
                     selection.make(step.logits)
             tokens = selection.wait(index)
             step.check()
+            if group is not None:
+                group.check_open()
             if texts.extend(tokens):
                 selection.forget_after(index)
                 break
+            if rounds is not None:
+                rounds.goes_on(True)
             if watched:
                 selection.replace(index, texts.ids[:, texts.columns - 1])
         if self.streamer is not None:
@@ -268,10 +302,12 @@ class _Call:
             selection.begin(self.input_ids)
             with _undecodable(step):
                 step.read(*prompts, plain=self.plain)
+            if (rounds := self._rounds()) is not None:
+                ExpertsStep(self.model, rounds).read()
             selection.make(step.logits)
             if max_new_tokens > 1:
                 with _undecodable(step):
-                    step.advance()
+                    self._advance(step)
                 selection.make(step.logits)
 
         # Rows beyond the real ones repeat the first text; their output is thrown away.
@@ -298,7 +334,7 @@ def _undecodable(step: DecodeStep) -> Iterator[None]:
     """Let transformers' loop try what fails in the model's own code, but not in hooks on it."""
     try:
         yield
-    except (torch.OutOfMemoryError, Undecodable, RankFailed):
+    except (torch.OutOfMemoryError, Undecodable, RankFailed, KnownToAll):
         raise
     except Exception as error:  # whatever the model does with a cache of this kind
         if step.shadows.uncapturable is not None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -34,8 +34,9 @@ from qmoe.decoding.pieces.attention import (
 from qmoe.decoding.selection import Key, Selection, key_of
 from qmoe.decoding.shadow import Shadow, Undecodable
 from qmoe.experts.guard import Guard, guard_of
-from qmoe.experts.quantized import quantized_modules
+from qmoe.experts.quantized import QuantizedExperts, quantized_modules
 from qmoe.paging.expert_cache import ExpertCache
+from qmoe.parallel.texts import OwnTexts
 from qmoe_kernels.fused_moe import EIGHT_BIT_ROWS
 
 _OWN_MASKS = ("eager", "sdpa")  # implementations that a mask over a static cache is enough for
@@ -102,7 +103,115 @@ class Shadows:
         self.steps = None
 
 
-class DecodeStep:
+class Step:
+    """Runs a model's experts in the same way each time, so that a graph can hold it."""
+
+    def __init__(self, guard: Guard, experts: list[QuantizedExperts]) -> None:
+        """Run nothing yet.
+
+        Args:
+            guard: of the model.
+            experts: of the model.
+        """
+        self._guard = weakref.ref(guard)  # which keeps steps
+        self._version = guard.version
+        self._experts = experts
+        self._failures = 0  # of the expert cache, when the prompts were read
+
+    def forget_graphs(self) -> None:
+        """Drop all graphs and their memory; others are captured when they are due."""
+        raise NotImplementedError
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody changes the model meanwhile, and graphs are of the model as it is."""
+        guard = self._guard()
+        assert guard is not None  # whoever runs a step has its model
+        with guard.lock:
+            if guard.version != self._version:  # another budget, since the last step
+                self._version = guard.version
+                self.forget_graphs()
+            cache = self._expert_cache()
+            if cache is None:
+                yield
+                return
+            with cache.lock:
+                cache.take_turn()
+                yield
+
+    def _expert_cache(self) -> ExpertCache | None:
+        paged = next((e.paged for e in self._experts if e.paged is not None), None)
+        return None if paged is None else paged[0]
+
+    def begin(self) -> None:
+        """Failures of others that were before do not count."""
+        cache = self._expert_cache()
+        self._failures = 0 if cache is None else cache.failures
+
+    def check(self) -> None:
+        """Raise if steps that have ended are not valid: the host left its share out, or a disk.
+
+        For tokens that were waited for and are about to be given out.
+
+        Raises:
+            RuntimeError, CheckpointError: see `ExpertCache.check_answers`; or another call was told
+                since this one has read its prompts, and steps that were queued meanwhile are not
+                valid either.
+        """
+        if (cache := self._expert_cache()) is not None:
+            cache.check_answers()
+            if cache.failures != self._failures:
+                raise RuntimeError(
+                    "experts could not be read or computed while this text was made, as another "
+                    "call was told, and what was computed meanwhile is not valid; call again"
+                )
+
+
+class ExpertsStep(Step):
+    """A step of a rank that has no texts, or none any more: its experts, for the others' rows."""
+
+    def __init__(self, model: Any, rounds: OwnTexts) -> None:
+        """Run nothing yet.
+
+        Args:
+            model: its experts are spread over ranks.
+            rounds: of the call that is under way.
+        """
+        layers = list(quantized_modules(model).values())
+        super().__init__(guard_of(model), layers)
+        self.rounds, self.device = rounds, layers[0].down_proj_scale.device
+        self._like = torch.empty(
+            0, layers[0].layout.hidden_size, dtype=model.dtype, device=self.device
+        )
+        self.forget_graphs()
+
+    def forget_graphs(self) -> None:
+        """Drop the graph and its memory; another is captured when it is due."""
+        self._graphed = Graphed(GraphPool(self.device))
+
+    @torch.no_grad()
+    def read(self) -> None:
+        """Take part until all ranks have read their prompts; from here on there are steps."""
+        self.begin()
+        self.rounds.begin_steps(self._experts, self._like)
+
+    @torch.no_grad()
+    def take_part(self) -> None:
+        """Take part in open rounds until no rank has texts any more."""
+        self.rounds.take_part(self._experts, self._like)
+
+    def advance(self) -> None:
+        """One step, by its graph as soon as there is one; see `Graphed`."""
+        with self.alone():
+            self._graphed(self._run)
+        self.rounds.steps += 1
+
+    @torch.no_grad()
+    def _run(self) -> None:
+        self.rounds.run_experts(self._experts, self._like)
+
+
+class DecodeStep(Step):
     """A model's decode step for a number of rows and of columns; it serves one call at a time.
 
     Attributes:
@@ -127,8 +236,8 @@ class DecodeStep:
         Raises:
             ValueError: the model keeps something that no cache here is for.
         """
+        super().__init__(guard, shadows.experts)
         self.shadows, self.device = shadows, shadows.device
-        self._guard = weakref.ref(guard)  # which keeps steps
         self.cache = DecodeCache(shadows.config, rows, length, self.device)
         self.rows, self.length = rows, length
         self.input_ids = torch.zeros(rows, 1, dtype=torch.int64, device=self.device)
@@ -147,8 +256,7 @@ class DecodeStep:
             and shadows.uncapturable is None  # who listens hears the prompt and nothing else
             and self.cache.has_columns_only
         )
-        self._version = guard.version
-        self._failures = 0  # of the expert cache, when the prompts were read
+        self._round_rows: int | None = None
         self._selections: dict[Key, Selection] = {}
         self.forget_graphs()
 
@@ -160,6 +268,17 @@ class DecodeStep:
         for selection in self._selections.values():
             selection.forget_graph(self.pool)
 
+    def serve(self, round_rows: int | None) -> None:
+        """Drop graphs that are not of what experts are going to exchange.
+
+        Args:
+            round_rows: of the rank that has most, where each rank has texts of its own; None where
+                all have the same.
+        """
+        if round_rows != self._round_rows:
+            self._round_rows = round_rows
+            self.forget_graphs()
+
     @property
     def trouble(self) -> str | None:
         """Why the step has no graph, once it was tried; None otherwise."""
@@ -169,45 +288,6 @@ class DecodeStep:
     def num_bytes(self) -> int:
         """Bytes that the step keeps on the device."""
         return self.cache.num_bytes + self.pool.num_bytes + self.logits.nbytes + self.ids.nbytes
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Nobody changes the model meanwhile, and graphs are of the model as it is."""
-        guard = self._guard()
-        assert guard is not None  # whoever runs a step has its model
-        with guard.lock:
-            if guard.version != self._version:  # another budget, since the last step
-                self._version = guard.version
-                self.forget_graphs()
-            cache = self._expert_cache()
-            if cache is None:
-                yield
-                return
-            with cache.lock:
-                cache.take_turn()
-                yield
-
-    def _expert_cache(self) -> ExpertCache | None:
-        paged = next((e.paged for e in self.shadows.experts if e.paged is not None), None)
-        return None if paged is None else paged[0]
-
-    def check(self) -> None:
-        """Raise if steps that have ended are not valid: the host left its share out, or a disk.
-
-        For tokens that were waited for and are about to be given out.
-
-        Raises:
-            RuntimeError, CheckpointError: see `ExpertCache.check_answers`; or another call was told
-                since this one has read its prompts, and steps that were queued meanwhile are not
-                valid either.
-        """
-        if (cache := self._expert_cache()) is not None:
-            cache.check_answers()
-            if cache.failures != self._failures:
-                raise RuntimeError(
-                    "experts could not be read or computed while this text was made, as another "
-                    "call was told, and what was computed meanwhile is not valid; call again"
-                )
 
     # ---- prompts -------------------------------------------------------------------------------
 
@@ -229,8 +309,7 @@ class DecodeStep:
             plain: there is no padding, and positions count from 0.
         """
         cache, columns = self.cache, input_ids.shape[1]
-        paged = self._expert_cache()
-        self._failures = 0 if paged is None else paged.failures
+        self.begin()
         self._step.try_again()
         cache.begin(attention_mask)
         self._attention_mask.fill_(1)
@@ -277,7 +356,8 @@ class DecodeStep:
 
         It depends on the length alone, so that a prompt is always computed in the same way.
         """
-        if not self.rounds_prompts:
+        # Of texts of its own other ranks know no rounded length.
+        if not self.rounds_prompts or self._round_rows is not None:
             return None
         rounded = _SHORTEST_PROMPT
         if columns > rounded:
@@ -296,12 +376,14 @@ class DecodeStep:
     @torch.no_grad()
     def run(self) -> None:
         """One step, kernel by kernel."""
-        try:
-            self._run()
-        except UnknownAttention as reason:
-            # What the layers before have stored is stored again.
-            self.shadows.drop_attention(reason)
-            self._run()
+        cache = self._expert_cache()
+        with nullcontext() if cache is None else cache.step():
+            try:
+                self._run()
+            except UnknownAttention as reason:
+                # What the layers before have stored is stored again.
+                self.shadows.drop_attention(reason)
+                self._run()
 
     def _run(self) -> None:
         shadows = self.shadows

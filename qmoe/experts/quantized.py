@@ -50,6 +50,21 @@ class Change:
             )
 
 
+class _SpreadExperts(torch.autograd.Function):
+    """The output of experts on several ranks, which does not know what it was made of."""
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        raise RuntimeError(
+            "experts on several ranks have no gradient; load the model without expert_parallel to "
+            "train beside them"
+        )
+
+
 class QuantizedExperts(nn.Module):
     """Experts of one layer with INT8 or FP8 weights and one fp32 scale per output channel.
 
@@ -387,7 +402,9 @@ class QuantizedExperts(nn.Module):
         if self.share is None:
             output = self._own_experts(*routed)
         else:
-            output = self.share.run(*routed, self._own_experts)
+            with torch.no_grad():
+                output = self.share.run(*routed, self._own_experts)
+            output = _SpreadExperts.apply(output, *routed)
         if self.layout.num_identity_experts:
             identity = top_k_weights * (top_k_index >= self.num_experts)
             output = output + hidden_states * identity.sum(-1, keepdim=True).to(output.dtype)

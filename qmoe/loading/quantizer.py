@@ -180,7 +180,8 @@ class ExpertsQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        # Adapters learn beside experts that are all here, and stay as they are.
+        return not self.paged and self.group is None
 
     @property
     def is_compileable(self) -> bool:

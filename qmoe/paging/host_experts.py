@@ -19,12 +19,12 @@ from qmoe_kernels.mailbox import (
     ANSWER_SECONDS,
     Mailbox,
     Posts,
+    admit_and_post,
     combine,
-    divert,
     has_failed,
     has_room,
 )
-from qmoe_kernels.paging import Residency
+from qmoe_kernels.paging import CopyList, Residency
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,8 @@ class HostExperts:
 
     Attributes:
         posts: the device's tables; ``posts.share`` says how many of so many misses the host takes.
+        kinds: whether it takes any of calls of one token, and of several. If not, such a call goes
+            as if nothing were shared.
         working: whether anything is left to the host; False after a failure, for good.
     """
 
@@ -76,6 +78,7 @@ class HostExperts:
         self._mailbox = Mailbox.empty(self._experts[0].hidden_size, device)
         most = max(layer.num_experts for layer in self._experts)
         self.posts = Posts.empty(num_pages, most, len(first_page), device)
+        self.kinds = (True, True)
         self._workers: workers.Workers | None = None
         self._stale = False  # the workers have copies of what has changed
         self._pid = os.getpid()
@@ -97,7 +100,7 @@ class HostExperts:
 
     def takes(self, num_tokens: int, top_k: int) -> bool:
         """Whether a call of this size may be shared."""
-        return self.working and has_room(num_tokens, top_k)
+        return self.working and self.kinds[num_tokens > 1] and has_room(num_tokens, top_k)
 
     def begin(self, layers: Sequence[int] | None = None) -> None:
         """Before something is posted: there are workers, they are awake, and nothing has failed.
@@ -139,13 +142,26 @@ class HostExperts:
         )
         self._stale = False
 
-    def post(
-        self, residency: Residency, layer: int, hidden_states: Tensor, topk_ids: Tensor
+    def admit(
+        self,
+        residency: Residency,
+        copies: CopyList,
+        layer: int,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
     ) -> Tensor:
-        """Leave some of a layer's misses to the host; see `qmoe_kernels.mailbox.divert`."""
-        num_experts = self._experts[layer].num_experts
-        where = (layer, self._first_page[layer], num_experts)
-        return divert(hidden_states, topk_ids, *where, residency, self.posts, self._mailbox)
+        """Admit a layer and leave some misses to the host; see `mailbox.admit_and_post`."""
+        return admit_and_post(
+            hidden_states,
+            topk_ids,
+            layer,
+            self._first_page[layer],
+            self._experts[layer].num_experts,
+            residency,
+            copies,
+            self.posts,
+            self._mailbox,
+        )
 
     def collect(
         self,
@@ -228,7 +244,7 @@ class HostExperts:
             self.posts.share.zero_()
 
     def read_counters(self) -> list[list[int]]:
-        """Of each layer, how many experts the host computed, and nanoseconds waited for it."""
+        """Of each layer, the columns of `mailbox.Posts`' counters."""
         counters: list[list[int]] = self.posts.counters.tolist()
         return counters
 

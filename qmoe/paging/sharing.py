@@ -13,9 +13,9 @@ import os
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,23 +25,30 @@ from torch import Tensor
 
 from qmoe.checkpoints.schema import BIAS_SUFFIX, SCALE_SUFFIX
 from qmoe.experts.quantized import QuantizedExperts
-from qmoe.paging.expert_cache import ExpertCache
+from qmoe.paging.expert_cache import STREAMED_PAIRS_PER_EXPERT, ExpertCache
 from qmoe.paging.frame_store import FrameStore
 from qmoe.paging.host_experts import HostExperts
 from qmoe_kernels.cpu import native
 from qmoe_kernels.experts import Experts, Projection
+from qmoe_kernels.mailbox import MAX_PAIRS
 from qmoe_kernels.paging import Residency
 
 logger = logging.getLogger(__name__)
 
 # Less than that much quicker is no gain: results that depend on what was resident are its price.
 GAIN = 0.97
-# Until the tests of a GPU have passed on one, nobody's text rests on it.
-TRIED_ON_A_GPU = False
+# What is quicker by less than that is as quick. Then the host takes more, and evicts less.
+_TIE = 1.01
 # Of the layers, as many are timed at once: what one leaves to the next counts too.
-_LAYERS = 4
-_REPEATS = 5
-_VERSION = 1
+_LAYERS = 5
+# Of the missed experts, so many of _LAYERS are warm (see `qmoe_kernels.mailbox`). In the trace that
+# hits as Qwen3-30B-A3B does, 38 to 41 % are, with a quarter to half of the experts on an H200.
+_WARM = 2
+# Tokens of the two kinds of calls that are timed, and how often. With several tokens an expert has
+# several rows, which cost the link nothing and the host much. Many are measured, so that the host
+# is never given too much.
+_TOKENS, _REPEATS = (1, 32), (9, 3)
+_VERSION = 2
 
 
 def sharing_of(
@@ -62,8 +69,6 @@ def sharing_of(
     if misses == "link":
         return None
     try:
-        if cache.device.type == "cuda" and not TRIED_ON_A_GPU:
-            raise ValueError("the host's share has not been tried on a GPU yet")
         if isinstance(cache.host, FrameStore):
             raise ValueError("host_memory leaves experts in files, where no processor reaches them")
         for name, experts in modules.items():
@@ -122,7 +127,7 @@ def calibrate(
 ) -> None:
     """Say how many misses the host takes.
 
-    With ``"auto"`` this takes about a second on a GPU, once for a kind of model and machine, and
+    With ``"auto"`` this takes a second or two on a GPU, once for a kind of model and machine, and
     empties the slots. If the host is of no use, it is not used, which a line says.
 
     Args:
@@ -136,23 +141,27 @@ def calibrate(
     if sharing is None:
         return
     share = sharing.posts.share
+    num_experts = share.shape[1] - 1
     if misses == "host":
-        share.copy_(torch.arange(len(share)))
+        share.copy_(torch.arange(num_experts + 1))
+        sharing.kinds = (True, True)
         return
     key = _key(cache, top_k)
-    table = _read(key, len(share))
-    if table is None:
+    tables = _read(key, num_experts)
+    if tables is None:
         try:
             times = _measure(cache, list(modules.values()), top_k, dtype)
         except RuntimeError as error:  # too little memory, or the host does not answer
             _warn_once(str(error))
             cache.share_misses(None)
             return
-        table = share_table(times, len(share) - 1)
-        if (top_k, 0) in times:  # else too few experts are absent: other budgets may say more
-            _write(key, table)
-    if any(table):
-        share.copy_(torch.tensor(table))
+        tables = [share_table(found, num_experts) for found in times]
+        # Else too few experts are absent, or too few slots there: other budgets may say more.
+        if (top_k, 0) in times[0] and times[1]:
+            _write(key, tables)
+    if any(any(table) for table in tables):
+        share.copy_(torch.tensor(tables))
+        sharing.kinds = (any(tables[0]), any(tables[1]))
     else:
         _warn_once("on this machine the host's share would make no step quicker")
         cache.share_misses(None)
@@ -168,17 +177,19 @@ def share_table(times: Mapping[tuple[int, int], float], num_experts: int) -> lis
 
     Args:
         times: (misses, of them by the host) -> seconds; for each number of misses, 0 by the host is
-            among them. Beyond the largest number measured the share stays in proportion.
+            among them. Where a number was not measured, the share is in proportion to that of the
+            next larger one, or of the largest.
     """
-    most = max((misses for misses, _ in times), default=0)
-    table = [0] * (num_experts + 1)
-    for misses in range(1, most + 1):
+    best = {0: 0}
+    for misses in sorted({misses for misses, _ in times}):
         by_share = {host: seconds for (m, host), seconds in times.items() if m == misses}
-        best = min(by_share, key=lambda host: (by_share[host], host), default=0)
-        if best and by_share[best] <= GAIN * by_share[0]:
-            table[misses] = best
-    for misses in range(most + 1, num_experts + 1):
-        table[misses] = round(misses * table[most] / most) if most else 0
+        quickest = min(by_share.values())
+        as_quick = [host for host, seconds in by_share.items() if seconds <= _TIE * quickest]
+        best[misses] = max(as_quick) if quickest <= GAIN * by_share[0] else 0
+    table = []
+    for misses in range(num_experts + 1):
+        measured = next((m for m in best if m >= misses), max(best))
+        table.append(round(misses * best[measured] / measured) if measured else 0)
     return table
 
 
@@ -187,122 +198,171 @@ def share_table(times: Mapping[tuple[int, int], float], num_experts: int) -> lis
 
 @dataclass(frozen=True)
 class _Case:
-    """Layers whose last experts are absent while their first ones are in slots.
+    """Calls of some layers, each of which misses as many experts.
 
     Attributes:
-        layers: how many.
-        most: absent experts of each.
-        tables: of the cache, to begin each run with.
+        ids: (layers, num_tokens, top_k) int64.
+        tables: of the cache, to begin each run with: all that is routed to is there, but for the
+            last experts of each layer.
+        last_asked: (num_pages,) int64, of `mailbox.Posts`: some of the missed experts are warm.
     """
 
-    layers: int
-    most: int
+    ids: Tensor
     tables: Residency
+    last_asked: Tensor
 
 
-def _case(cache: ExpertCache, top_k: int) -> _Case | None:
-    """None where no expert can be absent, or no slot be left for those that are there."""
-    host, num_slots = cache.host, cache.num_slots
-    absent = cache.num_pages - num_slots
-    layers = min(_LAYERS, len(host.layers), absent)
-    if layers < 1:
-        return None
+def _sizes(cache: ExpertCache, num_routed: int) -> tuple[int, int]:
+    """How many layers can be timed, and how many experts each can miss; 0, 0: none."""
+    absent = cache.num_pages - cache.num_slots
+    layers = min(_LAYERS, len(cache.host.layers), cache.num_slots // num_routed, absent)
+    return (layers, min(num_routed, absent // layers)) if layers > 0 else (0, 0)
+
+
+def _case(cache: ExpertCache, layers: int, num_tokens: int, top_k: int, misses: int) -> _Case:
+    host, num_slots, num_pages = cache.host, cache.num_slots, cache.num_pages
     num_experts = min(layer.num_experts for layer in host.layers)
-    most = min(top_k, num_experts - top_k, absent // layers)
-    if most < 1 or num_slots < layers * top_k:
-        return None
-    away = {
-        host.first_page[layer] + host.layers[layer].num_experts - 1 - i
-        for layer in range(layers)
-        for i in range(most)
-    }
-    pages = [page for page in range(cache.num_pages) if page not in away][:num_slots]
-    tables = Residency.empty(cache.num_pages, num_slots, 1, "cpu")
-    slots = torch.arange(len(pages), dtype=torch.int32)
-    tables.slot_to_page[: len(pages)] = torch.tensor(pages, dtype=torch.int32)
-    tables.page_to_slot[pages] = slots
-    tables.last_used[: len(pages)] = torch.arange(1, len(pages) + 1)
-    tables.clock.fill_(len(pages))
-    return _Case(layers, most, tables)
+    num_routed = min(num_tokens * top_k, num_experts)
+    there: list[int] = []
+    away: list[int] = []
+    last_asked = torch.zeros(num_pages, dtype=torch.int64)
+    ids = torch.empty(layers, num_tokens, top_k, dtype=torch.int64)
+    for layer in range(layers):
+        first, last = host.first_page[layer], num_experts - 1
+        missed = [last - i for i in range(misses)]
+        routed = [*range(num_routed - misses), *missed]
+        ids[layer] = torch.tensor(routed)[torch.arange(num_tokens * top_k) % num_routed].view(
+            num_tokens, top_k
+        )
+        there += [first + expert for expert in routed[: num_routed - misses]]
+        away += [first + expert for expert in missed]
+        warm = [first + e for i, e in enumerate(missed) if (layer + i) % _LAYERS < _WARM]
+        last_asked[warm] = num_slots
+    others = sorted(set(range(num_pages)) - {*there, *away})
+    # What is routed to was used last: nothing of it is evicted.
+    pages = [*others[: num_slots - len(there)], *there]
+    tables = Residency.empty(num_pages, num_slots, 1, "cpu")
+    tables.slot_to_page[:] = torch.tensor(pages)
+    tables.page_to_slot[pages] = torch.arange(num_slots, dtype=torch.int32)
+    tables.last_used[:] = torch.arange(1, num_slots + 1)
+    tables.clock.fill_(num_slots)
+    return _Case(ids, tables, last_asked)
 
 
 def _measure(
     cache: ExpertCache, modules: Sequence[QuantizedExperts], top_k: int, dtype: torch.dtype
-) -> dict[tuple[int, int], float]:
-    """Seconds of some layers' step by misses, and by how many of them the host computes."""
-    case, sharing, pool = _case(cache, top_k), cache.sharing, cache._pool
-    if case is None or sharing is None or pool is None:
-        return {}
-    device = cache.device
-    # Of its own: nobody's random numbers change because a model was loaded.
-    generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(1, modules[0].layout.hidden_size, device=device, generator=generator).to(dtype)
-    weights = torch.full((1, top_k), 1 / top_k, device=device)
-    ids = [torch.zeros(1, top_k, dtype=torch.int64, device=device) for _ in range(case.layers)]
-    live = replace(pool.residency, counters=case.tables.counters)
-    saved, counters = sharing.posts.share.clone(), (cache._counters, sharing.posts.counters)
+) -> list[dict[tuple[int, int], float]]:
+    """Seconds of some layers' step by misses, and by how many of them the host computes.
+
+    Of calls of one token, and of several; nothing where no such call can miss anything.
+    """
+    sharing, pool = cache.sharing, cache._pool
+    if sharing is None or pool is None:
+        return [{}, {}]
+    posts, num_experts = sharing.posts, min(layer.num_experts for layer in cache.host.layers)
+    counters = (cache._counters, posts.counters)
+    saved, kinds = posts.share.clone(), sharing.kinds
     counted = [tensor.clone() for tensor in counters]
-
-    def reset() -> None:
-        for name in ("page_to_slot", "slot_to_page", "last_used", "clock"):
-            getattr(live, name).copy_(getattr(case.tables, name))
-        sharing.posts.last_asked.zero_()
-
-    def step() -> None:
-        for layer in range(case.layers):
-            modules[layer]._fused_moe(x, ids[layer], weights)
-
-    times = {}
+    found: list[dict[tuple[int, int], float]] = []
     try:
-        timed = _timer(step, reset, cache)
-        for misses in range(1, case.most + 1):
-            for layer, routed in enumerate(ids):
-                last = cache.host.layers[layer].num_experts - 1
-                gone = [last - i for i in range(misses)]
-                routed.copy_(torch.tensor([[*range(top_k - misses), *gone]]))
-            for host in range(misses + 1):
-                sharing.posts.share.fill_(host)
-                times[misses, host] = timed()
+        for tokens, repeats in zip(_TOKENS, _REPEATS, strict=True):
+            times: dict[tuple[int, int], float] = {}
+            found.append(times)
+            # Calls of more pairs are streamed, or find no room in the mailbox.
+            most_pairs = min(STREAMED_PAIRS_PER_EXPERT * num_experts - 1, MAX_PAIRS)
+            num_tokens = max(1, min(tokens, most_pairs // top_k))
+            layers, most = _sizes(cache, min(num_tokens * top_k, num_experts))
+            if not most:
+                continue
+            calls = _Calls(cache, modules[:layers], num_tokens, top_k, dtype)
+            one = tokens == 1
+            for misses in range(1, most + 1) if one else sorted({-(-most // 4), most}):
+                calls.take(_case(cache, layers, num_tokens, top_k, misses))
+                quarters = {misses * i // 4 for i in range(5)}
+                for host in range(misses + 1) if one else sorted(quarters):
+                    posts.share.fill_(host)
+                    # Without a share calls go as they do where nothing is shared.
+                    sharing.kinds = (host > 0, host > 0)
+                    times[misses, host] = calls.time(repeats, shared=host > 0)
     finally:
-        sharing.posts.share.copy_(saved)
+        posts.share.copy_(saved)
+        sharing.kinds = kinds
         for tensor, before in zip(counters, counted, strict=True):
             tensor.copy_(before)
         cache.forget()
-    return times
+    return found
 
 
-def _timer(
-    step: Callable[[], None], reset: Callable[[], None], cache: ExpertCache
-) -> Callable[[], float]:
-    """A function that returns the median seconds of a step, which begins with ``reset``."""
-    reset()
-    step()  # compiles
-    if cache.device.type != "cuda":
+class _Calls:
+    """Some layers' calls in a row, captured on a GPU, with rows and ids that are given."""
 
-        def once() -> float:
-            reset()
-            began = time.perf_counter()
-            step()
-            return time.perf_counter() - began
+    def __init__(
+        self,
+        cache: ExpertCache,
+        modules: Sequence[QuantizedExperts],
+        num_tokens: int,
+        top_k: int,
+        dtype: torch.dtype,
+    ) -> None:
+        device = cache.device
+        # Of its own: nobody's random numbers change because a model was loaded.
+        generator = torch.Generator(device).manual_seed(0)
+        size = (num_tokens, modules[0].layout.hidden_size)
+        self._cache, self._modules = cache, modules
+        self._x = torch.randn(size, device=device, generator=generator).to(dtype)
+        self._weights = torch.full((num_tokens, top_k), 1 / top_k, device=device)
+        self._ids = torch.zeros(len(modules), num_tokens, top_k, dtype=torch.int64, device=device)
+        self._case: _Case | None = None
+        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
 
-        return lambda: statistics.median(once() for _ in range(_REPEATS))
-    torch.cuda.synchronize(cache.device)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        step()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    def take(self, case: _Case) -> None:
+        """What is timed from now on."""
+        self._case = case
+        self._ids.copy_(case.ids)
 
-    def replay() -> float:
-        reset()
-        with cache.lock:
-            cache.take_turn()
+    def time(self, repeats: int, *, shared: bool) -> float:
+        """The median seconds of the calls, which are shared or not."""
+        if self._cache.device.type != "cuda":
+            return statistics.median(self._once() for _ in range(repeats))
+        if shared not in self._graphs:
+            self._begin()
+            self._run()  # compiles
+            torch.cuda.synchronize(self._cache.device)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._run()
+            self._graphs[shared] = graph
+        return statistics.median(self._replay(self._graphs[shared]) for _ in range(repeats))
+
+    def _run(self) -> None:
+        with self._cache.step():
+            for layer, module in enumerate(self._modules):
+                module._fused_moe(self._x, self._ids[layer], self._weights)
+
+    def _begin(self) -> None:
+        """Slots and stamps as the case has them; what was there before is never read."""
+        pool, sharing, case = self._cache._pool, self._cache.sharing, self._case
+        assert pool is not None and sharing is not None and case is not None
+        for name in ("page_to_slot", "slot_to_page", "last_used", "clock"):
+            getattr(pool.residency, name).copy_(getattr(case.tables, name))
+        sharing.posts.last_asked.copy_(case.last_asked)
+
+    def _once(self) -> float:
+        self._begin()
+        began = time.perf_counter()
+        self._run()
+        return time.perf_counter() - began
+
+    def _replay(self, graph: torch.cuda.CUDAGraph) -> float:
+        self._begin()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with self._cache.lock:
+            self._cache.take_turn()
             begin.record()
             graph.replay()
             end.record()
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1000
-
-    return lambda: statistics.median(replay() for _ in range(_REPEATS))
 
 
 # ---- what is kept ------------------------------------------------------------------------------
@@ -331,15 +391,18 @@ def _file(key: dict[str, Any]) -> Path:
     return native.cache_folder() / f"host-share-{digest}.json"
 
 
-def _read(key: dict[str, Any], length: int) -> list[int] | None:
-    """The table that `_write` kept; None, with a line, if it is not there or is another's."""
+def _read(key: dict[str, Any], num_experts: int) -> list[list[int]] | None:
+    """The tables that `_write` kept; None, with a line, if they are not there or another's."""
     file = _file(key)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        table = content["share"]
-        right = content["key"] == key and len(table) == length
-        if right and all(type(n) is int and 0 <= n <= i for i, n in enumerate(table)):
-            return list(table)
+        tables = content["share"]
+        sizes = [len(table) for table in tables]
+        right = content["key"] == key and sizes == len(_TOKENS) * [num_experts + 1]
+        if right and all(
+            type(n) is int and 0 <= n <= i for table in tables for i, n in enumerate(table)
+        ):
+            return [list(table) for table in tables]
         raise ValueError("is of something else")
     except FileNotFoundError:
         return None
@@ -348,8 +411,8 @@ def _read(key: dict[str, Any], length: int) -> list[int] | None:
         return None
 
 
-def _write(key: dict[str, Any], table: list[int]) -> None:
-    """Keep a table; where that is not possible, each process measures."""
+def _write(key: dict[str, Any], tables: list[list[int]]) -> None:
+    """Keep tables; where that is not possible, each process measures."""
     with suppress(OSError):
-        content = json.dumps({"key": key, "share": table}, indent=1)
+        content = json.dumps({"key": key, "share": tables}, indent=1)
         native.write_whole(_file(key), content.encode())

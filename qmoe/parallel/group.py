@@ -1,10 +1,10 @@
 """The ranks that hold a model's experts between them, and what they say to each other.
 
-Two connections, which nobody else uses: one for the layers' tensors (NCCL on GPUs, gloo on CPUs),
-one for short words between hosts (gloo). torch.distributed knows of neither, so that they end where
-their owner does. Every rank does the same in the
-same order. What is said carries what it is about, so that ranks which are not in the same place
-notice, and fail, rather than add up what does not belong together.
+Two connections, which nobody else uses: one for the layers' tensors (NCCL on GPUs, gloo on CPUs;
+few rows go over `peers` where they can), one for short words between hosts (gloo).
+torch.distributed knows of neither, so that they end where their owner does. Every rank does the
+same in the same order. What is said carries what it is about, so that ranks which are not in the
+same place notice, and fail, rather than add up what does not belong together.
 """
 
 from __future__ import annotations
@@ -15,29 +15,39 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import (
+    AllgatherOptions,
+    AllreduceOptions,
+    ReduceScatterOptions,
+)
 
 from qmoe.parallel.failure import Notes, RankFailed, Watch
-from qmoe.parallel.one_shot import OneShot
+from qmoe.parallel.peers import Peers
 
 # Seconds that a rank waits for another in an exchange.
 TIMEOUT_VARIABLE = "QMOE_RANK_TIMEOUT"
+# Whether few rows go over memory that the GPUs share, rather than by NCCL.
+PEERS_VARIABLE = "QMOE_PEERS"
 _TIMEOUT = 60.0
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Bytes of what a rank says that fly at once; longer words need a second exchange.
 _WORD = 512
 _LENGTH = 8
+# Seconds that the end of NCCL's connections may take. It waits for graphs that hold them.
+_CLOSING = 5.0
+_NO_EXPERT = -1
 
-
-# Until the tests of two GPUs have passed on them, nobody's text rests on it.
-TRIED_ON_GPUS = False
+# What a layer is given: rows, ids and weights.
+Routed: TypeAlias = "tuple[Tensor, Tensor, Tensor]"
+_Result = TypeVar("_Result")
 
 
 class RankGroup:
@@ -48,6 +58,7 @@ class RankGroup:
         size: how many ranks there are.
         device: where the layers' tensors are.
         timeout: seconds that a rank waits for another in an exchange.
+        peers: the quicker way for few rows, between GPUs of one host; None where there is none.
         own_texts: the `OwnTexts` of a call in which each rank has texts of its own, if one is under
             way.
     """
@@ -74,11 +85,16 @@ class RankGroup:
                 dist.PrefixStore("layers", store), self.rank, self.size, self.timeout
             ),
         ]
-        self._one_shot = self._try_one_shot(processes) if device.type == "cuda" else None
         self._ended: str | None = None  # why, once the ranks are no group any more
         self.own_texts: Any = None  # a call in which each rank has texts of its own
         self._lock = threading.Lock()
         self._owner: int | None = None  # the thread that is in a call of all ranks
+        self.peers: Peers | None = None
+        if device.type == "cuda":
+            weakref.finalize(self, _closer(self._groups[1].shutdown))
+            # Until its tests have passed on two GPUs, only who asks for it rests on it.
+            if self.size > 1 and os.environ.get(PEERS_VARIABLE) == "1":
+                self.peers = self._try_peers(processes)
 
     # A copy of a model, or of its configuration, belongs to the same ranks.
     def __deepcopy__(self, memo: Any) -> RankGroup:
@@ -91,13 +107,12 @@ class RankGroup:
 
     @torch.compiler.disable
     def sum(self, output: Tensor) -> Tensor:
-        """Add up the ranks' outputs of a layer, in fp32.
+        """Add up the ranks' outputs of a layer; all ranks get the same bits.
 
-        In fp32 because what it costs is latency wherever there are few rows, and because the sum
-        of many ranks then rounds once. All ranks get the same bits.
+        The sum is rounded once, as one in fp32 is.
 
         Args:
-            output: (num_tokens, hidden_size) of this rank's experts.
+            output: (num_tokens, hidden_size) of this rank's experts; it may be written to.
 
         Returns:
             (num_tokens, hidden_size) in the dtype of ``output``.
@@ -108,60 +123,135 @@ class RankGroup:
         self.check_open()
         if self.size == 1 or not output.numel():
             return output
-        if self._one_shot is not None and self._one_shot.takes(output):
-            return self._one_shot.sum(output).to(output.dtype)
-        total = output.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        if self.peers is not None and self.peers.takes_sum(output):
+            return self.peers.sum(output)
+        total = output.to(self._summed_in(output)).contiguous()
         with self._exchanging():
-            self._groups[1].allreduce([total]).wait()
-        return total.to(output.dtype)
+            work = self._groups[1].allreduce([total], _options(AllreduceOptions))
+        return self._once_done([work], total)().to(output.dtype)
 
     @torch.compiler.disable
-    def gather(self, rows: Tensor) -> Tensor:
-        """The rows of all ranks, one rank's behind the other's.
+    def start_gather(
+        self,
+        rows: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        most_rows: int,
+        *,
+        aside: bool = False,
+    ) -> Callable[[], Routed]:
+        """Bring together what the ranks give to a layer, one rank's behind the other's.
 
         Args:
-            rows: (num_rows, ...), as many on every rank.
+            rows: (num_rows, hidden_size), this rank's.
+            topk_ids, topk_weights: (num_rows, top_k), of the layer's experts.
+            most_rows: that each rank has in the result; those that it lacks have the id -1.
+            aside: on a stream of its own; until the result is asked for, other work goes on.
 
         Returns:
-            (size * num_rows, ...)
+            what waits for the result and returns it: rows (size * most_rows, hidden_size), ids
+            int32 and weights fp32 (size * most_rows, top_k).
         """
         self.check_open()
-        gathered = rows.new_empty(self.size * len(rows), *rows.shape[1:])
+        if self.peers is not None and self.peers.takes_gather(rows, topk_ids, most_rows):
+            found = self.peers.gather(rows, topk_ids, topk_weights, most_rows)
+            return lambda: found
+        mine = [rows, topk_ids.int(), topk_weights.float()]
+        if missing := most_rows - len(rows):
+            fill = (0, _NO_EXPERT, 0)
+            mine = [
+                torch.nn.functional.pad(tensor, (0, 0, 0, missing), value=value)
+                for tensor, value in zip(mine, fill, strict=True)
+            ]
+        mine = [tensor.contiguous() for tensor in mine]
+        gathered = [t.new_empty(self.size * most_rows, t.shape[1]) for t in mine]
+        layers, options = self._groups[1], _options(AllgatherOptions, aside)
         with self._exchanging():
-            self._groups[1]._allgather_base(gathered, rows.contiguous()).wait()
-        return gathered
+            if layers.supports_coalescing:  # one launch for all
+                layers._start_coalescing()
+            works = [
+                layers._allgather_base(all_of_it, tensor, options)
+                for all_of_it, tensor in zip(gathered, mine, strict=True)
+            ]
+            if layers.supports_coalescing:
+                works = [layers._end_coalescing()]
+
+        return self._once_done(works, (gathered[0], gathered[1], gathered[2]))
 
     @torch.compiler.disable
-    def sum_and_scatter(self, output: Tensor) -> Tensor:
-        """Add up the ranks' outputs in fp32, and keep the rows that are this rank's.
+    def start_sum_and_scatter(self, output: Tensor, *, aside: bool = False) -> Callable[[], Tensor]:
+        """Add up the ranks' outputs as `sum` does, and keep the rows that are this rank's.
 
         Args:
-            output: (size * num_rows, hidden_size) of this rank's experts, rows as `gather` has
-                them.
+            output: (size * num_rows, hidden_size) of this rank's experts, rows as `start_gather`
+                has them.
+            aside: as `start_gather` has it.
 
         Returns:
-            (num_rows, hidden_size) in the dtype of ``output``.
+            what waits for the result and returns it: (num_rows, hidden_size) in the dtype of
+            ``output``.
         """
         self.check_open()
-        total = output.float().contiguous()
+        if self.peers is not None and self.peers.takes_sum(output, scatter=True):
+            found = self.peers.sum(output, scatter=True)
+            return lambda: found
+        total = output.to(self._summed_in(output)).contiguous()
         own = total.new_empty(len(output) // self.size, *output.shape[1:])
         with self._exchanging():
-            self._groups[1]._reduce_scatter_base(own, total).wait()
-        return own.to(output.dtype)
+            options = _options(ReduceScatterOptions, aside)
+            works = [self._groups[1]._reduce_scatter_base(own, total, options)]
+        done = self._once_done(works, own)
+        return lambda: done().to(output.dtype)
 
-    def _try_one_shot(self, processes: dist.ProcessGroup) -> OneShot | None:
+    def _once_done(self, works: list[Any], result: _Result) -> Callable[[], _Result]:
+        def wait() -> _Result:
+            with self._exchanging():
+                for work in works:
+                    if work is not None:  # it has taken its turn in the stream already
+                        work.wait()
+            return result
+
+        return wait
+
+    def _summed_in(self, output: Tensor) -> torch.dtype:
+        """What rows are added up in on the way: of two numbers the sum is rounded once anyhow."""
+        return output.dtype if self.size == 2 else torch.float32
+
+    def _try_peers(self, processes: dist.ProcessGroup) -> Peers | None:
         """The quicker way for few rows, where it gives on every rank what NCCL gives."""
-        rows = torch.arange(4096, dtype=torch.float32, device=self.device).add_(self.rank)
-        expected, found, works = rows.clone(), None, False
-        self._groups[1].allreduce([expected]).wait()
         try:
-            found = OneShot(processes, self.device)
-            works = all(torch.equal(found.sum(rows), expected) for _ in range(3))
+            found = Peers(processes, self.device, self.timeout)
         except Exception:  # no peer access, several hosts, a torch that has it otherwise
+            found = None
+        if not self._all(found is not None):
+            return None
+        assert found is not None
+        rows = torch.arange(64 * self.size, dtype=torch.float32, device=self.device)
+        rows = rows.add_(self.rank).view(self.size, 64)
+        routed = (rows, rows[:, :2].long(), rows[:, :2].clone())
+        expected = (
+            *self.start_gather(*routed, self.size + 1)(),
+            self.start_sum_and_scatter(rows)(),
+            self.sum(rows.clone()),
+        )
+        works = True
+        try:
+            for _ in range(3):
+                actual = (
+                    *found.gather(*routed, self.size + 1),
+                    found.sum(rows, scatter=True),
+                    found.sum(rows),
+                )
+                works &= all(map(torch.equal, actual, expected))
+        except Exception:  # a kernel that does not compile
             works = False
-        every = torch.tensor([float(works)], device=self.device)
+        return found if self._all(works) else None
+
+    def _all(self, this_rank: bool) -> bool:
+        """Whether it is so on every rank."""
+        every = torch.tensor([float(this_rank)], device=self.device)
         self._groups[1].allreduce([every]).wait()
-        return found if int(every) == self.size else None
+        return int(every) == self.size
 
     # ---- words ---------------------------------------------------------------------------------
 
@@ -274,9 +364,11 @@ class RankGroup:
         return self._owner == threading.get_ident()
 
     def check_open(self) -> None:
-        """Raise RankFailed if the ranks are no group any more."""
+        """Raise RankFailed if the ranks are no group any more, or gave up an exchange."""
         if self._ended is not None:
             raise RankFailed(f"the ranks have ended ({self._ended}); start all of them again")
+        if self.peers is not None and self.peers.failed:
+            raise self._cut()
 
     def agree(self, what: str, error: Exception | None, **said: Any) -> list[dict[str, Any]]:
         """Go on where every rank can; where one cannot, none does, and the ranks stay a group.
@@ -318,17 +410,28 @@ class RankGroup:
 
     def _abort(self) -> None:
         """End the layers' exchange that this or another thread waits in."""
-        with suppress(Exception):
-            self._groups[1].abort()
+        if self.peers is not None:
+            with suppress(Exception):
+                self.peers.stop()
+        if not self._groups:
+            return
+        # Not for long: NCCL waits for graphs that hold its connections.
+        ending = threading.Thread(target=_abort, args=(self._groups[1],), daemon=True)
+        ending.start()
+        ending.join(_CLOSING)
 
     @contextmanager
     def _exchanging(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:  # all that torch says of an exchange that failed
-            if self._owner is None:  # nobody else turns it into a sentence
-                raise self._end(_Cut(), "a layer") from error
-            raise _Cut from error
+            if self.device.type == "cuda":
+                self._abort()  # what is queued on the device waits for a rank that is gone
+            raise self._cut() from error
+
+    def _cut(self) -> BaseException:
+        # In no call nobody else turns it into a sentence.
+        return _Cut() if self._owner is not None else self._end(_Cut(), "a layer")
 
 
 class _Cut(RankFailed):
@@ -355,14 +458,8 @@ def rank_group(expert_parallel: Any, device: torch.device) -> RankGroup:
         device: where the model is going to be on this rank.
 
     Raises:
-        ValueError: none of these, a process that torchrun did not start, or GPUs, which this has
-            not been tried on.
+        ValueError: none of these, or a process that torchrun did not start.
     """
-    if device.type == "cuda" and not TRIED_ON_GPUS:
-        raise ValueError(
-            "expert_parallel has been tried with processes on CPUs only, not on GPUs yet; "
-            "device='cpu' works"
-        )
     if expert_parallel is True:
         return RankGroup(_world(), device)
     if isinstance(expert_parallel, dist.DeviceMesh):
@@ -423,6 +520,43 @@ def _gloo(store: Any, rank: int, size: int, timeout: float) -> Any:
 
 
 def _nccl(store: Any, rank: int, size: int, timeout: float) -> Any:
+    # A rank may replay a graph while another runs the same exchange without one: each registers
+    # buffers of graphs in its own way otherwise.
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=timeout)
     return dist.ProcessGroupNCCL(store, rank, size, options)
+
+
+def _abort(layers: Any) -> None:
+    with suppress(Exception):
+        layers.abort()
+
+
+def _options(kind: type[Any], aside: bool = False) -> Any:
+    """Options of an exchange; not aside, it takes its turn in the stream that asks for it."""
+    options = kind()
+    options.asyncOp = aside
+    return options
+
+
+def _closer(shutdown: Callable[[], None]) -> Callable[[], None]:
+    """What ends NCCL's connections, or gives up soon.
+
+    Its thread waits from the start on, since none can be started while Python ends.
+    """
+    asked = threading.Event()
+
+    def wait() -> None:
+        asked.wait()
+        with suppress(Exception):  # it has been aborted
+            shutdown()
+
+    thread = threading.Thread(target=wait, name="qmoe-nccl-end", daemon=True)
+    thread.start()
+
+    def close() -> None:
+        asked.set()
+        thread.join(_CLOSING)
+
+    return close

@@ -3,12 +3,17 @@
 Each forward pass of any rank is a *round*, which all ranks take part in: those that have nothing to
 compute run the layers' experts alone, for the others' rows. In a layer, rows are gathered from all
 ranks, each runs its own experts on all of them, and the sums are scattered to where the rows came
-from. A row's sum is added up in fp32, as for one text.
+from.
+
+How many rows a round has is agreed on in one of two ways. In *open* rounds the hosts say it before
+each of them. *Steps* all have the number that was agreed on once, so that a CUDA graph can hold
+them: first all prompts are read, in open rounds, then all ranks decode. Every rank queues as many
+steps as the others; whether there is another is said while a step runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +21,8 @@ from torch import Tensor
 
 from qmoe.parallel.group import KnownToAll, RankGroup
 
-_NO_EXPERT = -1
+# A layer's experts: rows, ids, weights -> rows.
+Layer = Callable[[Tensor, Tensor, Tensor], Any]
 
 
 class OwnTexts:
@@ -24,21 +30,48 @@ class OwnTexts:
 
     Attributes:
         rows: rows of the rank that has most of them, in the round that is under way.
+        parts: of a round's rows, each of which is exchanged beside another's products.
+        in_steps: whether all rounds from now on are steps.
+        steps: how many this rank has queued.
     """
 
-    def __init__(self, group: RankGroup, top_k: int, interrupted: Callable[[], bool]) -> None:
+    def __init__(
+        self, group: RankGroup, top_k: int, interrupted: Callable[[], bool], parts: int = 1
+    ) -> None:
         """Nothing is exchanged yet.
 
         Args:
             group: the ranks, in a call together.
             top_k: experts of a token, in every layer.
             interrupted: whether this rank was.
+            parts: see the attribute.
         """
-        self.group, self.top_k, self.interrupted = group, top_k, interrupted
-        self.rows = 0
+        self.group, self.top_k, self.interrupted, self.parts = group, top_k, interrupted, parts
+        self.rows = self.steps = self._said = 0
+        self.in_steps = False
+        self._step_rows: int | None = None
+        self._agreed = False
+
+    # ---- which rounds --------------------------------------------------------------------------
+
+    def agree_on_steps(self, num_rows: int | None) -> int | None:
+        """Agree, once in a call, whether ranks decode in steps; all do or none.
+
+        Args:
+            num_rows: of this rank's steps; 0 where it has no texts, None where it cannot.
+
+        Returns:
+            rows of the rank that has most of them; None where there are open rounds only.
+        """
+        if not self._agreed:
+            heard = self._exchange("how texts are decoded", rows=num_rows)
+            counts = [other["rows"] for other in heard]
+            self._step_rows = None if None in counts else max(counts)
+            self._agreed = True
+        return self._step_rows
 
     def begin(self, num_rows: int) -> bool:
-        """Begin a round; False where no rank has rows any more.
+        """Begin an open round; False where no rank has rows any more. In steps: nothing is said.
 
         Args:
             num_rows: of this rank; 0 where its texts have ended.
@@ -47,31 +80,69 @@ class OwnTexts:
             KnownToAll: a rank was interrupted; all raise this in the same round.
             RankFailed: another rank failed or is gone.
         """
+        if not self.in_steps:
+            heard = self._exchange("a forward pass", rows=num_rows)
+            self.rows = max(other["rows"] for other in heard)
+        return self.rows > 0
+
+    def begin_steps(self, layers: Sequence[Layer], like: Tensor) -> None:
+        """Take part until all ranks have read their prompts; from here on there are steps.
+
+        Args:
+            layers, like: as `take_part` has them.
+        """
+        assert self._step_rows is not None  # agreed on before prompts are read
+        self.take_part(layers, like)
+        self.rows, self.in_steps = self._step_rows, True
+
+    def goes_on(self, has_texts: bool) -> bool:
+        """Whether a rank's texts go on after a step, all ranks having queued one more.
+
+        Raises:
+            KnownToAll, RankFailed: as `begin`.
+        """
+        self._said += 1
+        heard = self._exchange(f"step {self._said}", goes_on=has_texts)
+        return any(other["goes_on"] for other in heard)
+
+    @property
+    def lacks_step(self) -> bool:
+        """Whether this rank has yet to queue the step that the next `goes_on` is said beside."""
+        return self.steps <= self._said
+
+    def _exchange(self, what: str, **said: Any) -> list[dict[str, Any]]:
         heard = self.group.exchange(
-            "a step of qmoe.generate with texts of its own",
-            rows=num_rows,
+            f"{what} of qmoe.generate with texts of its own",
+            **said,
             interrupted=self.interrupted(),
         )
         for rank, other in enumerate(heard):
             if other["interrupted"]:
                 raise KnownToAll(KeyboardInterrupt(f"rank {rank} was interrupted"))
-        self.rows = max(other["rows"] for other in heard)
-        return self.rows > 0
+        return heard
 
-    def take_part(
-        self, layers: list[Callable[[Tensor, Tensor, Tensor], Any]], like: Tensor
-    ) -> None:
-        """Take part in rounds without rows, until no rank has any.
+    # ---- layers --------------------------------------------------------------------------------
+
+    def take_part(self, layers: Sequence[Layer], like: Tensor) -> None:
+        """Take part in open rounds without rows, until no rank has any.
 
         Args:
             layers: the model's experts modules in the order in which it runs them.
             like: (0, hidden_size) in the dtype and on the device of the model's rows.
         """
+        while self.begin(0):
+            self.run_experts(layers, like)
+
+    def run_experts(self, layers: Sequence[Layer], like: Tensor) -> None:
+        """Run the experts of all layers, in a round in which this rank has no rows.
+
+        Args:
+            layers, like: as `take_part` has them.
+        """
         ids = torch.empty(0, self.top_k, dtype=torch.int64, device=like.device)
         weights = torch.empty(0, self.top_k, device=like.device)
-        while self.begin(0):
-            for layer in layers:
-                layer(like, ids, weights)
+        for layer in layers:
+            layer(like, ids, weights)
 
     def run(
         self,
@@ -97,11 +168,22 @@ class OwnTexts:
                 f"ranks agreed on at most {self.rows} with {self.top_k}; this model cannot run "
                 "with texts of each rank's own"
             )
-        missing = (0, 0, 0, self.rows - num_tokens)
-        pad = torch.nn.functional.pad
-        gathered = (
-            self.group.gather(pad(hidden_states, missing)),
-            self.group.gather(pad(topk_ids.int(), missing, value=_NO_EXPERT)),
-            self.group.gather(pad(topk_weights.float(), missing)),
-        )
-        return self.group.sum_and_scatter(experts(*gathered))[:num_tokens]
+        parts, aside = min(self.parts, self.rows), self.parts > 1
+        most = -(-self.rows // parts)
+        # A part's rows come while the part before is multiplied, its sums go during the next.
+        gathers = [
+            self.group.start_gather(
+                hidden_states[first : first + most],
+                topk_ids[first : first + most],
+                topk_weights[first : first + most],
+                most,
+                aside=aside,
+            )
+            for first in range(0, self.rows, most)
+        ]
+        sums = [
+            self.group.start_sum_and_scatter(experts(*gathered()), aside=aside)
+            for gathered in gathers
+        ]
+        outputs = [scattered() for scattered in sums]
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[:num_tokens]

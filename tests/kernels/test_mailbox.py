@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
@@ -25,8 +25,8 @@ from random_layer import DEVICE, random_layer
 from qmoe_kernels import fused_moe, mailbox, mailbox_kernels
 from qmoe_kernels.cpu import workers
 from qmoe_kernels.experts import Experts, Projection
-from qmoe_kernels.mailbox import SERVED, WAITED_NS, Mailbox, Posts
-from qmoe_kernels.paging import Residency
+from qmoe_kernels.mailbox import COPIED_LATER, SERVED, WAITED_NS, Mailbox, Posts
+from qmoe_kernels.paging import CopyList, Residency
 from qmoe_kernels.reference import fused_moe_reference
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers need Linux")
@@ -71,6 +71,7 @@ class Host:
         device = device_of(self.implementation)
         num_pages = NUM_EXPERTS * len(self.layers)
         self.residency = Residency.empty(num_pages, 4, len(self.layers), device)
+        self.copies = CopyList.empty(NUM_EXPERTS, device)
         self.mailbox = Mailbox.empty(HIDDEN, device)
         self.posts = Posts.empty(num_pages, NUM_EXPERTS, len(self.layers), device)
         self.workers = workers.Workers(
@@ -82,14 +83,21 @@ class Host:
 
     def fill_slots(self) -> None:
         """All slots were used at the clock's 10, and hold nothing that is asked for here."""
+        self.residency.page_to_slot.fill_(-1)
+        self.residency.slot_to_page.fill_(-1)
         self.residency.last_used.fill_(10)
         self.residency.clock.fill_(10)
 
-    def divert(self, number: int, layer) -> torch.Tensor:
+    def refill_slots(self) -> None:
+        """As `fill_slots`; nobody was asked for anything."""
+        self.fill_slots()
+        self.posts.last_asked.zero_()
+
+    def admit(self, number: int, layer) -> torch.Tensor:
         triton = self.implementation == "triton"
-        run = mailbox_kernels.launch_divert if triton else mailbox._divert_cpu
+        run = mailbox_kernels.launch_admit_and_post if triton else mailbox._admit_and_post_cpu
         arguments = (layer.hidden_states, layer.topk_ids, number, number * NUM_EXPERTS, NUM_EXPERTS)
-        return run(*arguments, self.residency, self.posts, self.mailbox)
+        return run(*arguments, self.residency, self.copies, self.posts, self.mailbox)
 
     def combine(self, number: int, layer, link_ids, weights=None, seconds: float = 5.0):
         skipped = replace(layer, topk_ids=link_ids, topk_weights=None)
@@ -127,9 +135,9 @@ def test_sums_what_link_and_host_computed(hosts, implementation, weights, bias, 
     layers = [x.to(device) for x in make_layers(weights, bias=bias)]
     host = make_host(hosts, implementation, layers)
     host.posts.share.fill_(share).clamp_(max=torch.arange(NUM_EXPERTS + 1, device=device))
-    host.fill_slots()
     for number, layer in enumerate(layers):
-        link_ids = host.divert(number, layer)
+        host.fill_slots()
+        link_ids = host.admit(number, layer)
         diverted = layer.topk_ids[link_ids != layer.topk_ids].unique().numel()
         assert diverted == min(share, layer.topk_ids.unique().numel())
         assert host.posts.counters[number, SERVED] == diverted
@@ -153,7 +161,7 @@ def test_rounds_to_the_activations_dtype(hosts, implementation, dtype) -> None:
     host = make_host(hosts, implementation, [layer])
     host.posts.share.copy_(torch.arange(NUM_EXPERTS + 1))
     host.fill_slots()
-    rows = host.combine(0, layer, host.divert(0, layer))
+    rows = host.combine(0, layer, host.admit(0, layer))
     alone = fused_moe(**replace(layer.to("cpu"), topk_weights=None).arguments())
     assert torch.equal(rows.cpu(), alone), "all of it is the host's, whose loops these are"
 
@@ -164,7 +172,7 @@ def test_one_expert_has_the_same_bits_in_every_company(hosts, num_threads) -> No
     host = make_host(hosts, "cpu", layers, num_threads=num_threads)
     host.posts.share.copy_(torch.arange(NUM_EXPERTS + 1))
     host.fill_slots()
-    together = host.combine(0, layers[0], host.divert(0, layers[0]))
+    together = host.combine(0, layers[0], host.admit(0, layers[0]))
     for token in range(len(layers[0].topk_ids)):
         for k in range(TOP_K):
             alone = replace(
@@ -172,8 +180,8 @@ def test_one_expert_has_the_same_bits_in_every_company(hosts, num_threads) -> No
                 hidden_states=layers[0].hidden_states[token : token + 1],
                 topk_ids=layers[0].topk_ids[token : token + 1, k : k + 1],
             )
-            host.posts.last_asked.zero_()
-            rows = host.combine(0, alone, host.divert(0, alone))
+            host.refill_slots()
+            rows = host.combine(0, alone, host.admit(0, alone))
             assert torch.equal(rows[0, 0], together[token, k])
 
 
@@ -191,55 +199,108 @@ def asked_for(layer, *experts: int):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 class TestChoice:
-    def run(self, hosts, implementation: str, share: int, *experts: int, before=None) -> list[int]:
-        """The experts that the host takes of those that a token is routed to; none is there."""
+    """A token, whose experts are absent; the table says of how many the host takes."""
+
+    def run(self, hosts, implementation: str, share: int, *experts: int, before=None) -> Host:
         layers = make_layers()
-        host = make_host(hosts, implementation, layers)
-        host.posts.share.fill_(share)
+        self.host = host = make_host(hosts, implementation, layers)
+        most = torch.arange(NUM_EXPERTS + 1, device=host.posts.share.device)
+        host.posts.share.copy_(most.clamp(max=share))
         host.fill_slots()
         if before is not None:
             before(host)
         layer = asked_for(layers[0], *experts)
         layer = layer.to(device_of(implementation))
-        link_ids = host.divert(0, layer)
+        link_ids = host.admit(0, layer)
         if int(host.posts.pending):
             assert workers.wait_for_answer(host.mailbox.words, int(host.posts.number), 5)
-        return layer.topk_ids[link_ids != layer.topk_ids].tolist()
+        self.taken = layer.topk_ids[link_ids != layer.topk_ids].tolist()
+        self.now = [page for page, _ in host.copies.listed()]
+        self.later = [page for page, _ in host.copies.listed(late=True)]
+        residency = host.residency
+        there = [page for page in residency.slot_to_page.tolist() if page >= 0]
+        assert {*self.now, *self.later} <= set(there)
+        for page, slot in [*host.copies.listed(), *host.copies.listed(late=True)]:
+            assert (residency.page_to_slot[page], residency.slot_to_page[slot]) == (slot, page)
+        assert host.posts.counters[0, SERVED] == len(self.taken)
+        assert host.posts.counters[0, COPIED_LATER] == len(self.later)
+        return host
 
     def test_last_choices_of_those_never_asked_for(self, hosts, implementation) -> None:
-        assert self.run(hosts, implementation, 2, 3, 1, 6) == [1, 6]
+        self.run(hosts, implementation, 2, 3, 1, 6)
+        assert (self.taken, self.now, self.later) == ([1, 6], [3], [])
 
     def test_the_longest_ago_first(self, hosts, implementation) -> None:
         def before(host: Host) -> None:
             host.posts.last_asked[3], host.posts.last_asked[6] = 2, 5
 
-        assert self.run(hosts, implementation, 1, 3, 6, before=before) == [3]
+        self.run(hosts, implementation, 1, 3, 6, before=before)
+        assert (self.taken, self.now, self.later) == ([3], [6], [])
 
-    def test_what_was_asked_for_after_the_coldest_slot_is_the_links(
-        self, hosts, implementation
-    ) -> None:
+    def test_what_is_warm_is_copied_later(self, hosts, implementation) -> None:
+        """Asked for since the coldest slot was used."""
+
         def before(host: Host) -> None:
             host.posts.last_asked[3] = 10
 
-        assert self.run(hosts, implementation, 8, 3, 6, before=before) == [6]
+        self.run(hosts, implementation, 8, 3, 6, before=before)
+        assert (self.taken, self.now, self.later) == ([3, 6], [], [3])
 
-    def test_an_empty_slot_is_filled_first(self, hosts, implementation) -> None:
+    def test_what_is_warm_is_the_links_first(self, hosts, implementation) -> None:
+        def before(host: Host) -> None:
+            host.posts.last_asked[3], host.posts.last_asked[5] = 10, 11
+
+        self.run(hosts, implementation, 2, 3, 6, 5, before=before)
+        assert (self.taken, self.now, self.later) == ([3, 6], [5], [3])
+
+    def test_an_empty_slot_is_filled(self, hosts, implementation) -> None:
         def before(host: Host) -> None:
             host.residency.last_used[2] = 0
 
-        assert self.run(hosts, implementation, 8, 3, 6, before=before) == []
+        host = self.run(hosts, implementation, 8, 3, 6, before=before)
+        assert (self.taken, self.now, self.later) == ([3, 6], [], [3, 6])
+        assert host.residency.page_to_slot[3] == 2, "the empty one first"
+
+    def test_a_slot_of_this_call_is_not_the_coldest(self, hosts, implementation) -> None:
+        def before(host: Host) -> None:
+            host.residency.page_to_slot[3], host.residency.slot_to_page[1] = 1, 3
+            host.residency.last_used[1] = 4
+            host.posts.last_asked[6] = 9
+
+        self.run(hosts, implementation, 8, 3, 6, before=before)
+        assert (self.taken, self.now, self.later) == ([6], [], []), "all others were used later"
+
+    def test_all_slots_in_use(self, hosts, implementation) -> None:
+        def before(host: Host) -> None:
+            for slot in range(4):
+                host.residency.page_to_slot[slot], host.residency.slot_to_page[slot] = slot, slot
+
+        self.run(hosts, implementation, 8, 0, 1, 2, 3, 6, before=before)
+        assert (self.taken, self.now, self.later) == ([6], [], [])
 
     def test_what_is_there_is_no_miss(self, hosts, implementation) -> None:
         def before(host: Host) -> None:
-            host.residency.page_to_slot[3] = 1
+            host.residency.page_to_slot[3], host.residency.slot_to_page[1] = 1, 3
 
-        assert self.run(hosts, implementation, 8, 3, 6, before=before) == [6]
+        self.run(hosts, implementation, 8, 3, 6, before=before)
+        assert (self.taken, self.now, self.later) == ([6], [], [])
 
     def test_ids_outside_are_skipped(self, hosts, implementation) -> None:
-        assert self.run(hosts, implementation, 8, NUM_EXPERTS, 6, -1) == [6]
+        self.run(hosts, implementation, 8, NUM_EXPERTS, 6, -1)
+        assert (self.taken, self.now, self.later) == ([6], [], [])
 
     def test_after_a_failure_nothing_is_posted(self, hosts, implementation) -> None:
-        assert self.run(hosts, implementation, 8, 3, before=lambda h: h.posts.failed.fill_(1)) == []
+        self.run(hosts, implementation, 8, 3, before=lambda h: h.posts.failed.fill_(1))
+        assert (self.taken, self.now, self.later) == ([], [3], [])
+
+    def test_several_tokens_have_a_table_of_their_own(self, hosts, implementation) -> None:
+        layers = [x.to(device_of(implementation)) for x in make_layers()]
+        host = make_host(hosts, implementation, layers)
+        host.posts.share[1].copy_(torch.arange(NUM_EXPERTS + 1))
+        for layer, taken in ((asked_for(layers[0], 3, 1).to(layers[0].topk_ids.device), False),
+                             (layers[0], True)):  # fmt: skip
+            host.refill_slots()
+            assert torch.equal(host.admit(0, layer), layer.topk_ids) != taken
 
 
 @settings(max_examples=25, deadline=None)
@@ -250,8 +311,8 @@ def test_both_implementations_choose_the_same(data) -> None:
     state = {
         "asked": data.draw(st.lists(numbers, min_size=16, max_size=16)),
         "used": data.draw(st.lists(numbers, min_size=4, max_size=4)),
-        "slots": data.draw(st.lists(st.integers(-1, 3), min_size=16, max_size=16)),
-        "share": data.draw(st.lists(st.integers(0, 9), min_size=9, max_size=9)),
+        "pages": data.draw(st.lists(st.integers(-1, 15), min_size=4, max_size=4, unique=True)),
+        "share": [data.draw(st.lists(st.integers(0, 9), min_size=9, max_size=9)) for _ in range(2)],
     }
     num_tokens = data.draw(st.integers(1, 5))
     row = st.lists(st.integers(-1, NUM_EXPERTS), min_size=TOP_K, max_size=TOP_K)
@@ -263,19 +324,25 @@ def test_both_implementations_choose_the_same(data) -> None:
             host.residency.clock.fill_(3)
             host.posts.last_asked.copy_(torch.tensor(state["asked"]))
             host.residency.last_used.copy_(torch.tensor(state["used"]))
-            host.residency.page_to_slot.copy_(torch.tensor(state["slots"]))
+            host.residency.slot_to_page.copy_(torch.tensor(state["pages"]))
+            for slot, page in enumerate(state["pages"]):
+                if page >= 0:
+                    host.residency.page_to_slot[page] = slot
             host.posts.share.copy_(torch.tensor(state["share"]))
             layer = replace(layers[1], hidden_states=layers[1].hidden_states[:num_tokens])
             layer = replace(layer, topk_ids=ids)
             layer = layer.to(device_of(implementation))
-            link_ids = host.divert(1, layer)
+            link_ids = host.admit(1, layer)
             posted = int(host.posts.pending) > 0
             mail = host.mailbox
             found.append(
                 (
                     link_ids.tolist(),
                     host.posts.last_asked.tolist(),
-                    host.posts.counters[:, SERVED].tolist(),
+                    host.posts.counters.tolist(),
+                    {f.name: getattr(host.residency, f.name).tolist() for f in fields(Residency)},
+                    host.copies.listed(),
+                    host.copies.listed(late=True),
                     int(host.posts.number),
                     workers.load_word(mail.words, workers.POSTED),
                     mail.words[workers.HEADER].tolist() if posted else None,
@@ -297,9 +364,8 @@ def threads() -> list[str]:
 
 def posted(host: Host, layer) -> torch.Tensor:
     host.posts.share.copy_(torch.arange(NUM_EXPERTS + 1))
-    host.posts.last_asked.zero_()
-    host.fill_slots()
-    return host.divert(0, layer)
+    host.refill_slots()
+    return host.admit(0, layer)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -312,7 +378,7 @@ def test_an_answer_that_does_not_come_is_seen(hosts, implementation) -> None:
     out = host.combine(0, layer, link_ids, layer.topk_weights, seconds=0.05)
     assert not out.any(), "finite, so that drawing a token does not fail on the device"
     assert mailbox.has_failed(host.mailbox)
-    link_ids = host.divert(0, layer)
+    link_ids = host.admit(0, layer)
     assert torch.equal(link_ids, layer.topk_ids), "nothing more is posted"
     assert not host.combine(0, layer, link_ids, seconds=60).any(), "nor waited for"
 
@@ -454,8 +520,8 @@ def test_a_graph_is_replayed_while_workers_sleep(hosts) -> None:
     expected = host.combine(0, layer, posted(host, layer), layer.topk_weights)
 
     def step() -> torch.Tensor:
-        host.posts.last_asked.zero_()
-        return host.combine(0, layer, host.divert(0, layer), layer.topk_weights)
+        host.refill_slots()
+        return host.combine(0, layer, host.admit(0, layer), layer.topk_weights)
 
     step()
     graph, output = capture(step)
@@ -480,8 +546,8 @@ def test_a_graph_does_not_wait_for_ever(hosts) -> None:
     host.combine(0, layer, posted(host, layer), layer.topk_weights)
 
     def step() -> torch.Tensor:
-        host.posts.last_asked.zero_()
-        link_ids = host.divert(0, layer)
+        host.refill_slots()
+        link_ids = host.admit(0, layer)
         return host.combine(0, layer, link_ids, layer.topk_weights, seconds=0.2)
 
     step()
@@ -507,15 +573,16 @@ from compiling import compiling_for, spilled_bytes
 with compiling_for(CAPABILITY) as compiled:
     import torch
     from qmoe_kernels.mailbox import Mailbox, Posts
-    from qmoe_kernels.mailbox_kernels import launch_combine, launch_divert
-    from qmoe_kernels.paging import Residency
+    from qmoe_kernels.mailbox_kernels import launch_admit_and_post, launch_combine
+    from qmoe_kernels.paging import CopyList, Residency
     experts, hidden = 128, 2048
     residency = Residency.empty(6144, 3072, 48, "cpu")
+    copies = CopyList.empty(experts, "cpu")
     posts = Posts.empty(6144, experts, 48, torch.device("cpu"))
     box = Mailbox.empty(hidden, torch.device("cpu"))
     for dtype in (torch.bfloat16, torch.float32):
         x, ids = torch.zeros(1, hidden, dtype=dtype), torch.zeros(1, 8, dtype=torch.int64)
-        link = launch_divert(x, ids, 0, 0, experts, residency, posts, box)
+        link = launch_admit_and_post(x, ids, 0, 0, experts, residency, copies, posts, box)
         rows = torch.zeros(1, 8, hidden, dtype=dtype)
         for weights in (torch.zeros(1, 8), None):
             launch_combine(rows, ids, link, weights, 0, experts, posts, box, 5.0)
@@ -533,12 +600,9 @@ for kernel in compiled:
 def test_compiles(capability: int) -> None:
     kernels = run_compiler(f"CAPABILITY = {capability}\n{COMPILE}")
     names = [kernel["name"] for kernel in kernels]
-    assert names == 2 * ["divert_kernel", *2 * ["wait_kernel", "combine_kernel"]]
+    assert names == 2 * ["admit_and_post_kernel", *2 * ["combine_kernel"]]
     for kernel in kernels:
         assert kernel["spilled"] == 0, kernel
-        if kernel["name"] == "divert_kernel":
-            assert kernel["released"], kernel
-        elif kernel["name"] == "wait_kernel":
-            assert kernel["acquired"] and kernel["timed"], kernel
-        else:
-            assert kernel["volatile"], kernel
+        assert kernel["released"], kernel
+        if kernel["name"] == "combine_kernel":
+            assert kernel["acquired"] and kernel["timed"] and kernel["volatile"], kernel

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,22 @@ class Failure:
     seconds: float
 
 
-def run(size: int, function: Callable[..., Any], *args: Any, timeout: float = 60) -> list[Any]:
-    """Call ``function(rank, *args)`` in ``size`` forked processes.
+def run(
+    size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 60,
+    start: Literal["fork", "spawn"] = "fork",
+) -> list[Any]:
+    """Call ``function(rank, *args)`` in ``size`` processes.
 
-    Forked, since a new process takes seconds to import what this one has.
+    Forked, since a new process takes seconds to import what this one has; on GPUs spawned, since
+    one that has used CUDA cannot fork any more.
 
     Returns:
         what each returned, a `Failure` where it raised, None where it was killed.
     """
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context(start)
     port = _free_port()
     pipes = [context.Pipe() for _ in range(size)]
     processes = [

@@ -73,7 +73,8 @@ def test_pictures_are_drawn_from_the_file(results: tuple[Path, dict[str, Any]]) 
     out = results[0]
     assert benchmark.main(["--draw", f"--out={out}"]) == 0
     names = {picture.name for picture in out.parent.glob("*.png")}
-    assert names == {f"cache_{n}.png" for n in ("retention", "time_per_token", "baselines")}
+    drawn = ("retention", "time_per_token", "sources", "baselines")
+    assert names == {f"cache_{n}.png" for n in drawn}
 
 
 def test_a_section_that_fails_leaves_the_others(

@@ -58,8 +58,8 @@ class PoisonedCache(ExpertCache):
         pool.memory.fill_(POISON)
         return pool
 
-    def _gather(self, pool: Any, layer: int) -> None:
-        copies = self._copies
+    def _gather(self, pool: Any, layer: int, **options: Any) -> None:
+        copies = self._copies[layer]
         slots = torch.arange(len(copies.slots), device=self.device)
         targets = torch.where(slots < copies.count, copies.slots, self.num_slots)
         stale = torch.zeros(self.num_slots + 1, dtype=torch.bool, device=self.device)
@@ -67,7 +67,7 @@ class PoisonedCache(ExpertCache):
         stale = stale[: self.num_slots] | (pool.residency.slot_to_page < 0)
         pool.memory[: self.num_slots].masked_fill_(stale[:, None], POISON)
         self._delay()
-        super()._gather(pool, layer)
+        super()._gather(pool, layer, **options)
 
     def _admit(self, pool: Any, layer: int, topk_ids: Tensor, **options: Any) -> None:
         self.ways.add("waves" if "experts" in options else "admitted")

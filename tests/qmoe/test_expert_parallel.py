@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,12 @@ from transformers.distributed import DistributedConfig
 import qmoe
 from qmoe.agreement import Agreement, Strikes
 from qmoe.cli.main import main
+from qmoe.decoding.step import step_of
 from qmoe.experts.quantized import QuantizedExperts, group_of, quantized_modules
 from qmoe.loading import shares
 from qmoe.paging.host_store import HostStore
 from qmoe.parallel import failure
+from qmoe.parallel.group import rank_group
 from qmoe.parallel.share import ranges, share_of
 from qmoe.text import Text
 from qmoe_convert.convert import convert
@@ -38,6 +42,11 @@ from qmoe_convert.convert import convert
 # Stored expert by expert, and fused with biases; with dense layers; with shared experts. The number
 # of experts is 32, 4, 4, 8 and 8: three ranks divide none of them.
 NAMES = ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3", "qwen3_next"]
+TWO_GPUS = [
+    pytest.mark.gpu,
+    pytest.mark.multi_gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
+]
 TOKENS = torch.arange(1, 19).view(2, 9)
 PROMPTS = ["def close(self):", "import os"]
 LENGTH = 12
@@ -280,6 +289,53 @@ def test_every_experts_class_is_the_sum_of_its_shares(experts_class) -> None:
                 torch.testing.assert_close(experts(hidden, ids, weights), expected)
             else:
                 parts.append(experts._own_experts(hidden, share.own_ids(ids), weights))
+
+
+def rounded_once(total: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """fp64 to 16 bits by whole numbers: torch's own way goes over fp32, and rounds twice."""
+    kept = {torch.bfloat16: 7, torch.float16: 10}[dtype]
+    bits = total.view(torch.int64)
+    half = 1 << (51 - kept)
+    bits = bits + (half - 1) + ((bits >> (52 - kept)) & 1)
+    return (bits & -(half << 1)).view(torch.float64)
+
+
+def exchanged(rank: int, dtype: torch.dtype) -> Any:
+    """What layers exchange, of numbers whose exponents differ by all that matters."""
+    group = rank_group(True, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(rank)
+    exponents = torch.randint(-6, 6, (64 * group.size, 256), generator=generator)
+    rows = (torch.randn(exponents.shape, generator=generator) * 2.0**exponents).to(dtype)
+    ids = torch.arange(2 * rank).view(rank, 2) + 10 * rank
+    with group.together("a test"):
+        routed = group.start_gather(rows[:rank, :3], ids, ids.to(dtype), 2)()
+        aside = group.start_gather(rows[:rank, :3], ids, ids.to(dtype), 2, aside=True)
+        assert all(map(torch.equal, aside(), routed))
+        scattered = group.start_sum_and_scatter(rows.clone())()
+        return rows, routed, scattered, group.sum(rows.clone())
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sums_are_rounded_once(dtype, size) -> None:
+    """Two ranks add up in 16 bits and more in fp32: the same bits, but for the order."""
+    results = ranks.run(size, exchanged, dtype)
+    assert not [result for result in results if isinstance(result, ranks.Failure)], results
+    rows = [result[0] for result in results]
+    exact = torch.stack(rows).double().sum(0)
+    assert (rows[0] + rows[1] != rows[0]).double().mean() > 0.5, "both matter"
+    for rank, (_, routed, scattered, total) in enumerate(results):
+        assert torch.equal(scattered, total.chunk(size)[rank])
+        if size == 2:
+            assert torch.equal(total.double(), rounded_once(exact, dtype))
+        else:
+            torch.testing.assert_close(total.double(), exact, rtol=2e-2, atol=1e-3)
+        lengths = [min(2, count) for count in range(size)]
+        assert (routed[1] >= 0).sum(1).tolist() == [2 * (i < n) for n in lengths for i in (0, 1)]
+        assert routed[2].dtype == torch.float32
+        for other, count in enumerate(lengths):
+            actual = routed[0].view(size, 2, 3)[other, :count]
+            assert torch.equal(actual, rows[other][:count, :3])
 
 
 # ---- what is refused ---------------------------------------------------------------------------
@@ -621,6 +677,63 @@ def test_each_rank_has_texts_of_its_own(checkpoints, tokenizer, alone) -> None:
             assert result[name] == (*expected, alone[name][2]), (name, rank)
 
 
+def heard_texts(rank: int, path: Path, tokenizer: Any) -> Any:
+    """One rank listens, which only transformers' loop lets it do: all decode in open rounds."""
+    model = spread(path)
+    calls = []
+    if rank == 2:
+        layer = next(iter(quantized_modules(model).values()))
+        layer.register_forward_hook(lambda *_: calls.append(0))
+    options = {"prompts": OWN[rank], "max_new_tokens": LENGTHS[rank], "own_texts": True}
+    return generate(model, tokenizer, **options), len(calls)
+
+
+@pytest.mark.filterwarnings("ignore:.*decodes by transformers' own loop")
+def test_who_listens_hears_every_round(checkpoints, tokenizer) -> None:
+    results = ranks.run(3, heard_texts, checkpoints["qwen3_moe"], tokenizer)
+    model = load(checkpoints["qwen3_moe"])
+    for rank, result in enumerate(results):
+        assert not isinstance(result, ranks.Failure), result
+        options = {"prompts": OWN[rank], "max_new_tokens": LENGTHS[rank]}
+        assert result[0] == (generate(model, tokenizer, **options) if OWN[rank] else [])
+    assert results[2][1] == LENGTH, "a pass for each token of the longest text"
+
+
+def said(rank: int, path: Path, tokenizer: Any) -> Any:
+    """What hosts say while ranks decode in steps, and what the others queue for it."""
+    model = spread(path)
+    group = group_of(model)
+    heard, exchange = [], type(group).exchange
+
+    def note(self: Any, what: str, **words: Any) -> Any:
+        heard.append(what.partition(" of ")[0])
+        return exchange(self, what, **words)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(type(group), "exchange", note)
+        options = {"prompts": OWN[rank], "max_new_tokens": LENGTHS[rank], "own_texts": True}
+        generate(model, tokenizer, **options)
+    return heard[1:]
+
+
+def test_steps_are_agreed_on_once(checkpoints, tokenizer) -> None:
+    reading = ["how texts are decoded", "a forward pass", "a forward pass"]
+    steps = [f"step {i}" for i in range(1, LENGTH + 1)]
+    for heard in ranks.run(3, said, checkpoints["qwen3_moe"], tokenizer):
+        assert heard == [*reading, *steps]
+
+
+def test_graphs_are_of_one_exchange(checkpoints) -> None:
+    """A kept step is captured again where ranks exchange other rows than in its graph."""
+    step = step_of(load(checkpoints["qwen3_moe"]), 2, 32)
+    pools = []
+    for round_rows in (None, 8, 8, 16, None):
+        step.serve(round_rows)
+        pools.append(step.pool)
+    assert [a is b for a, b in pairwise(pools)] == [False, True, False, False]
+    assert step.pool is not pools[0]
+
+
 def own_ends(rank: int, path: Path, tokenizer: Any) -> Any:
     model = spread(path)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -686,14 +799,22 @@ def test_each_rank_pages_with_its_own_budget(checkpoints, tokenizer, alone) -> N
     assert zero[1] <= one[1] and zero[2][1] < 2 * 16
 
 
+# ---- gradients ---------------------------------------------------------------------------------
+
+
+def gradient(rank: int, path: Path) -> Any:
+    model = spread(path)
+    with pytest.raises(RuntimeError) as caught:
+        model(TOKENS).logits.sum().backward()
+    return str(caught.value)
+
+
+def test_gradients_are_refused(checkpoints) -> None:
+    for found in ranks.run(2, gradient, checkpoints["qwen3_moe"]):
+        assert "experts on several ranks have no gradient" in found
+
+
 # ---- the command -------------------------------------------------------------------------------
-
-
-TWO_GPUS = [
-    pytest.mark.gpu,
-    pytest.mark.multi_gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
-]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=TWO_GPUS)])
@@ -734,3 +855,117 @@ def test_what_the_commands_refuse_under_torchrun(tmp_path, monkeypatch, capsys) 
         assert sys.stdout is not stdout and sys.stderr is not stderr, "rank 0 says it"
     finally:
         sys.stdout, sys.stderr = stdout, stderr
+
+
+# ---- two GPUs ----------------------------------------------------------------------------------
+
+
+def on_two_gpus(test: Any) -> Any:
+    for mark in TWO_GPUS:
+        test = mark(test)
+    return test
+
+
+def on_two(function: Any, *args: Any) -> list[Any]:
+    results = ranks.run(2, function, *args, start="spawn", timeout=240)
+    assert not [result for result in results if isinstance(result, ranks.Failure)], results
+    return results
+
+
+def on_gpus(rank: int, paths: list[Path], tokenizer: Any, device: str) -> Any:
+    """Texts of both kinds on all GPUs and on one, each kind twice: by a step that was kept."""
+    found = []
+    warnings.filterwarnings("error", message=".*without a CUDA graph|.*own loop")
+    for path in paths:
+        model = qmoe.load(path, device=device, expert_parallel=True)
+        alone = qmoe.load(path, device=f"{device}:{rank}" if device == "cuda" else device)
+        same = {"max_new_tokens": 2 * LENGTH}
+        own = {"prompts": OWN[-rank], "max_new_tokens": (3 + rank) * LENGTH}
+        sampled = {"do_sample": True, "temperature": 1.5, "seed": 3}
+        for options in (same, own, same | sampled, own | sampled, own, same):
+            spread_over_all = {"own_texts": True} if "prompts" in options else {}
+            found.append(
+                (
+                    generate(model, tokenizer, **options, **spread_over_all),
+                    generate(alone, tokenizer, **options),
+                )
+            )
+        nobody = {"prompts": own["prompts"] if rank else [], "own_texts": True}
+        expected = generate(alone, tokenizer, prompts=own["prompts"]) if rank else []
+        found.append((generate(model, tokenizer, **nobody), expected))
+    return found
+
+
+@on_two_gpus
+@pytest.mark.parametrize("peers", ["0", "1"])
+def test_two_gpus_give_the_tokens_of_one(checkpoints, tokenizer, monkeypatch, peers) -> None:
+    monkeypatch.setenv("QMOE_PEERS", peers)
+    paths = [checkpoints[name] for name in ("qwen3_moe", "gpt_oss")]
+    for result in on_two(on_gpus, paths, tokenizer, "cuda"):
+        for actual, expected in result:
+            assert actual == expected
+
+
+def both_ways(rank: int) -> Any:
+    """Exchanges over peers' memory and by NCCL, many and of many sizes, also by a graph."""
+    os.environ["QMOE_PEERS"] = "1"
+    group = rank_group(True, torch.device("cuda", rank))
+    torch.cuda.set_device(rank)
+    assert group.peers is not None
+    generator = torch.Generator("cuda").manual_seed(rank)
+    found = []
+    with group.together("a test"):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for num_rows, width in [(1, 2048), (3, 7), (64, 2048), (128, 2880), (2, 64)] * 3:
+                rows = torch.randn(2 * num_rows, width, device="cuda", generator=generator)
+                rows = rows.to(dtype)
+                ids = torch.randint(0, 9, (num_rows, 4), device="cuda", generator=generator)
+                routed = rows[: num_rows - rank], ids[rank:], ids[rank:].to(dtype), num_rows
+
+                def exchange(rows: Any = rows, routed: Any = routed) -> Any:
+                    total = group.sum(rows.clone())
+                    scattered = group.start_sum_and_scatter(rows.clone())()
+                    return total, scattered, *group.start_gather(*routed)()
+
+                peers, group.peers = group.peers, None
+                expected = exchange()
+                group.peers = peers
+                actual = exchange()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    replayed = exchange()
+                for _ in range(5):
+                    graph.replay()
+                for way in (actual, replayed):
+                    found.append(all(map(torch.equal, way, expected)))
+        group.check_open()
+    return found
+
+
+@on_two_gpus
+def test_peers_exchange_what_nccl_does() -> None:
+    for found in on_two(both_ways):
+        assert found == [True] * len(found)
+
+
+def dies(rank: int, path: Path, tokenizer: Any, own: bool) -> Any:
+    """Rank 1 is killed in the middle of a text; steps are captured by then."""
+    model = qmoe.load(path, device="cuda", expert_parallel=True)
+
+    def until(index: int, tokens: Any) -> bool:
+        if rank == 1 and len(tokens) == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return False
+
+    started = time.monotonic()
+    options = {"until": until, "own_texts": own, "max_new_tokens": 4 * LENGTH}
+    return refused(generate, model, tokenizer, **options), time.monotonic() - started
+
+
+@on_two_gpus
+@pytest.mark.parametrize("own", [False, True], ids=["same", "own"])
+def test_a_killed_rank_ends_the_other_gpu(own, checkpoints, tokenizer) -> None:
+    zero, one = on_two(dies, checkpoints["qwen3_moe"], tokenizer, own)
+    assert one is None
+    assert "RankFailed: rank 1 does not answer any more" in zero[0]
+    assert zero[1] < 60  # kernels are compiled in it

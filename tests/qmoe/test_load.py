@@ -135,7 +135,8 @@ def test_a_converted_folder_with_other_scales_or_config_is_refused(tmp_path) -> 
     del config["quantization_config"]
     (out / "config.json").write_text(json.dumps(config))
     for options in ({}, {"weights": "int8"}):
-        with pytest.raises(ValueError, match=r"weight_scale and .*no part of the model"):
+        # transformers 5.17 gives them the names that the model has after conversion.
+        with pytest.raises(ValueError, match=r"_scale and \d+ more are no part of the model"):
             qmoe.load(out, device="cpu", **options)
 
 

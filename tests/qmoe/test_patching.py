@@ -112,16 +112,24 @@ def test_compiles_without_a_graph_break() -> None:
     torch.testing.assert_close(actual, logits(model), rtol=1e-4, atol=1e-4)
 
 
-def test_compiles_where_gradients_are_on_and_refuses_one_when_it_is_asked_for() -> None:
+def test_compiles_where_gradients_are_on() -> None:
     experts = qmoe.patch(build("qwen3_moe", num_layers=1)).model.layers[0].mlp.experts
     x = torch.randn(3, 64, requires_grad=True)
     routing = torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1)
     expected = experts(x, *routing)
     output = torch.compile(experts, backend="aot_eager")(x, *routing)
     assert torch.equal(output, expected)
-    for result in (output, expected):
-        with pytest.raises(RuntimeError, match=r"has no gradient.*qmoe\.unpatch"):
-            result.sum().backward()
+    ours, compiled = (torch.autograd.grad(y.sum(), x)[0] for y in (expected, output))
+    assert ours.abs().sum() > 0
+    torch.testing.assert_close(ours, compiled)
+
+
+def test_experts_that_are_not_frozen_say_so() -> None:
+    experts = qmoe.patch(build("qwen3_moe", num_layers=1)).model.layers[0].mlp.experts
+    experts.down_proj_scale.requires_grad_()
+    routing = torch.zeros(3, 1, dtype=torch.long), torch.ones(3, 1)
+    with pytest.raises(RuntimeError, match=r"has no gradient.*qmoe\.unpatch"):
+        experts(torch.randn(3, 64), *routing).sum().backward()
 
 
 def test_patching_twice_is_refused() -> None:

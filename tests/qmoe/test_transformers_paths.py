@@ -366,21 +366,55 @@ class TestAdapters:
         loaded.disable_adapters()
         assert torch.equal(logits(loaded, prompts[1]), logits(resident, prompts[1]))
 
-    def test_only_adapters_ask_for_gradients_which_experts_do_not_have(
-        self, adapt, resident, prompts, tmp_path
+    def test_adapters_learn_as_beside_dequantized_weights(
+        self, adapt, resident, reference, prompts
     ):
-        adapted = adapt(resident)
+        adapted, other = adapt(resident), adapt(reference)
         trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
         assert trained and all("lora_" in name for name in trained)
-        ids = torch.tensor([prompts[1]], device=resident.device)
-        loss = adapted(input_ids=ids, labels=ids).loss
-        assert loss.isfinite()
-        with pytest.raises(RuntimeError, match=r"no gradient.*qmoe\.unpatch") as refusal:
-            loss.backward()
-        assert len(str(refusal.value).splitlines()) == 1
-        arguments = TrainingArguments(tmp_path, report_to="none", use_cpu=True)
-        with pytest.raises(ValueError, match=r"qmoe.*training"):
-            Trainer(adapted, arguments)
+        for model in (adapted, other):
+            ids = torch.tensor([prompts[1]], device=model.device)
+            model(input_ids=ids, labels=ids).loss.backward()
+        theirs = dict(other.named_parameters())
+        for name in trained:
+            ours = adapted.get_parameter(name).grad
+            assert ours.abs().sum() > 0
+            torch.testing.assert_close(ours.cpu(), theirs[name].grad.cpu(), rtol=2e-3, atol=2e-4)
+
+    def test_routers_learn_as_beside_dequantized_weights(self, resident, reference, prompts):
+        name = "model.layers.0.mlp.gate.weight"
+        gradients = []
+        for model in (resident, reference):
+            model = copy.deepcopy(model).requires_grad_(False)
+            router = model.get_parameter(name).requires_grad_()
+            ids = torch.tensor([prompts[1]], device=model.device)
+            model(input_ids=ids, labels=ids).loss.backward()
+            gradients.append(router.grad.cpu())
+        assert gradients[0].abs().sum() > 0
+        torch.testing.assert_close(*gradients, rtol=2e-3, atol=2e-5)
+
+    def test_trains_with_transformers_trainer(self, adapt, resident, prompts, tmp_path):
+        adapted = adapt(resident).train()
+        adapted.enable_input_require_grads()
+        rows = [{"input_ids": prompts[1], "labels": prompts[1]} for _ in range(4)]
+        arguments = TrainingArguments(
+            tmp_path,
+            report_to="none",
+            use_cpu=resident.device.type == "cpu",
+            num_train_epochs=3,
+            per_device_train_batch_size=1,
+            learning_rate=1e-2,
+            logging_steps=1,
+            save_strategy="no",
+            gradient_checkpointing=True,
+        )
+        before = {n: p.clone() for n, p in adapted.named_parameters()}
+        trainer = Trainer(adapted, arguments, train_dataset=rows)
+        trainer.train()
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        assert losses[-1] < 0.8 * losses[0]
+        for name, parameter in adapted.named_parameters():
+            assert torch.equal(parameter, before[name]) != ("lora_" in name), name
 
 
 @pytest.fixture(scope="module")

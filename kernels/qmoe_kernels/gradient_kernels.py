@@ -1,0 +1,376 @@
+"""The kernels of `gradients`: products with transposed weights, and what lies between them.
+
+All rows are in the order of sorted pairs (see `ExpertRouting`) until the last product scatters
+them. An 8-bit weight is read as it lies and widened on its way to the tensor cores; its scales,
+which belong to what is summed over here, have been multiplied into the rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qmoe_kernels.activations import Activation, gradient_triton
+from qmoe_kernels.experts import Experts, Projection
+from qmoe_kernels.grouped_gemm import GROUP_M, launch_grouped_gemm
+from qmoe_kernels.heuristic import heuristic_tile
+from qmoe_kernels.launching import COMPILED, is_widened_fp8, weight_bits
+from qmoe_kernels.routing import ExpertRouting
+from qmoe_kernels.rows import launch_weighted_sum
+from qmoe_kernels.widening import widen_weights
+
+
+def fused_moe_backward_triton(
+    gradient: Tensor,  # (num_tokens, hidden_size), or (num_tokens, top_k, hidden_size)
+    hidden_states: Tensor,  # (num_tokens, hidden_size)
+    experts: Experts,
+    topk_ids: Tensor,  # (num_tokens, top_k)
+    topk_weights: Tensor | None,  # (num_tokens, top_k)
+) -> tuple[Tensor, Tensor]:
+    """Run the kernels of `qmoe::fused_moe_backward`; arguments and result as there."""
+    num_tokens, top_k = topk_ids.shape
+    num_pairs, hidden_size = num_tokens * top_k, experts.hidden_size
+    gate_up, down = experts.gate_up.contiguous(), experts.down.contiguous()
+    topk_ids, gradient = topk_ids.contiguous(), gradient.contiguous()
+    up_rows, routing = _forward_rows(hidden_states.contiguous(), gate_up, topk_ids)
+    # Of a token's weight; the down bias counts for it as well.
+    of_weights = gradient.new_zeros(num_tokens, top_k, dtype=torch.float32)
+    per_pair = gradient.ndim == 3
+    rows = launch_scale_rows(
+        gradient.flatten(0, -2),
+        down,
+        topk_ids,
+        routing,
+        1 if per_pair else top_k,
+        None if topk_weights is None else of_weights,
+    )
+    transposed = _tiles(topk_ids, gate_up.num_experts)
+    rows = launch_transposed_gemm(rows, down, transposed)
+    rows = launch_activation_gradient(
+        up_rows, rows, experts.activation, gate_up, topk_ids, topk_weights, routing, of_weights
+    )
+    rows = launch_transposed_gemm(rows, gate_up, transposed, scatter=True)
+    ones = gradient.new_ones(num_tokens, top_k, dtype=torch.float32)
+    of_hidden = launch_weighted_sum(
+        rows.view(num_tokens, top_k, hidden_size), ones, topk_ids, gate_up.num_experts
+    )
+    if topk_weights is None:
+        return of_hidden, of_weights.new_empty(0)
+    assert num_pairs == of_weights.numel()
+    return of_hidden, of_weights.to(topk_weights.dtype)
+
+
+def grouped_linear_backward_triton(
+    gradient: Tensor,  # (num_tokens, top_k, out_features)
+    projection: Projection,
+    topk_ids: Tensor,  # (num_tokens, top_k)
+    per_pair: bool,
+) -> Tensor:
+    """Run the kernels of `qmoe::grouped_linear_backward`; arguments and result as there."""
+    num_tokens, top_k = topk_ids.shape
+    projection, topk_ids = projection.contiguous(), topk_ids.contiguous()
+    tiles = _tiles(topk_ids, projection.num_experts)
+    rows = launch_scale_rows(gradient.contiguous().flatten(0, 1), projection, topk_ids, tiles, 1)
+    rows = launch_transposed_gemm(rows, projection, tiles, scatter=True, fill=per_pair)
+    rows = rows.view(num_tokens, top_k, rows.shape[1])
+    if per_pair:
+        return rows
+    ones = gradient.new_ones(num_tokens, top_k, dtype=torch.float32)
+    return launch_weighted_sum(rows, ones, topk_ids, projection.num_experts)
+
+
+def _forward_rows(x: Tensor, gate_up: Projection, topk_ids: Tensor) -> tuple[Tensor, ExpertRouting]:
+    """What goes into the activation, (num_pairs, channels) by sorted pairs: computed once more."""
+    num_experts = gate_up.num_experts
+    tile = heuristic_tile(topk_ids.numel() / num_experts, gate_up.weight.dtype, x.dtype)
+    routing = ExpertRouting.from_topk_ids(topk_ids, num_experts, block_m=tile.block_m)
+    out = x.new_empty(topk_ids.numel(), gate_up.weight.shape[1])
+    launch_grouped_gemm(x, gate_up, topk_ids, routing, out, tile, pairs_per_row=topk_ids.shape[1])
+    return out, routing
+
+
+def _tiles(topk_ids: Tensor, num_experts: int) -> ExpertRouting:
+    """Sorted pairs in tiles for products with transposed weights."""
+    mean = topk_ids.numel() / num_experts
+    block_m = 128 if mean > 80 else 64 if mean > 20 else 16
+    return ExpertRouting.from_topk_ids(topk_ids, num_experts, block_m=block_m)
+
+
+# ---- products ----------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["max_tiles_m"])
+def transposed_gemm_kernel(
+    x_ptr,  # (num_pairs, N), by sorted pairs
+    weight_ptr,  # (num_slots, N, K)
+    out_ptr,  # (num_pairs, K)
+    ids_ptr,  # (num_pairs,) int32, sorted pairs
+    tiles_ptr,  # (max_tiles_m + 1, 4) int32, see ExpertRouting
+    max_tiles_m,
+    N,
+    K,
+    stride_weight_slot,
+    stride_weight_n,
+    SCATTER: tl.constexpr,
+    FP8: tl.constexpr,
+    ASM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # along the sum
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """out = x @ W for each expert's rows.
+
+    Grid: (min(GROUP_M, max_tiles_m) * cdiv(K, BLOCK_K), cdiv(max_tiles_m, GROUP_M)).
+    """
+    group_m = tl.minimum(max_tiles_m - tl.program_id(1) * GROUP_M, GROUP_M)
+    tile_m = tl.program_id(0) % group_m + tl.program_id(1) * GROUP_M
+    tile_k = tl.program_id(0) // group_m
+    if tile_k * BLOCK_K >= K:  # of a last group that is smaller
+        return
+    num_rows = tl.load(tiles_ptr + 4 * tile_m + 3)
+    if num_rows <= 0:
+        return
+    slot = tl.load(tiles_ptr + 4 * tile_m + 1).to(tl.int64)
+    first = tl.load(tiles_ptr + 4 * tile_m + 2)
+    order = tl.arange(0, BLOCK_M)
+    rows = first + tl.minimum(order, num_rows - 1)
+    channels = tl.arange(0, BLOCK_N)
+    columns = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = columns < K
+    # int64: rows times their length pass 2**31.
+    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * N + channels[None, :]
+    weight_ptrs = weight_ptr + slot * stride_weight_slot
+    weight_ptrs += channels.to(tl.int64)[:, None] * stride_weight_n + columns[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    for n in range(0, N, BLOCK_N):
+        left = channels < N - n
+        x = tl.load(x_ptrs, mask=left[None, :], other=0.0)
+        weight = tl.load(weight_ptrs, mask=left[:, None] & inside[None, :], other=0)
+        weight = widen_weights(weight, x.dtype, FP8, ASM)
+        acc = tl.dot(x, weight, acc, input_precision="ieee")
+        x_ptrs += BLOCK_N
+        weight_ptrs += BLOCK_N * stride_weight_n
+    if FP8:
+        acc = acc * 256.0  # what widen_weights left out
+    if SCATTER:
+        rows = tl.load(ids_ptr + rows)
+    out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * K + columns[None, :]
+    mask = (order < num_rows)[:, None] & inside[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def launch_transposed_gemm(
+    x: Tensor,  # (num_pairs, out_features), by sorted pairs, scales multiplied in
+    projection: Projection,
+    routing: ExpertRouting,
+    *,
+    scatter: bool = False,
+    fill: bool = False,
+) -> Tensor:
+    """Multiply rows by their experts' transposed weights.
+
+    Args:
+        routing: with tiles.
+        scatter: write in the order of pairs instead of the sorted order.
+        fill: write zeros for pairs without an expert, whose rows are anything otherwise.
+
+    Returns:
+        (num_pairs, in_features) in the dtype of ``x``.
+    """
+    weight = projection.weight
+    _, out_features, in_features = weight.shape
+    new = x.new_zeros if fill else x.new_empty
+    out = new(x.shape[0], in_features)
+    assert routing.tiles is not None and routing.block_m is not None
+    max_tiles_m, block_m = routing.tiles.shape[0] - 1, routing.block_m
+    if out.numel() == 0:
+        return out
+    if x.dtype == torch.float32:
+        block_n, block_k, num_warps = 32, 64, 8
+    else:
+        block_n, block_k, num_warps = 64, 128, 8 if block_m > 64 else 4
+    grid = (
+        min(GROUP_M, max_tiles_m) * triton.cdiv(in_features, block_k),
+        triton.cdiv(max_tiles_m, GROUP_M),
+    )
+    transposed_gemm_kernel[grid](
+        x,
+        weight_bits(weight, x),
+        out,
+        routing.sorted_pair_ids,
+        routing.tiles,
+        max_tiles_m,
+        out_features,
+        in_features,
+        weight.stride(0),
+        weight.stride(1),
+        SCATTER=scatter,
+        FP8=is_widened_fp8(weight, x),
+        ASM=COMPILED,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        GROUP_M=GROUP_M,
+        num_warps=num_warps,
+        num_stages=2 if x.dtype == torch.float32 else 3,
+    )
+    return out
+
+
+# ---- rows --------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["num_experts"])
+def scale_rows_kernel(
+    gradient_ptr,  # (num_pairs / PAIRS_PER_ROW, N)
+    scale_ptr,  # (num_experts, N) fp32, or None
+    bias_ptr,  # (num_experts, N), or None
+    ids_ptr,  # (num_pairs,), topk_ids
+    sorted_ptr,  # (num_pairs,) int32
+    out_ptr,  # (num_pairs, N)
+    sums_ptr,  # (num_pairs,) fp32: of gradient times bias, or None
+    num_experts,
+    N,
+    PAIRS_PER_ROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid: (num_pairs,). Rows by sorted pairs, times the scales of their experts."""
+    position = tl.program_id(0).to(tl.int64)
+    pair = tl.load(sorted_ptr + position)
+    expert = tl.load(ids_ptr + pair).to(tl.int64)
+    if (expert < 0) | (expert >= num_experts):
+        return
+    row = (pair // PAIRS_PER_ROW).to(tl.int64)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, N, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = columns < N
+        y = tl.load(gradient_ptr + row * N + columns, mask=mask, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + expert * N + columns, mask=mask, other=0.0)
+            total += y * bias.to(tl.float32)
+        if scale_ptr is not None:
+            y *= tl.load(scale_ptr + expert * N + columns, mask=mask, other=0.0)
+        tl.store(out_ptr + position * N + columns, y.to(out_ptr.dtype.element_ty), mask=mask)
+    if sums_ptr is not None and bias_ptr is not None:
+        tl.store(sums_ptr + pair, tl.sum(total, 0))
+
+
+def launch_scale_rows(
+    gradient: Tensor,  # (num_rows, out_features)
+    projection: Projection,
+    topk_ids: Tensor,
+    routing: ExpertRouting,
+    pairs_per_row: int,
+    sums: Tensor | None = None,  # (num_tokens, top_k) fp32
+) -> Tensor:
+    """(num_pairs, out_features) by sorted pairs: each pair's gradient times its expert's scales.
+
+    Args:
+        pairs_per_row: as many pairs share a row of ``gradient``.
+        sums: gets each pair's gradient times its expert's bias, if there is one.
+    """
+    num_pairs, out_features = topk_ids.numel(), gradient.shape[1]
+    out = gradient.new_empty(num_pairs, out_features)
+    if out.numel():
+        scale_rows_kernel[(num_pairs,)](
+            gradient,
+            projection.scale,
+            projection.bias,
+            topk_ids,
+            routing.sorted_pair_ids,
+            out,
+            sums,
+            projection.num_experts,
+            out_features,
+            PAIRS_PER_ROW=pairs_per_row,
+            BLOCK=min(2048, triton.next_power_of_2(out_features)),
+        )
+    return out
+
+
+@triton.jit(do_not_specialize=["num_experts"])
+def activation_gradient_kernel(
+    up_ptr,  # (num_pairs, N or 2 * N): what goes into the activation
+    gradient_ptr,  # (num_pairs, N): of its output, without the token's weight
+    out_ptr,  # (num_pairs, N or 2 * N)
+    scale_ptr,  # (num_experts, N or 2 * N) fp32, or None
+    ids_ptr,  # (num_pairs,), topk_ids
+    weights_ptr,  # (num_pairs,), topk_weights, or None
+    sorted_ptr,  # (num_pairs,) int32
+    sums_ptr,  # (num_pairs,) fp32, in the order of pairs
+    num_experts,
+    N,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid: (num_pairs,). ``sums`` gets gradient times output, which is added to what it has."""
+    GATED: tl.constexpr = ACTIVATION.gated
+    position = tl.program_id(0).to(tl.int64)
+    pair = tl.load(sorted_ptr + position)
+    expert = tl.load(ids_ptr + pair).to(tl.int64)
+    if (expert < 0) | (expert >= num_experts):
+        return
+    weight = 1.0
+    if weights_ptr is not None:
+        weight = tl.load(weights_ptr + pair).to(tl.float32)
+    channels = N
+    if GATED:
+        channels = 2 * N
+    row = position * channels
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, N, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = columns < N
+        gate = tl.load(up_ptr + row + columns, mask=mask, other=0.0).to(tl.float32)
+        up = gate
+        if GATED:
+            up = tl.load(up_ptr + row + N + columns, mask=mask, other=0.0).to(tl.float32)
+        y = tl.load(gradient_ptr + position * N + columns, mask=mask, other=0.0).to(tl.float32)
+        value, of_gate, of_up = gradient_triton(gate, up, y * weight, ACTIVATION)
+        total += tl.where(mask, y * value, 0.0)
+        scales = scale_ptr
+        if scale_ptr is not None:
+            scales = scale_ptr + expert * channels
+            of_gate *= tl.load(scales + columns, mask=mask, other=0.0)
+        tl.store(out_ptr + row + columns, of_gate.to(out_ptr.dtype.element_ty), mask=mask)
+        if GATED:
+            if scale_ptr is not None:
+                of_up *= tl.load(scales + N + columns, mask=mask, other=0.0)
+            tl.store(out_ptr + row + N + columns, of_up.to(out_ptr.dtype.element_ty), mask=mask)
+    if weights_ptr is not None:
+        tl.store(sums_ptr + pair, tl.load(sums_ptr + pair) + tl.sum(total, 0))
+
+
+def launch_activation_gradient(
+    up: Tensor,  # (num_pairs, channels)
+    gradient: Tensor,  # (num_pairs, intermediate_size)
+    activation: Activation,
+    gate_up: Projection,
+    topk_ids: Tensor,
+    topk_weights: Tensor | None,
+    routing: ExpertRouting,
+    sums: Tensor,  # (num_tokens, top_k) fp32
+) -> Tensor:
+    """(num_pairs, channels) by sorted pairs: gradients before the activation, times scales."""
+    num_pairs, size = gradient.shape
+    out = torch.empty_like(up)
+    if out.numel():
+        activation_gradient_kernel[(num_pairs,)](
+            up,
+            gradient,
+            out,
+            gate_up.scale,
+            topk_ids,
+            None if topk_weights is None else topk_weights.contiguous(),
+            routing.sorted_pair_ids,
+            sums,
+            gate_up.num_experts,
+            size,
+            ACTIVATION=activation,
+            BLOCK=min(512, triton.next_power_of_2(size)),
+        )
+    return out

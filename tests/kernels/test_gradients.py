@@ -1,0 +1,363 @@
+"""Gradients of experts that stay in 8 bits, beside torch's of the weights that they stand for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from compiling import ARCHITECTURES, SHARED_MEMORY, run_compiler
+from random_layer import DEVICE, TRITON_DTYPES, Layer, random_layer, relative_error
+
+from qmoe_kernels import Activation, dequantize, fused_moe, grouped_linear, weighted_sum
+from qmoe_kernels.activations import apply, apply_with_gradient
+
+pytest.importorskip("triton")
+
+# Three products in a row, each of which rounds its rows.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2.5e-2}
+GATES = [
+    Activation(),
+    Activation("gelu"),
+    Activation("gelu_tanh"),
+    Activation("relu"),
+    Activation("relu2", gated=False),
+    Activation("gelu", gated=False),
+    Activation(alpha=1.702, up_shift=1.0, limit=0.5),
+    Activation(limit=0.3, limit_after=True),
+    Activation(gate_softcap=0.7, up_softcap=0.4),
+]
+
+
+def dequantized(weight: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    return weight.double() if scale is None else dequantize(weight, scale, torch.float64)
+
+
+def expected(layer: Layer, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradients by torch, in fp64 but for the activation."""
+    layer = layer.to("cpu")
+    x = layer.hidden_states.double().requires_grad_()
+    weights = layer.topk_weights
+    weights = None if weights is None else weights.double().requires_grad_()
+    gate_up = dequantized(layer.gate_up_proj, layer.gate_up_proj_scale)
+    down = dequantized(layer.down_proj, layer.down_proj_scale)
+    rows = []
+    for token, ids in enumerate(layer.topk_ids.tolist()):
+        for k, expert in enumerate(ids):
+            if not 0 <= expert < layer.num_experts:
+                rows.append(x.new_zeros(down.shape[1]))
+                continue
+            up = gate_up[expert] @ x[token]
+            if layer.gate_up_proj_bias is not None:
+                up = up + layer.gate_up_proj_bias[expert].double()
+            y = down[expert] @ apply(layer.activation, up)
+            if layer.down_proj_bias is not None:
+                y = y + layer.down_proj_bias[expert].double()
+            rows.append(y if weights is None else y * weights[token, k])
+    output = torch.stack(rows).view(*layer.topk_ids.shape, -1)
+    output = output if weights is None else output.sum(1)
+    inputs = [x] if weights is None else [x, weights]
+    found = torch.autograd.grad(output, inputs, gradient.cpu().double())
+    return found[0], None if weights is None else found[1]
+
+
+def found(
+    layer: Layer, gradient: torch.Tensor, path: str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Ours: by the operator (cpu, cuda) or by the kernels alone (triton)."""
+    if path == "triton":
+        from qmoe_kernels.gradient_kernels import fused_moe_backward_triton
+
+        layer, gradient = layer.to(DEVICE), gradient.to(DEVICE)
+        of_hidden, of_weights = fused_moe_backward_triton(
+            gradient, layer.hidden_states, layer.experts(), layer.topk_ids, layer.topk_weights
+        )
+        return of_hidden, None if layer.topk_weights is None else of_weights
+    layer, gradient = layer.to(path), gradient.to(path)
+    x = layer.hidden_states.clone().requires_grad_()
+    weights = layer.topk_weights
+    weights = None if weights is None else weights.clone().requires_grad_()
+    output = fused_moe(**layer.arguments() | {"hidden_states": x, "topk_weights": weights})
+    assert torch.equal(output, layer.fused_moe()), "as without gradients"
+    inputs = [x] if weights is None else [x, weights]
+    gradients = torch.autograd.grad(output, inputs, gradient)
+    return gradients[0], None if weights is None else gradients[1]
+
+
+def gradient_of(layer: Layer) -> torch.Tensor:
+    shape = layer.topk_ids.shape if layer.topk_weights is None else layer.topk_ids.shape[:1]
+    generator = torch.Generator().manual_seed(1)
+    size = layer.down_proj.shape[1]
+    return torch.randn(*shape, size, generator=generator).to(layer.hidden_states.dtype)
+
+
+def check(layer: Layer, path: str) -> None:
+    gradient = gradient_of(layer)
+    tolerance = TOLERANCE[layer.hidden_states.dtype]
+    for ours, theirs in zip(found(layer, gradient, path), expected(layer, gradient), strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert ours.isfinite().all()
+            assert relative_error(ours.cpu(), theirs) < tolerance
+
+
+PATHS = ["cpu", "triton", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
+@pytest.mark.parametrize("weights", ["int8", "fp8", None])
+def test_formats(weights: str | None, dtype: torch.dtype, path: str) -> None:
+    check(random_layer(weights=weights, dtype=dtype, bias=True), path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("activation", GATES, ids=str)
+def test_gates(activation: Activation, path: str) -> None:
+    check(random_layer(activation=activation), path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"num_tokens": 1, "num_experts": 1, "top_k": 1},
+        {"num_tokens": 90, "num_experts": 3, "top_k": 2},  # tiles of 64 rows
+        {"num_tokens": 50, "num_experts": 5, "top_k": 5},
+        {"hidden_size": 136, "intermediate_size": 72},
+        {"hidden_size": 1, "intermediate_size": 1},
+    ],
+    ids=str,
+)
+def test_sizes(case: dict[str, int], path: str) -> None:
+    check(random_layer(**case), path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("summed", [True, False])
+def test_skipped_ids_count_for_nothing(summed: bool, path: str) -> None:
+    layer = random_layer(num_tokens=5, bias=True)
+    layer.topk_ids[0, 0], layer.topk_ids[1, 1] = -1, layer.num_experts
+    layer.topk_ids[2] = -1
+    assert layer.topk_weights is not None
+    if not summed:
+        check(replace(layer, topk_weights=None), path)
+        return
+    check(layer, path)
+    layer.topk_weights[0, 0] = torch.nan
+    ours, of_weights = found(layer, gradient_of(layer), path)
+    assert ours.isfinite().all() and of_weights is not None
+    assert of_weights[0, 0] == 0 and of_weights[2].eq(0).all() and ours[2].eq(0).all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_no_tokens(path: str) -> None:
+    layer = random_layer(num_tokens=0)
+    ours, of_weights = found(layer, gradient_of(layer), path)
+    assert ours.shape == (0, 40) and of_weights is not None and of_weights.shape == (0, 2)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_equal_inputs_give_equal_bits(path: str) -> None:
+    layer = random_layer(num_tokens=64, dtype=torch.float16)
+    first, second = (found(layer, gradient_of(layer), path) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Input .* is not a double:UserWarning")
+@pytest.mark.parametrize("activation", GATES, ids=str)
+def test_gradcheck(activation: Activation) -> None:
+    """Against differences of the layer itself, away from kinks by chance of the seed."""
+    layer = random_layer(
+        num_tokens=2, num_experts=3, hidden_size=6, intermediate_size=4, activation=activation
+    )
+
+    def call(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return fused_moe(**layer.arguments() | {"hidden_states": x, "topk_weights": weights})
+
+    assert layer.topk_weights is not None
+    inputs = (layer.hidden_states.requires_grad_(), layer.topk_weights.requires_grad_())
+    assert torch.autograd.gradcheck(call, inputs, eps=1e-3, atol=4e-3, rtol=2e-2)
+
+
+@pytest.mark.parametrize("activation", GATES, ids=str)
+def test_an_activations_gradient_is_autograds(activation: Activation) -> None:
+    generator = torch.Generator().manual_seed(0)
+    up = torch.randn(64, 24, generator=generator, requires_grad=True)
+    output = apply(activation, up)
+    gradient = torch.randn(output.shape, generator=generator)
+    (theirs,) = torch.autograd.grad(output, up, gradient)
+    value, ours = apply_with_gradient(activation, up.detach(), gradient)
+    torch.testing.assert_close(value, output.detach())
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("per_pair", [False, True])
+def test_products_and_sums_alone(per_pair: bool, device: str) -> None:
+    """What a layer is made of whose gate only its own code knows."""
+    layer = random_layer(bias=True).to(device)
+    layer.topk_ids[0, 0] = -1
+    x = layer.hidden_states
+    x = (
+        x.unsqueeze(1).repeat(1, 2, 1) * torch.tensor([1.0, 2.0], device=device)[:, None]
+        if per_pair
+        else x
+    )
+    x.requires_grad_()
+    weights = layer.topk_weights
+    assert weights is not None
+    weights.requires_grad_()
+    weight, scale = layer.gate_up_proj, layer.gate_up_proj_scale
+    rows = grouped_linear(x, weight, scale, layer.topk_ids, bias=layer.gate_up_proj_bias)
+    output = weighted_sum(rows, weights)
+    gradient = torch.randn_like(output)
+    ours = torch.autograd.grad(output, [x, weights], gradient)
+    full = dequantize(weight, scale, torch.float64)
+    wide, of = x.detach().double().requires_grad_(), weights.detach().double().requires_grad_()
+    ids = layer.topk_ids.clamp(0)
+    taken = wide if per_pair else wide.unsqueeze(1).expand(-1, 2, -1)
+    y = torch.einsum("tkoi,tki->tko", full[ids], taken)
+    y = y + layer.gate_up_proj_bias.double()[ids]
+    y = y.masked_fill((layer.topk_ids < 0)[..., None], 0.0)
+    theirs = torch.autograd.grad((y * of.unsqueeze(-1)).sum(1), [wide, of], gradient.double())
+    for a, b in zip(ours, theirs, strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
+def test_auto_leaves_rows_as_they_are_where_gradients_are_recorded() -> None:
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.qmoe.fused_moe.default:
+                seen.append(args[18])
+            return function(*args, **kwargs or {})
+
+    layer = random_layer()
+    for recorded in (False, True):
+        with Watch():
+            layer.hidden_states.requires_grad_(recorded)
+            layer.fused_moe(activations="auto")
+    assert seen == ["auto", "bf16"]
+
+
+def test_compiles_into_one_graph_with_its_gradients() -> None:
+    layer = random_layer()
+    x = layer.hidden_states.requires_grad_()
+    assert layer.topk_weights is not None
+    weights = layer.topk_weights.requires_grad_()
+
+    def call(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return fused_moe(**layer.arguments() | {"hidden_states": x, "topk_weights": weights}).sin()
+
+    ours = torch.autograd.grad(call(x, weights).sum(), [x, weights])
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    theirs = torch.autograd.grad(compiled(x, weights).sum(), [x, weights])
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("weights", ["int8", None])
+def test_opcheck(weights: str | None, device: str) -> None:
+    layer = random_layer(weights=weights, bias=True).to(device)
+    up = (layer.gate_up_proj, layer.gate_up_proj_scale, layer.gate_up_proj_bias)
+    down = (layer.down_proj, layer.down_proj_scale, layer.down_proj_bias)
+    activation = ("silu", True, 1.0, 0.0, None, False, None, None)
+    for topk_weights in (layer.topk_weights, None):
+        gradient = gradient_of(replace(layer, topk_weights=topk_weights)).to(device)
+        torch.library.opcheck(
+            torch.ops.qmoe.fused_moe_backward.default,
+            (gradient, layer.hidden_states, *up, *down, layer.topk_ids, topk_weights, *activation),
+        )
+    for per_pair in (False, True):
+        gradient = torch.randn(*layer.topk_ids.shape, up[0].shape[1], device=device)
+        torch.library.opcheck(
+            torch.ops.qmoe.grouped_linear_backward.default,
+            (gradient, up[0], up[1], layer.topk_ids, per_pair),
+        )
+
+
+# ---- what has none -----------------------------------------------------------------------------
+
+
+def test_weights_have_no_gradient() -> None:
+    layer = random_layer(weights=None)
+    layer.down_proj.requires_grad_()
+    output = layer.fused_moe()
+    with pytest.raises(RuntimeError, match="experts stay as they are"):
+        output.sum().backward()
+
+
+def test_gradients_have_no_gradient() -> None:
+    layer = random_layer()
+    x = layer.hidden_states.requires_grad_()
+    (first,) = torch.autograd.grad(layer.fused_moe().square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="fused_moe_backward has no gradient"):
+        first.sum().backward()
+
+
+def test_paged_experts_say_what_to_do() -> None:
+    layer = random_layer()
+    slots = torch.arange(layer.num_experts, dtype=torch.int32)
+    x = layer.hidden_states.requires_grad_()
+    output = replace(layer, expert_to_slot=slots).fused_moe()
+    with pytest.raises(RuntimeError, match=r"paged.*without hbm_budget"):
+        output.sum().backward()
+    assert x.grad is None
+
+
+# ---- compilation without a GPU -----------------------------------------------------------------
+
+COMPILE = """
+import json
+from compiling import compiling_for, spilled_bytes
+
+for capability in ARCHITECTURES:
+    with compiling_for(capability) as compiled:
+        import torch
+        from qmoe_kernels import Activation
+        from qmoe_kernels.experts import Projection
+        from qmoe_kernels.gradient_kernels import (
+            launch_activation_gradient, launch_scale_rows, launch_transposed_gemm,
+        )
+        from qmoe_kernels.routing import ExpertRouting
+        experts, hidden, inner = 8, 2048, 768
+        for weights in (torch.int8, torch.float8_e4m3fn, torch.bfloat16):
+            scales = [None, None]
+            if weights.itemsize == 1:
+                scales = [torch.zeros(experts, n) for n in (2 * inner, hidden)]
+            up = Projection(torch.empty(experts, 2 * inner, hidden, dtype=weights), scales[0])
+            down = Projection(torch.empty(experts, hidden, inner, dtype=weights), scales[1])
+            for tokens in (8, 100, 4096):
+                ids, gates = torch.zeros(tokens, 2, dtype=torch.int64), torch.zeros(tokens, 2)
+                block_m = {8: 16, 100: 64, 4096: 128}[tokens]
+                routing = ExpertRouting.from_topk_ids(ids, experts, block_m=block_m)
+                gradient = torch.zeros(tokens, hidden, dtype=torch.bfloat16)
+                rows = launch_scale_rows(gradient, down, ids, routing, 2)
+                rows = launch_transposed_gemm(rows, down, routing)
+                sums = torch.zeros(tokens, 2)
+                before = torch.zeros(2 * tokens, 2 * inner, dtype=torch.bfloat16)
+                rows = launch_activation_gradient(
+                    before, rows, Activation(), up, ids, gates, routing, sums
+                )
+                launch_transposed_gemm(rows, up, routing, scatter=True)
+    for kernel in compiled:
+        print(json.dumps({
+            "capability": capability, "name": kernel.metadata.name,
+            "spilled": spilled_bytes(kernel.asm["cubin"]), "shared": kernel.metadata.shared,
+            "wgmma": "wgmma.mma_async" in kernel.asm["ptx"],
+        }))
+"""
+
+
+def test_compiles_for_every_gpu() -> None:
+    kernels = run_compiler(f"ARCHITECTURES = {ARCHITECTURES}\n{COMPILE}")
+    assert {kernel["capability"] for kernel in kernels} == set(ARCHITECTURES)
+    for kernel in kernels:
+        assert kernel["spilled"] == 0, kernel
+        assert kernel["shared"] <= SHARED_MEMORY[kernel["capability"]] * 1024, kernel
+    on_hopper = [k for k in kernels if k["capability"] == 90 and "gemm" in k["name"]]
+    assert any(kernel["wgmma"] for kernel in on_hopper)
