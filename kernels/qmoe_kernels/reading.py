@@ -10,7 +10,8 @@ others: `paging.gather` knows of nothing. All of it is one launch without a word
 program, so that a CUDA graph can hold it; where nothing is to be read it neither posts nor waits.
 
 A frame is overwritten only after everything that was queued before on the device's stream has
-ended: the post itself is queued there. Copies from frames on other streams are to be waited for, as `ExpertCache` does.
+ended: the post itself is queued there. Copies from frames on other streams are to be waited for
+before, as `ExpertCache` does.
 
 On the CPU the same functions are plain Python over the same tensors, and the threads are real.
 """
