@@ -40,8 +40,8 @@ def run_gather(bench: Benchmark) -> None:
         for start in range(0, num_pages, count):
             chosen = [(start + i) % num_pages for i in range(count)]
             ids = torch.tensor(chosen, dtype=torch.int32, device=device)
-            number, none = torch.tensor([[count], [0]], dtype=torch.int32, device=device)
-            made.append((CopyList(ids, num_pages - 1 - ids, number, none), chosen))
+            number = torch.tensor([count], dtype=torch.int32, device=device)
+            made.append((CopyList(ids, num_pages - 1 - ids, number), chosen))
         return cycle(made)
 
     def busy() -> None:

@@ -145,8 +145,6 @@ def _served(before: CacheStats, after: CacheStats, num_tokens: int) -> dict[str,
     waited = after.waited_seconds - before.waited_seconds
     return {
         "host_misses": after.host_misses - before.host_misses,
-        "copied_later": sum(layer.copied_later for layer in after.layers)
-        - sum(layer.copied_later for layer in before.layers),
         "waited_ms_per_token": round(waited * 1e3 / num_tokens, 4),
     }
 

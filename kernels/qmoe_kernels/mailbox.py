@@ -4,7 +4,7 @@ A layer whose experts are partly absent goes
 
     admit_and_post  choose the missed experts that the host takes, post their rows to the mailbox,
                     write ids in which these experts are skipped, and give slots to those that stay
-    gather          copy what the layer needs, and later, when nobody waits, what the host computes
+    gather          copy what has got a slot
     ...             products with those ids, while the host computes
     combine         wait for the answer and sum up, first expert to last, whoever computed it
 
@@ -12,11 +12,10 @@ all of it on the device, without a word from its own program on the host, so tha
 hold it. The mailbox is pinned memory that `qmoe_kernels.cpu.workers` looks at. One serves all
 layers of a model, because a layer's sum is queued before the next layer's post.
 
-Which experts: a table says how many of so many misses the host takes. It takes those that nobody
-asked for the longest. Of these, an expert is *cold* if nobody asked for it since the coldest slot
-was used. It gets no slot: an expert that is wanted once evicts nobody. One that is *warm* gets a
-slot, and its page is copied later, beside everything else: this call skips it, the next call of the
-layer finds it there. What the link takes gets a slot and is copied at once.
+Which experts: those of the missed ones that nobody asked for since the coldest slot was used, the
+longest ago first, and at most so many as a table says for the number of misses. They get no slot,
+so that an expert that is wanted once evicts nobody. One that comes back earlier than that is
+brought over the link, and stays.
 
 On the CPU the same functions are plain Python over the same tensors, and the workers are real.
 """
@@ -38,7 +37,7 @@ MAX_TOKENS, MAX_PAIRS = 64, 512
 ANSWER_SECONDS = 5.0
 
 # Columns of Posts.counters.
-SERVED, WAITED_NS, COPIED_LATER = range(3)
+SERVED, WAITED_NS = range(2)
 
 RANK_BITS = 20  # of a key; clock stamps lie above
 
@@ -77,15 +76,14 @@ class Posts:
     """What the device knows of a mailbox; all on one device.
 
     Attributes:
-        share: (2, num_experts + 1) int32, how many of so many misses the host takes: of calls of
-            one token, and of several.
+        share: (2, num_experts + 1) int32, how many of so many misses the host may take: of calls
+            of one token, and of several.
         last_asked: (num_pages,) int64, the clock when a page was last routed to, 0: never.
         number: (1,) int64, of the last post.
         pending: (1,) int32, experts of the present layer that were posted.
         failed: (1,) int32, 1 once an answer did not come. Nothing is posted then, and sums are 0.
-        counters: (num_layers, 3) int64: experts that the host computed (`SERVED`), how long the
-            device waited for it, in nanoseconds (`WAITED_NS`), and how many of these experts were
-            copied as well (`COPIED_LATER`).
+        counters: (num_layers, 2) int64: experts that the host computed (`SERVED`), and how long the
+            device waited for it, in nanoseconds (`WAITED_NS`).
     """
 
     share: Tensor
@@ -110,7 +108,7 @@ class Posts:
             number=zeros(1, dtype=torch.int64),
             pending=zeros(1, dtype=torch.int32),
             failed=zeros(1, dtype=torch.int32),
-            counters=zeros(num_layers, 3, dtype=torch.int64),
+            counters=zeros(num_layers, 2, dtype=torch.int64),
         )
 
 
@@ -209,7 +207,8 @@ def _admit_and_post_cpu(
     coldest = min((used for used in residency.last_used.tolist() if used < now), default=now)
     # The longest ago first; of those that were never asked for, the last choices.
     allowed = 0 if int(posts.failed) else int(posts.share[int(num_tokens > 1), len(missing)])
-    taken = sorted(missing, key=lambda e: (asked[e], -wanted.index(e)))[:allowed]
+    cold = [e for e in missing if asked[e] < coldest]
+    taken = sorted(cold, key=lambda e: (asked[e], -wanted.index(e)))[:allowed]
     on_host = torch.isin(topk_ids, torch.tensor(taken, dtype=topk_ids.dtype))
     posts.pending.fill_(len(taken))
     posts.counters[layer, SERVED] += len(taken)
@@ -222,9 +221,7 @@ def _admit_and_post_cpu(
         posts.number.add_(1)
         workers.store_word(mailbox.words, workers.POSTED, int(posts.number))
     of_link = [e for e in missing if e not in taken]
-    warm = [e for e in missing if e in taken and asked[e] >= coldest]
-    later = take_slots_of_coldest(of_link + warm, len(warm), first_page, residency, copies)
-    posts.counters[layer, COPIED_LATER] += later
+    take_slots_of_coldest(of_link, first_page, residency, copies)
     return topk_ids.masked_fill(on_host, num_experts)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qmoe_kernels.cpu import DTYPES, workers
 from qmoe_kernels.launching import COMPILED, has_dependent_launch, launch_options
-from qmoe_kernels.mailbox import COPIED_LATER, RANK_BITS, SERVED, WAITED_NS, Mailbox, Posts
+from qmoe_kernels.mailbox import RANK_BITS, SERVED, WAITED_NS, Mailbox, Posts
 from qmoe_kernels.paging import (
     HITS,
     MISSES,
@@ -39,7 +39,7 @@ _ANSWERED = tl.constexpr(workers.ANSWERED * workers.WORD_STRIDE)
 _HEADER = tl.constexpr(workers.HEADER * workers.WORD_STRIDE)
 _FAILED = tl.constexpr(workers.FAILED * workers.WORD_STRIDE)
 _SERVED, _WAITED_NS = tl.constexpr(SERVED), tl.constexpr(WAITED_NS)
-_COPIED_LATER, _NUM_COUNTERS = tl.constexpr(COPIED_LATER), tl.constexpr(3)
+_NUM_COUNTERS = tl.constexpr(2)
 _HITS, _MISSES, _SLOT_BITS = tl.constexpr(HITS), tl.constexpr(MISSES), tl.constexpr(SLOT_BITS)
 _RANK_BITS, _LAST_RANK = tl.constexpr(RANK_BITS), tl.constexpr((1 << RANK_BITS) - 1)
 _NEVER, _UNNAMED = tl.constexpr(0x7FFFFFFFFFFFFFFF), tl.constexpr(0x7FFFFFFF)
@@ -85,7 +85,6 @@ def launch_admit_and_post(
         copies.pages,
         copies.slots,
         copies.count,
-        copies.late,
         posts.share,
         posts.last_asked,
         posts.number,
@@ -174,7 +173,6 @@ def admit_and_post_kernel(
     copy_pages_ptr,  # CopyList's tensors
     copy_slots_ptr,
     copy_count_ptr,
-    copy_late_ptr,
     share_ptr,  # Posts' tensors
     last_asked_ptr,
     number_ptr,
@@ -214,9 +212,8 @@ def admit_and_post_kernel(
     hits_ptr = counters_ptr + 2 * layer + _HITS
     misses_ptr = counters_ptr + 2 * layer + _MISSES
     served_ptr = host_counters_ptr + _NUM_COUNTERS * layer + _SERVED
-    copied_ptr = host_counters_ptr + _NUM_COUNTERS * layer + _COPIED_LATER
     hits, misses = tl.load(hits_ptr), tl.load(misses_ptr)
-    served, copied_later = tl.load(served_ptr), tl.load(copied_ptr)
+    served = tl.load(served_ptr)
 
     rank = first_ranks(topk_ids_ptr, experts, num_tokens, top_k, IDS_BLOCK)
     wanted = in_range & (rank < _UNNAMED)
@@ -237,7 +234,6 @@ def admit_and_post_kernel(
     num_ids = num_tokens * top_k
     num_taken = num_missing * 0
     num_copies = num_missing * 0
-    num_late = num_missing * 0
     if num_missing == 0:
         for start in range(0, num_ids, IDS_BLOCK):
             index = start + tl.arange(0, IDS_BLOCK)
@@ -247,10 +243,11 @@ def admit_and_post_kernel(
         tl.debug_barrier()  # the stamps of hits must be seen below
         keys, num_free = coldest_slots(last_used_ptr, num_slots, now, SLOTS_BLOCK)
         taken = tl.zeros((EXPERTS_BLOCK,), dtype=tl.int32)
-        num_taken = tl.minimum(share, num_missing)
+        cold = missing & (asked < (tl.min(keys, 0) >> _SLOT_BITS))
+        num_taken = tl.minimum(share, tl.sum(cold.to(tl.int32), 0))
         # The last ranks first; so many ones less a rank are these bits, turned over.
         key = (asked << _RANK_BITS) | (rank.to(tl.int64) ^ _LAST_RANK)
-        key = tl.where(missing, key, _NEVER)
+        key = tl.where(cold, key, _NEVER)
         for _ in range(num_taken):
             chosen = key == tl.min(key, 0)  # one rank, one expert
             taken = tl.where(chosen, 1, taken)
@@ -280,15 +277,9 @@ def admit_and_post_kernel(
             tl.store(served_ptr, served + num_taken)
             tl.store(number_ptr, number + 1)
             store_released(words_ptr + _POSTED, number + 1, ON_GPU)
-        # What is cold gets no slot where the host computes it. In the list, what is copied now
-        # comes first: what is copied later has the ranks behind all ranks.
-        warm = missing & (asked >= (tl.min(keys, 0) >> _SLOT_BITS))
-        late = warm & (taken > 0)
-        placed = missing & ((taken == 0) | warm)
-        order = tl.where(placed, rank + late.to(tl.int32) * (_LAST_RANK + 1), _UNNAMED)
-        num_placed = tl.sum(placed.to(tl.int32), 0)
-        num_copies = tl.minimum(num_placed, num_free)
-        num_late = tl.maximum(num_copies - num_missing + num_taken, 0)
+        # What the host computes gets no slot.
+        order = tl.where(missing & (taken == 0), rank, _UNNAMED)
+        num_copies = tl.minimum(num_missing - num_taken, num_free)
         if num_copies > 0:
             take_slots(
                 keys,
@@ -306,9 +297,7 @@ def admit_and_post_kernel(
                 SLOTS_BLOCK,
                 NUM_BLOCKS,
             )
-        tl.store(copied_ptr, copied_later + num_late)
-    tl.store(copy_count_ptr, num_copies - num_late)
-    tl.store(copy_late_ptr, num_late)
+    tl.store(copy_count_ptr, num_copies)
     tl.store(pending_ptr, num_taken)
 
 

@@ -85,14 +85,12 @@ class CopyList:
 
     Attributes:
         pages, slots: (capacity,) int32.
-        count: (1,) int32, how many are copied before the layer goes on.
-        late: (1,) int32, how many follow these: for the layer's next call, see `mailbox`.
+        count: (1,) int32, how many.
     """
 
     pages: Tensor
     slots: Tensor
     count: Tensor
-    late: Tensor
 
     @classmethod
     def empty(cls, capacity: int, device: torch.device | str) -> CopyList:
@@ -101,14 +99,12 @@ class CopyList:
         def zeros(size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.int32, device=device)
 
-        return cls(zeros(capacity), zeros(capacity), zeros(1), zeros(1))
+        return cls(zeros(capacity), zeros(capacity), zeros(1))
 
-    def listed(self, *, late: bool = False) -> list[tuple[int, int]]:
+    def listed(self) -> list[tuple[int, int]]:
         """The pairs that `gather` copies; waits for the device."""
         count = int(self.count)
-        first, end = (count, count + int(self.late)) if late else (0, count)
-        pages, slots = self.pages[first:end].tolist(), self.slots[first:end].tolist()
-        return list(zip(pages, slots, strict=True))
+        return list(zip(self.pages[:count].tolist(), self.slots[:count].tolist(), strict=True))
 
 
 def admit(
@@ -151,7 +147,6 @@ def gather(
     copies: CopyList,
     page_bytes: int,
     *,
-    late: bool = False,
     num_programs: int | None = None,
     dependent: bool = False,
 ) -> None:
@@ -162,7 +157,6 @@ def gather(
         memory: the slots.
         copies: from `admit`.
         page_bytes: bytes to copy of each page, a multiple of 128.
-        late: copy those that were left for later, not those that the layer waits for.
         num_programs: thread blocks that copy, `GATHER_PROGRAMS` by default; the fewer, the more of
             the device is left to others.
         dependent: start while the kernel before this one ends; it must be a kernel, not a copy.
@@ -173,10 +167,8 @@ def gather(
         copies.pages,
         copies.slots,
         copies.count,
-        copies.late,
         page_bytes // 8,
         memory.stride(0) // 8,
-        LATE=late,
         BLOCK=GATHER_BLOCK,
         PDL=has_dependent_launch(memory.device),
         num_warps=GATHER_WARPS,
@@ -200,7 +192,7 @@ def _admit_cpu(
 ) -> None:
     where = (layer, first_page, num_experts, low, high)
     _, missing = look_up(topk_ids, *where, residency, elsewhere)
-    take_slots_of_coldest(missing, 0, first_page, residency, copies)
+    take_slots_of_coldest(missing, first_page, residency, copies)
 
 
 def look_up(
@@ -235,16 +227,12 @@ def look_up(
 
 
 def take_slots_of_coldest(
-    experts: list[int], num_late: int, first_page: int, residency: Residency, copies: CopyList
-) -> int:
+    experts: list[int], first_page: int, residency: Residency, copies: CopyList
+) -> None:
     """The second half: give absent experts the slots used longest ago, as far as there are some.
 
     Args:
         experts: in the order in which they get slots.
-        num_late: so many of the last ones are copied later.
-
-    Returns:
-        how many are copied later.
     """
     r, now = residency, int(residency.clock)
     last_used = r.last_used.tolist()
@@ -260,10 +248,7 @@ def take_slots_of_coldest(
         r.slot_to_page[slot] = page
         r.last_used[slot] = now
         copies.pages[i], copies.slots[i] = page, slot
-    num_now = min(len(experts) - num_late, len(pairs))
-    copies.count.fill_(num_now)
-    copies.late.fill_(len(pairs) - num_now)
-    return len(pairs) - num_now
+    copies.count.fill_(len(pairs))
 
 
 # ---- GPU ---------------------------------------------------------------------------------------
@@ -293,7 +278,6 @@ def launch_admit(
         copies.pages,
         copies.slots,
         copies.count,
-        copies.late,
         elsewhere,
         num_tokens,
         top_k,
@@ -352,7 +336,6 @@ if triton is not None:
         copy_pages_ptr,  # CopyList's tensors
         copy_slots_ptr,
         copy_count_ptr,
-        copy_late_ptr,
         elsewhere_ptr,  # (num_pages,), or None
         num_tokens,
         top_k,
@@ -422,7 +405,6 @@ if triton is not None:
                 NUM_BLOCKS,
             )
         tl.store(copy_count_ptr, num_copies)
-        tl.store(copy_late_ptr, num_copies * 0)
 
     @triton.jit
     def first_ranks(topk_ids_ptr, experts, num_tokens, top_k, IDS_BLOCK: tl.constexpr):
@@ -508,10 +490,8 @@ if triton is not None:
         copy_pages_ptr,  # CopyList's tensors
         copy_slots_ptr,
         copy_count_ptr,
-        copy_late_ptr,
         page_words,  # of 8 bytes
         slot_words,
-        LATE: tl.constexpr,  # what was left for later
         BLOCK: tl.constexpr,  # words of 8 bytes
         PDL: tl.constexpr,
     ):
@@ -520,15 +500,11 @@ if triton is not None:
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
         count = tl.load(copy_count_ptr)
-        first = 0
-        if LATE:
-            first = count
-            count = tl.load(copy_late_ptr)
         blocks_per_page = tl.cdiv(page_words, BLOCK)
         memory = memory_ptr.to(tl.pointer_type(tl.int64))
         num_blocks = count * blocks_per_page
         for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
-            i = first + block // blocks_per_page
+            i = block // blocks_per_page
             offsets = (block % blocks_per_page) * BLOCK + tl.arange(0, BLOCK)
             # What do_not_specialize hides from the compiler: pages are whole lines, so that a
             # thread's two words are inside together or outside together.

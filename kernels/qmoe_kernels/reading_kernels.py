@@ -65,7 +65,6 @@ def launch_read_pages(
         frames.reads.pages,
         frames.reads.slots,
         frames.reads.count,
-        frames.reads.late,
         frames.addresses,
         frames.number,
         frames.failed,
@@ -104,7 +103,6 @@ def read_kernel(
     read_pages_ptr,  # CopyList's tensors
     read_frames_ptr,
     read_count_ptr,
-    read_late_ptr,
     addresses_ptr,  # (num_pages,)
     number_ptr,
     failed_ptr,
@@ -142,7 +140,6 @@ def read_kernel(
         read_pages_ptr,
         read_frames_ptr,
         read_count_ptr,
-        read_late_ptr,
         page_to_slot_ptr,
         num_tokens,
         top_k,

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -376,14 +376,12 @@ class DecodeStep(Step):
     @torch.no_grad()
     def run(self) -> None:
         """One step, kernel by kernel."""
-        cache = self._expert_cache()
-        with nullcontext() if cache is None else cache.step():
-            try:
-                self._run()
-            except UnknownAttention as reason:
-                # What the layers before have stored is stored again.
-                self.shadows.drop_attention(reason)
-                self._run()
+        try:
+            self._run()
+        except UnknownAttention as reason:
+            # What the layers before have stored is stored again.
+            self.shadows.drop_attention(reason)
+            self._run()
 
     def _run(self) -> None:
         shadows = self.shadows

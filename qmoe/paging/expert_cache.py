@@ -13,21 +13,7 @@ All three give the same bits as weights that are resident: a product does not de
 weights lie, and a row comes from one wave or group alone, the others add zeros to it.
 
 A cache whose misses are shared (`share_misses`) leaves some of an admitted layer's missed experts
-to the host. Then results depend, within rounding, on what was resident. Those of them that get a
-slot are copied *late*: on a stream of their own, behind the layer's admission and the copies that
-the layer waits for, beside all that follows. Nothing else touches such a slot before that copy has
-ended:
-
-- its last readers: products with the page that was evicted are queued before the admission that
-  evicted it, which the copy waits for.
-- another writer: a slot is evicted again only once all others have been used since. So many calls
-  later (`_LateCopies.may_evict`) an admission waits for the copies.
-- its next reader: this call skips the page, and no other layer has it. The layer's own next call
-  waits for the copies.
-- the list of what is copied: each layer has one, which only its own next call overwrites.
-
-While a step is captured (`step`), its end waits for the copies. Outside of one, `_follow` does,
-before whatever uses the cache next; and who changes slots waits for the device.
+to the host. Then results depend, within rounding, on what was resident.
 
 Where host memory holds a part of the pages only (`FrameStore`), an admitted layer begins with
 reading what neither a slot nor a frame has; what is streamed is read past the frames.
@@ -44,7 +30,7 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,7 +44,7 @@ from qmoe.paging.host_store import HostStore
 from qmoe.paging.stats import CacheStats, LayerStats
 from qmoe.sizes import format_size
 from qmoe_kernels import weighted_sum
-from qmoe_kernels.mailbox import COPIED_LATER, SERVED, WAITED_NS
+from qmoe_kernels.mailbox import SERVED, WAITED_NS
 from qmoe_kernels.paging import HITS, MISSES, CopyList, Residency, admit, gather
 
 # compute(gate_up, down, expert_to_slot, topk_ids, topk_weights): one layer's experts, see
@@ -108,33 +94,12 @@ class _Pool:
         return len(self.residency.slot_to_page)
 
 
-@dataclass
-class _LateCopies:
-    """Copies of a captured step that nothing waits for yet.
-
-    Attributes:
-        layers: whose pages they are.
-        num_used: slots that calls may have used since the first of these layers' call, with it.
-    """
-
-    layers: set[int] = field(default_factory=set)
-    num_used: int = 0
-
-    def may_evict(self, num_experts: int, num_slots: int) -> bool:
-        """Whether a call of so many experts may take a slot with a copy on its way.
-
-        Eviction takes the slot that was used longest ago. While calls since the first copy, this
-        one included, use no more slots than there are, that is one that none of them used.
-        """
-        return self.num_used + num_experts > num_slots
-
-
 class ExpertCache:
     """Slots for the pages of one model, shared by all of its layers.
 
     Safe to use from several threads: a layer's admission, copies and kernels are queued as one
-    under `lock`, and streams wait for each other. A CUDA graph that was captured with the cache, at
-    best within `step`, is replayed after `take_turn`, and is void after `resize`.
+    under `lock`, and streams wait for each other. A CUDA graph that was captured with the cache is
+    replayed after `take_turn`, and is void after `resize`.
 
     Attributes:
         host: where every page is, or which files have those that host memory has no room for.
@@ -185,15 +150,13 @@ class ExpertCache:
         else:
             self._addresses = host.addresses.to(self.device)
         most = max(layer.num_experts for layer in host.layers)
-        self._copies = [CopyList.empty(most, self.device) for _ in host.layers]
+        self._copies = CopyList.empty(most, self.device)
         self._counters = torch.zeros(num_layers, 2, dtype=torch.int64, device=self.device)
         self._streamed_bytes = [0] * num_layers
         self._last_stream: Any = None
         # Not finished: a page that the tables call resident may never have been copied.
         self._interrupted = False
-        self._copy_stream, self._late_stream = self._new_stream(), self._new_stream()
-        self._step: _LateCopies | None = None  # of the step that is being captured
-        self._copies_late = False  # there may be copies that nothing waits for yet
+        self._copy_stream = self._new_stream()
         self._stats_stream = self._new_stream()
         self._closed = False
         self.failures = 0
@@ -413,17 +376,18 @@ class ExpertCache:
             if pool.num_staging and many and not self._capturing():
                 return self._run_streamed(pool, layer, topk_ids, topk_weights, compute)
             self._staged = None
-            self._wait_for_late_copies(pool, layer, min(num_pairs, num_experts))
             if min(num_pairs, num_experts) > self._most_at_once(pool):
                 return self._run_in_waves(pool, layer, topk_ids, topk_weights, compute)
             self._read(pool, layer, topk_ids)
-            if hidden_states is None or not self._shares(hidden_states, topk_ids):
+            if hidden_states is None or not self._shares(hidden_states, topk_ids, topk_weights):
                 return self._run_admitted(pool, layer, topk_ids, topk_weights, compute)
             return self._run_shared(pool, layer, hidden_states, topk_ids, topk_weights, compute)
 
-    def _shares(self, hidden_states: Tensor, topk_ids: Tensor) -> bool:
+    def _shares(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor | None) -> bool:
         """Whether the host may compute some of this call; no gradient comes back from there."""
-        records = torch.is_grad_enabled() and hidden_states.requires_grad
+        records = torch.is_grad_enabled() and any(
+            x is not None and x.requires_grad for x in (hidden_states, topk_weights)
+        )
         return self._sharing is not None and not records and self._sharing.takes(*topk_ids.shape)
 
     def _run_shared(
@@ -442,13 +406,11 @@ class ExpertCache:
             sharing.begin([layer])
         there = self._there_before(pool, layer, topk_ids)
         self._interrupted = True
-        tables = pool.residency, self._copies[layer]
+        tables = pool.residency, self._copies
         link_ids = sharing.admit(*tables, layer, hidden_states, topk_ids)
-        rows = self._products(pool, layer, link_ids, None, compute, there, shared=True)
+        rows = self._products(pool, layer, link_ids, None, compute, there)
         self._interrupted = True
         output = sharing.collect(layer, rows, topk_ids, link_ids, topk_weights)
-        if self._capturing() and self._step is None:
-            self._current_stream().wait_stream(self._late_stream)
         self._interrupted = False
         return output
 
@@ -484,21 +446,16 @@ class ExpertCache:
         topk_weights: Tensor | None,
         compute: Compute,
         there: Tensor | None,
-        *,
-        shared: bool = False,
     ) -> Tensor:
         """Copy what a layer's admission wants, and compute.
 
         Args:
             there: experts that were there before it are computed while the others are copied, on
                 another stream; None: all of them after the copies.
-            shared: the admission was one that leaves copies for later.
         """
         weights, slots = pool.weights[layer], pool.expert_to_slot[layer]
         if there is None:
             self._gather(pool, layer, dependent=True)
-            if shared:
-                self._gather_late(pool, layer)
             self._interrupted = False
             return compute(*weights, slots, topk_ids, topk_weights)
         num_experts = slots.shape[0]
@@ -507,8 +464,6 @@ class ExpertCache:
             admitted.wait(self._copy_stream)
             self._gather(pool, layer)
             gathered = self._event()
-        if shared:
-            self._gather_late(pool, layer)
         in_range = (topk_ids >= 0) & (topk_ids < num_experts)
         hit = there[torch.where(in_range, topk_ids, num_experts)]
         rows = compute(*weights, slots, topk_ids.masked_fill(~hit, num_experts), None)
@@ -640,69 +595,22 @@ class ExpertCache:
     def _admit(self, pool: _Pool, layer: int, topk_ids: Tensor, **options: Any) -> None:
         first_page = self.host.first_page[layer]
         num_experts = self.host.layers[layer].num_experts
-        tables = pool.residency, self._copies[layer]
+        tables = pool.residency, self._copies
         admit(topk_ids, layer, first_page, num_experts, *tables, **options)
 
     def _gather(self, pool: _Pool, layer: int, **options: Any) -> None:
-        memory, copies = pool.memory, self._copies[layer]
+        memory, copies = pool.memory, self._copies
         page_bytes = self.host.layers[layer].page_stride
         if self.device.type == "cuda":
             gather(self._addresses, memory, copies, page_bytes, **options)
             return
-        for page, slot in copies.listed(late=options.get("late", False)):
+        for page, slot in copies.listed():
             if isinstance(self.host, HostStore):
                 source = self.host.pages(layer)[page - self.host.first_page[layer]]
             else:
                 assert self._reads is not None
                 source = self._reads.page(page)
             memory[slot, :page_bytes] = source[:page_bytes]
-
-    def _gather_late(self, pool: _Pool, layer: int) -> None:
-        """Copy what a layer's next call is to find, beside everything that follows."""
-        if self._step is not None:
-            self._step.layers.add(layer)
-        elif not self._capturing():
-            self._copies_late = True
-        queued = self._event()
-        with self._runtime.stream(self._late_stream):
-            queued.wait(self._late_stream)
-            self._gather(pool, layer, late=True)
-
-    def _wait_for_late_copies(self, pool: _Pool, layer: int, num_experts: int) -> None:
-        """In a captured step, before a call of so many experts at most: see the module's text."""
-        step = self._step
-        if step is None:
-            return
-        if step.layers and (layer in step.layers or step.may_evict(num_experts, pool.num_slots)):
-            self._current_stream().wait_stream(self._late_stream)
-            step.layers.clear()
-        step.num_used = num_experts + (step.num_used if step.layers else 0)
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """Around all layers of what a CUDA graph is captured of.
-
-        Pages that nobody waits for are then copied beside the whole step instead of the layer that
-        missed them. Without a capture it does nothing.
-        """
-        with self._on_device():
-            captures = self._capturing()
-        if not captures:
-            yield
-            return
-        with self.lock, self._on_device():
-            self._step = _LateCopies()
-            try:
-                yield
-            except BaseException:
-                # The capture is thrown away, and may be void: it then takes no wait.
-                self._step = None
-                with suppress(RuntimeError):
-                    self._current_stream().wait_stream(self._late_stream)
-                raise
-            step, self._step = self._step, None
-            if step is not None and step.layers:
-                self._current_stream().wait_stream(self._late_stream)
 
     # ---- threads and streams -------------------------------------------------------------------
 
@@ -785,10 +693,6 @@ class ExpertCache:
         if self._last_stream is not None and self._last_stream != stream:
             stream.wait_stream(self._last_stream)
         self._last_stream = stream
-        self._step = None  # of a capture that was cut off
-        if self._copies_late:
-            stream.wait_stream(self._late_stream)
-            self._copies_late = False
         if self._interrupted:
             self._synchronize()
             self._forget()
@@ -829,7 +733,7 @@ class ExpertCache:
         sharing = self._sharing
         with self._runtime.stream(self._stats_stream):
             counters = self._counters.tolist()
-            nothing = [[0, 0, 0]] * len(counters)
+            nothing = [[0, 0]] * len(counters)
             shared = nothing if sharing is None else sharing.read_counters()
             reads = self._reads.read_counters() if self._reads else [[0, 0]] * len(counters)
         return CacheStats(
@@ -839,7 +743,6 @@ class ExpertCache:
                     misses=row[MISSES],
                     streamed_bytes=streamed,
                     host_misses=host[SERVED],
-                    copied_later=host[COPIED_LATER],
                     waited_ns=host[WAITED_NS],
                     disk_misses=read[0],
                     disk_bytes=read[0] * pages.page_bytes + (streamed if self._reads else 0),

@@ -14,7 +14,6 @@ class LayerStats:
         misses: experts that were not, whoever then served them.
         streamed_bytes: copied for long prompts, past the slots.
         host_misses: those of the misses that the host computed where they lay.
-        copied_later: those of these that were copied as well, for the next time, by nobody's wait.
         waited_ns: nanoseconds that the device waited for the host.
         disk_misses: those of the misses whose pages were read from files first.
         disk_bytes: read from files, for misses and for long prompts.
@@ -25,7 +24,6 @@ class LayerStats:
     misses: int
     streamed_bytes: int
     host_misses: int = 0
-    copied_later: int = 0
     waited_ns: int = 0
     disk_misses: int = 0
     disk_bytes: int = 0
@@ -93,7 +91,6 @@ class CacheStats:
     def bytes(self) -> int:
         """Copied to the device: missed, but for what only the host computed, and streamed."""
         return sum(
-            (layer.misses - layer.host_misses + layer.copied_later) * page_bytes
-            + layer.streamed_bytes
+            (layer.misses - layer.host_misses) * page_bytes + layer.streamed_bytes
             for layer, page_bytes in zip(self.layers, self.page_bytes, strict=True)
         )

@@ -120,7 +120,6 @@ class Admission:
         else:
             tables = (self.residency, self.copies)
             admit(ids, step.layer, first_page, num_experts, *tables, experts=step.experts)
-        assert not self.copies.listed(late=True)
         return self.copies.listed()
 
     def tables(self) -> dict[str, list]:
@@ -326,15 +325,14 @@ def aligned_slots(num_slots: int, slot_bytes: int) -> torch.Tensor:
     return memory[start : start + num_slots * slot_bytes].view(num_slots, slot_bytes)
 
 
-def copy_list(pairs: list[tuple[int, int]], capacity: int = 9, late: int = 0) -> CopyList:
-    """Behind the pairs, the last of which are for later, what no page and no slot is."""
+def copy_list(pairs: list[tuple[int, int]], capacity: int = 9) -> CopyList:
+    """Behind the pairs what no page and no slot is."""
     copies = CopyList.empty(capacity, DEVICE)
     copies.pages.fill_(1 << 30)
     copies.slots.fill_(1 << 30)
     for i, (page, slot) in enumerate(pairs):
         copies.pages[i], copies.slots[i] = page, slot
-    copies.count.fill_(len(pairs) - late)
-    copies.late.fill_(late)
+    copies.count.fill_(len(pairs))
     return copies
 
 
@@ -358,28 +356,11 @@ def test_gather(page_bytes: int, slot_bytes_more: int, num_programs: int) -> Non
     assert torch.equal(memory.cpu(), expected)
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_gather_of_nothing(late: bool) -> None:
+def test_gather_of_nothing() -> None:
     _, addresses = host_pages(2, 128)
     memory = aligned_slots(3, 128)
-    gather(addresses, memory, copy_list([]), 128, num_programs=4, late=late)
+    gather(addresses, memory, copy_list([]), 128, num_programs=4)
     assert bool((memory == POISON).all())
-
-
-@pytest.mark.parametrize("num_late", [0, 1, 2, 3])
-def test_gather_now_and_later(num_late: int) -> None:
-    pages, addresses = host_pages(7, 3 * 128)
-    memory, pairs = aligned_slots(5, 3 * 128), [(6, 2), (0, 4), (3, 0)]
-    copies = copy_list(pairs, late=num_late)
-    expected = torch.full(memory.shape, POISON, dtype=torch.uint8)
-    first_late = len(pairs) - num_late
-    assert copies.listed() == pairs[:first_late]
-    assert copies.listed(late=True) == pairs[first_late:]
-    for late, part in ((False, pairs[:first_late]), (True, pairs[first_late:])):
-        for page, slot in part:
-            expected[slot] = pages[page]
-        gather(addresses, memory, copies, 3 * 128, late=late)
-        assert torch.equal(memory.cpu(), expected)
 
 
 @pytest.mark.gpu
@@ -487,7 +468,7 @@ ADMIT = [dict(PDL=False, IDS_BLOCK=16, EXPERTS_BLOCK=experts, SLOTS_BLOCK=slots,
          for experts, slots, blocks, ids in (
              (512, 2048, 512, "*i64"), (256, 2048, 16, "*i64"), (128, 2048, 2, "*i32"),
              (1, 1, 1, "*i64"))]
-GATHER = [dict(LATE=late, PDL=False, BLOCK=paging.GATHER_BLOCK) for late in (False, True)]
+GATHER = [dict(PDL=False, BLOCK=paging.GATHER_BLOCK)]
 for capability in ARCHITECTURES:
     for kernel, cases in ((paging.admit_kernel, ADMIT),
                           (paging.gather_kernel, GATHER)):

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,11 +17,10 @@ import torch
 from torch import Tensor
 
 from qmoe.experts.pages import LayerPages
-from qmoe.paging import expert_cache
-from qmoe.paging.expert_cache import ExpertCache, _LateCopies
+from qmoe.paging.expert_cache import ExpertCache
 from qmoe.paging.host_store import HostStore
 from qmoe_kernels import mailbox
-from qmoe_kernels.mailbox import COPIED_LATER, SERVED, Mailbox, Posts
+from qmoe_kernels.mailbox import Mailbox, Posts
 
 Clock = dict["Stream", int]
 
@@ -102,27 +100,23 @@ class WatchedCache(ExpertCache):
     """Tells `Streams` what is touched, where a GPU would do it."""
 
     streams: Streams
-    captures = False  # whether what is run now becomes part of a graph
-
-    def _capturing(self) -> bool:
-        return self.captures
 
     def _admit(self, pool: Any, layer: int, topk_ids: Tensor, **options: Any) -> None:
-        with self.admitting(pool.residency, layer):
+        with self.admitting(pool.residency):
             super()._admit(pool, layer, topk_ids, **options)
 
     @contextmanager
-    def admitting(self, residency: Any, layer: int) -> Iterator[None]:
+    def admitting(self, residency: Any) -> Iterator[None]:
         before = residency.page_to_slot.clone()
         yield
         self.streams.write("stamps")
-        self.streams.write(("copies", layer))
+        self.streams.write("copies")
         for page in (before != residency.page_to_slot).nonzero().flatten().tolist():
             self.streams.write(("page", page))
 
     def _gather(self, pool: Any, layer: int, **options: Any) -> None:
-        self.streams.read(("copies", layer))
-        for _, slot in self._copies[layer].listed(late=options.get("late", False)):
+        self.streams.read("copies")
+        for _, slot in self._copies.listed():
             self.streams.write(("slot", slot))
         super()._gather(pool, layer, **options)
 
@@ -180,7 +174,7 @@ class Host:
 
     def admit(self, residency: Any, copies: Any, layer: int, x: Tensor, ids: Tensor) -> Tensor:
         where = (layer, layer * NUM_EXPERTS, NUM_EXPERTS)
-        with self.cache.admitting(residency, layer):
+        with self.cache.admitting(residency):
             return mailbox.admit_and_post(x, ids, *where, residency, copies, self.posts,
                                           self.mailbox)  # fmt: skip
 
@@ -255,110 +249,6 @@ def test_replays_between_layers(monkeypatch, num_slots, num_staging, shares) -> 
     streams.install(monkeypatch)
     run(streams, num_slots, num_staging, num_users=2, replays=True, shares=shares)
     assert streams.num_accesses > 1000 and not streams.races
-
-
-def run_captured(
-    streams: Streams, num_slots: int, *, steps: bool = True, **options: Any
-) -> WatchedCache:
-    """Steps as graphs have them: captured one by one, and replayed in turn on two streams.
-
-    What a captured step waits for is what the same calls wait for when they are run. Calls are of
-    one or several tokens, and now and then a layer is called twice. Between steps, eager calls.
-
-    Args:
-        steps: captured within `ExpertCache.step`.
-    """
-    draw, generator = random.Random(0), torch.Generator().manual_seed(0)
-    WatchedCache.streams = streams
-    host = HostStore(LAYERS, pin=False)
-    for layer in range(3):
-        host.pages(layer).copy_(torch.randint(0, 256, (NUM_EXPERTS, 128), generator=generator))
-    cache = WatchedCache(host, "cpu", num_slots=num_slots, num_staging=0, **options)
-    cache.share_misses(Host(cache))
-    users = [Stream(), Stream()]
-
-    def call(layer: int, tokens: int) -> None:
-        ids = torch.randint(-1, NUM_EXPERTS + 1, (tokens, 2), generator=generator)
-        cache.run(layer, ids, None, cache.compute(layer), torch.zeros(tokens, 16))
-
-    for _ in range(60):
-        with streams.on(draw.choice(users)), cache.lock:
-            cache.take_turn()
-            cache.captures = True
-            with cache.step() if steps else nullcontext():
-                for layer in draw.choice([[0, 1, 2], [0, 1, 2], [0, 0, 1, 2], [0, 1, 2, 1]]):
-                    call(layer, draw.choice([1, 1, 1, 2, 5]))
-            cache.captures = False
-        if draw.random() < 0.3:
-            with streams.on(draw.choice(users)):
-                call(draw.randrange(3), draw.choice([1, 2]))
-    return cache
-
-
-@pytest.mark.parametrize("num_slots", [2, 3, 5, 9, 16])
-@pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("steps", [False, True])
-def test_late_copies_of_captured_steps(monkeypatch, num_slots, overlap, steps) -> None:
-    streams = Streams()
-    streams.install(monkeypatch)
-    cache = run_captured(streams, num_slots, overlap=overlap, steps=steps)
-    assert streams.num_accesses > 1000 and not streams.races
-    counters = cache.sharing.posts.counters
-    assert counters[:, COPIED_LATER].sum() > 10
-    assert (counters[:, COPIED_LATER] <= counters[:, SERVED]).all()
-
-
-def test_nothing_waits_where_there_are_slots_enough(monkeypatch) -> None:
-    """Of one token's calls no admission waits for copies; their step's end does, once."""
-    streams = Streams()
-    streams.install(monkeypatch)
-    WatchedCache.streams = streams
-    cache = WatchedCache(HostStore(LAYERS, pin=False), "cpu", num_slots=6, num_staging=0)
-    cache.share_misses(Host(cache))
-    cache.sharing.posts.share.copy_(torch.arange(NUM_EXPERTS + 1))
-    waits: list[Stream] = []
-    monkeypatch.setattr(Stream, "wait_stream", lambda self, other: waits.append(other))
-    for experts in ([0, 1], [2, 3]):
-        cache.captures = True
-        with cache.step():
-            for layer in range(3):
-                call = (layer, torch.tensor([experts]), None, cache.compute(layer))
-                cache.run(*call, torch.zeros(1, 16))
-        cache.captures = False
-    assert waits == 2 * [cache._late_stream]
-    assert cache.sharing.posts.counters[:, COPIED_LATER].tolist() == [2, 2, 2]
-
-
-@pytest.mark.parametrize("broken", ["evicts", "twice", "end", "forks"])
-def test_a_missing_rule_for_late_copies_is_seen(monkeypatch, broken) -> None:
-    """The check above can fail: each rule of the cache's text is left out once."""
-    streams = Streams()
-    streams.install(monkeypatch)
-    if broken == "evicts":
-        monkeypatch.setattr(_LateCopies, "may_evict", lambda *args: False)
-    elif broken == "twice":
-        monkeypatch.setattr(expert_cache, "_LateCopies", partial(_LateCopies, Forgetful()))
-    elif broken == "end":
-        monkeypatch.setattr(WatchedCache, "step", endless)
-    else:
-        monkeypatch.setattr(torch.cpu, "Event", Deaf)
-    run_captured(streams, 3 if broken == "evicts" else 16)
-    assert streams.races
-
-
-class Forgetful(set):
-    """Layers whose copies are on their way, but is asked in vain which."""
-
-    def __contains__(self, layer: object) -> bool:
-        return False
-
-
-@contextmanager
-def endless(cache: WatchedCache) -> Iterator[None]:
-    """A step whose end waits for nothing."""
-    cache._step = _LateCopies()
-    yield
-    cache._step = None
 
 
 def test_a_replay_voids_what_was_copied_ahead(monkeypatch) -> None:

@@ -59,7 +59,7 @@ class PoisonedCache(ExpertCache):
         return pool
 
     def _gather(self, pool: Any, layer: int, **options: Any) -> None:
-        copies = self._copies[layer]
+        copies = self._copies
         slots = torch.arange(len(copies.slots), device=self.device)
         targets = torch.where(slots < copies.count, copies.slots, self.num_slots)
         stale = torch.zeros(self.num_slots + 1, dtype=torch.bool, device=self.device)
