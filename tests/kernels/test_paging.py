@@ -509,7 +509,7 @@ for capability in ARCHITECTURES:
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
 def test_compiles_for_every_architecture() -> None:
     kernels = run_compiler(f"ARCHITECTURES = {ARCHITECTURES}\n{COMPILE}")
-    assert len(kernels) == (4 + 2) * len(ARCHITECTURES)
+    assert len(kernels) == (4 + 1) * len(ARCHITECTURES)
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_MEMORY[kernel["capability"]] * 1024, kernel
         # Triton 3.6 spills in one case, for GPUs that it was not measured on.
