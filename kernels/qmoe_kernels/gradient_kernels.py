@@ -2,7 +2,8 @@
 
 All rows are in the order of sorted pairs (see `ExpertRouting`) until the last product scatters
 them. An 8-bit weight is read as it lies and widened on its way to the tensor cores; its scales,
-which belong to what is summed over here, have been multiplied into the rows.
+which belong to what is summed over here, have been multiplied into the rows: over the largest of
+their expert, since in fp16 they would vanish, which the sums are multiplied by.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def fused_moe_backward_triton(
     num_tokens, top_k = topk_ids.shape
     num_pairs, hidden_size = num_tokens * top_k, experts.hidden_size
     gate_up, down = experts.gate_up.contiguous(), experts.down.contiguous()
+    up_scales, down_scales = _Scales(gate_up.scale), _Scales(down.scale)
     topk_ids, gradient = topk_ids.contiguous(), gradient.contiguous()
     up_rows, routing = _forward_rows(hidden_states.contiguous(), gate_up, topk_ids)
     # Of a token's weight; the down bias counts for it as well.
@@ -41,17 +43,18 @@ def fused_moe_backward_triton(
     rows = launch_scale_rows(
         gradient.flatten(0, -2),
         down,
+        down_scales,
         topk_ids,
         routing,
         1 if per_pair else top_k,
         None if topk_weights is None else of_weights,
     )
     transposed = _tiles(topk_ids, gate_up.num_experts)
-    rows = launch_transposed_gemm(rows, down, transposed)
+    rows = launch_transposed_gemm(rows, down, down_scales, transposed)
     rows = launch_activation_gradient(
-        up_rows, rows, experts.activation, gate_up, topk_ids, topk_weights, routing, of_weights
+        up_rows, rows, experts.activation, up_scales, topk_ids, topk_weights, routing, of_weights
     )
-    rows = launch_transposed_gemm(rows, gate_up, transposed, scatter=True)
+    rows = launch_transposed_gemm(rows, gate_up, up_scales, transposed, scatter=True)
     ones = gradient.new_ones(num_tokens, top_k, dtype=torch.float32)
     of_hidden = launch_weighted_sum(
         rows.view(num_tokens, top_k, hidden_size), ones, topk_ids, gate_up.num_experts
@@ -72,8 +75,9 @@ def grouped_linear_backward_triton(
     num_tokens, top_k = topk_ids.shape
     projection, topk_ids = projection.contiguous(), topk_ids.contiguous()
     tiles = _tiles(topk_ids, projection.num_experts)
-    rows = launch_scale_rows(gradient.contiguous().flatten(0, 1), projection, topk_ids, tiles, 1)
-    rows = launch_transposed_gemm(rows, projection, tiles, scatter=True, fill=per_pair)
+    scales, flat = _Scales(projection.scale), gradient.contiguous().flatten(0, 1)
+    rows = launch_scale_rows(flat, projection, scales, topk_ids, tiles, 1)
+    rows = launch_transposed_gemm(rows, projection, scales, tiles, scatter=True, fill=per_pair)
     rows = rows.view(num_tokens, top_k, rows.shape[1])
     if per_pair:
         return rows
@@ -98,6 +102,21 @@ def _tiles(topk_ids: Tensor, num_experts: int) -> ExpertRouting:
     return ExpertRouting.from_topk_ids(topk_ids, num_experts, block_m=block_m)
 
 
+class _Scales:
+    """Scales of a projection, in two factors.
+
+    Attributes:
+        relative: (num_experts, out_features) fp32, over the largest of the expert; None without.
+        largest: (num_experts,) fp32.
+    """
+
+    def __init__(self, scale: Tensor | None) -> None:
+        self.relative = self.largest = None
+        if scale is not None:
+            self.largest = scale.abs().amax(1).clamp_(min=torch.finfo(torch.float32).tiny)
+            self.relative = scale / self.largest[:, None]
+
+
 # ---- products ----------------------------------------------------------------------------------
 
 
@@ -108,6 +127,7 @@ def transposed_gemm_kernel(
     out_ptr,  # (num_pairs, K)
     ids_ptr,  # (num_pairs,) int32, sorted pairs
     tiles_ptr,  # (max_tiles_m + 1, 4) int32, see ExpertRouting
+    largest_ptr,  # (num_experts,) fp32, or None
     max_tiles_m,
     N,
     K,
@@ -153,8 +173,11 @@ def transposed_gemm_kernel(
         acc = tl.dot(x, weight, acc, input_precision="ieee")
         x_ptrs += BLOCK_N
         weight_ptrs += BLOCK_N * stride_weight_n
-    if FP8:
-        acc = acc * 256.0  # what widen_weights left out
+    if largest_ptr is not None:
+        largest = tl.load(largest_ptr + tl.load(tiles_ptr + 4 * tile_m))
+        if FP8:
+            largest *= 256.0  # what widen_weights left out
+        acc = acc * largest
     if SCATTER:
         rows = tl.load(ids_ptr + rows)
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * K + columns[None, :]
@@ -165,6 +188,7 @@ def transposed_gemm_kernel(
 def launch_transposed_gemm(
     x: Tensor,  # (num_pairs, out_features), by sorted pairs, scales multiplied in
     projection: Projection,
+    scales: _Scales,
     routing: ExpertRouting,
     *,
     scatter: bool = False,
@@ -202,6 +226,7 @@ def launch_transposed_gemm(
         out,
         routing.sorted_pair_ids,
         routing.tiles,
+        scales.largest,
         max_tiles_m,
         out_features,
         in_features,
@@ -262,6 +287,7 @@ def scale_rows_kernel(
 def launch_scale_rows(
     gradient: Tensor,  # (num_rows, out_features)
     projection: Projection,
+    scales: _Scales,
     topk_ids: Tensor,
     routing: ExpertRouting,
     pairs_per_row: int,
@@ -278,7 +304,7 @@ def launch_scale_rows(
     if out.numel():
         scale_rows_kernel[(num_pairs,)](
             gradient,
-            projection.scale,
+            scales.relative,
             projection.bias,
             topk_ids,
             routing.sorted_pair_ids,
@@ -349,7 +375,7 @@ def launch_activation_gradient(
     up: Tensor,  # (num_pairs, channels)
     gradient: Tensor,  # (num_pairs, intermediate_size)
     activation: Activation,
-    gate_up: Projection,
+    scales: _Scales,
     topk_ids: Tensor,
     topk_weights: Tensor | None,
     routing: ExpertRouting,
@@ -363,12 +389,12 @@ def launch_activation_gradient(
             up,
             gradient,
             out,
-            gate_up.scale,
+            scales.relative,
             topk_ids,
             None if topk_weights is None else topk_weights.contiguous(),
             routing.sorted_pair_ids,
             sums,
-            gate_up.num_experts,
+            len(routing.expert_offsets) - 1,
             size,
             ACTIVATION=activation,
             BLOCK=min(512, triton.next_power_of_2(size)),

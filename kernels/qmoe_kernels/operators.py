@@ -6,10 +6,12 @@ with an input, which took longer than all of an operator's launches; tests check
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.library import Library, infer_schema, register_autograd, register_fake
 
 NAMESPACE = "qmoe"
@@ -23,13 +25,21 @@ class Operator:
         self.name = f"{NAMESPACE}::{name}"
         _LIBRARY.define(name + infer_schema(function, mutates_args=()))
         key = "CompositeExplicitAutograd" if device_type is None else device_type.upper()
+        if device_type == "cpu":
+            function = _without_autocast(function)
         _LIBRARY.impl(name, function, key)
         self._gradient: Callable[..., Any] | None = None
         register_autograd(self.name, self._backward, setup_context=_remember, lib=_LIBRARY)
         self._overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def __call__(self, *args: Any) -> Any:
-        """Run the operator on the device of its arguments."""
+        """Run the operator on the device of its arguments.
+
+        Raises:
+            RuntimeError: within forward-mode differentiation, where it would lose the tangents.
+        """
+        if forward_ad._current_level >= 0:
+            raise RuntimeError(f"{self.name} has no forward-mode derivative, only a gradient")
         return self._overload(*args)
 
     def register_kernel(self, device_type: str) -> Callable[[Callable[..., Any]], None]:
@@ -74,6 +84,19 @@ class Operator:
         register_fake(self.name, function, lib=_LIBRARY)
 
 
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as it is: what it multiplies has the dtype that it was given."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        if not torch.is_autocast_enabled("cpu"):
+            return function(*args)
+        with torch.autocast("cpu", enabled=False):
+            return function(*args)
+
+    return run
+
+
 def _remember(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
     tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
     ctx.save_for_backward(*tensors)
@@ -87,6 +110,8 @@ def _remember(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
 
 
 def _raise_no_gradient(gradient: torch.Tensor, shape: Sequence[int], name: str) -> torch.Tensor:
+    if name.endswith("_backward"):
+        raise RuntimeError(f"{name} has no gradient: there are no second derivatives of experts")
     raise RuntimeError(
         f"{name} has no gradient of this: experts stay as they are, and adapters learn beside "
         "them; qmoe.unpatch(model) gives back a model whose experts can be trained"

@@ -468,9 +468,12 @@ class QuantizedExperts(nn.Module):
     def _row_format(self, topk_ids: torch.Tensor) -> str:
         """What the products take of so many pairs: what they would with all experts in one place.
 
+        In training mode rows stay as they are: a checkpointed layer runs without gradients first.
         Most pairs are other ranks', so that a count of this rank's experts alone would quantize
         rows where they are too few.
         """
+        if self.training and self.activations == "auto":
+            return "bf16"
         few = EIGHT_BIT_ROWS * self.num_experts
         if self.share is not None and self.activations == "auto" and topk_ids.numel() < few:
             return "bf16"

@@ -112,6 +112,18 @@ def test_formats(weights: str | None, dtype: torch.dtype, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_small_gradients_in_fp16(weights: str, path: str) -> None:
+    """Scales are some thousandths; times these, such gradients would have no digits left."""
+    layer = random_layer(
+        num_tokens=16, hidden_size=256, intermediate_size=128, weights=weights, dtype=torch.float16
+    )
+    gradient = gradient_of(layer) * 1e-4
+    for ours, theirs in zip(found(layer, gradient, path), expected(layer, gradient), strict=True):
+        assert relative_error(ours.cpu(), theirs) < 1e-2
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("activation", GATES, ids=str)
 def test_gates(activation: Activation, path: str) -> None:
     check(random_layer(activation=activation), path)
@@ -242,6 +254,18 @@ def test_auto_leaves_rows_as_they_are_where_gradients_are_recorded() -> None:
     assert seen == ["auto", "bf16"]
 
 
+@pytest.mark.parametrize("num_tokens", [7, 400])
+def test_autocast_changes_nothing(num_tokens: int) -> None:
+    layer = random_layer(num_tokens=num_tokens)
+    gradient = gradient_of(layer)
+    plain = found(layer, gradient, "cpu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = layer.fused_moe()
+        cast = found(layer, gradient, "cpu")
+    assert torch.equal(output, layer.fused_moe())
+    assert all(torch.equal(a, b) for a, b in zip(plain, cast, strict=True))
+
+
 def test_compiles_into_one_graph_with_its_gradients() -> None:
     layer = random_layer()
     x = layer.hidden_states.requires_grad_()
@@ -295,8 +319,21 @@ def test_gradients_have_no_gradient() -> None:
     layer = random_layer()
     x = layer.hidden_states.requires_grad_()
     (first,) = torch.autograd.grad(layer.fused_moe().square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="fused_moe_backward has no gradient"):
+    with pytest.raises(
+        RuntimeError, match="fused_moe_backward has no gradient: there are no second"
+    ):
         first.sum().backward()
+
+
+def test_forward_mode_is_refused() -> None:
+    layer = random_layer()
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return replace(layer, hidden_states=x).fused_moe()
+
+    x = layer.hidden_states
+    with pytest.raises(RuntimeError, match="fused_moe has no forward-mode derivative"):
+        torch.func.jvp(call, (x,), (torch.ones_like(x),))
 
 
 def test_paged_experts_say_what_to_do() -> None:
@@ -321,7 +358,7 @@ for capability in ARCHITECTURES:
         from qmoe_kernels import Activation
         from qmoe_kernels.experts import Projection
         from qmoe_kernels.gradient_kernels import (
-            launch_activation_gradient, launch_scale_rows, launch_transposed_gemm,
+            _Scales, launch_activation_gradient, launch_scale_rows, launch_transposed_gemm,
         )
         from qmoe_kernels.routing import ExpertRouting
         experts, hidden, inner = 8, 2048, 768
@@ -336,14 +373,15 @@ for capability in ARCHITECTURES:
                 block_m = {8: 16, 100: 64, 4096: 128}[tokens]
                 routing = ExpertRouting.from_topk_ids(ids, experts, block_m=block_m)
                 gradient = torch.zeros(tokens, hidden, dtype=torch.bfloat16)
-                rows = launch_scale_rows(gradient, down, ids, routing, 2)
-                rows = launch_transposed_gemm(rows, down, routing)
+                up_scales, down_scales = _Scales(up.scale), _Scales(down.scale)
+                rows = launch_scale_rows(gradient, down, down_scales, ids, routing, 2)
+                rows = launch_transposed_gemm(rows, down, down_scales, routing)
                 sums = torch.zeros(tokens, 2)
                 before = torch.zeros(2 * tokens, 2 * inner, dtype=torch.bfloat16)
                 rows = launch_activation_gradient(
-                    before, rows, Activation(), up, ids, gates, routing, sums
+                    before, rows, Activation(), up_scales, ids, gates, routing, sums
                 )
-                launch_transposed_gemm(rows, up, routing, scatter=True)
+                launch_transposed_gemm(rows, up, up_scales, routing, scatter=True)
     for kernel in compiled:
         print(json.dumps({
             "capability": capability, "name": kernel.metadata.name,

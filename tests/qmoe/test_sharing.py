@@ -159,6 +159,15 @@ def test_the_host_goes_on_after_a_resize() -> None:
         assert qmoe.stats(model).host_misses > before
 
 
+def test_gradients_of_routers_alone_are_not_lost_either() -> None:
+    model, _ = paged()
+    model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("mlp.gate.weight"))
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="paged experts have no gradient"):
+        model(IDS[:, :1]).logits.sum().backward()
+
+
 def test_gradients_are_not_lost_without_a_word() -> None:
     model, _ = paged()
     with torch.enable_grad():

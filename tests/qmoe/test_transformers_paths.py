@@ -393,6 +393,25 @@ class TestAdapters:
         assert gradients[0].abs().sum() > 0
         torch.testing.assert_close(*gradients, rtol=2e-3, atol=2e-5)
 
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_checkpointed_layers_compute_one_function(self, resident, prompts, reentrant):
+        """Rows are quantized neither in the pass without gradients nor when it is repeated."""
+        seen = []
+
+        class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                if function is torch.ops.qmoe.fused_moe.default:
+                    seen.append(args[18])
+                return function(*args, **kwargs or {})
+
+        model = copy.deepcopy(resident).train()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        ids = torch.tensor([prompts[1]], device=model.device)
+        with Watch():
+            model(input_ids=ids, labels=ids).loss.backward()
+        assert set(seen) == {"bf16"} and len(seen) >= 2 * len(quantized_modules(model))
+
     def test_trains_with_transformers_trainer(self, adapt, resident, prompts, tmp_path):
         adapted = adapt(resident).train()
         adapted.enable_input_require_grads()
