@@ -41,10 +41,6 @@ GAIN = 0.97
 _TIE = 1.01
 # Of the layers, as many are timed at once: what one leaves to the next counts too.
 _LAYERS = 5
-# Of the missed experts, so many of _LAYERS are warm: the link brings these (see
-# `qmoe_kernels.mailbox`). In the trace that hits as Qwen3-30B-A3B does, 38 to 41 % are, with a
-# quarter to half of the experts on an H200.
-_WARM = 2
 # Tokens of the two kinds of calls that are timed, and how often. With several tokens an expert has
 # several rows, which cost the link nothing and the host much. Many are measured, so that the host
 # is never given too much.
@@ -204,13 +200,12 @@ class _Case:
     Attributes:
         ids: (layers, num_tokens, top_k) int64.
         tables: of the cache, to begin each run with: all that is routed to is there, but for the
-            last experts of each layer.
-        last_asked: (num_pages,) int64, of `mailbox.Posts`: some of the missed experts are warm.
+            last experts of each layer. No slot is empty: these are all cold, so that the host takes
+            as many as are to be timed.
     """
 
     ids: Tensor
     tables: Residency
-    last_asked: Tensor
 
 
 def _sizes(cache: ExpertCache, num_routed: int) -> tuple[int, int]:
@@ -226,7 +221,6 @@ def _case(cache: ExpertCache, layers: int, num_tokens: int, top_k: int, misses: 
     num_routed = min(num_tokens * top_k, num_experts)
     there: list[int] = []
     away: list[int] = []
-    last_asked = torch.zeros(num_pages, dtype=torch.int64)
     ids = torch.empty(layers, num_tokens, top_k, dtype=torch.int64)
     for layer in range(layers):
         first, last = host.first_page[layer], num_experts - 1
@@ -237,8 +231,6 @@ def _case(cache: ExpertCache, layers: int, num_tokens: int, top_k: int, misses: 
         )
         there += [first + expert for expert in routed[: num_routed - misses]]
         away += [first + expert for expert in missed]
-        warm = [first + e for i, e in enumerate(missed) if (layer + i) % _LAYERS < _WARM]
-        last_asked[warm] = num_slots
     others = sorted(set(range(num_pages)) - {*there, *away})
     # What is routed to was used last: nothing of it is evicted.
     pages = [*others[: num_slots - len(there)], *there]
@@ -247,7 +239,7 @@ def _case(cache: ExpertCache, layers: int, num_tokens: int, top_k: int, misses: 
     tables.page_to_slot[pages] = torch.arange(num_slots, dtype=torch.int32)
     tables.last_used[:] = torch.arange(1, num_slots + 1)
     tables.clock.fill_(num_slots)
-    return _Case(ids, tables, last_asked)
+    return _Case(ids, tables)
 
 
 def _measure(
@@ -345,7 +337,7 @@ class _Calls:
         assert pool is not None and sharing is not None and case is not None
         for name in ("page_to_slot", "slot_to_page", "last_used", "clock"):
             getattr(pool.residency, name).copy_(getattr(case.tables, name))
-        sharing.posts.last_asked.copy_(case.last_asked)
+        sharing.posts.last_asked.zero_()
 
     def _once(self) -> float:
         self._begin()

@@ -238,6 +238,7 @@ def test_no_race(monkeypatch, num_slots, num_staging, overlap, num_users, shares
     cache = run(streams, num_slots, num_staging, **options)
     assert streams.num_accesses > 1000 and not streams.races
     stats = cache.read_counters()
+    assert (0 < stats.host_misses < stats.misses) if shares else not stats.host_misses
     assert stats.misses and bool(num_staging) == any(x.streamed_bytes for x in stats.layers)
 
 
