@@ -4,18 +4,18 @@ A layer whose experts are partly absent goes
 
     admit_and_post  choose the missed experts that the host takes, post their rows to the mailbox,
                     write ids in which these experts are skipped, and give slots to those that stay
-    gather          copy what has got a slot
-    ...             products with those ids, while the host computes
+    ...             gather and products with those ids, while the host computes
     combine         wait for the answer and sum up, first expert to last, whoever computed it
 
 all of it on the device, without a word from its own program on the host, so that a CUDA graph can
 hold it. The mailbox is pinned memory that `qmoe_kernels.cpu.workers` looks at. One serves all
 layers of a model, because a layer's sum is queued before the next layer's post.
 
-Which experts: those of the missed ones that nobody asked for since the coldest slot was used, the
-longest ago first, and at most so many as a table says for the number of misses. They get no slot,
-so that an expert that is wanted once evicts nobody. One that comes back earlier than that is
-brought over the link, and stays.
+Which experts: a missed expert is *cold* if nobody asked for it since the coldest slot was used;
+slots that this call uses do not count. The host takes cold ones only, the longest ago first, and at
+most as many as a table says for the number of misses. They get no slot: an expert that is wanted
+once evicts nobody. All other misses get a slot and are copied at once. So an expert that comes back
+earlier than that, or finds an empty slot, is brought over the link, and stays.
 
 On the CPU the same functions are plain Python over the same tensors, and the workers are real.
 """
@@ -76,8 +76,8 @@ class Posts:
     """What the device knows of a mailbox; all on one device.
 
     Attributes:
-        share: (2, num_experts + 1) int32, how many of so many misses the host may take: of calls
-            of one token, and of several.
+        share: (2, num_experts + 1) int32, how many of so many misses the host takes at most: of
+            calls of one token, and of several.
         last_asked: (num_pages,) int64, the clock when a page was last routed to, 0: never.
         number: (1,) int64, of the last post.
         pending: (1,) int32, experts of the present layer that were posted.
@@ -205,9 +205,9 @@ def _admit_and_post_cpu(
     now = int(residency.clock)
     posts.last_asked[[first_page + e for e in wanted]] = now
     coldest = min((used for used in residency.last_used.tolist() if used < now), default=now)
+    cold = [e for e in missing if asked[e] < coldest]
     # The longest ago first; of those that were never asked for, the last choices.
     allowed = 0 if int(posts.failed) else int(posts.share[int(num_tokens > 1), len(missing)])
-    cold = [e for e in missing if asked[e] < coldest]
     taken = sorted(cold, key=lambda e: (asked[e], -wanted.index(e)))[:allowed]
     on_host = torch.isin(topk_ids, torch.tensor(taken, dtype=topk_ids.dtype))
     posts.pending.fill_(len(taken))

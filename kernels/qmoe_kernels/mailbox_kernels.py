@@ -39,7 +39,6 @@ _ANSWERED = tl.constexpr(workers.ANSWERED * workers.WORD_STRIDE)
 _HEADER = tl.constexpr(workers.HEADER * workers.WORD_STRIDE)
 _FAILED = tl.constexpr(workers.FAILED * workers.WORD_STRIDE)
 _SERVED, _WAITED_NS = tl.constexpr(SERVED), tl.constexpr(WAITED_NS)
-_NUM_COUNTERS = tl.constexpr(2)
 _HITS, _MISSES, _SLOT_BITS = tl.constexpr(HITS), tl.constexpr(MISSES), tl.constexpr(SLOT_BITS)
 _RANK_BITS, _LAST_RANK = tl.constexpr(RANK_BITS), tl.constexpr((1 << RANK_BITS) - 1)
 _NEVER, _UNNAMED = tl.constexpr(0x7FFFFFFFFFFFFFFF), tl.constexpr(0x7FFFFFFF)
@@ -211,9 +210,8 @@ def admit_and_post_kernel(
     asked = tl.load(last_asked_ptr + first_page + experts, mask=in_range, other=0)
     hits_ptr = counters_ptr + 2 * layer + _HITS
     misses_ptr = counters_ptr + 2 * layer + _MISSES
-    served_ptr = host_counters_ptr + _NUM_COUNTERS * layer + _SERVED
-    hits, misses = tl.load(hits_ptr), tl.load(misses_ptr)
-    served = tl.load(served_ptr)
+    served_ptr = host_counters_ptr + 2 * layer + _SERVED
+    hits, misses, served = tl.load(hits_ptr), tl.load(misses_ptr), tl.load(served_ptr)
 
     rank = first_ranks(topk_ids_ptr, experts, num_tokens, top_k, IDS_BLOCK)
     wanted = in_range & (rank < _UNNAMED)
@@ -242,16 +240,18 @@ def admit_and_post_kernel(
     else:
         tl.debug_barrier()  # the stamps of hits must be seen below
         keys, num_free = coldest_slots(last_used_ptr, num_slots, now, SLOTS_BLOCK)
-        taken = tl.zeros((EXPERTS_BLOCK,), dtype=tl.int32)
+        order = tl.where(missing, rank, _UNNAMED)  # of those that get a slot
         cold = missing & (asked < (tl.min(keys, 0) >> _SLOT_BITS))
         num_taken = tl.minimum(share, tl.sum(cold.to(tl.int32), 0))
+        num_copies = tl.minimum(num_missing - num_taken, num_free)
         # The last ranks first; so many ones less a rank are these bits, turned over.
         key = (asked << _RANK_BITS) | (rank.to(tl.int64) ^ _LAST_RANK)
         key = tl.where(cold, key, _NEVER)
         for _ in range(num_taken):
             chosen = key == tl.min(key, 0)  # one rank, one expert
-            taken = tl.where(chosen, 1, taken)
+            order = tl.where(chosen, _UNNAMED, order)
             key = tl.where(chosen, _NEVER, key)
+        taken = (missing & (order == _UNNAMED)).to(tl.int32)
         for start in range(0, num_ids, IDS_BLOCK):
             index = start + tl.arange(0, IDS_BLOCK)
             ids = tl.load(topk_ids_ptr + index, mask=index < num_ids, other=-1)
@@ -277,9 +277,6 @@ def admit_and_post_kernel(
             tl.store(served_ptr, served + num_taken)
             tl.store(number_ptr, number + 1)
             store_released(words_ptr + _POSTED, number + 1, ON_GPU)
-        # What the host computes gets no slot.
-        order = tl.where(missing & (taken == 0), rank, _UNNAMED)
-        num_copies = tl.minimum(num_missing - num_taken, num_free)
         if num_copies > 0:
             take_slots(
                 keys,
@@ -343,7 +340,7 @@ def combine_kernel(
         waited = wait_until(words_ptr + _ANSWERED, number, limit, pause, ON_GPU)
         valid = waited >= 0
         if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-            waited_ptr = counters_ptr + _NUM_COUNTERS * layer + _WAITED_NS
+            waited_ptr = counters_ptr + 2 * layer + _WAITED_NS
             tl.store(waited_ptr, tl.load(waited_ptr) + tl.where(valid, waited, limit))
         if waited < 0:
             tl.store(failed_ptr, 1)

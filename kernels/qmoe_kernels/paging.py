@@ -81,11 +81,11 @@ class Residency:
 
 @dataclass(frozen=True)
 class CopyList:
-    """What `gather` is to copy: pairs of page and slot.
+    """What `gather` is to copy: the first ``count`` pairs of page and slot.
 
     Attributes:
         pages, slots: (capacity,) int32.
-        count: (1,) int32, how many.
+        count: (1,) int32.
     """
 
     pages: Tensor
@@ -95,11 +95,8 @@ class CopyList:
     @classmethod
     def empty(cls, capacity: int, device: torch.device | str) -> CopyList:
         """A list for as many pages as a layer has experts."""
-
-        def zeros(size: int) -> Tensor:
-            return torch.zeros(size, dtype=torch.int32, device=device)
-
-        return cls(zeros(capacity), zeros(capacity), zeros(1))
+        pages, slots = torch.zeros(2, capacity, dtype=torch.int32, device=device).unbind()
+        return cls(pages, slots, torch.zeros(1, dtype=torch.int32, device=device))
 
     def listed(self) -> list[tuple[int, int]]:
         """The pairs that `gather` copies; waits for the device."""
@@ -499,10 +496,9 @@ if triton is not None:
         if PDL:
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
-        count = tl.load(copy_count_ptr)
         blocks_per_page = tl.cdiv(page_words, BLOCK)
         memory = memory_ptr.to(tl.pointer_type(tl.int64))
-        num_blocks = count * blocks_per_page
+        num_blocks = tl.load(copy_count_ptr) * blocks_per_page
         for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
             i = block // blocks_per_page
             offsets = (block % blocks_per_page) * BLOCK + tl.arange(0, BLOCK)

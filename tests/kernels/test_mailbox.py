@@ -215,10 +215,10 @@ class TestChoice:
         if int(host.posts.pending):
             assert workers.wait_for_answer(host.mailbox.words, int(host.posts.number), 5)
         self.taken = layer.topk_ids[link_ids != layer.topk_ids].tolist()
-        self.now = [page for page, _ in host.copies.listed()]
+        self.copied = [page for page, _ in host.copies.listed()]
         residency = host.residency
         there = [page for page in residency.slot_to_page.tolist() if page >= 0]
-        assert set(self.now) <= set(there)
+        assert set(self.copied) <= set(there)
         for page, slot in host.copies.listed():
             assert (residency.page_to_slot[page], residency.slot_to_page[slot]) == (slot, page)
         assert host.posts.counters[0, SERVED] == len(self.taken)
@@ -226,14 +226,14 @@ class TestChoice:
 
     def test_last_choices_of_those_never_asked_for(self, hosts, implementation) -> None:
         self.run(hosts, implementation, 2, 3, 1, 6)
-        assert (self.taken, self.now) == ([1, 6], [3])
+        assert (self.taken, self.copied) == ([1, 6], [3])
 
     def test_the_longest_ago_first(self, hosts, implementation) -> None:
         def before(host: Host) -> None:
             host.posts.last_asked[3], host.posts.last_asked[6] = 2, 5
 
         self.run(hosts, implementation, 1, 3, 6, before=before)
-        assert (self.taken, self.now) == ([3], [6])
+        assert (self.taken, self.copied) == ([3], [6])
 
     def test_what_is_warm_is_the_links(self, hosts, implementation) -> None:
         """Asked for since the coldest slot was used."""
@@ -242,14 +242,21 @@ class TestChoice:
             host.posts.last_asked[3], host.posts.last_asked[5] = 10, 11
 
         self.run(hosts, implementation, 8, 3, 6, 5, before=before)
-        assert (self.taken, self.now) == ([6], [3, 5])
+        assert (self.taken, self.copied) == ([6], [3, 5])
+
+    def test_at_most_so_many_of_what_is_cold(self, hosts, implementation) -> None:
+        def before(host: Host) -> None:
+            host.posts.last_asked[3], host.posts.last_asked[5] = 10, 9
+
+        self.run(hosts, implementation, 1, 3, 6, 5, before=before)
+        assert (self.taken, self.copied) == ([6], [3, 5])
 
     def test_an_empty_slot_is_filled(self, hosts, implementation) -> None:
         def before(host: Host) -> None:
             host.residency.last_used[2] = 0
 
         host = self.run(hosts, implementation, 8, 3, 6, before=before)
-        assert (self.taken, self.now) == ([], [3, 6])
+        assert (self.taken, self.copied) == ([], [3, 6])
         assert host.residency.page_to_slot[3] == 2, "the empty one first"
 
     def test_a_slot_of_this_call_is_not_the_coldest(self, hosts, implementation) -> None:
@@ -259,7 +266,7 @@ class TestChoice:
             host.posts.last_asked[6] = 9
 
         self.run(hosts, implementation, 8, 3, 6, before=before)
-        assert (self.taken, self.now) == ([6], []), "all others were used later"
+        assert (self.taken, self.copied) == ([6], []), "all others were used later"
 
     def test_all_slots_in_use(self, hosts, implementation) -> None:
         def before(host: Host) -> None:
@@ -267,22 +274,22 @@ class TestChoice:
                 host.residency.page_to_slot[slot], host.residency.slot_to_page[slot] = slot, slot
 
         self.run(hosts, implementation, 8, 0, 1, 2, 3, 6, before=before)
-        assert (self.taken, self.now) == ([6], [])
+        assert (self.taken, self.copied) == ([6], [])
 
     def test_what_is_there_is_no_miss(self, hosts, implementation) -> None:
         def before(host: Host) -> None:
             host.residency.page_to_slot[3], host.residency.slot_to_page[1] = 1, 3
 
         self.run(hosts, implementation, 8, 3, 6, before=before)
-        assert (self.taken, self.now) == ([6], [])
+        assert (self.taken, self.copied) == ([6], [])
 
     def test_ids_outside_are_skipped(self, hosts, implementation) -> None:
         self.run(hosts, implementation, 8, NUM_EXPERTS, 6, -1)
-        assert (self.taken, self.now) == ([6], [])
+        assert (self.taken, self.copied) == ([6], [])
 
     def test_after_a_failure_nothing_is_posted(self, hosts, implementation) -> None:
         self.run(hosts, implementation, 8, 3, before=lambda h: h.posts.failed.fill_(1))
-        assert (self.taken, self.now) == ([], [3])
+        assert (self.taken, self.copied) == ([], [3])
 
     def test_several_tokens_have_a_table_of_their_own(self, hosts, implementation) -> None:
         layers = [x.to(device_of(implementation)) for x in make_layers()]
@@ -333,7 +340,6 @@ def test_both_implementations_choose_the_same(data) -> None:
                     host.posts.counters.tolist(),
                     {f.name: getattr(host.residency, f.name).tolist() for f in fields(Residency)},
                     host.copies.listed(),
-                    host.copies.listed(late=True),
                     int(host.posts.number),
                     workers.load_word(mail.words, workers.POSTED),
                     mail.words[workers.HEADER].tolist() if posted else None,

@@ -326,7 +326,7 @@ def aligned_slots(num_slots: int, slot_bytes: int) -> torch.Tensor:
 
 
 def copy_list(pairs: list[tuple[int, int]], capacity: int = 9) -> CopyList:
-    """Behind the pairs what no page and no slot is."""
+    """Behind the pairs, what no page and no slot is."""
     copies = CopyList.empty(capacity, DEVICE)
     copies.pages.fill_(1 << 30)
     copies.slots.fill_(1 << 30)
