@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import platform
@@ -250,6 +251,37 @@ def test_ctrl_c_comes_when_a_call_ends() -> None:
         press.start()
         while True:  # the signal is for the first call, on a busy machine for a later one
             layer.fused_moe()
+    assert torch.equal(layer.fused_moe(), expected)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no signal from a thread")
+def test_ctrl_c_waits_for_threads_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without OpenMP: what the threads write to is freed once the interrupt is raised."""
+    monkeypatch.setattr(native, "_openmp", lambda: None)
+    ended = []
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def loop(_: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(1.0)
+            ended.append(True)
+
+    address = ctypes.cast(loop, ctypes.c_void_p).value
+    assert address is not None and native.address_of("spread")  # compiled before
+    press = threading.Timer(0.3, os.kill, (os.getpid(), SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        press.start()
+        native._run(address, 0, 3)
+    assert ended == [True, True]
+
+
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_same_bits_without_openmp(
+    weights: str, two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = random_layer(weights=weights, num_tokens=9, hidden_size=256, intermediate_size=128)
+    expected = layer.fused_moe()
+    monkeypatch.setattr(native, "_openmp", lambda: None)
     assert torch.equal(layer.fused_moe(), expected)
 
 
