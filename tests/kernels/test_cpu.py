@@ -8,7 +8,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from signal import SIGINT
@@ -213,16 +213,16 @@ def test_python_threads_at_once(two_threads: None) -> None:
     assert not wrong
 
 
-def in_child(layer: Layer, expected: torch.Tensor) -> int | None:
-    """The exit status of a forked child that runs ``layer``; None: it hung."""
+def in_child(is_right: Callable[[], bool]) -> int | None:
+    """The exit status of a forked child, 0 where ``is_right``; None: it hung."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            code = 0 if torch.equal(cpu_product(layer), expected) else 2
+            code = 0 if is_right() else 2
         finally:
             os._exit(code)
-    for _ in range(300):
+    for _ in range(200):
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
@@ -289,8 +289,33 @@ def test_same_bits_without_openmp(
 def test_after_a_fork(two_threads: None) -> None:
     layer = random_layer(hidden_size=256, intermediate_size=128)
     expected = cpu_product(layer)  # on two threads, which a child does not have
-    assert in_child(layer, expected) == 0
+    assert in_child(lambda: torch.equal(cpu_product(layer), expected)) == 0
     assert torch.equal(cpu_product(layer), expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_torch_s_own_operators_after_a_fork(two_threads: None) -> None:
+    """Rows that are cast in parallel, and an expert with as many as torch's product takes."""
+    many_rows = replace(
+        random_layer(num_tokens=90, num_experts=2, hidden_size=1024, intermediate_size=128),
+        topk_ids=torch.zeros(90, 1, dtype=torch.int64),
+        topk_weights=torch.ones(90, 1),
+    )
+    wide = random_layer(num_tokens=16, hidden_size=4096, dtype=torch.bfloat16)
+    for layer in (many_rows, wide):
+        expected = layer.fused_moe()
+        assert in_child(lambda: torch.equal(layer.fused_moe(), expected)) == 0
+        assert torch.equal(layer.fused_moe(), expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_after_a_fork_with_an_openmp_that_keeps_its_threads(
+    two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = random_layer(hidden_size=256, intermediate_size=128)
+    expected = cpu_product(layer)
+    monkeypatch.setattr(native, "_end_team", lambda: False)
+    assert in_child(lambda: torch.equal(cpu_product(layer), expected)) == 0
 
 
 def test_without_native_loops_torch_does_it(

@@ -83,7 +83,8 @@ SPREAD = """
 
 _lock = threading.Lock()
 _loaded: dict[str, dict[str, int] | None] = {}
-_in_child = False
+# Whether the next forked child will miss the threads that OpenMP kept, and whether this one does.
+_loses_team = _has_lost_team = False
 
 
 class Machine(NamedTuple):
@@ -164,7 +165,7 @@ def run(name: str, arguments: Sequence[int], items: int, threads: int | None = N
 def _run(function: int, address: int, threads: int) -> None:
     # Threads that torch has anyway: others of our own would compete with these for the
     # processor. Two Python threads that call at once have a team each.
-    openmp = None if _in_child else _openmp()
+    openmp = None if _has_lost_team else _openmp()
     parallel = None if threads == 1 else openmp or _own_threads()
     if parallel is None:
         callable_at(function)(address)
@@ -200,14 +201,33 @@ def _openmp() -> Any:
     return parallel
 
 
+def _end_team() -> bool:
+    """End the threads that this thread's OpenMP keeps for its next call; False where it cannot."""
+    try:
+        pause = ctypes.CDLL(None).omp_pause_resource_all  # since OpenMP 5.0
+    except (AttributeError, OSError, TypeError):
+        return False
+    pause.argtypes, pause.restype = [ctypes.c_int], ctypes.c_int
+    soft = 1
+    return bool(pause(soft) == 0)
+
+
+def _before_fork() -> None:
+    """A child has none of its parent's threads, and OpenMP would wait for them for ever.
+
+    Not only in loops: torch's own operators run on them, too. So there are none to wait for.
+    """
+    global _loses_team
+    _loses_team = not _end_team()
+
+
 def _after_fork() -> None:
-    """A child has none of its parent's threads, and OpenMP would wait for them for ever."""
-    global _lock, _in_child
-    _lock, _in_child = threading.Lock(), True
+    global _lock, _has_lost_team
+    _lock, _has_lost_team = threading.Lock(), _has_lost_team or _loses_team
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 
 
 # ---- compiling ---------------------------------------------------------------------------------
