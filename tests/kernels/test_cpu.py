@@ -304,7 +304,7 @@ def test_torch_s_own_operators_after_a_fork(two_threads: None) -> None:
     wide = random_layer(num_tokens=16, hidden_size=4096, dtype=torch.bfloat16)
     for layer in (many_rows, wide):
         expected = layer.fused_moe()
-        assert in_child(lambda: torch.equal(layer.fused_moe(), expected)) == 0
+        assert in_child(lambda: torch.equal(layer.fused_moe(), expected)) == 0  # noqa: B023
         assert torch.equal(layer.fused_moe(), expected)
 
 
@@ -401,3 +401,16 @@ def test_machine_code_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None
     assert native._read(file) is None  # not whole
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))  # no folder: nothing is kept, nothing raised
     native._write(native.cache_folder() / "x.o", b"code")
+
+
+def test_a_user_without_a_home_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> native.Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(native.Path, "home", home)
+    monkeypatch.setattr(native, "_loaded", {})
+    assert native.address_of("spread") is not None
+    file = native.cache_folder() / "x.o"
+    native._write(file, b"code")
+    assert native._read(file) is None

@@ -261,8 +261,14 @@ def _load(group: str) -> dict[str, int]:
 
 
 def cache_folder() -> Path:
-    """Where machine code is kept: ``qmoe`` in the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Where machine code is kept: ``qmoe`` in the user's cache.
+
+    Nothing can be read or written there for a user who has no home.
+    """
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # no HOME, and no such user
+        base = os.devnull
     return Path(base) / "qmoe"
 
 
