@@ -19,6 +19,7 @@ from torch import Tensor
 from qmoe_kernels.activations import Activation
 from qmoe_kernels.cpu import native
 from qmoe_kernels.experts import Projection
+from qmoe_kernels.tensors import is_plain, is_watched
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # loops know a dtype by its place
 BF16 = DTYPES.index(torch.bfloat16)
@@ -358,9 +359,11 @@ def widen(q: Tensor, *, out: Tensor) -> Tensor:
 
 
 def narrows(weight: Tensor) -> bool:
-    """Whether `quantize_rows` and `wrong_rows` take rows of this dtype and these strides."""
+    """Whether `quantize_rows` and `wrong_rows`, which take addresses, take these rows."""
     return (
         weight.device.type == "cpu"
+        and is_plain(weight)
+        and not (is_watched() or weight.is_neg())
         and weight.dtype in DTYPES
         and (weight.stride(-1) == 1 or weight.shape[-1] == 1)
         and native.address_of("quantize") is not None
