@@ -36,7 +36,8 @@ class Activation:
     """One expert's nonlinearity; hashable, comparable, without tensors.
 
     Raises:
-        ValueError: an unknown name, or a field that the named function has no use for.
+        ValueError: an unknown name, a field that the named function has no use for, a limit that
+            is negative or NaN, or a softcap that is not a positive finite number.
     """
 
     name: ActivationName = "silu"
@@ -64,6 +65,10 @@ class Activation:
         )
         if not self.gated and gate_only != (0.0, None, False, None, None):
             raise ValueError(f"{self}: up_shift, limits and softcaps need a gate")
+        caps = [cap for cap in (self.gate_softcap, self.up_softcap) if cap is not None]
+        limit_fits = self.limit is None or self.limit >= 0  # which NaN is not
+        if not (limit_fits and all(0 < cap < math.inf for cap in caps)):
+            raise ValueError(f"{self}: a limit is at least 0, a softcap positive and finite")
 
 
 SWIGLU = Activation()

@@ -81,8 +81,8 @@ def fused_moe(
             are exact enough as they are; an ``activation`` that is a callable goes without.
         gate_up_proj_bias, down_proj_bias: added after the scale.
         expert_to_slot: where in ``gate_up_proj`` and ``down_proj`` an expert's weights are;
-            scales and biases stay indexed by expert. Every routed expert must have a slot: the
-            output of one whose slot is negative is NaN.
+            scales and biases stay indexed by expert. Every routed expert must have a slot: on
+            a GPU the output of one whose slot is negative is NaN.
 
     Returns:
         (num_tokens, hidden_size), or (num_tokens, top_k, hidden_size) without ``topk_weights``,
@@ -90,7 +90,7 @@ def fused_moe(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or activations that the weights or
-            the GPU cannot be multiplied with.
+            the GPU cannot be multiplied with; on a CPU a routed expert without a slot, too.
     """
     _check_activations(activations, gate_up_proj)
     _check_hidden_states(hidden_states, topk_ids)
@@ -308,7 +308,7 @@ def _fused_moe(
         many = _with_tensors(left, topk_ids)
     else:
         rows = hidden_states.new_zeros(topk_ids.numel(), down_proj.shape[1], dtype=torch.float32)
-        many = _routed_experts(topk_ids, gate_up)
+        many = _routed_experts(topk_ids, gate_up, down)
     if many:
         up_linear, down_linear = _CPULinear(gate_up, to), _CPULinear(down, to)
     for expert, slot, pairs in many:
@@ -534,8 +534,11 @@ class _CPULinear:
         return self.scratch
 
 
-def _routed_experts(topk_ids: Tensor, projection: Projection) -> list[tuple[int, int, Tensor]]:
+def _routed_experts(
+    topk_ids: Tensor, projection: Projection, *others: Projection
+) -> list[tuple[int, int, Tensor]]:
     """(expert, slot, its pairs) of every expert that a token is routed to, in order."""
+    num_slots = min(len(p.weight) for p in (projection, *others))
     routing = ExpertRouting.from_topk_ids(topk_ids, projection.num_experts)
     offsets = routing.expert_offsets.tolist()
     slots = range(projection.num_experts)
@@ -546,10 +549,8 @@ def _routed_experts(topk_ids: Tensor, projection: Projection) -> list[tuple[int,
         start, end = offsets[expert], offsets[expert + 1]
         if start == end:
             continue
-        if slot < 0:
-            raise ValueError(
-                f"expert {expert} is routed to but has no slot (expert_to_slot is {slot})"
-            )
+        if not 0 <= slot < num_slots:
+            raise cpu.missing_slot(expert, slot, num_slots)
         found.append((expert, slot, routing.sorted_pair_ids[start:end].long()))
     return found
 

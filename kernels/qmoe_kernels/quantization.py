@@ -24,6 +24,7 @@ from typing import Literal, cast
 import torch
 
 from qmoe_kernels import cpu
+from qmoe_kernels.tensors import is_watched
 
 WeightFormat = Literal["int8", "fp8"]
 
@@ -263,6 +264,7 @@ def _quantize_rows(
     torch as the processor over 32 KiB of cache, and calls of several threads take turns: hence few
     calls, on blocks as large as the cache allows.
     """
+    weight = weight.resolve_neg()  # the imaginary part of a conjugate is negated when read
     if cpu.narrows(weight):
         cpu.quantize_rows(weight, q, scale)
         return
@@ -282,7 +284,7 @@ def _quantize_rows(
 
 def _scratch(*shape: int, device: torch.device) -> torch.Tensor:
     """Room for fp32; on a CPU the thread's own, kept: fresh memory costs as much as quantizing."""
-    if device.type != "cpu":
+    if device.type != "cpu" or is_watched():  # what is kept must not be a fake tensor
         return torch.empty(shape, dtype=torch.float32, device=device)
     size = math.prod(shape)
     kept: torch.Tensor | None = getattr(_of_thread, "scratch", None)

@@ -89,7 +89,8 @@ def candidates(module: nn.Module, gated: bool) -> Iterator[Activation]:
         for alpha in alphas:
             yield Activation("silu", True, alpha, 1.0, limit, limit_after)
     function = getattr(module, "act_fn", None)
-    gate_softcap = getattr(getattr(function, "gate_softcap", None), "softcap", None)
-    up_softcap = getattr(getattr(function, "up_softcap", None), "softcap", None)
-    if gate_softcap or up_softcap:
-        yield Activation("silu", gate_softcap=gate_softcap, up_softcap=up_softcap)
+    softcaps = (getattr(function, name, None) for name in ("gate_softcap", "up_softcap"))
+    values = [getattr(softcap, "softcap", None) for softcap in softcaps]
+    gate, up = (v if v is not None and 0 < v < float("inf") else None for v in values)
+    if gate or up:
+        yield Activation("silu", gate_softcap=gate, up_softcap=up)

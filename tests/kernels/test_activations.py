@@ -121,6 +121,13 @@ def test_computes_in_fp32() -> None:
         ({"name": "gelu", "alpha": 1.7}, "belong to silu"),
         ({"gated": False, "limit": 7.0}, "need a gate"),
         ({"gated": False, "up_shift": 1.0}, "need a gate"),
+        ({"limit": -1.0}, "a limit is at least 0"),
+        ({"limit": math.nan}, "a limit is at least 0"),
+        ({"gate_softcap": 0.0}, "a softcap positive and finite"),
+        ({"gate_softcap": math.nan}, "a softcap positive and finite"),
+        ({"up_softcap": 0.0}, "a softcap positive and finite"),
+        ({"up_softcap": math.nan}, "a softcap positive and finite"),
+        ({"up_softcap": math.inf}, "a softcap positive and finite"),
     ],
 )
 def test_meaningless_fields_are_refused(fields: dict[str, object], message: str) -> None:

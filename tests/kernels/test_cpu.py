@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import platform
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from signal import SIGINT
@@ -212,16 +213,16 @@ def test_python_threads_at_once(two_threads: None) -> None:
     assert not wrong
 
 
-def in_child(layer: Layer, expected: torch.Tensor) -> int | None:
-    """The exit status of a forked child that runs ``layer``; None: it hung."""
+def in_child(is_right: Callable[[], bool]) -> int | None:
+    """The exit status of a forked child, 0 where ``is_right``; None: it hung."""
     child = os.fork()
     if child == 0:
         code = 1
         try:
-            code = 0 if torch.equal(cpu_product(layer), expected) else 2
+            code = 0 if is_right() else 2
         finally:
             os._exit(code)
-    for _ in range(300):
+    for _ in range(200):
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
@@ -253,12 +254,68 @@ def test_ctrl_c_comes_when_a_call_ends() -> None:
     assert torch.equal(layer.fused_moe(), expected)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="no signal from a thread")
+def test_ctrl_c_waits_for_threads_of_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without OpenMP: what the threads write to is freed once the interrupt is raised."""
+    monkeypatch.setattr(native, "_openmp", lambda: None)
+    ended = []
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    def loop(_: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(1.0)
+            ended.append(True)
+
+    address = ctypes.cast(loop, ctypes.c_void_p).value
+    assert address is not None and native.address_of("spread")  # compiled before
+    press = threading.Timer(0.3, os.kill, (os.getpid(), SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        press.start()
+        native._run(address, 0, 3)
+    assert ended == [True, True]
+
+
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_same_bits_without_openmp(
+    weights: str, two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = random_layer(weights=weights, num_tokens=9, hidden_size=256, intermediate_size=128)
+    expected = layer.fused_moe()
+    monkeypatch.setattr(native, "_openmp", lambda: None)
+    assert torch.equal(layer.fused_moe(), expected)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_after_a_fork(two_threads: None) -> None:
     layer = random_layer(hidden_size=256, intermediate_size=128)
     expected = cpu_product(layer)  # on two threads, which a child does not have
-    assert in_child(layer, expected) == 0
+    assert in_child(lambda: torch.equal(cpu_product(layer), expected)) == 0
     assert torch.equal(cpu_product(layer), expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_torch_s_own_operators_after_a_fork(two_threads: None) -> None:
+    """Rows that are cast in parallel, and an expert with as many as torch's product takes."""
+    many_rows = replace(
+        random_layer(num_tokens=90, num_experts=2, hidden_size=1024, intermediate_size=128),
+        topk_ids=torch.zeros(90, 1, dtype=torch.int64),
+        topk_weights=torch.ones(90, 1),
+    )
+    wide = random_layer(num_tokens=16, hidden_size=4096, dtype=torch.bfloat16)
+    for layer in (many_rows, wide):
+        expected = layer.fused_moe()
+        assert in_child(lambda: torch.equal(layer.fused_moe(), expected)) == 0  # noqa: B023
+        assert torch.equal(layer.fused_moe(), expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_after_a_fork_with_an_openmp_that_keeps_its_threads(
+    two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = random_layer(hidden_size=256, intermediate_size=128)
+    expected = cpu_product(layer)
+    monkeypatch.setattr(native, "_end_team", lambda: False)
+    assert in_child(lambda: torch.equal(cpu_product(layer), expected)) == 0
 
 
 def test_without_native_loops_torch_does_it(
@@ -344,3 +401,16 @@ def test_machine_code_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None
     assert native._read(file) is None  # not whole
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))  # no folder: nothing is kept, nothing raised
     native._write(native.cache_folder() / "x.o", b"code")
+
+
+def test_a_user_without_a_home_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> native.Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(native.Path, "home", home)
+    monkeypatch.setattr(native, "_loaded", {})
+    assert native.address_of("spread") is not None
+    file = native.cache_folder() / "x.o"
+    native._write(file, b"code")
+    assert native._read(file) is None

@@ -24,7 +24,7 @@ from random_layer import (
 from trained_layer import trained_layer
 
 import qmoe_kernels
-from qmoe_kernels import Activation, fused_moe, grouped_linear, weighted_sum
+from qmoe_kernels import Activation, cpu, fused_moe, grouped_linear, weighted_sum
 from qmoe_kernels.activations import apply
 from qmoe_kernels.fused_moe import EIGHT_BIT_ROWS, check_activations
 from qmoe_kernels.reference import grouped_linear_reference
@@ -261,7 +261,8 @@ def test_slots(device: str) -> None:
     assert_close(moved.fused_moe(), moved.reference())
 
 
-def test_cpu_touches_routed_experts_only() -> None:
+def test_cpu_touches_routed_experts_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    available = cpu.available
     layer = random_layer(num_tokens=1)
     routed = layer.topk_ids[0].tolist()
     expected = layer.fused_moe()
@@ -275,9 +276,12 @@ def test_cpu_touches_routed_experts_only() -> None:
         expert_to_slot=slots,
     )
     assert torch.equal(small.fused_moe(), expected)
-    small.expert_to_slot[routed[0]] = -1
-    with pytest.raises(ValueError, match=f"expert {routed[0]} is routed to but has no slot"):
-        small.fused_moe()
+    for slot in (-1, 2, 1 << 30):
+        small.expert_to_slot[routed[0]] = slot
+        for native in (True, False):
+            monkeypatch.setattr(cpu, "available", available if native else lambda *_: False)
+            with pytest.raises(ValueError, match=f"expert {routed[0]} is routed to but has no"):
+                small.fused_moe()
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -5,8 +5,9 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from qmoe_kernels import quantization
+from qmoe_kernels import cpu, quantization
 from qmoe_kernels.quantization import (
     LARGEST,
     SMALLEST_SCALE,
@@ -223,6 +224,29 @@ def test_what_cannot_be_dequantized() -> None:
         dequantize(q.to(torch.int16), scale)
     with pytest.raises(ValueError, match=r"expected \(4,\)"):
         dequantize(q, scale.unsqueeze(-1))
+
+
+def test_fake_weights_are_not_read() -> None:
+    with FakeTensorMode():
+        weight = torch.randn(4, 64)
+        q, scale = quantize_rows(weight, "int8")
+        quantize_rows(weight.double(), "int8")
+    assert isinstance(q, FakeTensor) and isinstance(scale, FakeTensor)
+    assert not cpu.narrows(weight)
+    assert quantize_rows(torch.ones(1, 64).double(), "int8")[0].eq(127).all()
+
+
+@pytest.mark.parametrize("weights", FORMATS)
+def test_negative_bit(weights: str) -> None:
+    weight = torch.randn(33, 64, dtype=torch.complex64).conj().imag  # nothing is copied
+    rows = weight.as_strided((33, 64), (64, 1))
+    assert rows.is_neg() and rows.stride(1) == 1
+    for negated in (rows, weight):
+        expected = quantize_with_squares(negated.resolve_neg().contiguous(), weights)
+        actual = quantize_with_squares(negated, weights)
+        assert torch.equal(bits(actual[0]), bits(expected[0]))
+        assert torch.equal(actual[1], expected[1])
+        assert actual[2:] == pytest.approx(expected[2:], rel=1e-5)
 
 
 @pytest.mark.parametrize("weights", FORMATS)

@@ -19,6 +19,7 @@ from torch import Tensor
 from qmoe_kernels.activations import Activation
 from qmoe_kernels.cpu import native
 from qmoe_kernels.experts import Projection
+from qmoe_kernels.tensors import is_plain, is_watched
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # loops know a dtype by its place
 BF16 = DTYPES.index(torch.bfloat16)
@@ -135,6 +136,7 @@ def layer(
     if topk_weights is not None:
         result = x.new_empty(num_tokens, features, dtype=torch.float32)
         total = _sum(outputs, torch.float32, topk_weights, ids, num_experts, result, kept)
+    num_slots = min(len(p.weight) for p in (up, down) if p is not None)
     found = native.run(
         "layer",
         [
@@ -148,15 +150,13 @@ def layer(
             first,
             second,
             total,
+            num_slots,
         ],
         most * kept[0][0],
     )
     num_few, num_routed, missing = found[2:]
     if missing >= 0:
-        raise ValueError(
-            f"expert {missing} is routed to but has no slot "
-            f"(expert_to_slot is {int(slots_of[missing])})"  # type: ignore[index]
-        )
+        raise missing_slot(missing, int(slots_of[missing]), num_slots)  # type: ignore[index]
     if num_few == num_routed:
         return output if topk_weights is None else result.to(dtype), []
     tables = memory[: begins[8]].view(torch.int64)
@@ -166,6 +166,14 @@ def layer(
     return output, [
         (expert[i], slot[i], of[start[i] : start[i + 1]]) for i in range(num_few, num_routed)
     ]
+
+
+def missing_slot(expert: int, slot: int, num_slots: int) -> ValueError:
+    """What to raise for an expert whose weights are not among those of ``num_slots``."""
+    return ValueError(
+        f"expert {expert} is routed to but has no slot (expert_to_slot is {slot}, "
+        f"of {num_slots} slots)"
+    )
 
 
 def _product(
@@ -351,9 +359,11 @@ def widen(q: Tensor, *, out: Tensor) -> Tensor:
 
 
 def narrows(weight: Tensor) -> bool:
-    """Whether `quantize_rows` and `wrong_rows` take rows of this dtype and these strides."""
+    """Whether `quantize_rows` and `wrong_rows`, which take addresses, take these rows."""
     return (
         weight.device.type == "cpu"
+        and is_plain(weight)
+        and not (is_watched() or weight.is_neg())
         and weight.dtype in DTYPES
         and (weight.stride(-1) == 1 or weight.shape[-1] == 1)
         and native.address_of("quantize") is not None

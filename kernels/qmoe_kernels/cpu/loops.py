@@ -222,7 +222,7 @@ def group(a):
                 slots[number], progress[number] = expert, 0
                 if a[6]:
                     slots[number] = np.int64(ints_at(a[6])[expert])
-                    if slots[number] < 0:
+                    if slots[number] < 0 or slots[number] >= a[19]:
                         missing = expert
                 counts[expert] = -1 - start  # from here on, where its next pair goes
                 number, start = number + 1, start + count

@@ -14,7 +14,7 @@ import os
 import tempfile
 import threading
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,6 +32,7 @@ GROUPS = {
     "formats": ("quantize", "compare", "widen"),
     "workers": ("lead", "assist", "store_word", "load_word", "ring_bell"),
     "reading": ("read",),
+    "threads": ("spread",),
 }
 # Kinds of dot products: by weights, and whether rows are bf16 numbers that are multiplied in pairs.
 INT8, FP8, FP8_PAIRS, BF16 = "int8", "fp8", "fp8_pairs", "bf16"
@@ -39,13 +40,51 @@ INT8, FP8, FP8_PAIRS, BF16 = "int8", "fp8", "fp8_pairs", "bf16"
 KNOWN_SYMBOLS = {
     *("erff", "tanhf", "memset", "memcpy"),
     *("sched_yield", "syscall", "clock_gettime", "__errno_location"),
+    *("pthread_create", "pthread_join"),
 }
 COUNTERS = 7  # of a loop; what it has claimed and how many threads there are come first
 DIGEST_BYTES = hashlib.sha256().digest_size
+# What GOMP_parallel does, on threads that end with the call. No line of Python runs before they
+# have ended: an interrupt could fall on it, and free the memory that they write to. (A thread's
+# function returns an address, which nobody reads: a loop may return nothing instead.)
+SPREAD = """
+    declare i32 @pthread_create(ptr, ptr, ptr, ptr)
+    declare i32 @pthread_join(i64, ptr)
+    define void @spread(ptr %function, ptr %data, i32 %threads, i32 %flags) {
+        %ids = alloca i64, i32 %threads
+        %helpers = sub i32 %threads, 1
+        br label %ask
+    ask:
+        %started = phi i32 [0, %0], [%one_more, %start]
+        %all = icmp uge i32 %started, %helpers
+        br i1 %all, label %work, label %start
+    start:
+        %id = getelementptr i64, ptr %ids, i32 %started
+        %status = call i32 @pthread_create(ptr %id, ptr null, ptr %function, ptr %data)
+        %one_more = add i32 %started, 1
+        %refused = icmp ne i32 %status, 0
+        br i1 %refused, label %work, label %ask
+    work:
+        call void %function(ptr %data)
+        br label %wait
+    wait:
+        %left = phi i32 [%started, %work], [%one_less, %join]
+        %none = icmp eq i32 %left, 0
+        br i1 %none, label %end, label %join
+    join:
+        %one_less = sub i32 %left, 1
+        %last = getelementptr i64, ptr %ids, i32 %one_less
+        %ended = load i64, ptr %last
+        call i32 @pthread_join(i64 %ended, ptr null)
+        br label %wait
+    end:
+        ret void
+    }"""
 
 _lock = threading.Lock()
 _loaded: dict[str, dict[str, int] | None] = {}
-_in_child = False
+# Whether the next forked child will miss the threads that OpenMP kept, and whether this one does.
+_loses_team = _has_lost_team = False
 
 
 class Machine(NamedTuple):
@@ -124,26 +163,24 @@ def run(name: str, arguments: Sequence[int], items: int, threads: int | None = N
 
 
 def _run(function: int, address: int, threads: int) -> None:
-    if threads == 1:
+    # Threads that torch has anyway: others of our own would compete with these for the
+    # processor. Two Python threads that call at once have a team each.
+    openmp = None if _has_lost_team else _openmp()
+    parallel = None if threads == 1 else openmp or _own_threads()
+    if parallel is None:
         callable_at(function)(address)
-        return
-    parallel = _openmp()
-    if parallel is not None and not _in_child:
-        # Threads that torch has anyway: others of our own would compete with these for the
-        # processor. Two Python threads that call at once have a team each.
+    else:
         parallel(function, address, threads, 0)
-        return
-    helpers = [
-        threading.Thread(target=callable_at(function), args=(address,)) for _ in range(threads - 1)
-    ]
-    try:
-        for helper in helpers:
-            helper.start()
-        callable_at(function)(address)
-    finally:  # what they write to is freed behind this, whatever ends it
-        for helper in helpers:
-            if helper.ident is not None:
-                helper.join()
+
+
+@lru_cache
+def _own_threads() -> Any:
+    """`SPREAD`, to be called as GOMP_parallel is; None where there is no machine code of it."""
+    address = address_of("spread")
+    if address is None:
+        return None
+    kinds = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
+    return ctypes.CFUNCTYPE(None, *kinds)(address)
 
 
 @lru_cache
@@ -164,14 +201,33 @@ def _openmp() -> Any:
     return parallel
 
 
+def _end_team() -> bool:
+    """End the threads that this thread's OpenMP keeps for its next call; False where it cannot."""
+    try:
+        pause = ctypes.CDLL(None).omp_pause_resource_all  # since OpenMP 5.0
+    except (AttributeError, OSError, TypeError):
+        return False
+    pause.argtypes, pause.restype = [ctypes.c_int], ctypes.c_int
+    soft = 1
+    return bool(pause(soft) == 0)
+
+
+def _before_fork() -> None:
+    """A child has none of its parent's threads, and OpenMP would wait for them for ever.
+
+    Not only in loops: torch's own operators run on them, too. So there are none to wait for.
+    """
+    global _loses_team
+    _loses_team = not _end_team()
+
+
 def _after_fork() -> None:
-    """A child has none of its parent's threads, and OpenMP would wait for them for ever."""
-    global _lock, _in_child
-    _lock, _in_child = threading.Lock(), True
+    global _lock, _has_lost_team
+    _lock, _has_lost_team = threading.Lock(), _has_lost_team or _loses_team
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 
 
 # ---- compiling ---------------------------------------------------------------------------------
@@ -205,8 +261,14 @@ def _load(group: str) -> dict[str, int]:
 
 
 def cache_folder() -> Path:
-    """Where machine code is kept: ``qmoe`` in the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    """Where machine code is kept: ``qmoe`` in the user's cache.
+
+    Nothing can be read or written there for a user who has no home.
+    """
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # no HOME, and no such user
+        base = os.devnull
     return Path(base) / "qmoe"
 
 
@@ -259,23 +321,14 @@ def _compile(group: str, machine: Machine) -> bytes:
     """Return an object file with the loops of a group."""
     from llvmlite import binding as llvm
 
-    from qmoe_kernels.cpu import dots, loops, read_loops, worker_loops
-
-    source = {"workers": worker_loops, "reading": read_loops}.get(group, loops)
-    module, names = llvm.parse_assembly(f'target triple = "{machine.triple}"'), set(GROUPS[group])
-    for name in GROUPS[group]:
-        code, inner = getattr(source, f"make_{name}")()
+    module = llvm.parse_assembly(f'target triple = "{machine.triple}"')
+    for code in _assembly(group):
         module.link_in(llvm.parse_assembly(code))
-        entry = f"""declare i32 @{inner}(ptr, ptr, ptr)
-            define void @{name}(ptr %arguments) {{
-                %result = alloca ptr
-                %error = alloca ptr
-                %status = call i32 @{inner}(ptr %result, ptr %error, ptr %arguments)
-                ret void
-            }}"""
-        module.link_in(llvm.parse_assembly(entry))
+    names = set(GROUPS[group])
     blocks = [block for block in machine.dots if _group_of(dots_name(*block)) == group]
     if blocks:
+        from qmoe_kernels.cpu import dots
+
         module.link_in(llvm.parse_assembly(dots.assembly(blocks)))
         names |= {dots_name(*block) for block in blocks}
     target = _target_machine(machine)
@@ -287,6 +340,26 @@ def _compile(group: str, machine: Machine) -> bytes:
         raise RuntimeError(f"numba's loops need {', '.join(sorted(unknown))}")
     machine_code: bytes = target.emit_object(module)
     return machine_code
+
+
+def _assembly(group: str) -> Iterator[str]:
+    """Modules in LLVM's language that have the loops of a group."""
+    if group == "threads":  # without numba
+        yield SPREAD
+        return
+    from qmoe_kernels.cpu import loops, read_loops, worker_loops
+
+    source = {"workers": worker_loops, "reading": read_loops}.get(group, loops)
+    for name in GROUPS[group]:
+        code, inner = getattr(source, f"make_{name}")()
+        yield code
+        yield f"""declare i32 @{inner}(ptr, ptr, ptr)
+            define void @{name}(ptr %arguments) {{
+                %result = alloca ptr
+                %error = alloca ptr
+                %status = call i32 @{inner}(ptr %result, ptr %error, ptr %arguments)
+                ret void
+            }}"""
 
 
 def _drop_all_but(names: set[str], module: Any, target: Any) -> None:

@@ -249,7 +249,7 @@ class _Job:
                 products += [first, second, layer.num_experts]
         self.products = array("q", products)
         # As `native.run` lays them out; what is zero here is filled in for each post.
-        before = [0, 0, ids.data_ptr(), 0, 0, 0, 0, 0, *(t.data_ptr() for t in tables), 0, 0, 0]
+        before = [0, 0, ids.data_ptr(), 0, 0, 0, 0, 0, *(t.data_ptr() for t in tables), 0, 0, 0, 0]
         self._arguments = array("q", [*before, *[0] * native.COUNTERS])
         self.address = self._arguments.buffer_info()[0]
         counters = self.address + 8 * len(before)
