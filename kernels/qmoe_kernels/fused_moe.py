@@ -503,7 +503,7 @@ class _CPULinear:
 
     def __init__(self, projection: Projection, row_format: WeightFormat | None) -> None:
         self.projection, self.row_format = projection, row_format
-        self.scratch: Tensor | None = None
+        self.scratch: dict[torch.dtype, Tensor] = {}
 
     def __call__(self, x: Tensor, expert: int, slot: int) -> Tensor:
         """(num_rows, in_features) -> (num_rows, out_features) fp32."""
@@ -525,13 +525,22 @@ class _CPULinear:
         bias = self.projection.bias
         return y if bias is None else y.add_(bias[expert])
 
+    def transposed(self, y: Tensor, expert: int, slot: int) -> Tensor:
+        """(num_rows, out_features) fp32 -> (num_rows, in_features) fp32, as gradients want it."""
+        weight = self.projection.weight[slot]
+        if self.projection.scale is not None:
+            y = y * self.projection.scale[expert]
+        if weight.dtype != torch.float32:
+            weight = widen(weight, out=self._scratch(weight, torch.float32))
+        return y @ weight
+
     def _scratch(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
         """Room for a widened weight, the same for all: fresh memory costs as much as widening."""
-        if self.scratch is None:
-            self.scratch = torch.empty_like(
+        if dtype not in self.scratch:
+            self.scratch[dtype] = torch.empty_like(
                 weight, dtype=dtype, memory_format=torch.contiguous_format
             )
-        return self.scratch
+        return self.scratch[dtype]
 
 
 def _routed_experts(

@@ -29,7 +29,6 @@ from qmoe_kernels.fused_moe import (
     _weighted_sum,
 )
 from qmoe_kernels.operators import operator
-from qmoe_kernels.quantization import widen
 
 _PAGED = (
     "paged experts have no gradient, since their slots may hold others by then; load the model "
@@ -105,7 +104,7 @@ def _fused_moe_backward(
     top_k = topk_ids.shape[1]
     gate_up = Projection(gate_up_proj, gate_up_proj_scale, gate_up_proj_bias)
     down = Projection(down_proj, down_proj_scale, down_proj_bias)
-    up_linear = _CPULinear(gate_up, None)
+    up_linear, down_linear = _CPULinear(gate_up, None), _CPULinear(down, None)
     num_pairs, hidden_size = topk_ids.numel(), hidden_states.shape[1]
     rows = hidden_states.new_zeros(num_pairs, hidden_size, dtype=torch.float32)
     of_weights = rows.new_zeros(num_pairs)
@@ -115,14 +114,14 @@ def _fused_moe_backward(
     for expert, slot, pairs in _routed_experts(topk_ids, gate_up):
         y = gradient[pairs // pairs_per_row].float()
         before = up_linear(hidden_states[pairs // top_k], expert, slot)
-        of_hidden = _times_transposed(y, down, expert)
+        of_hidden = down_linear.transposed(y, expert, slot)
         weighted = of_hidden if weights is None else of_hidden * weights[pairs, None]
         hidden, of_before = apply_with_gradient(activation, before, weighted)
         if weights is not None:
             of_weights[pairs] = (of_hidden * hidden).sum(-1)
             if down.bias is not None:
                 of_weights[pairs] += y @ down.bias[expert].float()
-        rows[pairs] = _times_transposed(of_before, gate_up, expert)
+        rows[pairs] = up_linear.transposed(of_before, expert, slot)
     of_rows = rows.view(-1, top_k, hidden_size).sum(1).to(hidden_states.dtype)
     if topk_weights is None:
         return of_rows, of_weights.new_empty(0)
@@ -182,9 +181,9 @@ def _grouped_linear_backward(
     """(num_tokens, in_features), or (num_tokens, top_k, in_features) if ``per_pair``."""
     projection = Projection(weight, scale)
     rows = gradient.new_zeros(topk_ids.numel(), weight.shape[2], dtype=torch.float32)
-    flat = gradient.flatten(0, 1)
-    for expert, _, pairs in _routed_experts(topk_ids, projection):
-        rows[pairs] = _times_transposed(flat[pairs].float(), projection, expert)
+    linear, flat = _CPULinear(projection, None), gradient.flatten(0, 1)
+    for expert, slot, pairs in _routed_experts(topk_ids, projection):
+        rows[pairs] = linear.transposed(flat[pairs].float(), expert, slot)
     rows = rows.view(*topk_ids.shape, -1)
     return (rows if per_pair else rows.sum(1)).to(gradient.dtype)
 
@@ -207,18 +206,3 @@ def _(
         return grouped_linear_backward_triton(
             gradient, Projection(weight, scale), topk_ids, per_pair
         )
-
-
-def _times_transposed(y: Tensor, projection: Projection, expert: int) -> Tensor:
-    """(num_rows, out_features) fp32 -> (num_rows, in_features) fp32."""
-    weight = projection.weight[expert]
-    if projection.scale is not None:
-        y = y * projection.scale[expert]
-    if weight.dtype != torch.float32:
-        weight = widen(
-            weight,
-            out=torch.empty_like(
-                weight, dtype=torch.float32, memory_format=torch.contiguous_format
-            ),
-        )
-    return y @ weight

@@ -29,7 +29,7 @@ class Operator:
             function = _without_autocast(function)
         _LIBRARY.impl(name, function, key)
         self._gradient: Callable[..., Any] | None = None
-        register_autograd(self.name, self._backward, setup_context=_remember, lib=_LIBRARY)
+        register_autograd(self.name, self._backward, setup_context=self._remember, lib=_LIBRARY)
         self._overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def __call__(self, *args: Any) -> Any:
@@ -58,6 +58,20 @@ class Operator:
         """
         self._gradient = function
         return function
+
+    def _remember(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+        """Keep what `_backward` needs: tensors only where somebody computes a gradient of them."""
+        if self._gradient is not None:
+            tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+            ctx.save_for_backward(*tensors)
+            ctx.qmoe_arguments = [
+                (True, None) if isinstance(value, torch.Tensor) else (False, value)
+                for value in inputs
+            ]
+        ctx.qmoe_shapes = [
+            list(value.shape) if isinstance(value, torch.Tensor) and value.requires_grad else None
+            for value in inputs
+        ]
 
     def _backward(self, ctx: Any, *gradients: Any) -> Any:
         (gradient, *_) = (g for g in gradients if g is not None)
@@ -95,18 +109,6 @@ def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args)
 
     return run
-
-
-def _remember(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
-    tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
-    ctx.save_for_backward(*tensors)
-    ctx.qmoe_arguments = [
-        (True, None) if isinstance(value, torch.Tensor) else (False, value) for value in inputs
-    ]
-    ctx.qmoe_shapes = [
-        list(value.shape) if isinstance(value, torch.Tensor) and value.requires_grad else None
-        for value in inputs
-    ]
 
 
 def _raise_no_gradient(gradient: torch.Tensor, shape: Sequence[int], name: str) -> torch.Tensor:
