@@ -168,6 +168,8 @@ def grouped_linear(
 ) -> Tensor:
     """Return ``weight[topk_ids[t, k]] @ x[t]`` (or ``@ x[t, k]``) for every token and expert.
 
+    ``x`` has a gradient, and so has a ``weight`` without a scale: zeros for experts without tokens.
+
     Args:
         x, weight, scale, topk_ids, bias, expert_to_slot: see the signature.
         activations: as `fused_moe` has it.

@@ -16,7 +16,7 @@ from torch import Tensor
 from qmoe_kernels.activations import Activation, gradient_triton
 from qmoe_kernels.experts import Experts, Projection
 from qmoe_kernels.grouped_gemm import GROUP_M, launch_grouped_gemm
-from qmoe_kernels.heuristic import heuristic_tile
+from qmoe_kernels.heuristic import heuristic_tile, narrow_block
 from qmoe_kernels.launching import COMPILED, is_widened_fp8, weight_bits
 from qmoe_kernels.routing import ExpertRouting
 from qmoe_kernels.rows import launch_weighted_sum
@@ -55,9 +55,8 @@ def fused_moe_backward_triton(
         up_rows, rows, experts.activation, up_scales, topk_ids, topk_weights, routing, of_weights
     )
     rows = launch_transposed_gemm(rows, gate_up, up_scales, transposed, scatter=True)
-    ones = gradient.new_ones(num_tokens, top_k, dtype=torch.float32)
     of_hidden = launch_weighted_sum(
-        rows.view(num_tokens, top_k, hidden_size), ones, topk_ids, gate_up.num_experts
+        rows.view(num_tokens, top_k, hidden_size), None, topk_ids, gate_up.num_experts
     )
     if topk_weights is None:
         return of_hidden, of_weights.new_empty(0)
@@ -66,22 +65,31 @@ def fused_moe_backward_triton(
 
 def grouped_linear_backward_triton(
     gradient: Tensor,  # (num_tokens, top_k, out_features)
+    x: Tensor | None,  # (num_tokens, in_features), or (num_tokens, top_k, in_features)
     projection: Projection,
     topk_ids: Tensor,  # (num_tokens, top_k)
     per_pair: bool,
-) -> Tensor:
+    of_x: bool,
+) -> tuple[Tensor, Tensor]:
     """Run the kernels of `qmoe::grouped_linear_backward`; arguments and result as there."""
     num_tokens, top_k = topk_ids.shape
     projection, topk_ids = projection.contiguous(), topk_ids.contiguous()
+    weight, flat = projection.weight, gradient.contiguous().flatten(0, 1)
     tiles = _tiles(topk_ids, projection.num_experts)
-    scales, flat = _Scales(projection.scale), gradient.contiguous().flatten(0, 1)
-    rows = launch_scale_rows(flat, projection, scales, topk_ids, tiles, 1)
-    rows = launch_transposed_gemm(rows, projection, scales, tiles, scatter=True, fill=per_pair)
-    rows = rows.view(num_tokens, top_k, rows.shape[1])
-    if per_pair:
-        return rows
-    ones = gradient.new_ones(num_tokens, top_k, dtype=torch.float32)
-    return launch_weighted_sum(rows, ones, topk_ids, projection.num_experts)
+    of_rows, of_weight = flat.new_empty(0, weight.shape[2]), weight.new_empty(0)
+    if x is not None:
+        x = x.contiguous().flatten(0, -2)
+        of_weight = launch_weight_gradient(flat, x, weight, tiles, 1 if per_pair else top_k)
+    if of_x:
+        scales, scaled = _Scales(projection.scale), projection.scale is not None
+        if scaled:
+            flat = launch_scale_rows(flat, projection, scales, topk_ids, tiles, 1)
+        of_rows = launch_transposed_gemm(
+            flat, projection, scales, tiles, gather=not scaled, scatter=True, fill=per_pair
+        ).view(num_tokens, top_k, weight.shape[2])
+        if not per_pair:
+            of_rows = launch_weighted_sum(of_rows, None, topk_ids, projection.num_experts)
+    return of_rows, of_weight
 
 
 def _forward_rows(x: Tensor, gate_up: Projection, topk_ids: Tensor) -> tuple[Tensor, ExpertRouting]:
@@ -121,7 +129,7 @@ class _Scales:
 
 @triton.jit(do_not_specialize=["max_tiles_m"])
 def transposed_gemm_kernel(
-    x_ptr,  # (num_pairs, N), by sorted pairs
+    x_ptr,  # (num_pairs, N), by sorted pairs, or by pairs if GATHER
     weight_ptr,  # (num_slots, N, K)
     out_ptr,  # (num_pairs, K)
     ids_ptr,  # (num_pairs,) int32, sorted pairs
@@ -132,6 +140,7 @@ def transposed_gemm_kernel(
     K,
     stride_weight_slot,
     stride_weight_n,
+    GATHER: tl.constexpr,
     SCATTER: tl.constexpr,
     FP8: tl.constexpr,
     ASM: tl.constexpr,
@@ -159,8 +168,11 @@ def transposed_gemm_kernel(
     channels = tl.arange(0, BLOCK_N)
     columns = tile_k * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = columns < K
+    x_rows = rows
+    if GATHER:
+        x_rows = tl.load(ids_ptr + rows)
     # int64: rows times their length pass 2**31.
-    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * N + channels[None, :]
+    x_ptrs = x_ptr + x_rows.to(tl.int64)[:, None] * N + channels[None, :]
     weight_ptrs = weight_ptr + slot * stride_weight_slot
     weight_ptrs += channels.to(tl.int64)[:, None] * stride_weight_n + columns[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
@@ -185,11 +197,12 @@ def transposed_gemm_kernel(
 
 
 def launch_transposed_gemm(
-    x: Tensor,  # (num_pairs, out_features), by sorted pairs, scales multiplied in
+    x: Tensor,  # (num_pairs, out_features), scales multiplied in
     projection: Projection,
     scales: _Scales,
     routing: ExpertRouting,
     *,
+    gather: bool = False,
     scatter: bool = False,
     fill: bool = False,
 ) -> Tensor:
@@ -197,6 +210,7 @@ def launch_transposed_gemm(
 
     Args:
         routing: with tiles.
+        gather: rows of ``x`` are in the order of pairs instead of the sorted order.
         scatter: write in the order of pairs instead of the sorted order.
         fill: write zeros for pairs without an expert, whose rows are anything otherwise.
 
@@ -215,6 +229,8 @@ def launch_transposed_gemm(
         block_n, block_k, num_warps = 32, 64, 8
     else:
         block_n, block_k, num_warps = 64, 128, 8 if block_m > 64 else 4
+    if projection.scale is None:  # 8-bit weights are widened four at a time
+        block_n, block_k = narrow_block(block_n, out_features), narrow_block(block_k, in_features)
     grid = (
         min(GROUP_M, max_tiles_m) * triton.cdiv(in_features, block_k),
         triton.cdiv(max_tiles_m, GROUP_M),
@@ -231,6 +247,7 @@ def launch_transposed_gemm(
         in_features,
         weight.stride(0),
         weight.stride(1),
+        GATHER=gather,
         SCATTER=scatter,
         FP8=is_widened_fp8(weight, x),
         ASM=COMPILED,
@@ -239,6 +256,93 @@ def launch_transposed_gemm(
         BLOCK_K=block_k,
         GROUP_M=GROUP_M,
         num_warps=num_warps,
+        num_stages=2 if x.dtype == torch.float32 else 3,
+    )
+    return out
+
+
+@triton.jit
+def weight_gradient_kernel(
+    gradient_ptr,  # (num_pairs, N)
+    x_ptr,  # (num_pairs / PAIRS_PER_ROW, K)
+    out_ptr,  # (num_experts, N, K)
+    sorted_ptr,  # (num_pairs,) int32
+    offsets_ptr,  # (num_experts + 1,) int32
+    N,
+    K,
+    PAIRS_PER_ROW: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,  # along the sum
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Grid: (cdiv(N, BLOCK_N) * cdiv(K, BLOCK_K), num_experts). out[e] = gradient_e^T @ x_e."""
+    expert = tl.program_id(1)
+    tiles_k = tl.cdiv(K, BLOCK_K)
+    channels = tl.program_id(0) // tiles_k * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.program_id(0) % tiles_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    is_channel, is_column = channels < N, columns < K
+    first = tl.load(offsets_ptr + expert)
+    end = tl.load(offsets_ptr + expert + 1)
+    order = tl.arange(0, BLOCK_PAIRS)
+    acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    for start in range(first, end, BLOCK_PAIRS):
+        inside = order < end - start
+        # int64: pairs times their rows' length pass 2**31.
+        pairs = tl.load(sorted_ptr + start + order, mask=inside, other=0).to(tl.int64)
+        gradient = tl.load(
+            gradient_ptr + pairs[None, :] * N + channels[:, None],
+            mask=inside[None, :] & is_channel[:, None],
+            other=0.0,
+        )
+        x = tl.load(
+            x_ptr + pairs[:, None] // PAIRS_PER_ROW * K + columns[None, :],
+            mask=inside[:, None] & is_column[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(gradient, x, acc, input_precision="ieee")
+    out_ptrs = out_ptr + expert.to(tl.int64) * N * K + channels.to(tl.int64)[:, None] * K
+    mask = is_channel[:, None] & is_column[None, :]
+    tl.store(out_ptrs + columns[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def launch_weight_gradient(
+    gradient: Tensor,  # (num_pairs, out_features)
+    x: Tensor,  # (num_pairs / pairs_per_row, in_features)
+    weight: Tensor,  # (num_experts, out_features, in_features)
+    routing: ExpertRouting,
+    pairs_per_row: int,
+) -> Tensor:
+    """Sum each expert's outer products of gradients and rows, zeros for one without pairs.
+
+    Args:
+        weight: for its shape and dtype.
+        pairs_per_row: row ``pair // pairs_per_row`` of ``x`` belongs to a pair.
+
+    Returns:
+        (num_experts, out_features, in_features) in the dtype of ``weight``.
+    """
+    num_experts, out_features, in_features = weight.shape
+    out = weight.new_empty(num_experts, out_features, in_features)
+    if out.numel() == 0:
+        return out
+    most, block_pairs = (64, 16) if x.dtype == torch.float32 else (128, 32)
+    block_n, block_k = narrow_block(most, out_features), narrow_block(most, in_features)
+    if block_n + block_k <= 160:  # thin: nothing but reading takes time
+        block_pairs *= 2
+    tiles = triton.cdiv(out_features, block_n) * triton.cdiv(in_features, block_k)
+    weight_gradient_kernel[(tiles, num_experts)](
+        gradient,
+        x,
+        out,
+        routing.sorted_pair_ids,
+        routing.expert_offsets,
+        out_features,
+        in_features,
+        PAIRS_PER_ROW=pairs_per_row,
+        BLOCK_PAIRS=block_pairs,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=8 if block_n * block_k > 8192 else 4,
         num_stages=2 if x.dtype == torch.float32 else 3,
     )
     return out

@@ -1,5 +1,8 @@
 """Gradients of a layer's experts, which stay as they are: of its rows and of the routing weights.
 
+A single product, `qmoe_kernels.grouped_linear`, has a gradient of its weights as well where they
+are not 8-bit ones: adapters of experts are such products.
+
 With ``z = gate_up[e] @ x``, ``h = activation(z)`` and the gradient ``g`` of a token's output, a
 pair of token and expert with weight ``w`` gives
 
@@ -36,8 +39,8 @@ _PAGED = (
 )
 
 
-@_fused_moe.register_gradient
-def _(gradient: Tensor, *arguments: Any) -> tuple[Any, ...]:
+@_fused_moe.register_gradient()
+def _(gradient: Tensor, _: tuple[bool, ...], *arguments: Any) -> tuple[Any, ...]:
     *tensors, expert_to_slot = arguments[:10]
     if expert_to_slot is not None:
         raise RuntimeError(_PAGED)
@@ -46,9 +49,7 @@ def _(gradient: Tensor, *arguments: Any) -> tuple[Any, ...]:
     return (of_hidden, *[None] * 7, None if no_weights else of_weights)
 
 
-@_grouped_linear.register_gradient
-def _(
-    gradient: Tensor,
+def _kept_of_linear(
     x: Tensor,
     weight: Tensor,
     scale: Tensor | None,
@@ -57,13 +58,32 @@ def _(
     expert_to_slot: Tensor | None,
     activations: str,
 ) -> tuple[Any, ...]:
+    """Rows only for a gradient of the weights."""
+    rows = x if weight.requires_grad and scale is None else None
+    return rows, weight, scale, topk_ids, expert_to_slot, x.ndim == 3
+
+
+@_grouped_linear.register_gradient(keeps=_kept_of_linear)
+def _(
+    gradient: Tensor,
+    needed: tuple[bool, ...],
+    rows: Tensor | None,
+    weight: Tensor,
+    scale: Tensor | None,
+    topk_ids: Tensor,
+    expert_to_slot: Tensor | None,
+    per_pair: bool,
+) -> tuple[Any, ...]:
     if expert_to_slot is not None:
         raise RuntimeError(_PAGED)
-    return (_grouped_linear_backward(gradient, weight, scale, topk_ids, x.ndim == 3),)
+    of_rows, of_weight = _grouped_linear_backward(
+        gradient, rows, weight, scale, topk_ids, per_pair, needed[0]
+    )
+    return of_rows if needed[0] else None, None if rows is None else of_weight
 
 
-@_weighted_sum.register_gradient
-def _(gradient: Tensor, rows: Tensor, topk_weights: Tensor) -> tuple[Any, ...]:
+@_weighted_sum.register_gradient()
+def _(gradient: Tensor, _: tuple[bool, ...], rows: Tensor, topk_weights: Tensor) -> tuple[Any, ...]:
     of_rows = (gradient.unsqueeze(1).float() * topk_weights.unsqueeze(-1).float()).to(rows.dtype)
     of_weights = (gradient.unsqueeze(1).float() * rows.float()).sum(-1)
     return of_rows, of_weights.to(topk_weights.dtype)
@@ -176,33 +196,68 @@ def _(
 
 @operator("grouped_linear_backward", "cpu")
 def _grouped_linear_backward(
-    gradient: Tensor, weight: Tensor, scale: Tensor | None, topk_ids: Tensor, per_pair: bool
-) -> Tensor:
-    """(num_tokens, in_features), or (num_tokens, top_k, in_features) if ``per_pair``."""
-    projection = Projection(weight, scale)
-    rows = gradient.new_zeros(topk_ids.numel(), weight.shape[2], dtype=torch.float32)
+    gradient: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    scale: Tensor | None,
+    topk_ids: Tensor,
+    per_pair: bool,
+    of_x: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of rows and of weights, empty where they are not asked for.
+
+    Args:
+        x: None asks for no gradient of the weights.
+        per_pair: whether rows are (num_tokens, top_k, in_features).
+        of_x: whether their gradient is asked for.
+    """
+    projection, top_k = Projection(weight, scale), topk_ids.shape[1]
+    of_rows = gradient.new_zeros(
+        topk_ids.numel() if of_x else 0, weight.shape[2], dtype=torch.float32
+    )
+    of_weight = weight.new_zeros(0 if x is None else weight.shape)
     linear, flat = _CPULinear(projection, None), gradient.flatten(0, 1)
     for expert, slot, pairs in _routed_experts(topk_ids, projection):
-        rows[pairs] = linear.transposed(flat[pairs].float(), expert, slot)
-    rows = rows.view(*topk_ids.shape, -1)
-    return (rows if per_pair else rows.sum(1)).to(gradient.dtype)
+        y = flat[pairs].float()
+        if of_x:
+            of_rows[pairs] = linear.transposed(y, expert, slot)
+        if x is not None:
+            rows = x.flatten(0, -2)[pairs if per_pair else pairs // top_k]
+            of_weight[expert] = y.t() @ rows.float()
+    if of_x:
+        of_rows = of_rows.view(*topk_ids.shape, weight.shape[2])
+        of_rows = of_rows if per_pair else of_rows.sum(1)
+    return of_rows.to(gradient.dtype), of_weight
 
 
 @_grouped_linear_backward.register_fake
 def _(
-    gradient: Tensor, weight: Tensor, scale: Tensor | None, topk_ids: Tensor, per_pair: bool
-) -> Tensor:
-    shape = topk_ids.shape if per_pair else topk_ids.shape[:1]
-    return gradient.new_empty(*shape, weight.shape[2])
+    gradient: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    scale: Tensor | None,
+    topk_ids: Tensor,
+    per_pair: bool,
+    of_x: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = (topk_ids.shape if per_pair else topk_ids.shape[:1]) if of_x else (0,)
+    of_rows = gradient.new_empty(*shape, weight.shape[2])
+    return of_rows, weight.new_empty(0 if x is None else weight.shape)
 
 
 @_grouped_linear_backward.register_kernel("cuda")
 def _(
-    gradient: Tensor, weight: Tensor, scale: Tensor | None, topk_ids: Tensor, per_pair: bool
-) -> Tensor:
+    gradient: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    scale: Tensor | None,
+    topk_ids: Tensor,
+    per_pair: bool,
+    of_x: bool,
+) -> tuple[Tensor, Tensor]:
     from qmoe_kernels.gradient_kernels import grouped_linear_backward_triton
 
     with torch.cuda.device(gradient.device):
         return grouped_linear_backward_triton(
-            gradient, Projection(weight, scale), topk_ids, per_pair
+            gradient, x, Projection(weight, scale), topk_ids, per_pair, of_x
         )

@@ -160,6 +160,11 @@ def heuristic_tile(
     return TileConfig(block_m, block_n, nbytes // width, num_warps, num_stages, *tail_m)
 
 
+def narrow_block(block: int, size: int) -> int:
+    """Return a block no wider than the dimension that it cuts: adapters are thin."""
+    return min(block, max(16, 1 << (size - 1).bit_length()))
+
+
 def _one_token(shape: LayerShape, experts: int, weights: torch.dtype) -> LayerTiles:
     """Tiles without tensor cores; ``experts``: of a program of the second product, with padding."""
     width, size = weights.itemsize, shape.hidden_size * shape.intermediate_size

@@ -6,13 +6,15 @@ waited for a copy that was made just before it, and may read what the copy is ye
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from qmoe_kernels.experts import Experts, Projection
 from qmoe_kernels.gemv import launch_gemv
 from qmoe_kernels.grouped_gemm import launch_grouped_gemm
-from qmoe_kernels.heuristic import heuristic_tile, heuristic_tiles
+from qmoe_kernels.heuristic import heuristic_tile, heuristic_tiles, narrow_block
 from qmoe_kernels.hopper_gemm import hopper_fused_moe, hopper_supports
 from qmoe_kernels.routing import ExpertRouting
 from qmoe_kernels.rows import launch_quantize_rows, launch_weighted_sum
@@ -178,6 +180,13 @@ def grouped_linear_triton(
     rows_dtype = activations or x.dtype
     num_experts = projection.num_experts
     tile = heuristic_tile(num_pairs / num_experts, projection.weight.dtype, rows_dtype)
+    if projection.scale is None:  # 8-bit weights are widened four at a time
+        _, out_features, in_features = projection.weight.shape
+        tile = replace(
+            tile,
+            block_n=narrow_block(tile.block_n, out_features),
+            block_k=narrow_block(tile.block_k, in_features),
+        )
     routing = ExpertRouting.from_topk_ids(
         topk_ids,
         num_experts,

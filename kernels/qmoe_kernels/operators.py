@@ -29,6 +29,7 @@ class Operator:
             function = _without_autocast(function)
         _LIBRARY.impl(name, function, key)
         self._gradient: Callable[..., Any] | None = None
+        self._keeps: Callable[..., Sequence[Any]] = _everything
         register_autograd(self.name, self._backward, setup_context=self._remember, lib=_LIBRARY)
         self._overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
@@ -50,23 +51,34 @@ class Operator:
 
         return register
 
-    def register_gradient(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def register_gradient(
+        self, *, keeps: Callable[..., Sequence[Any]] | None = None
+    ) -> Callable[[Callable[..., Any]], None]:
         """Take the decorated function for gradients.
 
-        It is called with the output's gradient and the operator's arguments, and returns gradients
-        of the first arguments, None where there is none. It is made of operators.
+        It is called with the output's gradient, with a bool for each of the operator's arguments
+        (whether it requires a gradient), and with what was kept. It returns gradients of
+        the first arguments, None where there is none. It is made of operators.
+
+        Args:
+            keeps: from the operator's arguments to what is kept of them, tensors and constants;
+                None keeps them all.
         """
-        self._gradient = function
-        return function
+
+        def register(function: Callable[..., Any]) -> None:
+            self._gradient = function
+            self._keeps = keeps or _everything
+
+        return register
 
     def _remember(self, ctx: Any, inputs: Sequence[Any], output: Any) -> None:
         """Keep what `_backward` needs: tensors only where somebody computes a gradient of them."""
         if self._gradient is not None:
-            tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
-            ctx.save_for_backward(*tensors)
-            ctx.qmoe_arguments = [
+            kept = self._keeps(*inputs)
+            ctx.save_for_backward(*(value for value in kept if isinstance(value, torch.Tensor)))
+            ctx.qmoe_kept = [
                 (True, None) if isinstance(value, torch.Tensor) else (False, value)
-                for value in inputs
+                for value in kept
             ]
         ctx.qmoe_shapes = [
             list(value.shape) if isinstance(value, torch.Tensor) and value.requires_grad else None
@@ -78,10 +90,8 @@ class Operator:
         found: tuple[Any, ...] = ()
         if self._gradient is not None:
             tensors = iter(ctx.saved_tensors)
-            arguments = [
-                next(tensors) if is_tensor else value for is_tensor, value in ctx.qmoe_arguments
-            ]
-            found = self._gradient(gradient, *arguments)
+            kept = [next(tensors) if is_tensor else value for is_tensor, value in ctx.qmoe_kept]
+            found = self._gradient(gradient, ctx.needs_input_grad, *kept)
         # torch.compile follows this where gradients are on, though nobody may ever ask for them:
         # so an operator raises, when it runs.
         return tuple(
@@ -96,6 +106,10 @@ class Operator:
     def register_fake(self, function: Callable[..., Any]) -> None:
         """Take the decorated function for tensors without memory: shapes and dtypes."""
         register_fake(self.name, function, lib=_LIBRARY)
+
+
+def _everything(*arguments: Any) -> Sequence[Any]:
+    return arguments
 
 
 def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:

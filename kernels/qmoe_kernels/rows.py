@@ -14,7 +14,7 @@ from qmoe_kernels.quantization import FORMAT_OF, LARGEST, SMALLEST_SCALE
 @triton.jit(do_not_specialize=["num_experts"])
 def weighted_sum_kernel(
     rows_ptr,  # (num_tokens, TOP_K, hidden_size)
-    topk_weights_ptr,  # (num_tokens, TOP_K)
+    topk_weights_ptr,  # (num_tokens, TOP_K), or None: all are one
     topk_ids_ptr,  # (num_tokens, TOP_K), or None: every row counts
     out_ptr,  # (num_tokens, hidden_size)
     num_experts,
@@ -33,7 +33,9 @@ def weighted_sum_kernel(
     for k in tl.static_range(TOP_K):
         pair = token * TOP_K + k
         mask_row = mask
-        weight = tl.load(topk_weights_ptr + pair).to(tl.float32)
+        weight = 1.0
+        if topk_weights_ptr is not None:
+            weight = tl.load(topk_weights_ptr + pair).to(tl.float32)
         if topk_ids_ptr is not None:
             expert = tl.load(topk_ids_ptr + pair)
             routed = (expert >= 0) & (expert < num_experts)
@@ -161,20 +163,23 @@ def launch_quantize_rows(
 
 def launch_weighted_sum(
     rows: torch.Tensor,  # (num_tokens, top_k, hidden_size)
-    topk_weights: torch.Tensor,
+    topk_weights: torch.Tensor | None,
     topk_ids: torch.Tensor | None = None,
     num_experts: int = 0,
     *,
     dependent: bool = False,
 ) -> torch.Tensor:
-    """Sum rows by their weights, in fp32 and in order; with ``topk_ids``, those of experts only."""
+    """Sum rows by their weights, in fp32 and in order; with ``topk_ids``, those of experts only.
+
+    Without ``topk_weights`` each counts once.
+    """
     num_tokens, top_k, hidden_size = rows.shape
     out = rows.new_empty(num_tokens, hidden_size)
     if out.numel():
         block = min(1024, triton.next_power_of_2(hidden_size))
         weighted_sum_kernel[(num_tokens, triton.cdiv(hidden_size, block))](
             rows.contiguous(),
-            topk_weights.contiguous(),
+            None if topk_weights is None else topk_weights.contiguous(),
             None if topk_ids is None else topk_ids.contiguous(),
             out,
             num_experts,

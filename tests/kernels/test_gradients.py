@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from importlib.metadata import version
+from typing import Any
 
 import pytest
 import torch
@@ -238,6 +239,178 @@ def test_products_and_sums_alone(per_pair: bool, device: str) -> None:
         assert relative_error(a, b) < 1e-5
 
 
+def expected_of_linear(
+    x: torch.Tensor, weight: torch.Tensor, topk_ids: torch.Tensor, gradient: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A product's output and the gradients of rows and weights, by torch in fp64."""
+    x, weight = (t.detach().cpu().double().requires_grad_() for t in (x, weight))
+    topk_ids, gradient = topk_ids.cpu(), gradient.cpu().double()
+    skipped = (topk_ids < 0) | (topk_ids >= len(weight))
+    taken = x if x.ndim == 3 else x.unsqueeze(1).expand(-1, topk_ids.shape[1], -1)
+    y = torch.einsum("tkoi,tki->tko", weight[topk_ids.masked_fill(skipped, 0)], taken)
+    y = y.masked_fill(skipped[..., None], 0.0)
+    return y.detach(), *torch.autograd.grad(y, [x, weight], gradient)
+
+
+def linear_and_gradients(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    topk_ids: torch.Tensor,
+    gradient: torch.Tensor,
+    path: str,
+) -> tuple[torch.Tensor, ...]:
+    """Ours: by the operators (cpu, cuda) or by the kernels alone (triton)."""
+    device = DEVICE if path == "triton" else path
+    x, weight, topk_ids, gradient = (t.to(device) for t in (x, weight, topk_ids, gradient))
+    if path == "triton":
+        from qmoe_kernels.experts import Projection
+        from qmoe_kernels.gradient_kernels import grouped_linear_backward_triton
+        from qmoe_kernels.layer import grouped_linear_triton
+
+        projection = Projection(weight)
+        output = grouped_linear_triton(x, projection, topk_ids)
+        per_pair = x.ndim == 3
+        return output, *grouped_linear_backward_triton(
+            gradient, x, projection, topk_ids, per_pair, True
+        )
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    output = grouped_linear(x, weight, None, topk_ids)
+    return output.detach(), *torch.autograd.grad(output, [x, weight], gradient)
+
+
+def check_linear(
+    path: str,
+    dtype: torch.dtype,
+    *,
+    sizes: tuple[int, int],
+    per_pair: bool = False,
+    num_tokens: int = 21,
+    num_experts: int = 7,
+) -> None:
+    """One expert without pairs, ids that are none."""
+    generator = torch.Generator().manual_seed(0)
+    topk_ids = torch.randint(1, num_experts, (num_tokens, 3), generator=generator)
+    topk_ids[0], topk_ids[-1, 1], topk_ids[-1, 2] = -1, num_experts, 2**30
+    out_features, in_features = sizes
+    shape = topk_ids.shape if per_pair else topk_ids.shape[:1]
+    x = torch.randn(*shape, in_features, generator=generator)
+    weight = torch.randn(num_experts, out_features, in_features, generator=generator)
+    gradient = torch.randn(*topk_ids.shape, out_features, generator=generator)
+    x, weight, gradient = (t.to(dtype) for t in (x, weight, gradient))
+    ours = linear_and_gradients(x, weight, topk_ids, gradient, path)
+    theirs = expected_of_linear(x, weight, topk_ids, gradient)
+    tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}[dtype]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == dtype and a.shape == b.shape
+        assert relative_error(a, b) < tolerance
+    assert ours[2][0].eq(0).all() and ours[0][0].eq(0).all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
+@pytest.mark.parametrize("rank", [1, 4, 8, 16, 64])
+def test_adapters(rank: int, dtype: torch.dtype, path: str) -> None:
+    """Thin products one way and the other."""
+    check_linear(path, dtype, sizes=(rank, 136), per_pair=False)
+    check_linear(path, dtype, sizes=(72, rank), per_pair=True)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"sizes": (200, 264)},  # several blocks
+        {"sizes": (3, 5), "num_tokens": 2},
+        {"sizes": (8, 24), "num_tokens": 150, "num_experts": 3, "per_pair": True},  # long sums
+        {"sizes": (1, 1), "num_experts": 2},
+    ],
+    ids=str,
+)
+def test_sizes_of_products_that_learn(case: dict[str, Any], path: str) -> None:
+    check_linear(path, torch.float16, **case)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_no_tokens_of_products_that_learn(path: str) -> None:
+    ids = torch.zeros(0, 2, dtype=torch.int64)
+    arguments = (torch.ones(0, 6), torch.ones(3, 5, 6), ids, torch.ones(0, 2, 5))
+    output, of_x, of_weight = linear_and_gradients(*arguments, path)
+    assert output.shape == (0, 2, 5) and of_x.shape == (0, 6)
+    assert of_weight.shape == (3, 5, 6) and of_weight.eq(0).all()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_equal_inputs_give_equal_bits_of_weights(path: str) -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(0, 3, (200, 2))
+    arguments = (torch.randn(200, 40), torch.randn(3, 8, 40), ids, torch.randn(200, 2, 8))
+    first, second = (linear_and_gradients(*arguments, path) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("learns", ["x", "weight", "both"])
+def test_nothing_is_kept_or_computed_for_what_does_not_learn(learns: str, device: str) -> None:
+    x = torch.randn(5, 6, device=device, requires_grad=learns != "weight")
+    weight = torch.randn(3, 4, 6, device=device, requires_grad=learns != "x")
+    ids = torch.tensor([[0, 2]] * 5, device=device)
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = grouped_linear(x, weight, None, ids)
+    is_x = [tensor.data_ptr() == x.data_ptr() for tensor in kept]
+    assert any(is_x) == (learns != "x")
+    found = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **kwargs or {})
+            if function is torch.ops.qmoe.grouped_linear_backward.default:
+                found.extend(result)
+            return result
+
+    with Watch():
+        output.sum().backward()
+    of_x, of_weight = found
+    assert (of_x.numel() > 0) == (learns != "weight") == (x.grad is not None)
+    assert (of_weight.numel() > 0) == (learns != "x") == (weight.grad is not None)
+
+
+@pytest.mark.filterwarnings("ignore:Input .* is not a double:UserWarning")
+def test_gradcheck_of_products_that_learn() -> None:
+    torch.manual_seed(0)
+    ids = torch.tensor([[0, 2], [2, -1], [2, 0]])
+    x, weight = torch.randn(3, 5), torch.randn(4, 3, 5)
+    assert torch.autograd.gradcheck(
+        lambda x, weight: grouped_linear(x, weight, None, ids),
+        (x.requires_grad_(), weight.requires_grad_()),
+        eps=1e-2,
+        atol=1e-3,
+        rtol=1e-3,
+    )
+
+
+def test_products_that_learn_compile_with_their_gradients() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(9, 12, requires_grad=True)
+    a, b = (torch.randn(3, *size, requires_grad=True) for size in ((4, 12), (10, 4)))
+    ids = torch.randint(0, 3, (9, 2))
+
+    def call(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return grouped_linear(grouped_linear(x, a, None, ids), b, None, ids).sin()
+
+    ours = torch.autograd.grad(call(x, a, b).sum(), [x, a, b])
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    theirs = torch.autograd.grad(compiled(x, a, b).sum(), [x, a, b])
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_auto_leaves_rows_as_they_are_where_gradients_are_recorded() -> None:
     seen = []
 
@@ -301,8 +474,16 @@ def test_opcheck(weights: str | None, device: str) -> None:
         gradient = torch.randn(*layer.topk_ids.shape, up[0].shape[1], device=device)
         torch.library.opcheck(
             torch.ops.qmoe.grouped_linear_backward.default,
-            (gradient, up[0], up[1], layer.topk_ids, per_pair),
+            (gradient, None, up[0], up[1], layer.topk_ids, per_pair, True),
         )
+        if weights is None:
+            x = layer.hidden_states
+            x = x.unsqueeze(1).repeat(1, 2, 1) if per_pair else x
+            for of_x in (False, True):
+                torch.library.opcheck(
+                    torch.ops.qmoe.grouped_linear_backward.default,
+                    (gradient, x, up[0], None, layer.topk_ids, per_pair, of_x),
+                )
 
 
 # ---- what has none -----------------------------------------------------------------------------
@@ -312,6 +493,18 @@ def test_weights_have_no_gradient() -> None:
     layer = random_layer(weights=None)
     layer.down_proj.requires_grad_()
     output = layer.fused_moe()
+    with pytest.raises(RuntimeError, match="experts stay as they are"):
+        output.sum().backward()
+
+
+def test_8_bit_products_and_biases_do_not_learn() -> None:
+    layer = random_layer(weights="fp8", bias=True)
+    weight, scale, ids = layer.gate_up_proj, layer.gate_up_proj_scale, layer.topk_ids
+    output = grouped_linear(layer.hidden_states, weight.requires_grad_(), scale, ids)
+    with pytest.raises(RuntimeError, match="experts stay as they are"):
+        output.sum().backward()
+    bias = torch.zeros(6, 5, requires_grad=True)
+    output = grouped_linear(layer.hidden_states, torch.ones(6, 5, 40), None, ids, bias=bias)
     with pytest.raises(RuntimeError, match="experts stay as they are"):
         output.sum().backward()
 
@@ -359,8 +552,10 @@ for capability in ARCHITECTURES:
         from qmoe_kernels import Activation
         from qmoe_kernels.experts import Projection
         from qmoe_kernels.gradient_kernels import (
-            _Scales, launch_activation_gradient, launch_scale_rows, launch_transposed_gemm,
+            _Scales, grouped_linear_backward_triton, launch_activation_gradient,
+            launch_scale_rows, launch_transposed_gemm,
         )
+        from qmoe_kernels.layer import grouped_linear_triton
         from qmoe_kernels.routing import ExpertRouting
         experts, hidden, inner = 8, 2048, 768
         for weights in (torch.int8, torch.float8_e4m3fn, torch.bfloat16):
@@ -383,6 +578,16 @@ for capability in ARCHITECTURES:
                     before, rows, Activation(), up_scales, ids, gates, routing, sums
                 )
                 launch_transposed_gemm(rows, up, up_scales, routing, scatter=True)
+        for tokens, dtype, sizes in (
+            (8, torch.bfloat16, (4, hidden)), (100, torch.bfloat16, (hidden, 16)),
+            (4096, torch.bfloat16, (128, hidden)), (4096, torch.bfloat16, (hidden, 8)),
+            (8, torch.float32, (hidden, 4)), (4096, torch.float32, (64, hidden)),
+        ):
+            ids = torch.zeros(tokens, 2, dtype=torch.int64)
+            weight = Projection(torch.empty(experts, *sizes, dtype=dtype))
+            x = torch.zeros(tokens, sizes[1], dtype=dtype)
+            rows = grouped_linear_triton(x, weight, ids)
+            grouped_linear_backward_triton(rows, x, weight, ids, False, True)
     for kernel in compiled:
         print(json.dumps({
             "capability": capability, "name": kernel.metadata.name,
