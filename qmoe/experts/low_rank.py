@@ -49,17 +49,8 @@ class LowRank:
             factor.to(x.dtype, memory_format=torch.contiguous_format).contiguous()
             for factor in (self.in_factor, self.out_factor)
         )
-        rows = _product(x, in_factor, topk_ids) * self.scaling
-        return _product(rows, out_factor, topk_ids)
-
-
-def _product(x: torch.Tensor, weight: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-    if not (torch.is_grad_enabled() and weight.requires_grad):
-        return grouped_linear(x, weight, None, topk_ids, activations="bf16")
-    skipped = (topk_ids < 0) | (topk_ids >= len(weight))
-    own = weight[topk_ids.masked_fill(skipped, 0).long()]  # (num_tokens, top_k, out, in)
-    rows = own @ (x[:, None, :, None] if x.ndim == 2 else x[..., None])
-    return rows.squeeze(-1).masked_fill(skipped[..., None], 0)
+        rows = grouped_linear(x, in_factor, None, topk_ids) * self.scaling
+        return grouped_linear(rows, out_factor, None, topk_ids)
 
 
 def activate(activation: Activation, up: torch.Tensor) -> torch.Tensor:
