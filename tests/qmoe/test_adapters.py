@@ -11,6 +11,7 @@ import io
 import sys
 from typing import Any
 
+import families
 import pytest
 import torch
 import zoo
@@ -21,6 +22,8 @@ from transformers.models.llama4.modeling_llama4 import Llama4ForCausalLM
 from zoo import TOKENS, ExpertsClass, experts_classes, logits
 
 import qmoe
+from qmoe.decoding.decoder import decoder_of
+from qmoe.decoding.pieces import find_pieces
 from qmoe.experts.quantized import QuantizedExperts, quantized_modules
 
 peft = pytest.importorskip("peft")
@@ -347,6 +350,87 @@ class TestThatNobodyElseSeesIt:
         assert not torch.equal(logits(adapted), before)
         with adapted.disable_adapter():
             assert torch.equal(logits(adapted), before)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+class TestGeneration:
+    """qmoe's loop beside transformers' own, on the 16-bit weights that PEFT itself adapts."""
+
+    @staticmethod
+    def models(family: str, device: str, *names: str) -> tuple[Any, Any]:
+        ours = families.build(family, device)
+        theirs = qmoe.unpatch(copy.deepcopy(ours))
+        own = peft.LoraConfig(**LORA, target_modules=["o_proj"], target_parameters=targets(ours))
+        return adapt(families.copy_of(ours), own, *names), adapt(theirs, own, *names)
+
+    @staticmethod
+    def check(ours: Any, theirs: Any, *lengths: int) -> list[list[int]]:
+        ids, mask = families.prompts(*lengths or (11, 4))
+        options = dict(attention_mask=mask.to(ours.device), max_new_tokens=10, do_sample=False)
+        ids = ids.to(ours.device)
+        expected = theirs.generate(ids, **options).tolist()
+        assert ours.generate(ids, custom_generate=qmoe.decode, **options).tolist() == expected
+        step = decoder_of(ours.base_model.model).idle[-1]._step
+        assert step.trouble is None
+        assert (step._graph is not None) == (ours.device.type == "cuda")
+        return expected
+
+    @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss", "deepseek_v3"])
+    def test_tokens(self, family: str, device: str) -> None:
+        ours, theirs = self.models(family, device)
+        text = self.check(ours, theirs)
+        with ours.disable_adapter(), theirs.disable_adapter():
+            assert self.check(ours, theirs) != text
+        assert self.check(ours, theirs) == text
+        base = ours.base_model.model
+        plain = families.build(family, device)
+        assert len(find_pieces(base, ["router"]).forwards) == len(
+            find_pieces(plain, ["router"]).forwards
+        )
+
+    def test_what_changes_between_calls(self, device: str) -> None:
+        """Adapters, their weights and their scales, after a step was kept."""
+        ours, theirs = self.models("gpt_oss", device, "one", "two")
+        texts = []
+        for name in ("one", "two", "one"):
+            for model in (ours, theirs):
+                model.set_adapter(name)
+            texts.append(self.check(ours, theirs))
+        assert texts[0] == texts[2] != texts[1]
+        for model in (ours, theirs):
+            model.base_model.set_adapter(["one", "two"])
+        assert self.check(ours, theirs) not in texts
+        before = self.check(ours, theirs)
+        for model in (ours, theirs):
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if "experts" in name and "lora_B" in name:
+                        parameter.mul_(-1)
+        changed = self.check(ours, theirs)
+        assert changed != before
+        for model in (ours, theirs):
+            model.base_model.set_adapter("one")
+            for module in model.modules():
+                if hasattr(module, "parameter_name"):
+                    module.scale_layer(0.0)
+        assert self.check(ours, theirs) not in (*texts, changed)
+
+    def test_after_training(self, device: str) -> None:
+        """An optimizer's steps between two calls."""
+        models = self.models("qwen3_moe", device)
+        before = self.check(*models)
+        for model in models:
+            ids = TOKENS.to(model.device)
+            learning = [p for n, p in model.named_parameters() if "lora_" in n]
+            for parameter in learning:
+                parameter.requires_grad_()
+            optimizer = torch.optim.SGD(learning, lr=1.0)
+            for _ in range(3):
+                optimizer.zero_grad()
+                model(input_ids=ids, labels=ids).loss.backward()
+                optimizer.step()
+            model.zero_grad()
+        assert self.check(*models) != before
 
 
 class TestTraining:

@@ -400,11 +400,14 @@ class TestNesting:
 # ---- what a step rests on ----------------------------------------------------------------------
 
 
-def adapted(model: PreTrainedModel, *names: str) -> Any:
+def adapted(model: PreTrainedModel, *names: str, experts: bool = False) -> Any:
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     config = peft.LoraConfig(
-        target_modules=["q_proj", "v_proj", "o_proj"], lora_alpha=64, init_lora_weights=False
+        target_modules=[] if experts else ["q_proj", "v_proj", "o_proj"],
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"] if experts else None,
+        lora_alpha=64,
+        init_lora_weights=False,
     )
     wrapped = peft.get_peft_model(model, config, adapter_name=names[0])
     for name in names[1:]:
@@ -425,8 +428,9 @@ class TestChanges:
             assert way.found(model) == text
             last = text
 
-    def test_an_adapter_is_disabled(self, way, model):
-        wrapped = adapted(model, "a")
+    @pytest.mark.parametrize("experts", [False, True])
+    def test_an_adapter_is_disabled(self, way, model, experts):
+        wrapped = adapted(model, "a", experts=experts)
         texts = [way.check(wrapped)]
         for _ in range(2):
             with wrapped.disable_adapter():
@@ -434,8 +438,9 @@ class TestChanges:
             texts.append(way.check(wrapped))
         assert texts[0] == texts[2] == texts[4] != texts[1] == texts[3]
 
-    def test_another_adapter(self, way, plain):
-        wrapped = adapted(plain, "a", "b")
+    @pytest.mark.parametrize("experts", [False, True])
+    def test_another_adapter(self, way, plain, experts):
+        wrapped = adapted(plain, "a", "b", experts=experts)
         self.check_states(
             way, wrapped, *(functools.partial(wrapped.set_adapter, name) for name in "bab")
         )
