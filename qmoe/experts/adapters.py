@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import peft
 import torch
 from peft.tuners.lora import layer
 
@@ -25,16 +26,21 @@ from qmoe.experts.quantized import QuantizedExperts
 class ParamWrapper(layer.ParamWrapper):
     """PEFT's wrapper of one parameter, around experts in 8 bit."""
 
-    def check(self, experts: QuantizedExperts) -> None:
+    @staticmethod
+    def check(experts: QuantizedExperts, parameter_name: str) -> None:
         """Raise ValueError if adapters of this parameter cannot run."""
+        if not hasattr(layer.ParamWrapper, "get_delta_factors"):
+            raise ValueError(
+                f"PEFT {peft.__version__} keeps adapters of experts in another way; install 0.21.2"
+            )
         if experts.share is not None:
             raise ValueError(
-                f"an adapter on {self.parameter_name}: experts that are spread over ranks take "
-                "none; load the model without expert_parallel"
+                f"an adapter on {parameter_name}: experts that are spread over ranks take none; "
+                "load the model without expert_parallel"
             )
-        if self.parameter_name not in experts.adaptable:
+        if parameter_name not in experts.adaptable:
             raise ValueError(
-                f"an adapter on {self.parameter_name}: of experts in 8 bit, "
+                f"an adapter on {parameter_name}: of experts in 8 bit, "
                 f"{' and '.join(experts.adaptable) or 'no parameters of these'} can be adapted"
             )
 

@@ -641,19 +641,21 @@ class QuantizedExperts(nn.Module):
         )
 
 
-def _adopt(module: nn.Module, name: str, inside: nn.Module) -> None:
+def _adopt(module: nn.Module, name: str, inside: nn.Module | None) -> None:
     """Let PEFT's wrappers of parameters know 8-bit experts that they are put around."""
-    if name != "base_layer" or type(module).__name__ != "ParamWrapper":
+    cls = type(module)
+    if name != "base_layer" or (cls.__module__, cls.__name__) != _PEFTS_WRAPPER:
         return
-    while (deeper := inside._modules.get("base_layer")) is not None:
-        inside = deeper
+    while inside is not None and "base_layer" in inside._modules:
+        inside = inside._modules["base_layer"]
     if isinstance(inside, QuantizedExperts):
         from qmoe.experts.adapters import ParamWrapper  # needs PEFT, which is there by now
 
+        ParamWrapper.check(inside, vars(module)["parameter_name"])
         module.__class__ = ParamWrapper
-        module.check(inside)
 
 
+_PEFTS_WRAPPER = ("peft.tuners.lora.layer", "ParamWrapper")
 register_module_module_registration_hook(_adopt)
 
 

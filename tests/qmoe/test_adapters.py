@@ -184,8 +184,11 @@ class TestWholeModels:
         ours, theirs = pair(family)
         for i, (adapted, others) in enumerate([(ours, dequantized), (theirs, quantized)]):
             adapted.save_pretrained(tmp_path / str(i))
-            again = peft.PeftModel.from_pretrained(others(family), tmp_path / str(i)).eval()
-            torch.testing.assert_close(logits(again), logits(adapted), **CLOSE)
+            for options in ({}, {"low_cpu_mem_usage": True}):
+                again = peft.PeftModel.from_pretrained(
+                    others(family), tmp_path / str(i), **options
+                ).eval()
+                torch.testing.assert_close(logits(again), logits(adapted), **CLOSE)
         saved = [peft.load_peft_weights(tmp_path / str(i), device="cpu") for i in range(2)]
         assert saved[0].keys() == saved[1].keys()
         assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
@@ -213,6 +216,27 @@ class TestWholeModels:
         assert found == {torch.float32 if autocast else torch.float16}
         assert logits(adapted).isfinite().all()
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_under_autocast(self, dtype: torch.dtype) -> None:
+        """A model in fp32, whose rows come in 16 bit from the layers before."""
+        ours, theirs = pair("qwen3_moe")
+        with torch.autocast("cpu", dtype):
+            actual, expected = (logits(model).float() for model in (ours, theirs))
+            learned = gradients(ours)
+        assert (actual - expected).norm() < 0.02 * expected.norm()
+        assert all(g.dtype == torch.float32 and g.isfinite().all() for g in learned.values())
+
+    def test_compiled(self) -> None:
+        ours, _ = pair("gpt_oss")
+        expected, gradient = logits(ours), gradients(ours)
+        compiled = torch.compile(ours, backend="aot_eager")
+        torch.testing.assert_close(logits(compiled), expected, **CLOSE)
+        ours.zero_grad()
+        compiled(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        for name, parameter in ours.named_parameters():
+            if parameter.requires_grad:
+                torch.testing.assert_close(parameter.grad, gradient[name], **CLOSE)
+
     def test_one_projection_alone(self) -> None:
         for projection in ("gate_up_proj", "down_proj"):
             ours, theirs = pair(
@@ -236,12 +260,16 @@ class TestWholeModels:
                     module.set_scale("default", 0.25)
         torch.testing.assert_close(logits(ours), logits(theirs), **CLOSE)
 
-    def test_names_of_an_older_transformers(self, tmp_path) -> None:
+    @pytest.mark.parametrize(
+        ("names", "count"),
+        # By the latter it means routers too.
+        [(["q_proj", "gate_proj", "up_proj", "down_proj"], 4), ("all-linear", 6)],
+    )
+    def test_names_of_an_older_transformers(self, names: Any, count: int) -> None:
         """PEFT itself takes them for the experts' weights."""
-        old = ["q_proj", "gate_proj", "up_proj", "down_proj"]
         with pytest.warns(RuntimeWarning):  # of patterns that name parameters
-            ours, theirs = pair("qwen3_moe", target_modules=old, target_parameters=None)
-        assert sum(hasattr(m, "parameter_name") for m in ours.modules()) == 4
+            ours, theirs = pair("qwen3_moe", target_modules=names, target_parameters=None)
+        assert sum(hasattr(m, "parameter_name") for m in ours.modules()) == count
         torch.testing.assert_close(logits(ours), logits(theirs), **CLOSE)
 
 
@@ -357,10 +385,12 @@ class TestGeneration:
     """qmoe's loop beside transformers' own, on the 16-bit weights that PEFT itself adapts."""
 
     @staticmethod
-    def models(family: str, device: str, *names: str) -> tuple[Any, Any]:
+    def models(family: str, device: str, *names: str, more: tuple[str, ...] = ()) -> Any:
         ours = families.build(family, device)
         theirs = qmoe.unpatch(copy.deepcopy(ours))
-        own = peft.LoraConfig(**LORA, target_modules=["o_proj"], target_parameters=targets(ours))
+        own = peft.LoraConfig(
+            **LORA, target_modules=["o_proj"], target_parameters=[*targets(ours), *more]
+        )
         return adapt(families.copy_of(ours), own, *names), adapt(theirs, own, *names)
 
     @staticmethod
@@ -414,6 +444,11 @@ class TestGeneration:
                 if hasattr(module, "parameter_name"):
                     module.scale_layer(0.0)
         assert self.check(ours, theirs) not in (*texts, changed)
+
+    def test_routers_too(self, device: str) -> None:
+        """Whose adapters are PEFT's own."""
+        with_router = self.models("qwen3_moe", device, more=("mlp.gate.weight",))
+        assert self.check(*with_router) != self.check(*self.models("qwen3_moe", device))
 
     def test_after_training(self, device: str) -> None:
         """An optimizer's steps between two calls."""
@@ -493,6 +528,21 @@ class TestRefusals:
         assert logits(ours).isfinite().all()
         with pytest.raises(ValueError, match=r"mlp\.experts has an adapter.*merge"):
             qmoe.patch(theirs.base_model.model)
+
+    def test_experts_of_several_ranks(self) -> None:
+        from qmoe.experts.adapters import ParamWrapper
+
+        experts = next(iter(quantized_modules(quantized("gpt_oss")).values()))
+        experts.share = object()
+        with pytest.raises(ValueError, match=r"spread over ranks.*without expert_parallel"):
+            ParamWrapper.check(experts, "down_proj")
+
+    def test_another_peft(self, monkeypatch) -> None:
+        from peft.tuners.lora.layer import ParamWrapper
+
+        monkeypatch.delattr(ParamWrapper, "get_delta_factors")
+        with pytest.raises(ValueError, match=r"another way; install 0\.21\.2"):
+            adapt(quantized("gpt_oss"), config("gpt_oss"))
 
     def test_adapters_of_each_row(self) -> None:
         ours, _ = pair("gpt_oss", "int8", "one", "two")
