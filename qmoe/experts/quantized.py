@@ -464,6 +464,7 @@ class QuantizedExperts(nn.Module):
         if self.share is None:
             output = self._own_experts(*routed, adapters)
         else:
+            assert not adapters, "refused where they are put on"
             with torch.no_grad():
                 output = self.share.run(*routed, self._own_experts)
             output = _SpreadExperts.apply(output, *routed)
