@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest quality style docs bench-convert bench-routing bench-cache bench-kernels bench-generate bench-cpu bench-parallel bench-host-memory bench-gradients clean
+.PHONY: demo test test-oldest quality style docs bench-convert bench-routing bench-cache bench-kernels bench-generate bench-cpu bench-parallel bench-host-memory bench-gradients bench-lora clean
 
 demo: $(READY)
 	$(BIN)/qmoe demo
@@ -67,6 +67,10 @@ bench-host-memory: $(READY)
 # needs a GPU with 60 GB; half a minute
 bench-gradients: $(READY)
 	$(BIN)/python -m benchmarks.gradients
+
+# needs a GPU with 140 GB; the part without one takes ten minutes
+bench-lora: $(READY)
+	$(BIN)/python -m benchmarks.lora
 
 # needs no GPU; 12 GB of memory, ten minutes
 bench-cpu: $(READY)

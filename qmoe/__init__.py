@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qmoe.paging.model import resize, stats
     from qmoe.paging.options import PagingOptions
     from qmoe.parallel.failure import RankFailed
+    from qmoe.tools.merge import merge
     from qmoe.tools.perplexity import perplexity
     from qmoe.traces.record import record_routing
 
@@ -45,6 +46,7 @@ __all__ = [
     "decode",
     "generate",
     "load",
+    "merge",
     "patch",
     "perplexity",
     "record_routing",
@@ -66,6 +68,7 @@ _LAZY = {
     "decode": "qmoe.decoding.loop",
     "generate": "qmoe.generation",
     "load": "qmoe.loading.load",
+    "merge": "qmoe.tools.merge",
     "patch": "qmoe.loading.patch",
     "perplexity": "qmoe.tools.perplexity",
     "record_routing": "qmoe.traces.record",

@@ -423,7 +423,7 @@ def check_generation_config(folder: Path) -> None:
 # Weights in other forms, by how their names begin or end, and what to do about them.
 _OTHER_WEIGHTS = (
     (r"adapter_model\.\w+|adapter_config\.json", "an adapter and not a model; merge it into its "
-     "base model (peft: merge_and_unload), and take the merged one"),
+     "base model (qmoe merge), and take the merged one"),
     (r"consolidated.*", "weights under their authors' own names, which transformers does not "
      "read; take the repository's model*.safetensors"),
     (r".*\.gguf", "GGUF, which is not read here; take the safetensors original"),

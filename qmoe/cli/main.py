@@ -16,6 +16,7 @@ from qmoe.cli.cache_report import cache_report
 from qmoe.cli.demo import demo
 from qmoe.cli.generate import generate
 from qmoe.cli.inspect import inspect
+from qmoe.cli.merge import merge
 from qmoe.cli.serve import serve
 from qmoe.cli.tune import tune
 from qmoe.exits import run
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich takes longer to import than all the rest of --help
 )
-for command in (generate, inspect, serve, cache_report, demo, tune):
+for command in (generate, inspect, serve, merge, cache_report, demo, tune):
     app.command()(command)
 bench = typer.Typer()
 bench.command("tune")(tune)

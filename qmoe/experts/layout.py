@@ -117,6 +117,23 @@ class ExpertsLayout:
             tensor = torch.cat((tensor[:, 0::2], tensor[:, 1::2]), dim=1)
         return tensor.contiguous()
 
+    def canonical_factors(
+        self, projection: str, left: torch.Tensor, right: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bring two factors, whose product is added to a projection, to the canonical form.
+
+        Args:
+            projection: a key of ``sources``, of a module that stores it as one 3-D tensor.
+            left, right: (experts, rows, rank) and (experts, rank, columns) of the module's own
+                tensor.
+
+        Returns:
+            (num_experts, out_features, rank) and (num_experts, rank, in_features), whose product is
+            that of `canonical` of the product.
+        """
+        outer, inner = (right, left.transpose(1, 2)) if self.transposed else (left, right)
+        return self.canonical(projection, [outer]), inner[: self.num_experts]
+
     def restore(self, projection: str, canonical: torch.Tensor) -> list[torch.Tensor]:
         """Undo :meth:`canonical` for all experts: the tensors of ``sources[projection]``."""
         if self.flat:
@@ -263,8 +280,9 @@ def _check_no_adapter(name: str, module: nn.Module) -> None:
     # PEFT keeps what it wraps as `base_layer`, and computes a parameter by a parametrization.
     if name.rpartition(".")[2] == "base_layer" or parametrize.is_parametrized(module):
         raise ValueError(
-            f"{name.replace('.base_layer', '')} has an adapter on its experts, and 8-bit experts "
-            "take none; merge it into the model first (model.merge_and_unload() of PEFT)"
+            f"{name.replace('.base_layer', '')} has an adapter on its experts, which would get "
+            "lost; put it on when they are in 8 bit, or merge it into the model first "
+            "(model.merge_and_unload() of PEFT)"
         )
 
 

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from qmoe.checkpoints.schema import BIAS_SUFFIX, QUANTIZED_SUFFIX, SCALE_SUFFIX
 from qmoe.experts.gate import apply_own_gate, identify_activation
 from qmoe.experts.layout import ExpertsLayout, describe, kept_modules
 from qmoe.experts.llama4 import WeightedInputMoe
+from qmoe.experts.low_rank import LowRank, activate
 from qmoe.experts.pages import LayerPages
 from qmoe.parallel.group import RankGroup
 from qmoe.parallel.share import Share
-from qmoe_kernels import Activation, fused_moe, weighted_sum
+from qmoe_kernels import Activation, fused_moe, grouped_linear, weighted_sum
 from qmoe_kernels.fused_moe import EIGHT_BIT_ROWS, check_activations
 from qmoe_kernels.quantization import STORAGE_DTYPE, WeightFormat, dequantize, quantize
 
@@ -95,6 +98,7 @@ class QuantizedExperts(nn.Module):
         share: this rank's experts, where others hold the rest; None where all are here.
         activation: the nonlinearity, or None where the module's own gate is called between the
         products.
+        compute_dtype: of the module's own weights; `.to(dtype)` changes it.
         paged: the cache that holds the weights and the layer's index in it; None where they are
         parameters.
         change: the change that made this module or is about to undo it, if any.
@@ -139,6 +143,7 @@ class QuantizedExperts(nn.Module):
         self.change: Change | None = None
         self.num_experts = layout.num_experts
         self.activation = identify_activation(source, layout)
+        self.compute_dtype = source.get_parameter(layout.sources["down_proj"][0]).dtype
         for name in kept_modules(source):
             self.add_module(name, getattr(source, name))
         for projection in layout.projections:
@@ -314,6 +319,61 @@ class QuantizedExperts(nn.Module):
         if self.change is not None:
             self.change.check_finished()
 
+    # ---- adapters ------------------------------------------------------------------------------
+
+    # PEFT wraps a module for each of its parameters that is adapted. It asks for their names, then
+    # for shape, dtype and device; `qmoe.experts.adapters` has what happens next.
+
+    @property
+    def adaptable(self) -> tuple[str, ...]:
+        """The weights of the model's own module that adapters can be put on, in its order."""
+        if self.layout.flat:  # they are another module's
+            return ()
+        return tuple(name for name in self.source._parameters if name in self.layout.projections)
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As torch has it; PEFT, where it looks for what is to be adapted, gets `adaptable` too.
+
+        Only there: whoever else walks over a module's own parameters wants what it really has.
+        """
+        found = super().named_parameters(prefix, recurse, remove_duplicate)
+        if recurse or sys._getframe(1).f_code.co_name != "_inject_parameters":
+            return found
+        own = dict(found)
+        prefix += "." if prefix else ""
+        return iter([*own.items(), *((prefix + n, getattr(self, n)) for n in self.adaptable)])
+
+    @property
+    def gate_up_proj(self) -> nn.Parameter:
+        """Shape, dtype and device of the model's own weight; its values are NaN."""
+        return self._stand_in("gate_up_proj")
+
+    @property
+    def up_proj(self) -> nn.Parameter:
+        """As ``gate_up_proj``, where experts have no gate."""
+        return self._stand_in("up_proj")
+
+    @property
+    def down_proj(self) -> nn.Parameter:
+        """As ``gate_up_proj``."""
+        return self._stand_in("down_proj")
+
+    @property
+    def is_transposed(self) -> bool:
+        """What the model's own module says of itself, as PEFT asks for it."""
+        return getattr(self.source, "is_transposed", False)
+
+    def _stand_in(self, name: str) -> nn.Parameter:
+        if name not in self.adaptable:
+            raise AttributeError(f"{type(self).__name__} has no {name}")
+        shape = self.layout.shape(name)
+        (like,) = self.layout.restore(name, torch.empty(shape, device="meta"))
+        device = next(p for p in self._parameters.values() if p is not None).device
+        nan = torch.full((), math.nan, dtype=self.compute_dtype, device=device)
+        return nn.Parameter(nan.expand(like.shape), requires_grad=False)
+
     # ---- state ---------------------------------------------------------------------------------
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -379,6 +439,7 @@ class QuantizedExperts(nn.Module):
         hidden_states: torch.Tensor,
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
+        adapters: Sequence[LowRank] = (),
     ) -> torch.Tensor:
         """Apply each token's experts and sum their outputs, weighted.
 
@@ -387,6 +448,7 @@ class QuantizedExperts(nn.Module):
             top_k_index: (num_tokens, top_k) int; ``num_experts`` and above mean no expert (expert
                 parallelism's sentinel) or, in a model that has them, an identity expert.
             top_k_weights: (num_tokens, top_k)
+            adapters: what is added to weights, see `qmoe.experts.adapters`.
 
         Returns:
             as hidden_states
@@ -400,8 +462,9 @@ class QuantizedExperts(nn.Module):
         hidden_states = hidden_states.reshape(-1, shape[-1])
         routed = (hidden_states, top_k_index, top_k_weights)
         if self.share is None:
-            output = self._own_experts(*routed)
+            output = self._own_experts(*routed, adapters)
         else:
+            assert not adapters, "refused where they are put on"
             with torch.no_grad():
                 output = self.share.run(*routed, self._own_experts)
             output = _SpreadExperts.apply(output, *routed)
@@ -411,28 +474,43 @@ class QuantizedExperts(nn.Module):
         return output.view(shape)
 
     def _own_experts(
-        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        adapters: Sequence[LowRank] = (),
     ) -> torch.Tensor:
         """The sum over the experts that are here; ids count from the first of them."""
         norm = getattr(self, "post_expert_norm", None)
         if norm is None:
-            return self._fused_moe(hidden_states, topk_ids, topk_weights)
-        rows = self._fused_moe(hidden_states, topk_ids, None)
+            return self._fused_moe(hidden_states, topk_ids, topk_weights, adapters)
+        rows = self._fused_moe(hidden_states, topk_ids, None, adapters)
         # A norm need not leave the zeros of a skipped id zero.
+        return weighted_sum(norm(rows), self._without_skipped(topk_weights, topk_ids))
+
+    def _without_skipped(self, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
         skipped = (topk_ids < 0) | (topk_ids >= self.layout.num_experts)
-        return weighted_sum(norm(rows), topk_weights.masked_fill(skipped, 0))
+        return topk_weights.masked_fill(skipped, 0)
 
     def _fused_moe(
-        self, hidden_states: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor | None
+        self,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        adapters: Sequence[LowRank] = (),
     ) -> torch.Tensor:
-        compute = partial(self._compute, hidden_states)
+        compute = partial(self._adapted if adapters else self._compute, hidden_states)
+        if adapters:
+            compute = partial(compute, adapters=adapters)
         while True:
             paged = self.paged
             try:
                 if paged is None:
                     return compute(*self._resident_weights(), None, topk_ids, topk_weights)
                 cache, layer = paged
-                return cache.run(layer, topk_ids, topk_weights, compute, hidden_states)
+                # The host knows no adapters: without rows it computes none of the misses.
+                shared = None if adapters else hidden_states
+                return cache.run(layer, topk_ids, topk_weights, compute, shared)
             except ValueError:
                 if self.paged is paged:
                     raise
@@ -464,6 +542,45 @@ class QuantizedExperts(nn.Module):
             down_proj_bias=getattr(self, "down_proj_bias", None),
             expert_to_slot=expert_to_slot,
         )
+
+    def _adapted(
+        self,
+        hidden_states: torch.Tensor,
+        up_proj: torch.Tensor,
+        down_proj: torch.Tensor,
+        expert_to_slot: torch.Tensor | None,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        *,
+        adapters: Sequence[LowRank],
+    ) -> torch.Tensor:
+        """What `_compute` does, product by product, with what adapters add to each."""
+        row_format = self._row_format(topk_ids)
+        if row_format == "auto" and any(adapter.is_learning for adapter in adapters):
+            row_format = "bf16"  # also before the first layer that learns, whose rows do not
+
+        def project(x: torch.Tensor, name: str, weight: torch.Tensor) -> torch.Tensor:
+            rows = grouped_linear(
+                x,
+                weight,
+                getattr(self, name + SCALE_SUFFIX),
+                topk_ids,
+                activations=row_format,
+                bias=getattr(self, name + BIAS_SUFFIX, None),
+                expert_to_slot=expert_to_slot,
+            )
+            for adapter in adapters:
+                if adapter.projection == name:
+                    rows = rows + adapter(x, topk_ids)
+            return rows
+
+        up_name, down_name = self.layout.projections
+        up = project(hidden_states, up_name, up_proj)
+        hidden = self._own_gate(up) if self.activation is None else activate(self.activation, up)
+        rows = project(hidden.to(hidden_states.dtype), down_name, down_proj)
+        if topk_weights is None:
+            return rows
+        return weighted_sum(rows, self._without_skipped(topk_weights, topk_ids))
 
     def _row_format(self, topk_ids: torch.Tensor) -> str:
         """What the products take of so many pairs: what they would with all experts in one place.
@@ -501,6 +618,11 @@ class QuantizedExperts(nn.Module):
         fixed = {id(getattr(self, name)) for name in names}
 
         self.check_move(fn)
+        like = next((p for p in self._parameters.values() if p is not None), None)
+        empty = torch.empty(
+            0, dtype=self.compute_dtype, device=None if like is None else like.device
+        )
+        self.compute_dtype = fn(empty).dtype
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
@@ -518,6 +640,24 @@ class QuantizedExperts(nn.Module):
             + (f", {self.num_experts} on all ranks" if self.share is not None else "")
             + (", paged" if self.paged is not None else "")
         )
+
+
+def _adopt(module: nn.Module, name: str, inside: nn.Module | None) -> None:
+    """Let PEFT's wrappers of parameters know 8-bit experts that they are put around."""
+    cls = type(module)
+    if name != "base_layer" or (cls.__module__, cls.__name__) != _PEFTS_WRAPPER:
+        return
+    while inside is not None and "base_layer" in inside._modules:
+        inside = inside._modules["base_layer"]
+    if isinstance(inside, QuantizedExperts):
+        from qmoe.experts.adapters import ParamWrapper  # needs PEFT, which is there by now
+
+        ParamWrapper.check(inside, vars(module)["parameter_name"])
+        module.__class__ = ParamWrapper
+
+
+_PEFTS_WRAPPER = ("peft.tuners.lora.layer", "ParamWrapper")
+register_module_module_registration_hook(_adopt)
 
 
 def _spread(what: str, name: str) -> str:

@@ -148,6 +148,11 @@ def _described(model: nn.Module) -> dict[str, ExpertsLayout]:
 
 
 def _check_restorable(name: str, experts: QuantizedExperts) -> None:
+    if name.endswith(".base_layer"):
+        raise ValueError(
+            f"{name.replace('.base_layer', '')} has an adapter on its experts; take it off first "
+            "(model.unload() of PEFT), and put it on again afterwards"
+        )
     if experts.share is not None:
         raise ValueError(
             f"{name}: this rank holds only its own experts; load the model without expert_parallel "

@@ -21,8 +21,8 @@ def protect(model: nn.Module) -> None:
     model.__dict__["_apply"] = GuardedApply(model)
     if _check_state not in map(_function, model._load_state_dict_pre_hooks.values()):
         model.register_load_state_dict_pre_hook(_check_state)
-    if _refuse_adapters not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_refuse_adapters)
+    if _check_adapters not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_check_adapters)
 
 
 def _refuse_saving_around(save: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,7 +52,7 @@ def unprotect(model: nn.Module) -> None:
     model.__dict__.pop("_apply", None)
     for hooks in (model._load_state_dict_pre_hooks, model._forward_pre_hooks):
         for key, hook in list(hooks.items()):
-            if _function(hook) in (_check_state, _refuse_adapters):
+            if _function(hook) in (_check_state, _check_adapters):
                 del hooks[key]
 
 
@@ -105,15 +105,30 @@ def _check_state(
         guard_of(model).begin_loading()
 
 
-def _refuse_adapters(model: nn.Module, *_: Any) -> None:
-    """Refuse adapters (PEFT) that were put onto experts, which PEFT itself only passes over."""
+def _check_adapters(model: nn.Module, *_: Any) -> None:
+    """Refuse adapters (PEFT) of experts that PEFT found no weight for, and only warned of.
+
+    What it did find is handled by `qmoe.experts.adapters`.
+    """
     for adapter, config in getattr(model, "peft_config", {}).items():
         targets = getattr(config, "target_parameters", None) or ()
         for name, experts in quantized_modules(model).items() if targets else ():
+            adapted = _adapted_parameters(model, name)
+            own = name.replace(".base_layer", "")
             for source in (s for sources in experts.layout.sources.values() for s in sources):
-                if any(f".{name}.{source}".endswith(f".{target}") for target in targets):
+                targeted = any(f".{own}.{source}".endswith(f".{target}") for target in targets)
+                if targeted and source not in adapted:
                     raise ValueError(
-                        f"the adapter {adapter!r} adapts {name}.{source}, which is in 8 bit and "
+                        f"the adapter {adapter!r} adapts {own}.{source}, which is in 8 bit and "
                         "takes no adapter; adapt other modules, or call qmoe.unpatch(model) before "
                         "adding it"
                     )
+
+
+def _adapted_parameters(model: nn.Module, name: str) -> set[str]:
+    """Names of the parameters that wrappers around a module adapt."""
+    found = set()
+    while name.endswith(".base_layer"):
+        name = name.removesuffix(".base_layer")
+        found.add(getattr(model.get_submodule(name), "parameter_name", ""))
+    return found

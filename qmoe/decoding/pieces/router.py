@@ -27,7 +27,8 @@ def find_routers(model: nn.Module, product: Product) -> dict[nn.Module, Forward]
     formulas: dict[tuple[object, ...], RouterFormula | None] = {}
     found: dict[nn.Module, Forward] = {}
     for name, experts in quantized_modules(model).items():
-        block = model.get_submodule(name.rpartition(".")[0])
+        # PEFT's wrappers of experts are between these and their block.
+        block = model.get_submodule(name.replace(".base_layer", "").rpartition(".")[0])
         for router in block.modules():
             weight: Any = getattr(router, "weight", None)
             if (
