@@ -55,7 +55,7 @@ class Adapted:
 
     Attributes:
         out: the folder that was written.
-        teacher: as it was given.
+        teacher: its Hub id, or its folder's name.
         weights: how many numbers the routers have.
         windows: different ones that were learned from, of ``window`` tokens each.
         held_out_windows: that states were measured on.
@@ -196,7 +196,7 @@ def adapt_router(
         routers = training.routers_to_store()
         result = Adapted(
             out=str(output.out),
-            teacher=str(teacher),
+            teacher=Path(teacher).resolve().name if Path(teacher).is_dir() else str(teacher),
             weights=sum(tensor.numel() for tensor in routers.values()),
             windows=len(windows.learn),
             held_out_windows=len(windows.held_out),
@@ -214,9 +214,7 @@ def adapt_router(
             measured=training.measured,
             seconds=time.monotonic() - started,
         )
-        stored = stored_routers(training.model, training.routers, tensors)
-        output.publish(folder, stored, routers, {t.file for t in tensors.values()},
-                       asdict(result), _card(result))  # fmt: skip
+        output.publish(folder, tensors, training.stored, routers, asdict(result), _card(result))
         output.clean()
     return result
 
@@ -436,7 +434,7 @@ def _card(result: Adapted) -> str:
     text = (
         "## Routers\n\n"
         f"The routers are no longer as they were: `qmoe adapt-router` {__version__} let them learn "
-        f"from `{Path(result.teacher).name}`, {result.steps} steps of {result.batch} windows of "
+        f"from `{result.teacher}`, {result.steps} steps of {result.batch} windows of "
         f"{result.window} tokens. On {result.held_out_windows} held-out windows:\n\n"
         "| | before | after | teacher |\n|---|---|---|---|\n"
         f"| KL to the teacher | {before.kl:.5f} | {after.kl:.5f} | 0 |\n"

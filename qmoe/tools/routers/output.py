@@ -39,6 +39,10 @@ from qmoe_convert.small_files import small_files
 __all__ = ["AdaptedOutput", "find_source"]
 
 
+# Of this machine, or long.
+_NOT_KEPT = ("out", "seconds", "measured")
+
+
 class AdaptedOutput:
     """The folder OUT, and its `OUT.partial`.
 
@@ -152,9 +156,9 @@ class AdaptedOutput:
     def publish(
         self,
         source: Path,
+        tensors: Mapping[str, StoredTensor],
         stored: Mapping[str, StoredTensor],
         routers: Mapping[str, Tensor],
-        shards: set[Path],
         result: dict[str, Any],
         told: str,
     ) -> None:
@@ -162,25 +166,25 @@ class AdaptedOutput:
 
         Args:
             source: the folder of the converted checkpoint.
+            tensors: all of them.
             stored: where each router lies in it.
             routers: each in the dtype that it is stored in.
-            shards: the source's files of weights.
-            result: kept in the manifest, and for a run that is resumed after this.
+            result: kept for a run that is resumed after this, and most of it in the manifest.
             told: a paragraph for the card.
         """
         new = self._output.new
         remove(new)
         new.mkdir()
-        for file in sorted(shards):
+        versions = {place.file: place.version for place in tensors.values()}
+        for file in sorted(versions):
             shutil.copyfile(file, new / file.name)
-        places = [(new / stored[name].file.name, stored[name]) for name in routers]
-        for (file, place), tensor in zip(places, routers.values(), strict=True):
-            with open(file, "r+b") as stream:
-                stream.seek(place.offset)
+        for name, tensor in routers.items():
+            with open(new / stored[name].file.name, "r+b") as stream:
+                stream.seek(stored[name].offset)
                 stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        for place in stored.values():
-            if place.version is not None:
-                place.version.check(place.file)
+        for file, version in versions.items():
+            if version is not None:  # what was copied is what was trained
+                version.check(file)
         others = [f for f in (source / "config.json", source / INDEX_NAME) if f.is_file()]
         for file in (*small_files(source), *others):
             target = new / file.relative_to(source)
@@ -204,7 +208,7 @@ class AdaptedOutput:
                 name: Shard(sums[name], shard.bytes) for name, shard in manifest.shards.items()
             },
             files={name: s for name, s in sums.items() if name not in manifest.shards},
-            routers=result,
+            routers={key: value for key, value in result.items() if key not in _NOT_KEPT},
         ).write(new)
 
     def forget_teacher(self) -> None:

@@ -83,6 +83,7 @@ class Training:
     """A model whose routers learn; it belongs to this one.
 
     Attributes:
+        stored: where each of the routers lies in the checkpoint.
         step: how many are done.
         measured: on held-out windows so far; the first is the start.
         best: which of them had the lowest KL without a higher perplexity than the start's.
@@ -96,9 +97,8 @@ class Training:
         targets: Targets,
         course: Course,
     ) -> None:
-        self.model, self.routers = model, routers
+        self.model, self.routers, self.stored = model, routers, stored
         self.targets, self.course = targets, course
-        self._dtypes = {name: stored[name].torch_dtype for name in routers}
         model.requires_grad_(False)
         for parameter in routers.values():
             parameter.requires_grad_(True)
@@ -139,7 +139,9 @@ class Training:
 
     def routers_to_store(self) -> dict[str, Tensor]:
         """The best state's routers on the CPU, in the dtypes that the checkpoint stores."""
-        return {n: t.to(self._dtypes[n]).cpu().contiguous() for n, t in self._best.items()}
+        return {
+            n: t.to(self.stored[n].torch_dtype).cpu().contiguous() for n, t in self._best.items()
+        }
 
     # ---- one step ------------------------------------------------------------------------------
 
@@ -182,7 +184,7 @@ class Training:
     def _show(self, copies: Mapping[str, Tensor]) -> None:
         """Let the model compute with routers as they would be stored."""
         for name, parameter in self.routers.items():
-            parameter.copy_(copies[name].to(self._dtypes[name]))
+            parameter.copy_(copies[name].to(self.stored[name].torch_dtype))
 
     @torch.no_grad()
     def _measure(self, told: Callable[[str, int, int], None]) -> None:
