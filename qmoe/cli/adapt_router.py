@@ -36,7 +36,7 @@ class Learning:
     window: Annotated[int, typer.Option(min=2, help="Tokens that are read in one piece.")] = 512
     steps: Annotated[int, typer.Option(min=1, help="Of the optimizer.")] = 200
     batch: Annotated[int, typer.Option(min=1, help="Windows of a step.")] = 8
-    lr: Annotated[float, typer.Option(min=0, max=1, help="The highest learning rate.")] = 2e-3
+    lr: Annotated[float, typer.Option(min=0, max=1, help="The highest learning rate.")] = 5e-4
     layers: Annotated[
         float,
         typer.Option(min=0, help="Weight of each layer's output in the loss; 0: logits alone."),

@@ -100,7 +100,7 @@ def adapt_router(
     window: int = 512,
     steps: int = 200,
     batch: int = 8,
-    lr: float = 2e-3,
+    lr: float = 5e-4,
     layers: float = 0.0,
     seed: int = 0,
     device: str | torch.device = "auto",
@@ -361,7 +361,7 @@ def _check_numbers(
         if type(value) is not int or value < least:
             raise ValueError(f"{name}={value!r}: must be a whole number of at least {least}")
     if not 0 < lr < 1:
-        raise ValueError(f"lr={lr!r}: must lie between 0 and 1, such as 2e-3")
+        raise ValueError(f"lr={lr!r}: must lie between 0 and 1, such as 5e-4")
     if not 0 <= layers < float("inf"):
         raise ValueError(f"layers={layers!r}: must be 0 or a positive weight, such as 1")
     check_seed(seed)

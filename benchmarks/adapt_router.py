@@ -1,0 +1,157 @@
+"""How much of what rounding cost the shipped model its routers can win back.
+
+``python -m benchmarks.adapt_router`` converts examples/tiny-moe to INT8 and FP8, and rounds INT8's
+values further: to 4 and 3 bits per channel, and to MXFP4's values (blocks of 32 along K with a
+power of two each; of 16 where K is no multiple of 32). Each is then given to `adapt_router` with
+the 16-bit model as its teacher. It learns from the standard library's sources that
+examples/train_tiny_moe.py trains on; perplexities are of examples/tiny-moe/heldout.txt, none of
+whose files are among them. Results go to ``benchmarks/results/adapt_router.json``. Needs no GPU.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import sysconfig
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import qmoe
+from benchmarks.options import check, parser_of
+from benchmarks.record import Results, facts, run_sections
+from qmoe.generation import load_tokenizer
+from qmoe.tools.adapt_router import adapt_router
+from qmoe.tools.demo import HELD_OUT, SHIPPED_MODEL
+from qmoe_convert.convert import convert
+from qmoe_kernels.quantization import quantize
+
+RESULTS = Path(__file__).parent / "results" / "adapt_router.json"
+WINDOW = 512
+MAX_TOKENS = 16384
+FORMATS = ("int8", "fp8", "4 bit", "3 bit", "mxfp4")
+# e2m1, whose largest exponent is 2.
+MAGNITUDES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+WON_BACK = 0.5  # of the perplexity that fewer than 8 bits lost
+
+
+def round_to_bits(values: Tensor, bits: int) -> Tensor:
+    """INT8 values of a channel, rounded to those of fewer bits with the same largest one."""
+    most = 2 ** (bits - 1) - 1
+    return torch.round(torch.round(values.float() * most / 127) * 127 / most).to(torch.int8)
+
+
+def round_to_mxfp4(weights: Tensor) -> Tensor:
+    """(rows, K) fp32 with the nearest values of MXFP4, scales rounded down as its standard does."""
+    size = 16 if weights.shape[1] % 32 else 32
+    blocks = weights.view(len(weights), -1, size)
+    largest = blocks.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    scale = torch.exp2(torch.floor(torch.log2(largest)) - 2)
+    nearest = ((blocks / scale).abs()[..., None] - MAGNITUDES).abs().argmin(-1)
+    return (MAGNITUDES[nearest] * blocks.sign() * scale).view_as(weights)
+
+
+def round_experts(folder: Path, how: str) -> None:
+    """Round the experts of an INT8 checkpoint further, in the same format."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name, values in tensors.items():
+        if values.dtype != torch.int8:
+            continue
+        if how == "mxfp4":
+            scale = tensors[f"{name}_scale"]
+            q, new_scale = quantize(round_to_mxfp4(values.float() * scale)[None], "int8")
+            values.copy_(q[0])
+            scale.copy_(new_scale[0, :, None])
+        else:
+            values.copy_(round_to_bits(values, int(how[0])))
+    save_file(tensors, file, metadata={"format": "pt"})
+    (folder / "qmoe_manifest.json").unlink()  # its checksums are those of before
+
+
+def training_text() -> str:
+    """The files that examples/train_tiny_moe.py trains on, of this Python's library."""
+    sys.path.insert(0, str(SHIPPED_MODEL.parent))
+    try:
+        from train_tiny_moe import split_sources
+    finally:
+        sys.path.pop(0)
+    return split_sources(Path(sysconfig.get_path("stdlib")))["train"].joined
+
+
+def run(results: Results, tiny: bool, learning: dict[str, Any]) -> None:
+    """Perplexities by format, before and after."""
+    tokenizer = load_tokenizer(str(SHIPPED_MODEL))
+    held_out = (SHIPPED_MODEL / HELD_OUT).read_text(encoding="utf-8")
+    text = training_text()
+
+    def perplexity(path: Path) -> float:
+        tokens = 1024 if tiny else MAX_TOKENS
+        model = qmoe.load(path, device="cpu")
+        return qmoe.perplexity(model, tokenizer, held_out, window=WINDOW, max_tokens=tokens)
+
+    teacher = perplexity(SHIPPED_MODEL)
+    results.set(teacher_perplexity=teacher, learning=learning)
+    with tempfile.TemporaryDirectory() as temporary:
+        data = Path(temporary) / "text.txt"
+        data.write_text(text[: 60_000 if tiny else None], encoding="utf-8")
+        for name in ("3 bit",) if tiny else FORMATS:
+            folder, out = Path(temporary) / name, Path(temporary) / "out"
+            weights = name if name in ("int8", "fp8") else "int8"
+            convert(SHIPPED_MODEL, folder, weights=weights, device="cpu")
+            if name != weights:
+                round_experts(folder, name)
+            adapted = adapt_router(
+                folder, out, teacher=SHIPPED_MODEL, data=data, device="cpu", **learning
+            )
+            before, after = perplexity(folder), perplexity(out)
+            cell = {"format": name, "before": before, "after": after}
+            cell["won_back"] = round((before - after) / (before - teacher), 4)
+            of_text = {"kl_before": adapted.before.kl, "kl_after": adapted.after.kl}
+            cell |= of_text | {"step": adapted.after.step, "seconds": round(adapted.seconds, 1)}
+            cell["measured"] = [asdict(measured) for measured in adapted.measured]
+            results.add("cells", cell)
+            shutil.rmtree(out)
+
+
+def targets(sections: dict[str, Any]) -> list[dict[str, Any]]:
+    """What was to be reached, and was measured."""
+    found = []
+    for cell in sections.get("formats", {}).get("cells", []):
+        if cell["format"] in ("int8", "fp8"):
+            row = {"what": f"{cell['format']}: perplexity over before", "target": 1.0}
+            measured = round(cell["after"] / cell["before"], 5)
+            found.append(row | {"measured": measured, "met": measured <= 1.0})
+        else:
+            row = {"what": f"{cell['format']}: share won back", "target": WON_BACK}
+            met = cell["won_back"] >= WON_BACK
+            found.append(row | {"measured": cell["won_back"], "met": met})
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run it; 1 if it failed."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = parser_of(__doc__, ("formats",), RESULTS)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    options = parser.parse_args(arguments)
+    if options.draw:
+        parser.error("there is no picture of these")
+    check(parser, options, ("formats",))
+    learning = {"steps": options.steps, "batch": options.batch, "lr": options.lr}
+    if options.tiny:
+        learning |= {"steps": 1, "batch": 1}
+    common = facts("adapt_router", arguments, options.commit)
+    results = Results("adapt_router", options.out, common, targets)
+    return run_sections(results, {"formats": lambda: run(results, options.tiny, learning)})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
