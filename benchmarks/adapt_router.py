@@ -10,11 +10,11 @@ whose files are among them. Results go to ``benchmarks/results/adapt_router.json
 
 from __future__ import annotations
 
-import shutil
 import sys
 import sysconfig
 import tempfile
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import qmoe
-from benchmarks.options import check, parser_of
+from benchmarks.options import check_sections, parser_of
 from benchmarks.record import Results, facts, run_sections
 from qmoe.generation import load_tokenizer
 from qmoe.tools.adapt_router import adapt_router
@@ -34,7 +34,7 @@ from qmoe_kernels.quantization import quantize
 RESULTS = Path(__file__).parent / "results" / "adapt_router.json"
 WINDOW = 512
 MAX_TOKENS = 16384
-FORMATS = ("int8", "fp8", "4 bit", "3 bit", "mxfp4")
+FORMATS = ("int8", "fp8", "4bit", "3bit", "mxfp4")
 # e2m1, whose largest exponent is 2.
 MAGNITUDES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 WON_BACK = 0.5  # of the perplexity that fewer than 8 bits lost
@@ -84,73 +84,76 @@ def training_text() -> str:
     return split_sources(Path(sysconfig.get_path("stdlib")))["train"].joined
 
 
-def run(results: Results, tiny: bool, learning: dict[str, Any]) -> None:
-    """Perplexities by format, before and after."""
+def run(results: Results, name: str, tiny: bool, learning: dict[str, Any]) -> None:
+    """Perplexities of one format, before and after."""
     tokenizer = load_tokenizer(str(SHIPPED_MODEL))
     held_out = (SHIPPED_MODEL / HELD_OUT).read_text(encoding="utf-8")
-    text = training_text()
 
     def perplexity(path: Path) -> float:
         tokens = 1024 if tiny else MAX_TOKENS
         model = qmoe.load(path, device="cpu")
         return qmoe.perplexity(model, tokenizer, held_out, window=WINDOW, max_tokens=tokens)
 
-    teacher = perplexity(SHIPPED_MODEL)
-    results.set(teacher_perplexity=teacher, learning=learning)
     with tempfile.TemporaryDirectory() as temporary:
-        data = Path(temporary) / "text.txt"
-        data.write_text(text[: 60_000 if tiny else None], encoding="utf-8")
-        for name in ("3 bit",) if tiny else FORMATS:
-            folder, out = Path(temporary) / name, Path(temporary) / "out"
-            weights = name if name in ("int8", "fp8") else "int8"
-            convert(SHIPPED_MODEL, folder, weights=weights, device="cpu")
-            if name != weights:
-                round_experts(folder, name)
-            adapted = adapt_router(
-                folder, out, teacher=SHIPPED_MODEL, data=data, device="cpu", **learning
-            )
-            before, after = perplexity(folder), perplexity(out)
-            cell = {"format": name, "before": before, "after": after}
-            cell["won_back"] = round((before - after) / (before - teacher), 4)
-            of_text = {"kl_before": adapted.before.kl, "kl_after": adapted.after.kl}
-            cell |= of_text | {"step": adapted.after.step, "seconds": round(adapted.seconds, 1)}
-            cell["measured"] = [asdict(measured) for measured in adapted.measured]
-            results.add("cells", cell)
-            shutil.rmtree(out)
+        data, folder, out = (Path(temporary) / leaf for leaf in ("text.txt", "model", "out"))
+        data.write_text(training_text()[: 60_000 if tiny else None], encoding="utf-8")
+        weights = name if name in ("int8", "fp8") else "int8"
+        convert(SHIPPED_MODEL, folder, weights=weights, device="cpu")
+        if name != weights:
+            round_experts(folder, name)
+        adapted = adapt_router(
+            folder, out, teacher=SHIPPED_MODEL, data=data, device="cpu", **learning
+        )
+        teacher, before, after = map(perplexity, (SHIPPED_MODEL, folder, out))
+    results.set(
+        **learning,
+        teacher=teacher,
+        before=before,
+        after=after,
+        won_back=round((before - after) / (before - teacher), 4),
+        kl_before=adapted.before.kl,
+        kl_after=adapted.after.kl,
+        best_step=adapted.after.step,
+        learning_seconds=round(adapted.seconds, 1),
+        measured=[asdict(measured) for measured in adapted.measured],
+    )
 
 
 def targets(sections: dict[str, Any]) -> list[dict[str, Any]]:
     """What was to be reached, and was measured."""
     found = []
-    for cell in sections.get("formats", {}).get("cells", []):
-        if cell["format"] in ("int8", "fp8"):
-            row = {"what": f"{cell['format']}: perplexity over before", "target": 1.0}
-            measured = round(cell["after"] / cell["before"], 5)
+    for name, section in sections.items():
+        if "after" not in section:
+            continue
+        if name in ("int8", "fp8"):
+            row = {"what": f"{name}: perplexity after over before", "target": 1.0}
+            measured = round(section["after"] / section["before"], 5)
             found.append(row | {"measured": measured, "met": measured <= 1.0})
         else:
-            row = {"what": f"{cell['format']}: share won back", "target": WON_BACK}
-            met = cell["won_back"] >= WON_BACK
-            found.append(row | {"measured": cell["won_back"], "met": met})
+            row = {"what": f"{name}: share won back", "target": WON_BACK}
+            measured = section["won_back"]
+            found.append(row | {"measured": measured, "met": measured >= WON_BACK})
     return found
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run it; 1 if it failed."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = parser_of(__doc__, ("formats",), RESULTS)
+    parser = parser_of(__doc__, FORMATS, RESULTS)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-3)
     options = parser.parse_args(arguments)
     if options.draw:
         parser.error("there is no picture of these")
-    check(parser, options, ("formats",))
+    only = check_sections(parser, options, FORMATS)
     learning = {"steps": options.steps, "batch": options.batch, "lr": options.lr}
     if options.tiny:
         learning |= {"steps": 1, "batch": 1}
     common = facts("adapt_router", arguments, options.commit)
     results = Results("adapt_router", options.out, common, targets)
-    return run_sections(results, {"formats": lambda: run(results, options.tiny, learning)})
+    formats = {name: partial(run, results, name, options.tiny, learning) for name in only}
+    return run_sections(results, formats)
 
 
 if __name__ == "__main__":
