@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest quality style docs bench-convert bench-routing bench-cache bench-kernels bench-generate bench-cpu bench-parallel bench-gradients clean
+.PHONY: demo test test-oldest quality style docs bench-convert bench-routing bench-cache bench-kernels bench-generate bench-cpu bench-parallel bench-gradients bench-adapt-router clean
 
 demo: $(READY)
 	$(BIN)/qmoe demo
@@ -63,6 +63,10 @@ bench-parallel: $(READY)
 # needs a GPU with 60 GB; half a minute
 bench-gradients: $(READY)
 	$(BIN)/python -m benchmarks.gradients
+
+# needs no GPU; half an hour
+bench-adapt-router: $(READY)
+	$(BIN)/python -m benchmarks.adapt_router
 
 # needs no GPU; 12 GB of memory, ten minutes
 bench-cpu: $(READY)

@@ -11,6 +11,7 @@ by itself, its layers are read from disk as it runs.
 from __future__ import annotations
 
 import gc
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -422,8 +423,8 @@ def _only_used(windows: Windows, order: Tensor) -> tuple[Windows, Tensor]:
 def _identity(folder: Path, tensors: dict[str, StoredTensor]) -> str:
     """Tells a checkpoint from another, or from what it was."""
     files = sorted({tensor.file for tensor in tensors.values()} | {folder / "config.json"})
-    versions = [FileVersion.of(file) for file in files]
-    return f"{folder.resolve()} " + " ".join(f"{v.size}:{v.modified}" for v in versions)
+    versions = [(v.size, v.modified) for v in map(FileVersion.of, files)]
+    return f"{folder.resolve()} ({hashlib.sha256(str(versions).encode()).hexdigest()[:12]})"
 
 
 def _card(result: Adapted) -> str:

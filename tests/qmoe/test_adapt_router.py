@@ -486,4 +486,16 @@ def test_shards_are_all_rewritten(source: Path, data: Path, tmp_path: Path) -> N
     assert qmoe.load(tmp_path / "out").config.model_type == "qwen3_moe"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_on_a_gpu(weights: str, source: Path, data: Path, tmp_path: Path) -> None:
+    converted = make_converted(source, tmp_path / "converted", weights, noise=0.3)
+    run: dict[str, Any] = dict(teacher=source, data=data, device="cuda", **QUICK)
+    result = adapt_router(converted, tmp_path / "out", **run)
+    assert min(m.kl for m in result.measured) < 0.5 * result.before.kl
+    on_disk = adapt_router(converted, tmp_path / "other", teacher_memory="20kB", **run)
+    assert on_disk.teacher_perplexity == pytest.approx(result.teacher_perplexity, rel=1e-4)
+    assert on_disk.before.kl == pytest.approx(result.before.kl, rel=1e-2)
+
+
 transformers.logging.set_verbosity_error()
