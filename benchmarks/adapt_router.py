@@ -13,6 +13,8 @@ from __future__ import annotations
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -74,6 +76,33 @@ def round_experts(folder: Path, how: str) -> None:
     (folder / "qmoe_manifest.json").unlink()  # its checksums are those of before
 
 
+@contextmanager
+def routed_by(model: Any, teacher: Any) -> Iterator[None]:
+    """Give every token of the model the experts and weights that the teacher's routers choose.
+
+    This bounds what routers that choose as before could win back.
+    """
+    chosen: dict[str, Any] = {}
+
+    def keep(name: str) -> Any:
+        return lambda module, args, output: chosen.update({name: output})
+
+    def give(name: str) -> Any:
+        return lambda module, args, output: chosen[name]
+
+    hooks = [model.register_forward_pre_hook(lambda _, args, kwargs: (teacher(**kwargs), None)[1],
+                                             with_kwargs=True)]  # fmt: skip
+    for of, hook in ((teacher, keep), (model, give)):
+        for name, module in of.named_modules():
+            if name.endswith("mlp.gate"):
+                hooks.append(module.register_forward_hook(hook(name)))
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
 def training_text() -> str:
     """The files that examples/train_tiny_moe.py trains on, of this Python's library."""
     sys.path.insert(0, str(SHIPPED_MODEL.parent))
@@ -89,9 +118,9 @@ def run(results: Results, name: str, tiny: bool, learning: dict[str, Any]) -> No
     tokenizer = load_tokenizer(str(SHIPPED_MODEL))
     held_out = (SHIPPED_MODEL / HELD_OUT).read_text(encoding="utf-8")
 
-    def perplexity(path: Path) -> float:
+    def perplexity(path: Path, model: Any = None) -> float:
         tokens = 1024 if tiny else MAX_TOKENS
-        model = qmoe.load(path, device="cpu")
+        model = model or qmoe.load(path, device="cpu")
         return qmoe.perplexity(model, tokenizer, held_out, window=WINDOW, max_tokens=tokens)
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -105,11 +134,15 @@ def run(results: Results, name: str, tiny: bool, learning: dict[str, Any]) -> No
             folder, out, teacher=SHIPPED_MODEL, data=data, device="cpu", **learning
         )
         teacher, before, after = map(perplexity, (SHIPPED_MODEL, folder, out))
+        model = qmoe.load(folder, device="cpu")
+        with routed_by(model, qmoe.load(SHIPPED_MODEL, device="cpu")):
+            routed = perplexity(folder, model)
     results.set(
         **learning,
         teacher=teacher,
         before=before,
         after=after,
+        with_the_teachers_routing=routed,
         won_back=round((before - after) / (before - teacher), 4),
         kl_before=adapted.before.kl,
         kl_after=adapted.after.kl,

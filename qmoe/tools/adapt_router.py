@@ -268,6 +268,8 @@ class _Run:
             f"{format_size(target_shape.nbytes)} of disk"
         )
         targets = Targets(output.targets, target_shape)
+        if targets.is_new:
+            output.keep_recorded(0)
         if output.recorded < len(windows):
             if partly:
                 self.say(

@@ -286,6 +286,25 @@ class TestResume:
         assert weights_of(out) == weights_of(adapted[0])
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
+    def test_the_teacher_reads_again_what_was_removed(
+        self,
+        adapted: tuple[Path, Adapted],
+        source: Path,
+        disturbed: Path,
+        data: Path,
+        tmp_path: Path,
+    ) -> None:
+        def interrupt(stage: str, done: int, total: int) -> None:
+            if stage == "learn":
+                shutil.rmtree(tmp_path / "out.partial" / "targets")
+                raise KeyboardInterrupt
+
+        run: dict[str, Any] = dict(teacher=source, data=data, **QUICK)
+        with pytest.raises(KeyboardInterrupt):
+            adapt_router(disturbed, tmp_path / "out", progress=interrupt, **run)
+        result = adapt_router(disturbed, tmp_path / "out", resume=True, **run)
+        assert result.measured == adapted[1].measured
+
     def test_another_command_is_refused(
         self, source: Path, disturbed: Path, data: Path, tmp_path: Path
     ) -> None:
@@ -414,6 +433,16 @@ class TestCommand:
             adapt_router(
                 disturbed, tmp_path / "out", teacher=source, data=data, **(QUICK | {"window": 5000})
             )
+
+    def test_float16(self, source: Path, disturbed: Path, data: Path, tmp_path: Path) -> None:
+        run: dict[str, Any] = dict(teacher=source, data=data, **QUICK)
+        with pytest.raises(ValueError, match="give --dtype bfloat16 or float32"):
+            adapt_router(disturbed, tmp_path / "out", dtype="float16", **run)
+        result = adapt_router(disturbed, tmp_path / "other", dtype="float32", **run)
+        assert result.after.kl < 0.5 * result.before.kl
+        assert load_file(tmp_path / "other" / "model.safetensors")[
+            "model.layers.0.mlp.gate.weight"
+        ].dtype == torch.bfloat16  # fmt: skip
 
     def test_somebody_elses_folder_stays(
         self, source: Path, disturbed: Path, data: Path, tmp_path: Path

@@ -50,6 +50,7 @@ class Targets:
 
     Attributes:
         num_windows: of all; the first ``num_with_layers`` have layers' outputs too.
+        is_new: whether a file had to be made, so that nothing of it was recorded before.
         losses: (num_windows,) fp32, the teacher's own -log p of each window's tokens, summed.
     """
 
@@ -60,20 +61,37 @@ class Targets:
             OSError: the disk has no room for them.
         """
         self.shape = shape
+        self.is_new = False
         n, window, k = shape.num_windows, shape.window, shape.top_k
         folder.mkdir(exist_ok=True)
         self._files = [folder / name for name in ("ids", "log_probs", "rest", "losses", "layers")]
         ids, log_probs, rest, losses, layers = self._files
-        self._ids = _mapped(ids, torch.int32, n, window, k)
-        self._log_probs = _mapped(log_probs, torch.float32, n, window, k)
-        self._rest = _mapped(rest, torch.float32, n, window)
-        self.losses = _mapped(losses, torch.float32, n)
+        self._ids = self._open(ids, torch.int32, n, window, k)
+        self._log_probs = self._open(log_probs, torch.float32, n, window, k)
+        self._rest = self._open(rest, torch.float32, n, window)
+        self.losses = self._open(losses, torch.float32, n)
         self._outputs = (
-            _mapped(layers, shape.dtype, shape.num_with_layers, shape.num_layers, window,
+            self._open(layers, shape.dtype, shape.num_with_layers, shape.num_layers, window,
                     shape.hidden_size)
             if shape.num_layers
             else None
         )  # fmt: skip
+
+    def _open(self, file: Path, dtype: torch.dtype, *shape: int) -> Tensor:
+        """A tensor whose memory is a file, which takes its room on the disk at once.
+
+        A write into a mapped file on a full disk would kill the process.
+        """
+        count = math.prod(shape)
+        with open(file, "ab") as stream:
+            if stream.tell() != count * dtype.itemsize:
+                self.is_new = True
+                stream.truncate(0)
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(stream.fileno(), 0, count * dtype.itemsize)
+                else:
+                    stream.truncate(count * dtype.itemsize)
+        return torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(shape)
 
     @torch.no_grad()
     def record(
@@ -209,19 +227,3 @@ def input_device(model: Any) -> torch.device:
     hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
     device = getattr(hook, "execution_device", None)
     return model.device if device is None else torch.device(device)
-
-
-def _mapped(file: Path, dtype: torch.dtype, *shape: int) -> Tensor:
-    """A tensor whose memory is a file, which takes its room on the disk at once.
-
-    A write into a mapped file on a full disk would kill the process.
-    """
-    count = math.prod(shape)
-    with open(file, "ab") as stream:
-        if stream.tell() != count * dtype.itemsize:
-            stream.truncate(0)
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(stream.fileno(), 0, count * dtype.itemsize)
-            else:
-                stream.truncate(count * dtype.itemsize)
-    return torch.from_file(str(file), shared=True, size=count, dtype=dtype).view(shape)

@@ -99,6 +99,11 @@ class Training:
     ) -> None:
         self.model, self.routers, self.stored = model, routers, stored
         self.targets, self.course = targets, course
+        if any(parameter.dtype == torch.float16 for parameter in routers.values()):
+            raise ValueError(
+                "the routers are in float16, in which small gradients vanish; give --dtype "
+                "bfloat16 or float32"
+            )
         model.requires_grad_(False)
         for parameter in routers.values():
             parameter.requires_grad_(True)
