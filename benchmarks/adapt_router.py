@@ -4,8 +4,8 @@
 values further: to 4 and 3 bits per channel, and to MXFP4's values (blocks of 32 along K with a
 power of two each; of 16 where K is no multiple of 32). Each is then given to `adapt_router` with
 the 16-bit model as its teacher. It learns from the standard library's sources that
-examples/train_tiny_moe.py trains on; perplexities are of examples/tiny-moe/heldout.txt, none of
-whose files are among them. Results go to ``benchmarks/results/adapt_router.json``. Needs no GPU.
+examples/train_tiny_moe.py chose its best step by: neither model was trained on them. Perplexities
+are of examples/tiny-moe/heldout.txt, none of whose files are among them. Results go to ``benchmarks/results/adapt_router.json``. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -104,13 +104,13 @@ def routed_by(model: Any, teacher: Any) -> Iterator[None]:
 
 
 def training_text() -> str:
-    """The files that examples/train_tiny_moe.py trains on, of this Python's library."""
+    """The files of this Python's library that examples/train_tiny_moe.py validates on."""
     sys.path.insert(0, str(SHIPPED_MODEL.parent))
     try:
         from train_tiny_moe import split_sources
     finally:
         sys.path.pop(0)
-    return split_sources(Path(sysconfig.get_path("stdlib")))["train"].joined
+    return split_sources(Path(sysconfig.get_path("stdlib")))["validation"].joined
 
 
 def run(results: Results, name: str, tiny: bool, learning: dict[str, Any]) -> None:
