@@ -5,7 +5,8 @@ values further: to 4 and 3 bits per channel, and to MXFP4's values (blocks of 32
 power of two each; of 16 where K is no multiple of 32). Each is then given to `adapt_router` with
 the 16-bit model as its teacher. It learns from the standard library's sources that
 examples/train_tiny_moe.py chose its best step by: neither model was trained on them. Perplexities
-are of examples/tiny-moe/heldout.txt, none of whose files are among them. Results go to ``benchmarks/results/adapt_router.json``. Needs no GPU.
+are of examples/tiny-moe/heldout.txt, none of whose files are among them. Results go to
+``benchmarks/results/adapt_router.json``. Needs no GPU.
 """
 
 from __future__ import annotations
