@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest quality style docs bench-convert bench-routing bench-cache bench-kernels bench-generate bench-cpu bench-parallel bench-host-memory bench-gradients bench-lora clean
+.PHONY: demo test test-oldest quality style docs bench-convert bench-routing bench-cache bench-kernels bench-generate bench-cpu bench-parallel bench-host-memory bench-gradients bench-lora bench-adapt-router clean
 
 demo: $(READY)
 	$(BIN)/qmoe demo
@@ -71,6 +71,9 @@ bench-gradients: $(READY)
 # needs a GPU with 140 GB; the part without one takes ten minutes
 bench-lora: $(READY)
 	$(BIN)/python -m benchmarks.lora
+# needs no GPU; half an hour
+bench-adapt-router: $(READY)
+	$(BIN)/python -m benchmarks.adapt_router
 
 # needs no GPU; 12 GB of memory, ten minutes
 bench-cpu: $(READY)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qmoe.paging.model import resize, stats
     from qmoe.paging.options import PagingOptions
     from qmoe.parallel.failure import RankFailed
+    from qmoe.tools.adapt_router import adapt_router
     from qmoe.tools.merge import merge
     from qmoe.tools.perplexity import perplexity
     from qmoe.traces.record import record_routing
@@ -43,6 +44,7 @@ __all__ = [
     "QmoeConfig",
     "RankFailed",
     "__version__",
+    "adapt_router",
     "decode",
     "generate",
     "load",
@@ -65,6 +67,7 @@ _LAZY = {
     "PagingOptions": "qmoe.paging.options",
     "QmoeConfig": "qmoe.loading.config",
     "RankFailed": "qmoe.parallel.failure",
+    "adapt_router": "qmoe.tools.adapt_router",
     "decode": "qmoe.decoding.loop",
     "generate": "qmoe.generation",
     "load": "qmoe.loading.load",

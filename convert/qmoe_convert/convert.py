@@ -106,7 +106,7 @@ def convert(
         if not dry_run:
             output.open(resume=resume, overwrite=overwrite)
             push_to_hub = push_to_hub and check_rights(push_to_hub)
-        folder, source_name = _find_source(model, revision)
+        folder, source_name = find_source(model, revision)
         source = _Source.open(folder, source_name)
         output.check_apart(folder, source.versions)
         plan = make_plan(map_checkpoint(folder, source.tensors), source.tensors, options)
@@ -263,7 +263,7 @@ def _check_options(
 # Source and target
 
 
-def _find_source(model: str | Path, revision: str | None) -> tuple[Path, str]:
+def find_source(model: str | Path, revision: str | None) -> tuple[Path, str]:
     """The folder of a local or Hub checkpoint, and the name that the manifest gives it."""
     text = str(model)
     if why := why_no_place(text, hub=not isinstance(model, Path)):

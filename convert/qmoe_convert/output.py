@@ -318,6 +318,8 @@ def why_not_ours(out: Path) -> str | None:
     said = {name: shard.bytes for name, shard in manifest.shards.items()}
     if method != manifest.format or sizes != said or not manifest.files.keys() <= there:
         return f"is not what its {schema.MANIFEST_NAME} says"
+    if manifest.routers is not None:
+        return "has routers that qmoe adapt-router trained; move it away"
     if not manifest.files:  # written before manifests named them
         return None
     more = there - {*manifest.files, *manifest.shards, schema.MANIFEST_NAME}

@@ -148,11 +148,16 @@ class Manifest:
     files: dict[str, str] = field(default_factory=dict)
     # tensors that the model has no place for
     extra: list[str] = field(default_factory=list)
+    # what `qmoe adapt-router` did to the routers; None where they are the source's
+    routers: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
     def write(self, folder: Path) -> None:
         """Write ``qmoe_manifest.json`` into ``folder``."""
-        text = json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+        document = asdict(self)
+        if self.routers is None:
+            del document["routers"]
+        text = json.dumps(document, indent=2, sort_keys=True) + "\n"
         (folder / MANIFEST_NAME).write_text(text, encoding="utf-8")
 
     @classmethod
@@ -205,6 +210,8 @@ class Manifest:
         errors = [error for of_module in self.errors.values() for error in of_module.values()]
         if not all(isinstance(error, float | int) for error in errors):
             raise TypeError("errors are numbers")
+        if not isinstance(self.routers, dict | None):
+            raise TypeError("routers is an object")
         if not all(type(shard.bytes) is int for shard in self.shards.values()):
             raise TypeError("bytes are numbers")
 

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from qmoe.cli.adapt_router import adapt_router
 from qmoe.cli.cache_report import cache_report
 from qmoe.cli.demo import demo
 from qmoe.cli.generate import generate
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich takes longer to import than all the rest of --help
 )
-for command in (generate, inspect, serve, merge, cache_report, demo, tune):
+for command in (generate, inspect, serve, merge, adapt_router, cache_report, demo, tune):
     app.command()(command)
 bench = typer.Typer()
 bench.command("tune")(tune)

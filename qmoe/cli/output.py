@@ -63,7 +63,8 @@ def quiet() -> None:
     """Keep the libraries' remarks off stderr, which is for statistics and failures."""
     from qmoe.generation import hide_progress_bars
 
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for library in ("transformers", "accelerate"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     if not redraws(sys.stderr):
         hide_progress_bars()
 

@@ -35,6 +35,7 @@ from qmoe.loading.pages import refuse_bound
 from qmoe.loading.patch import patch
 from qmoe.loading.quantizer import check_experts, listed
 from qmoe.loading.spread import load_spread
+from qmoe.paging.host_store import available_bytes
 from qmoe.paging.options import PagingOptions, paging_options
 from qmoe.parallel.group import RankGroup, rank_group
 from qmoe_kernels.fused_moe import check_activations
@@ -138,6 +139,66 @@ def load(
     return load_here() if group is None else load_spread(group, load_here)
 
 
+def load_partly(
+    path_or_repo: str | Path,
+    *,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    memory: int,
+    folder: Path,
+) -> PreTrainedModel:
+    """Load a 16-bit model of which only a part is in memory; accelerate reads the rest as it runs.
+
+    Args:
+        path_or_repo: a local folder, or a repository on the Hub.
+        device: where it runs, see :func:`load`.
+        dtype: see :func:`load`.
+        memory: bytes that weights may take of the device; on a GPU, what is left over waits in host
+            memory as far as that goes.
+        folder: for weights that lie otherwise in memory than in the checkpoint, stacked experts for
+            one. As large as the model at most; must be there for as long as the model is used.
+
+    Raises:
+        ValueError: see :func:`load`; or a model that is quantized.
+    """
+    path_or_repo = str(path_or_repo)
+    device = choose_device(device)
+    config = _read_config(path_or_repo, None)
+    method = format_of(_quantization(config))
+    if method is not None:
+        raise ValueError(
+            f"{path_or_repo}: is quantized ({method}), and only models in 16 bit can be read "
+            "from disk as they run; give it more memory, or take a 16-bit checkpoint"
+        )
+    places: dict[int | str, int] = {"cpu": memory}
+    if device.type == "cuda":
+        places = {device.index: memory, "cpu": int(0.9 * (available_bytes() or 0))}
+    return _from_pretrained(
+        path_or_repo,
+        config,
+        _choose_dtype(dtype),
+        "auto",
+        None,
+        max_memory=places,
+        offload_folder=folder,
+    )
+
+
+def skeleton(path_or_repo: str | Path) -> PreTrainedModel:
+    """The model that a checkpoint is of, on the meta device: names and shapes; no weight is read.
+
+    Experts are the model's own, whatever they are stored in.
+
+    Raises:
+        ValueError: see :func:`load`.
+    """
+    path_or_repo = str(path_or_repo)
+    config = _read_config(path_or_repo, None)
+    with torch.device("meta"):
+        model: PreTrainedModel = _auto_class(config, path_or_repo).from_config(config)
+    return model
+
+
 def _load(
     path_or_repo: str,
     device: torch.device,
@@ -210,9 +271,10 @@ def _from_pretrained(
     path_or_repo: str,
     config: PreTrainedConfig,
     dtype: str | torch.dtype,
-    device: torch.device,
+    device: torch.device | str,
     revision: str | None,
     quantization: QmoeConfig | None = None,
+    **places: Any,
 ) -> PreTrainedModel:
     """The model, in which every weight is from the checkpoint.
 
@@ -233,6 +295,7 @@ def _from_pretrained(
             quantization_config=quantization,
             ignore_mismatched_sizes=True,  # they are in the report
             output_loading_info=True,
+            **places,
         )
     except (OSError, SafetensorError) as error:
         if isinstance(error, SafetensorError) or Path(path_or_repo).is_dir():
