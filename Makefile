@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest quality style docs bench-convert bench-routing bench-cache bench-kernels bench-generate bench-cpu bench-parallel bench-gradients bench-lora clean
+.PHONY: demo test test-oldest quality style docs bench-convert bench-routing bench-cache bench-kernels bench-generate bench-cpu bench-parallel bench-host-memory bench-gradients bench-lora clean
 
 demo: $(READY)
 	$(BIN)/qmoe demo
@@ -59,6 +59,10 @@ bench-generate: $(READY)
 bench-parallel: $(READY)
 	$(BIN)/python -m benchmarks.parallel
 	$(BIN)/python -m benchmarks.parallel --draw
+
+# needs a GPU with 40 GB, and 10 GB of free disk; two minutes
+bench-host-memory: $(READY)
+	$(BIN)/python -m benchmarks.host_memory
 
 # needs a GPU with 60 GB; half a minute
 bench-gradients: $(READY)

@@ -1,14 +1,15 @@
 """Decode with a part of the experts in host memory, beside all of them: tokens per second.
 
-A few layers of Qwen3-30B-A3B's shape with random weights, which route at random: a hard case. Each
-bound generates the same text, which must be that of the model with all pages in host memory.
+``python -m benchmarks.host_memory`` (``make bench-host-memory``) saves a few layers of
+Qwen3-30B-A3B's shape with random weights, which route at random: a hard case. Each bound generates
+the same text, which must be that of the model with all pages in host memory. Once the system's
+cache of files is emptied before. Results go to ``benchmarks/results/host_memory.json``.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,8 +19,11 @@ import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import qmoe
+from benchmarks.options import check, parser_of
+from benchmarks.record import Results, facts, run_sections
 from qmoe.experts.quantized import quantized_modules
 
+RESULTS = Path(__file__).parent / "results" / "host_memory.json"
 CONTEXT = 1024
 
 
@@ -79,19 +83,17 @@ def measure(
     return found, text
 
 
-def main() -> None:
-    """Print a JSON object for each bound."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--experts", type=int, default=128)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    given = parser.parse_args()
+def run(results: Results, sizes: tuple[int, int, int, int], device: str) -> None:
+    """Tokens per second by bound of host memory.
+
+    Args:
+        sizes: layers, experts of each, hidden size and tokens of the text.
+    """
+    *shape, num_tokens = sizes
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_model(folder, given.device, given.layers, given.experts, given.hidden)
-        model = qmoe.load(folder, device=given.device)
+        save_model(folder, device, *shape)
+        model = qmoe.load(folder, device=device)
         pages = sum(
             p.num_experts * p.page_stride
             for p in (e.layer_pages(n) for n, e in quantized_modules(model).items())
@@ -102,13 +104,31 @@ def main() -> None:
             smallest = int(str(error).split(" bytes)")[0].rpartition("(")[2])
         del model
         budget = smallest + pages // 4
-        _, expected = measure(folder, given.device, budget, None, given.tokens, False)
+        results.set(layers=shape[0], experts=shape[1], hidden=shape[2], page_bytes_in_all=pages)
+        _, expected = measure(folder, device, budget, None, num_tokens, False)
         for bound, cold in ((None, False), (pages // 2, False), (pages // 4, False),
                             (pages // 4, True)):  # fmt: skip
-            found, text = measure(folder, given.device, budget, bound, given.tokens, cold)
-            assert torch.equal(text, expected), "another text"
-            print(json.dumps({"pages": pages, **found}), flush=True)
+            found, text = measure(folder, device, budget, bound, num_tokens, cold)
+            if not torch.equal(text, expected):
+                raise AssertionError(f"host_memory={bound}: another text")
+            results.add("cells", found)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run it; 1 if it failed."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = parser_of(__doc__, ("decode",), RESULTS)
+    options = parser.parse_args(arguments)
+    if options.draw:
+        parser.error("there is no picture of these")
+    check(parser, options, ("decode",))
+    sizes = (2, 64, 256, 8) if options.tiny else (4, 128, 2048, 64)
+    results = Results(
+        "host_memory", options.out, facts("host_memory", arguments, options.commit), lambda _: []
+    )
+    device = "cpu" if options.tiny else "cuda"
+    return run_sections(results, {"decode": lambda: run(results, sizes, device)})
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,13 +6,10 @@
 - *exchange*: microseconds of the layers' exchanges by size, several in a CUDA graph that is
   replayed; over peers' memory and by NCCL.
 - *layer*: one layer of three models' shapes. *same*: all ranks have the same rows, and add up;
-  *own*: each rank has its part of them, gathered and scattered, all at once or in two parts. With
-  rows in 16 bits, and in 8 where that is the default. Compared with a layer of all experts on one
-  GPU before it is timed.
+  *own*: each rank has its part of them, gathered and scattered. With rows in 16 bits, and in 8
+  where that is the default. Compared with a layer of all experts on one GPU before it is timed.
 - *model*: Qwen3-30B-A3B's shape, random weights in INT8: captured decode steps, few texts on every
   rank the same, many texts each rank's own part; and reading 8 prompts of 2048 tokens.
-- *trace*: what runs when in a layer of rows of each rank's own, and how much of the exchanges is
-  beside products.
 
 Results go to ``benchmarks/results/parallel.json`` as they come, and ``--draw`` draws them. Without
 a GPU it runs with gloo; ``--tiny`` is for the tests.
@@ -27,7 +24,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -49,17 +45,14 @@ from qmoe_kernels.tiles import LayerShape
 from qmoe_kernels.timing import LayerWeights, random_layer
 
 RESULTS = Path(__file__).parent / "results" / "parallel.json"
-SECTIONS = ("exchange", "layer", "model", "trace")
-OF_SEVERAL = ("exchange", "trace")  # nothing to measure on one rank
+SECTIONS = ("exchange", "layer", "model")
+OF_SEVERAL = ("exchange",)  # nothing to measure on one rank
 REPEATS = 10  # in a graph: its launch takes as long as a small exchange
 SMALL = LayerShape(num_experts=6, top_k=2, hidden_size=64, intermediate_size=32)
 MOST_DIFFERENT = 0.02  # relative Frobenius distance of bf16 outputs
 # Speed-up by two ranks over one: of a layer of 4096 tokens, of decode by texts on each rank.
 LAYER_TARGETS = {"qwen3": 1.6, "mixtral": 1.8, "dsv3": 1.8}
 DECODE_TARGETS = {1: 1.0, 64: 1.6, 256: 1.7}
-LEAST_HIDDEN = 0.5
-# Kernels of exchanges, by what their names hold.
-EXCHANGES = ("nccl", "sum_kernel", "gather_kernel")
 
 
 # ---- on each rank ------------------------------------------------------------------------------
@@ -106,8 +99,8 @@ class Worker:
             }
             for what, function in (
                 ("sum", partial(self.group.sum, rows)),
-                ("gather", lambda routed=routed: self.group.start_gather(*routed)()),
-                ("sum_and_scatter", lambda r=all_rows: self.group.start_sum_and_scatter(r)()),
+                ("gather", partial(self.group.gather, *routed)),
+                ("sum_and_scatter", partial(self.group.sum_and_scatter, all_rows)),
             ):
                 for how, way in (("peers", peers), ("collective", None)):
                     if how == "peers" and not takes[what]:
@@ -189,17 +182,15 @@ class Worker:
             mine = slice(self.group.rank * count, (self.group.rank + 1) * count)
             my_rows = [tensor[mine] for tensor in rows]
 
-            def scattered(parts: int) -> Tensor:
-                texts = OwnTexts(self.group, shape.top_k, lambda: False, parts)
+            def scattered() -> Tensor:
+                texts = OwnTexts(self.group, shape.top_k, lambda: False)
                 texts.rows = count
                 return texts.run(
                     *my_rows,
                     lambda h, ids, w: _experts(own, h, share.own_ids(ids), w, activations),
                 )
 
-            ways.append(("own", partial(scattered, 1), mine))
-            if self.tiny or tokens >= 1024:
-                ways.append(("own, two parts", partial(scattered, 2), mine))
+            ways.append(("own", scattered, mine))
         return ways
 
     def model(self) -> None:
@@ -241,58 +232,15 @@ class Worker:
         ids = torch.arange(rows * columns, device=self.device).view(rows, columns)
         positions = torch.arange(columns, device=self.device).expand(rows, -1)
         read = partial(step.read, ids % shape.vocab_size, torch.ones_like(ids), positions, None)
-        for parts in (1,) if size == 1 else (1, 2):
-            if size > 1:
-                self.group.own_texts = OwnTexts(self.group, top_k, lambda: False, parts)
-                self.group.own_texts.rows = ids.numel()
-            read()
-            each, _ = time_each(read, 3, self.device)
-            self.group.own_texts = None
-            heard = self.group.exchange("a time", ms=median(each))
-            ms = round(max(other["ms"] for other in heard), 3)
-            self.add(what="prefill", texts=texts, columns=columns, parts=parts, ms=ms)
-
-    def trace(self) -> None:
-        """When kernels run in a layer of the most tokens, each rank with its own rows."""
-        name, shape, tokens = ("tiny", SMALL, 8) if self.tiny else ("qwen3", SHAPES["qwen3"], 4096)
-        generator = torch.Generator(self.device).manual_seed(0)
-        whole = random_layer(shape, "int8", self.device, generator)
-        share = share_of(self.group, shape.num_experts, name)
-        rows = self._rows(shape, tokens)
-        for how, call, _ in self._ways(shape, share, whole, rows, "auto"):
-            if how == "same":
-                continue
-            for _ in range(5):
-                call()
-            synchronize(self.device)
-            self.group.exchange("a trace")
-            with torch.profiler.profile() as profile:
-                for _ in range(3):
-                    call()
-                synchronize(self.device)
-            spans = sorted(
-                (event.time_range.start, event.time_range.elapsed_us(), event.name)
-                for event in profile.events()
-                if event.device_type == torch.autograd.DeviceType.CUDA
-            )
-            spans = spans[-(len(spans) // 3) :]  # of the last call
-            spans = [
-                [round(start - spans[0][0], 2), round(us, 2), n[:60]] for start, us, n in spans
-            ]
-            self.add(shape=name, tokens=tokens, how=how, hidden=_hidden(spans), spans=spans)
-
-
-def _hidden(spans: list[Any]) -> float | None:
-    """Of the time that exchanges run, the part in which something else runs too."""
-    exchanges = [span for span in spans if any(word in span[2] for word in EXCHANGES)]
-    edges = sorted({start for start, _, _ in spans} | {start + us for start, us, _ in spans})
-    beside = total = 0.0
-    for start, end in pairwise(edges):
-        running = [span for span in spans if span[0] <= start and end <= span[0] + span[1]]
-        if any(span in exchanges for span in running):
-            total += end - start
-            beside += (end - start) * any(span not in exchanges for span in running)
-    return round(beside / total, 3) if total else None
+        if size > 1:
+            self.group.own_texts = OwnTexts(self.group, top_k, lambda: False)
+            self.group.own_texts.rows = ids.numel()
+        read()
+        each, _ = time_each(read, 3, self.device)
+        self.group.own_texts = None
+        heard = self.group.exchange("a time", ms=median(each))
+        ms = round(max(other["ms"] for other in heard), 3)
+        self.add(what="prefill", texts=texts, columns=columns, ms=ms)
 
 
 def _experts(
@@ -366,10 +314,6 @@ def targets(sections: dict[str, Any]) -> list[dict[str, Any]]:
     prefill = _best([c for c in cells if c["what"] == "prefill"], (), "ms")
     if {(1,), (2,)} <= prefill.keys():
         found.append(_target("prefill, two GPUs over one", prefill[1,] / prefill[2,], 1.7))
-    for cell in sections.get("trace", {}).get("cells", []):
-        if cell["hidden"] is not None and cell["how"] == "own, two parts":
-            what = f"layer {cell['shape']}, {cell['tokens']} tokens, part of exchanges hidden"
-            found.append(_target(what, cell["hidden"], LEAST_HIDDEN))
     return found
 
 
@@ -392,7 +336,7 @@ def _target(what: str, measured: float, least: float) -> dict[str, Any]:
 
 
 def draw(data: dict[str, Any], folder: Path) -> None:
-    """Throughput of a layer of the most tokens over ranks; and what runs when in one."""
+    """Throughput of a layer of the most tokens over ranks."""
     from matplotlib import pyplot as plt
 
     from benchmarks.drawing import BLUE, GREEN, GREY, ORANGE, save, tidy
@@ -422,33 +366,6 @@ def draw(data: dict[str, Any], folder: Path) -> None:
     tidy(axis)
     where = section["machine"]["gpu"] or section["machine"]["cpu"]
     save(figure, f"One layer, {most} tokens in all ({where})", folder / "parallel.png", section)
-    if "trace" in data["sections"]:
-        _draw_trace(data["sections"]["trace"], folder / "parallel_trace.png")
-
-
-def _draw_trace(section: dict[str, Any], path: Path) -> None:
-    """Kernels of one layer over time, exchanges above products, for each way."""
-    from matplotlib import pyplot as plt
-
-    from benchmarks.drawing import BLUE, ORANGE, save, tidy
-
-    cells = section["cells"]
-    figure, axes = plt.subplots(len(cells), figsize=(7, 1.4 * len(cells) + 0.8), sharex=True)
-    for axis, cell in zip(axes, cells, strict=True):
-        for start, us, name in cell["spans"]:
-            exchange = any(word in name for word in EXCHANGES)
-            place = (1.1, 0.8) if exchange else (0.1, 0.8)
-            axis.broken_barh([(start, us)], place, color=ORANGE if exchange else BLUE)
-        axis.set_yticks([0.5, 1.5], ["products", "exchanges"])
-        axis.set_title(cell["how"], fontsize=9)
-        tidy(axis)
-    axes[-1].set_xlabel("microseconds")
-    cell = cells[0]
-    where = section["machine"]["gpu"] or section["machine"]["cpu"]
-    title = (
-        f"One layer of {cell['shape']}, {cell['tokens']} tokens on {cell['ranks']} ranks ({where})"
-    )
-    save(figure, title, path, section)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -25,6 +25,7 @@ TOLERANCE = 0.05
 def run_sharing(bench: Benchmark) -> None:
     """Milliseconds per token by capacity, trace and who serves misses, beside all resident."""
     results, decoder, cache = bench.results, bench.decoder, bench.cache
+    cache.overlap = None  # as a model has it; other sections try both
     bench.residents.enter()
     decoder.capture()
     resident = {}
@@ -60,6 +61,7 @@ def run_sharing(bench: Benchmark) -> None:
 def run_batches(bench: Benchmark) -> None:
     """The same for several texts at once, each with a trace of its own."""
     results, cache = bench.results, bench.cache
+    cache.overlap = None
     results.set(model=str(bench.shape), tokens=bench.num_tokens, threads=torch.get_num_threads())
     for batch in bench.batches:
         context = min(bench.context, max(1, BATCH_CONTEXT // batch))

@@ -3,24 +3,33 @@
 All rows are in the order of sorted pairs (see `ExpertRouting`) until the last product scatters
 them. An 8-bit weight is read as it lies and widened on its way to the tensor cores; its scales,
 which belong to what is summed over here, have been multiplied into the rows: over the largest of
-their expert, since in fp16 they would vanish, which the sums are multiplied by.
+their expert, since in fp16 they would vanish, which the sums are multiplied by. On Hopper products
+are those of `qmoe_kernels.hopper_gemm`, as in the forward pass.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from qmoe_kernels.activations import Activation, gradient_triton
+from qmoe_kernels.activations import gradient_triton
 from qmoe_kernels.experts import Experts, Projection
 from qmoe_kernels.grouped_gemm import GROUP_M, launch_grouped_gemm
 from qmoe_kernels.heuristic import heuristic_tile, narrow_block
+from qmoe_kernels.hopper_gemm import hopper_supports, launch_hopper_gemm, launch_sort_rows
 from qmoe_kernels.launching import COMPILED, is_widened_fp8, weight_bits
 from qmoe_kernels.routing import ExpertRouting
 from qmoe_kernels.rows import launch_weighted_sum
+from qmoe_kernels.tiles import LayerShape, LayerTiles, TileConfig
+from qmoe_kernels.tuning import choose_tiles
 from qmoe_kernels.widening import widen_weights
+
+# An expert's largest scale is taken to be no smaller, so that zeros have an inverse.
+SMALLEST_LARGEST = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 def fused_moe_backward_triton(
@@ -29,34 +38,57 @@ def fused_moe_backward_triton(
     experts: Experts,
     topk_ids: Tensor,  # (num_tokens, top_k)
     topk_weights: Tensor | None,  # (num_tokens, top_k)
+    *,
+    tiles: LayerTiles | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the kernels of `qmoe::fused_moe_backward`; arguments and result as there."""
+    """Run the kernels of `qmoe::fused_moe_backward`; arguments and result as there.
+
+    Args:
+        tiles: what the forward pass would run with, instead of `choose_tiles`'s. Where it is
+            Hopper's kernels (``tma``), so it is here, for all three products, with the same tile.
+    """
     num_tokens, top_k = topk_ids.shape
-    hidden_size = experts.hidden_size
-    gate_up, down = experts.gate_up.contiguous(), experts.down.contiguous()
-    up_scales, down_scales = _Scales(gate_up.scale), _Scales(down.scale)
+    num_experts, hidden_size = experts.num_experts, experts.hidden_size
+    # Copies before kernels: see `qmoe_kernels.layer`.
+    experts, hidden_states = experts.contiguous(), hidden_states.contiguous()
+    gate_up, down = experts.gate_up, experts.down
     topk_ids, gradient = topk_ids.contiguous(), gradient.contiguous()
-    up_rows, routing = _forward_rows(hidden_states.contiguous(), gate_up, topk_ids)
+    largest_up, largest_down = largest_scale(gate_up), largest_scale(down)
+    hopper_tile = _hopper_tile(hidden_states, experts, topk_ids, tiles)
+    tile = hopper_tile or _sorted_tile(topk_ids, gate_up, hidden_states.dtype)
+    routing = ExpertRouting.from_topk_ids(topk_ids, num_experts, block_m=tile.block_m)
+
+    up_rows = launch_up(hidden_states, gate_up, topk_ids, routing, tile, hopper_tile is not None)
     # Of a token's weight; the down bias counts for it as well.
-    of_weights = gradient.new_zeros(num_tokens, top_k, dtype=torch.float32)
-    per_pair = gradient.ndim == 3
+    of_weights = gradient.new_empty(num_tokens, top_k, dtype=torch.float32)
     rows = launch_scale_rows(
         gradient.flatten(0, -2),
         down,
-        down_scales,
+        largest_down,
         topk_ids,
         routing,
-        1 if per_pair else top_k,
+        1 if gradient.ndim == 3 else top_k,
         None if topk_weights is None else of_weights,
     )
-    transposed = _tiles(topk_ids, gate_up.num_experts)
-    rows = launch_transposed_gemm(rows, down, down_scales, transposed)
+    rows = launch_transposed(rows, down, largest_down, routing, hopper_tile)
     rows = launch_activation_gradient(
-        up_rows, rows, experts.activation, up_scales, topk_ids, topk_weights, routing, of_weights
+        up_rows,
+        rows,
+        experts,
+        largest_up,
+        topk_ids,
+        topk_weights,
+        routing,
+        None if topk_weights is None else of_weights,
     )
-    rows = launch_transposed_gemm(rows, gate_up, up_scales, transposed, scatter=True)
+    del up_rows  # room for what follows
+    rows = launch_transposed(rows, gate_up, largest_up, routing, hopper_tile, scatter=True)
     of_hidden = launch_weighted_sum(
-        rows.view(num_tokens, top_k, hidden_size), None, topk_ids, gate_up.num_experts
+        rows.view(num_tokens, top_k, hidden_size),
+        None,
+        topk_ids,
+        num_experts,
+        dependent=hopper_tile is not None,
     )
     if topk_weights is None:
         return of_hidden, of_weights.new_empty(0)
@@ -75,53 +107,115 @@ def grouped_linear_backward_triton(
     num_tokens, top_k = topk_ids.shape
     projection, topk_ids = projection.contiguous(), topk_ids.contiguous()
     weight, flat = projection.weight, gradient.contiguous().flatten(0, 1)
-    tiles = _tiles(topk_ids, projection.num_experts)
+    tile = _sorted_tile(topk_ids, projection, gradient.dtype)
+    routing = ExpertRouting.from_topk_ids(topk_ids, projection.num_experts, block_m=tile.block_m)
     of_rows, of_weight = flat.new_empty(0, weight.shape[2]), weight.new_empty(0)
     if x is not None:
         x = x.contiguous().flatten(0, -2)
-        of_weight = launch_weight_gradient(flat, x, weight, tiles, 1 if per_pair else top_k)
+        of_weight = launch_weight_gradient(flat, x, weight, routing, 1 if per_pair else top_k)
     if of_x:
-        scales, scaled = _Scales(projection.scale), projection.scale is not None
-        if scaled:
-            flat = launch_scale_rows(flat, projection, scales, topk_ids, tiles, 1)
+        largest = largest_scale(projection)
+        if largest is not None:
+            flat = launch_scale_rows(flat, projection, largest, topk_ids, routing, 1)
         of_rows = launch_transposed_gemm(
-            flat, projection, scales, tiles, gather=not scaled, scatter=True, fill=per_pair
+            flat,
+            projection,
+            largest,
+            routing,
+            gather=largest is None,
+            scatter=True,
+            fill=per_pair,
         ).view(num_tokens, top_k, weight.shape[2])
         if not per_pair:
             of_rows = launch_weighted_sum(of_rows, None, topk_ids, projection.num_experts)
     return of_rows, of_weight
 
 
-def _forward_rows(x: Tensor, gate_up: Projection, topk_ids: Tensor) -> tuple[Tensor, ExpertRouting]:
-    """What goes into the activation, (num_pairs, channels) by sorted pairs: computed once more."""
-    num_experts = gate_up.num_experts
-    tile = heuristic_tile(topk_ids.numel() / num_experts, gate_up.weight.dtype, x.dtype)
-    routing = ExpertRouting.from_topk_ids(topk_ids, num_experts, block_m=tile.block_m)
-    out = x.new_empty(topk_ids.numel(), gate_up.weight.shape[1])
-    launch_grouped_gemm(x, gate_up, topk_ids, routing, out, tile, pairs_per_row=topk_ids.shape[1])
-    return out, routing
+def largest_scale(projection: Projection) -> Tensor | None:
+    """(num_experts,) fp32: the largest scale of each expert; None without scales."""
+    if projection.scale is None:
+        return None
+    return torch.linalg.vector_norm(projection.scale, torch.inf, dim=1)
 
 
-def _tiles(topk_ids: Tensor, num_experts: int) -> ExpertRouting:
-    """Sorted pairs in tiles for products with transposed weights."""
-    mean = topk_ids.numel() / num_experts
-    block_m = 128 if mean > 80 else 64 if mean > 20 else 16
-    return ExpertRouting.from_topk_ids(topk_ids, num_experts, block_m=block_m)
+def _hopper_tile(
+    hidden_states: Tensor, experts: Experts, topk_ids: Tensor, tiles: LayerTiles | None
+) -> TileConfig | None:
+    """The tile of Hopper's kernels, where they are to be taken and can be."""
+    if tiles is None:
+        num_tokens, top_k = topk_ids.shape
+        shape = LayerShape(
+            experts.num_experts,
+            top_k,
+            experts.hidden_size,
+            experts.intermediate_size,
+            experts.activation.gated,
+        )
+        dtypes = (experts.gate_up.weight.dtype, hidden_states.dtype)
+        tiles = choose_tiles(shape, num_tokens, *dtypes, hidden_states.device)
+    if tiles.tma and hopper_supports(hidden_states, experts, topk_ids):
+        return tiles.gate_up
+    return None
 
 
-class _Scales:
-    """Scales of a projection, in two factors.
+def _sorted_tile(topk_ids: Tensor, projection: Projection, dtype: torch.dtype) -> TileConfig:
+    """A tile for sorted pairs elsewhere, of at least 16 rows: tensor cores have no fewer."""
+    rows = topk_ids.numel() / projection.num_experts
+    tile = heuristic_tile(rows, projection.weight.dtype, dtype)
+    return replace(tile, block_m=max(16, tile.block_m))
 
-    Attributes:
-        relative: (num_experts, out_features) fp32, over the largest of the expert; None without.
-        largest: (num_experts,) fp32.
+
+def launch_up(
+    hidden_states: Tensor,  # (num_tokens, hidden_size)
+    gate_up: Projection,
+    topk_ids: Tensor,
+    routing: ExpertRouting,
+    tile: TileConfig,
+    hopper: bool,
+) -> Tensor:
+    """What goes into the activation, (num_pairs, channels) by sorted pairs: computed once more.
+
+    Args:
+        hopper: take `qmoe_kernels.hopper_gemm`, where `hopper_supports` the layer.
     """
+    top_k, channels = topk_ids.shape[1], gate_up.weight.shape[1]
+    out = hidden_states.new_empty(topk_ids.numel(), channels)
+    if not hopper:
+        return launch_grouped_gemm(
+            hidden_states, gate_up, topk_ids, routing, out, tile, pairs_per_row=top_k
+        )
+    assert routing.tiles is not None and routing.positions is not None
+    widen = gate_up.weight.itemsize == 1
+    x = launch_sort_rows(hidden_states, routing.positions, top_k, permute=widen)
+    return launch_hopper_gemm(x, gate_up, routing, routing.tiles, out, tile, out_features=channels)
 
-    def __init__(self, scale: Tensor | None) -> None:
-        self.relative = self.largest = None
-        if scale is not None:
-            self.largest = scale.abs().amax(1).clamp_(min=torch.finfo(torch.float32).tiny)
-            self.relative = scale / self.largest[:, None]
+
+def launch_transposed(
+    x: Tensor,  # (num_pairs, out_features), by sorted pairs, relative scales multiplied in
+    projection: Projection,
+    largest: Tensor | None,
+    routing: ExpertRouting,
+    hopper_tile: TileConfig | None,
+    *,
+    scatter: bool = False,
+) -> Tensor:
+    """Do what `launch_transposed_gemm` does, with Hopper's kernel where there is a tile for it."""
+    if hopper_tile is None:
+        return launch_transposed_gemm(x, projection, largest, routing, scatter=scatter)
+    assert routing.tiles is not None
+    in_features = projection.weight.shape[2]
+    return launch_hopper_gemm(
+        x,
+        projection,
+        routing,
+        routing.tiles,
+        x.new_empty(x.shape[0], in_features),
+        hopper_tile,
+        out_features=in_features,
+        scatter=scatter,
+        transposed=True,
+        expert_scale=largest,
+    )
 
 
 # ---- products ----------------------------------------------------------------------------------
@@ -197,9 +291,9 @@ def transposed_gemm_kernel(
 
 
 def launch_transposed_gemm(
-    x: Tensor,  # (num_pairs, out_features), scales multiplied in
+    x: Tensor,  # (num_pairs, out_features), relative scales multiplied in
     projection: Projection,
-    scales: _Scales,
+    largest: Tensor | None,
     routing: ExpertRouting,
     *,
     gather: bool = False,
@@ -209,6 +303,7 @@ def launch_transposed_gemm(
     """Multiply rows by their experts' transposed weights.
 
     Args:
+        largest: see `largest_scale`.
         routing: with tiles.
         gather: rows of ``x`` are in the order of pairs instead of the sorted order.
         scatter: write in the order of pairs instead of the sorted order.
@@ -241,7 +336,7 @@ def launch_transposed_gemm(
         out,
         routing.sorted_pair_ids,
         routing.tiles,
-        scales.largest,
+        largest,
         max_tiles_m,
         out_features,
         in_features,
@@ -355,6 +450,7 @@ def launch_weight_gradient(
 def scale_rows_kernel(
     gradient_ptr,  # (num_pairs / PAIRS_PER_ROW, N)
     scale_ptr,  # (num_experts, N) fp32, or None
+    largest_ptr,  # (num_experts,) fp32, or None
     bias_ptr,  # (num_experts, N), or None
     ids_ptr,  # (num_pairs,), topk_ids
     sorted_ptr,  # (num_pairs,) int32
@@ -365,13 +461,15 @@ def scale_rows_kernel(
     PAIRS_PER_ROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: (num_pairs,). Rows by sorted pairs, times the scales of their experts."""
+    """Grid: (num_pairs,). Rows by sorted pairs, times the relative scales of their experts."""
     position = tl.program_id(0).to(tl.int64)
     pair = tl.load(sorted_ptr + position)
     expert = tl.load(ids_ptr + pair).to(tl.int64)
     if (expert < 0) | (expert >= num_experts):
         return
     row = (pair // PAIRS_PER_ROW).to(tl.int64)
+    if scale_ptr is not None:
+        over = 1.0 / tl.maximum(tl.load(largest_ptr + expert), SMALLEST_LARGEST)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, N, BLOCK):
         columns = start + tl.arange(0, BLOCK)
@@ -381,7 +479,7 @@ def scale_rows_kernel(
             bias = tl.load(bias_ptr + expert * N + columns, mask=mask, other=0.0)
             total += y * bias.to(tl.float32)
         if scale_ptr is not None:
-            y *= tl.load(scale_ptr + expert * N + columns, mask=mask, other=0.0)
+            y *= tl.load(scale_ptr + expert * N + columns, mask=mask, other=0.0) * over
         tl.store(out_ptr + position * N + columns, y.to(out_ptr.dtype.element_ty), mask=mask)
     if sums_ptr is not None and bias_ptr is not None:
         tl.store(sums_ptr + pair, tl.sum(total, 0))
@@ -390,24 +488,29 @@ def scale_rows_kernel(
 def launch_scale_rows(
     gradient: Tensor,  # (num_rows, out_features)
     projection: Projection,
-    scales: _Scales,
+    largest: Tensor | None,
     topk_ids: Tensor,
     routing: ExpertRouting,
     pairs_per_row: int,
     sums: Tensor | None = None,  # (num_tokens, top_k) fp32
+    *,
+    block: int = 2048,
 ) -> Tensor:
     """(num_pairs, out_features) by sorted pairs: each pair's gradient times its expert's scales.
 
     Args:
+        largest: see `largest_scale`: scales are taken over it.
         pairs_per_row: as many pairs share a row of ``gradient``.
         sums: gets each pair's gradient times its expert's bias, if there is one.
+        block: columns at once, at most; a power of two.
     """
     num_pairs, out_features = topk_ids.numel(), gradient.shape[1]
     out = gradient.new_empty(num_pairs, out_features)
     if out.numel():
         scale_rows_kernel[(num_pairs,)](
             gradient,
-            scales.relative,
+            projection.scale,
+            largest,
             projection.bias,
             topk_ids,
             routing.sorted_pair_ids,
@@ -416,7 +519,7 @@ def launch_scale_rows(
             projection.num_experts,
             out_features,
             PAIRS_PER_ROW=pairs_per_row,
-            BLOCK=min(2048, triton.next_power_of_2(out_features)),
+            BLOCK=min(block, triton.next_power_of_2(out_features)),
         )
     return out
 
@@ -427,21 +530,25 @@ def activation_gradient_kernel(
     gradient_ptr,  # (num_pairs, N): of its output, without the token's weight
     out_ptr,  # (num_pairs, N or 2 * N)
     scale_ptr,  # (num_experts, N or 2 * N) fp32, or None
+    largest_ptr,  # (num_experts,) fp32, or None
     ids_ptr,  # (num_pairs,), topk_ids
     weights_ptr,  # (num_pairs,), topk_weights, or None
     sorted_ptr,  # (num_pairs,) int32
-    sums_ptr,  # (num_pairs,) fp32, in the order of pairs
+    sums_ptr,  # (num_pairs,) fp32, in the order of pairs, or None
     num_experts,
     N,
+    ADD: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: (num_pairs,). ``sums`` gets gradient times output, which is added to what it has."""
+    """Grid: (num_pairs,). ``sums`` gets gradient times output, added to what it has if ADD."""
     GATED: tl.constexpr = ACTIVATION.gated
     position = tl.program_id(0).to(tl.int64)
     pair = tl.load(sorted_ptr + position)
     expert = tl.load(ids_ptr + pair).to(tl.int64)
     if (expert < 0) | (expert >= num_experts):
+        if sums_ptr is not None:
+            tl.store(sums_ptr + pair, 0.0)
         return
     weight = 1.0
     if weights_ptr is not None:
@@ -449,6 +556,8 @@ def activation_gradient_kernel(
     channels = N
     if GATED:
         channels = 2 * N
+    if scale_ptr is not None:
+        over = 1.0 / tl.maximum(tl.load(largest_ptr + expert), SMALLEST_LARGEST)
     row = position * channels
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(0, N, BLOCK):
@@ -464,27 +573,37 @@ def activation_gradient_kernel(
         scales = scale_ptr
         if scale_ptr is not None:
             scales = scale_ptr + expert * channels
-            of_gate *= tl.load(scales + columns, mask=mask, other=0.0)
+            of_gate *= tl.load(scales + columns, mask=mask, other=0.0) * over
         tl.store(out_ptr + row + columns, of_gate.to(out_ptr.dtype.element_ty), mask=mask)
         if GATED:
             if scale_ptr is not None:
-                of_up *= tl.load(scales + N + columns, mask=mask, other=0.0)
+                of_up *= tl.load(scales + N + columns, mask=mask, other=0.0) * over
             tl.store(out_ptr + row + N + columns, of_up.to(out_ptr.dtype.element_ty), mask=mask)
-    if weights_ptr is not None:
-        tl.store(sums_ptr + pair, tl.load(sums_ptr + pair) + tl.sum(total, 0))
+    if sums_ptr is not None:
+        of_weight = tl.sum(total, 0)
+        if ADD:
+            of_weight += tl.load(sums_ptr + pair)
+        tl.store(sums_ptr + pair, of_weight)
 
 
 def launch_activation_gradient(
     up: Tensor,  # (num_pairs, channels)
     gradient: Tensor,  # (num_pairs, intermediate_size)
-    activation: Activation,
-    scales: _Scales,
+    experts: Experts,
+    largest: Tensor | None,  # of gate_up
     topk_ids: Tensor,
     topk_weights: Tensor | None,
     routing: ExpertRouting,
-    sums: Tensor,  # (num_tokens, top_k) fp32
+    sums: Tensor | None,  # (num_tokens, top_k) fp32
+    *,
+    block: int = 1024,
 ) -> Tensor:
-    """(num_pairs, channels) by sorted pairs: gradients before the activation, times scales."""
+    """(num_pairs, channels) by sorted pairs: gradients before the activation, times scales.
+
+    Args:
+        sums: gets gradients of ``topk_weights``; with a down bias it has those of the bias so far.
+        block: columns at once, at most; a power of two.
+    """
     num_pairs, size = gradient.shape
     out = torch.empty_like(up)
     if out.numel():
@@ -492,14 +611,16 @@ def launch_activation_gradient(
             up,
             gradient,
             out,
-            scales.relative,
+            experts.gate_up.scale,
+            largest,
             topk_ids,
             None if topk_weights is None else topk_weights.contiguous(),
             routing.sorted_pair_ids,
             sums,
             len(routing.expert_offsets) - 1,
             size,
-            ACTIVATION=activation,
-            BLOCK=min(512, triton.next_power_of_2(size)),
+            ADD=experts.down.bias is not None,
+            ACTIVATION=experts.activation,
+            BLOCK=min(block, triton.next_power_of_2(size)),
         )
     return out

@@ -12,6 +12,12 @@ Order of K where weights are converted: a thread of a quad feeds ``wgmma`` with 
 `BLOCK_K_16` columns, column ``(t, j, h, e)`` (4, BLOCK_K_16 / 16, 2, 2) of rows lies at
 ``(j, h, t, e)``, and weights lie as they are: thread t's quarter of the columns are then its
 operands, of one step after another.
+
+Gradients multiply by transposed weights, ``x_e @ W_e`` instead of ``x_e @ W_e^T``: the sum goes
+along what the forward pass calls N, and K are the channels of the result. Rows then need no order
+of their own. But neighbouring bytes of weights are neighbouring channels: a thread reads two
+of them at a time, which change places with rows i and i + 8 of its first operand, and back in the
+epilogue.
 """
 
 from __future__ import annotations
@@ -35,7 +41,7 @@ from qmoe_kernels.routing import ExpertRouting
 from qmoe_kernels.rows import launch_quantize_rows, launch_weighted_sum
 from qmoe_kernels.tiles import TileConfig
 from qmoe_kernels.tuning import is_hopper
-from qmoe_kernels.widening import widen_weights
+from qmoe_kernels.widening import widen_weights, widen_words
 
 try:
     from triton.experimental import gluon
@@ -67,12 +73,14 @@ class HopperProduct:
         fp8: weights are e4m3fn, given as int8, and rows are wider.
         permute: so many columns of the result change places; 0: none do.
         activation: fused into the epilogue, or None.
+        transposed: rows are multiplied by weights, rather than by weights transposed.
     """
 
     scatter: bool
     fp8: bool
     permute: int
     activation: Activation | None
+    transposed: bool = False
 
     @property
     def gated(self) -> bool:
@@ -106,7 +114,7 @@ class Scales(NamedTuple):
     """What sums are multiplied by, and what is added."""
 
     rows_ptr: Any  # (num_pairs,) fp32, or None
-    weights_ptr: Any  # (num_experts, N or 2 * N) fp32, or None
+    weights_ptr: Any  # (num_experts, N or 2 * N) fp32, or None; (num_experts,) if transposed
     bias_ptr: Any  # (num_experts, N or 2 * N), or None
 
 
@@ -167,14 +175,14 @@ if gluon is not None:
 
     @gluon.jit(do_not_specialize=["max_tiles"])
     def hopper_gemm_kernel(
-        weight_desc,  # (slots, N, K), or (slots, N / 8, 2, 8, K) if gated
+        weight_desc,  # (slots, N, K); (slots, N / 8, 2, 8, K) if gated, (slots, K, N) if transposed
         x_desc,  # (num_pairs, K), sorted; its box has as many rows as the lowest tile
         x_desc_2,  # the same with boxes twice as high, ...
         x_desc_4,
         x_desc_8,
         x_desc_16,  # ... or None above block_m
         x_scale_ptr,  # (num_pairs,) fp32, sorted, or None
-        scale_ptr,  # (num_experts, N or 2 * N) fp32, or None
+        scale_ptr,  # (num_experts, N or 2 * N) fp32, or None; (num_experts,) if transposed
         bias_ptr,  # (num_experts, N or 2 * N), or None
         out_ptr,  # (num_pairs, stride_out)
         table_ptr,  # (max_tiles + 1, 4) int32, see ExpertRouting
@@ -268,6 +276,7 @@ if gluon is not None:
         ACTIVATION: gl.constexpr = PRODUCT.activation
         GATED: gl.constexpr = PRODUCT.gated
         PERMUTE: gl.constexpr = PRODUCT.permute
+        TRANSPOSED: gl.constexpr = PRODUCT.transposed
         BLOCK_N: gl.constexpr = TILE.block_n
         NUM_STAGES: gl.constexpr = TILE.num_stages
         BLOCK_OUT: gl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
@@ -288,7 +297,9 @@ if gluon is not None:
             acc = gl.zeros([BLOCK_N, BLOCK_M], gl.int32 if INTEGER else gl.float32, MMA)
             for step in range(num_steps):
                 _wait_for(stages, step, TILE)
-                weight = _weight_tile(stages, step, TILE)
+                weight = _weight_tile(stages, step, TILE, TRANSPOSED)
+                if TRANSPOSED:
+                    weight = weight.permute([1, 0])
                 x = _rows_of(stages, step, BLOCK_M, TILE).permute([1, 0])
                 acc = warpgroup_mma(weight, x, acc, is_async=True)
                 # This product may run on; the one before it is over, and so its stage is free.
@@ -331,10 +342,16 @@ if gluon is not None:
         else:
             channels = gl.minimum(place.row_n + tile_rows, N - 1)
         if scales.weights_ptr is not None:
-            scale = gl.load(scales.weights_ptr + place.expert * all_channels + channels)
-            if PRODUCT.fp8:
-                scale = scale * 256.0  # what widen_weights left out
-            acc = acc * gl.expand_dims(scale, 1)
+            if TRANSPOSED:
+                scale = gl.load(scales.weights_ptr + place.expert)
+                if PRODUCT.fp8:
+                    scale = scale * 256.0  # what widening left out
+                acc = acc * scale
+            else:
+                scale = gl.load(scales.weights_ptr + place.expert * all_channels + channels)
+                if PRODUCT.fp8:
+                    scale = scale * 256.0
+                acc = acc * gl.expand_dims(scale, 1)
         if scales.rows_ptr is not None:
             tile_columns = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, MMA))
             inside = tile_columns < place.num_rows
@@ -353,6 +370,10 @@ if gluon is not None:
             acc = apply_triton(acc, up, ACTIVATION)
         # Weights that are not there must not pass for some.
         out = gl.where(place.absent, float("nan"), acc).to(out_place.ptr.dtype.element_ty)
+        if TRANSPOSED and WIDEN:
+            # Rows i and i + 8 of 16 are channels 2 * i and 2 * i + 1.
+            out = gl.reshape(out, [BLOCK_OUT // 16, 2, 8, BLOCK_M])
+            out = gl.reshape(gl.permute(out, [0, 2, 1, 3]), [BLOCK_OUT, BLOCK_M])
         if PERMUTE > 0:
             out = gl.reshape(out, [BLOCK_OUT // PERMUTE, 4, PERMUTE // 16, 2, 2, BLOCK_M])
             out = gl.reshape(gl.permute(out, [0, 2, 3, 1, 4, 5]), [BLOCK_OUT, BLOCK_M])
@@ -415,6 +436,10 @@ if gluon is not None:
                 stages.weight_desc, [place.slot, place.row_n // GATE_ROWS, 0, 0, k],
                 barrier, tile, pred=exists,
             )  # fmt: skip
+        elif PRODUCT.transposed:
+            tma.async_copy_global_to_shared(
+                stages.weight_desc, [place.slot, k, place.row_n], barrier, tile, pred=exists
+            )  # fmt: skip
         else:
             tma.async_copy_global_to_shared(
                 stages.weight_desc, [place.slot, place.row_n, k], barrier, tile, pred=exists
@@ -439,12 +464,14 @@ if gluon is not None:
         mbarrier.wait(stages.rows_full.index(stage), phase, pred=exists)
 
     @gluon.jit
-    def _weight_tile(stages, step, TILE: gl.constexpr):
-        # The boxes' leading dimensions have the bytes of block_n rows, one after another.
+    def _weight_tile(stages, step, TILE: gl.constexpr, TRANSPOSED: gl.constexpr):
+        # The boxes' leading dimensions have the bytes of the tile's rows, one after another.
         BITS: gl.constexpr = stages.weights.dtype.primitive_bitwidth
-        LAYOUT: gl.constexpr = gl.NVMMASharedLayout(TILE.block_k * BITS // 8, BITS, rank=2)
+        HEIGHT: gl.constexpr = TILE.block_k if TRANSPOSED else TILE.block_n
+        WIDTH: gl.constexpr = TILE.block_n if TRANSPOSED else TILE.block_k
+        LAYOUT: gl.constexpr = gl.NVMMASharedLayout(min(128, WIDTH * BITS // 8), BITS, rank=2)
         return stages.weights.index(step % TILE.num_stages)._reinterpret(
-            stages.weights.dtype, [TILE.block_n, TILE.block_k], LAYOUT
+            stages.weights.dtype, [HEIGHT, WIDTH], LAYOUT
         )  # fmt: skip
 
     @gluon.jit
@@ -458,6 +485,24 @@ if gluon is not None:
         BLOCK_N: gl.constexpr = TILE.block_n
         BLOCK_K: gl.constexpr = TILE.block_k
         FP8: gl.constexpr = PRODUCT.fp8
+        OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+        if PRODUCT.transposed:
+            # Words of two channels each; (sums, words).
+            WORDS: gl.constexpr = gl.DistributedLinearLayout(
+                reg_bases=[[1, 0], [8, 0], [16, 0], [32, 0]],
+                lane_bases=[[2, 0], [4, 0], [0, 1], [0, 2], [0, 4]],
+                warp_bases=[[0, 8], [0, 16], [0, 32]],
+                block_bases=[],
+                shape=[BLOCK_K, BLOCK_N // 2],
+            )
+            WORD_TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+            words = stages.weights.index(step % TILE.num_stages)._reinterpret(
+                gl.int16, [BLOCK_K, BLOCK_N // 2], WORD_TILE
+            )  # fmt: skip
+            even, odd = widen_words(words.load(WORDS), stages.x_desc.dtype, FP8)
+            weight = gl.reshape(gl.join(even, odd), [BLOCK_K, BLOCK_N // 16, 8, 2])
+            weight = gl.reshape(gl.permute(weight, [1, 3, 2, 0]), [BLOCK_N, BLOCK_K])
+            return gl.convert_layout(weight, OPERAND, assert_trivial=True)
         LOADED: gl.constexpr = gl.DistributedLinearLayout(
             reg_bases=_register_bases(BLOCK_K),
             lane_bases=[[0, BLOCK_K // 4], [0, BLOCK_K // 2], [1, 0], [2, 0], [4, 0]],
@@ -465,11 +510,11 @@ if gluon is not None:
             block_bases=[],
             shape=[BLOCK_N, BLOCK_K],
         )
-        weight = _weight_tile(stages, step, TILE).load(LOADED)
+        weight = _weight_tile(stages, step, TILE, False).load(LOADED)
         weight = widen_weights(weight, stages.x_desc.dtype, FP8, True)
         weight = gl.reshape(weight, [BLOCK_N, 4, BLOCK_K // 16, 2, 2])
         weight = gl.reshape(gl.permute(weight, [0, 2, 3, 1, 4]), [BLOCK_N, BLOCK_K])
-        return gl.convert_layout(weight, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
+        return gl.convert_layout(weight, OPERAND, assert_trivial=True)
 
 
 def hopper_supports(
@@ -547,6 +592,8 @@ def launch_hopper_gemm(
     activation: Activation | None = None,
     scatter: bool = False,
     permute: bool = False,
+    transposed: bool = False,
+    expert_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Fill the routed rows of ``out`` and return it; the others are left as they are.
 
@@ -557,15 +604,20 @@ def launch_hopper_gemm(
         scatter: write in the order of pairs instead of the sorted order.
         permute: columns of ``out`` in the order of `launch_sort_rows`, zeros beyond
             ``out_features``.
+        transposed: multiply by weights instead of by weights transposed, and by ``expert_scale``
+            instead of the projection's scale, without its bias. ``out_features`` are then the
+            weights' in_features; rows of ``x`` have no order of their own.
+        expert_scale: (num_experts,) fp32.
     """
     weight, block_m = projection.weight, tile.block_m
-    num_slots, in_features = weight.shape[0], weight.shape[2]
+    num_slots, in_features = weight.shape[0], weight.shape[1 if transposed else 2]
     block_k = BLOCK_K_16 if x.itemsize == 2 else BLOCK_K_8
     product = HopperProduct(
         scatter=scatter,
         fp8=is_widened_fp8(weight, x),
         permute=BLOCK_K_16 if permute else 0,
         activation=activation,
+        transposed=transposed,
     )
     stage_bytes = BLOCK_N * block_k * weight.itemsize + block_m * 128 + 16
     tile = TileConfig(
@@ -578,15 +630,17 @@ def launch_hopper_gemm(
     )
     shape, box = [num_slots, out_features, in_features], [1, BLOCK_N, block_k]
     strides = list(weight.stride())
+    width = block_k * weight.itemsize
+    if transposed:
+        shape, box = [num_slots, in_features, out_features], [1, block_k, BLOCK_N]
+        width = 128  # also of numbers of 16 bits, whose box is twice as wide
     if product.gated:
         half = out_features * strides[1]
         shape = [num_slots, out_features // 8, 2, 8, in_features]
         strides = [strides[0], 8 * strides[1], half, strides[1], 1]
         box = [1, BLOCK_N // 16, 2, 8, block_k]
     # The inner boxes are 128 bytes wide, or 64 if weights are to be widened: so their swizzles.
-    weight_layout = gl.NVMMASharedLayout(
-        block_k * weight.itemsize, 8 * weight.itemsize, rank=len(box)
-    )
+    weight_layout = gl.NVMMASharedLayout(width, 8 * weight.itemsize, rank=len(box))
     x_layout = gl.NVMMASharedLayout(128, 8 * x.itemsize, rank=2)
     max_tiles = table.shape[0] - 1
     tiles_n = triton.cdiv(out_features * (2 if product.gated else 1), BLOCK_N)
@@ -598,8 +652,8 @@ def launch_hopper_gemm(
         TensorDescriptor(weight_bits(weight, x), shape, strides, box, weight_layout),
         *(x_descs + [None] * 4)[:5],
         x_scale,
-        projection.scale,
-        projection.bias,
+        expert_scale if transposed else projection.scale,
+        None if transposed else projection.bias,
         out,
         table,
         routing.sorted_pair_ids,

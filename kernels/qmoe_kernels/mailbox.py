@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from qmoe_kernels.cpu import DTYPES, LANES, workers
-from qmoe_kernels.paging import CopyList, Residency, look_up, take_slots_of_coldest
+from qmoe_kernels.paging import CopyList, Residency, look_up, take_slots_of_coldest, turns
 
 # What a mailbox has room for; larger calls are the link's alone.
 MAX_TOKENS, MAX_PAIRS = 64, 512
@@ -201,10 +201,11 @@ def _admit_and_post_cpu(
 ) -> Tensor:
     num_tokens, top_k = topk_ids.shape
     asked = posts.last_asked[first_page : first_page + num_experts].tolist()
-    wanted, missing = look_up(topk_ids, layer, first_page, num_experts, 0, num_experts, residency)
+    where = (layer, first_page, num_experts, 0, num_experts)
+    wanted, missing, last = look_up(topk_ids, *where, residency)
     now = int(residency.clock)
     posts.last_asked[[first_page + e for e in wanted]] = now
-    coldest = min((used for used in residency.last_used.tolist() if used < now), default=now)
+    coldest = min(turns(residency, last).values(), default=now)
     cold = [e for e in missing if asked[e] < coldest]
     # The longest ago first; of those that were never asked for, the last choices.
     allowed = 0 if int(posts.failed) else int(posts.share[int(num_tokens > 1), len(missing)])
@@ -221,7 +222,7 @@ def _admit_and_post_cpu(
         posts.number.add_(1)
         workers.store_word(mailbox.words, workers.POSTED, int(posts.number))
     of_link = [e for e in missing if e not in taken]
-    take_slots_of_coldest(of_link, first_page, residency, copies)
+    take_slots_of_coldest(of_link, first_page, last, residency, copies)
     return topk_ids.masked_fill(on_host, num_experts)
 
 

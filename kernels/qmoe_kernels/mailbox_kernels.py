@@ -80,6 +80,7 @@ def launch_admit_and_post(
         residency.slot_to_page,
         residency.last_used,
         residency.clock,
+        residency.last_admitted,
         residency.counters,
         copies.pages,
         copies.slots,
@@ -168,6 +169,7 @@ def admit_and_post_kernel(
     slot_to_page_ptr,
     last_used_ptr,
     clock_ptr,
+    last_admitted_ptr,
     counters_ptr,
     copy_pages_ptr,  # CopyList's tensors
     copy_slots_ptr,
@@ -203,7 +205,7 @@ def admit_and_post_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    now, number = tl.load(clock_ptr) + 1, tl.load(number_ptr)
+    now = tl.load(clock_ptr) + 1
     experts = tl.arange(0, EXPERTS_BLOCK)
     in_range = experts < num_experts
     slots = tl.load(page_to_slot_ptr + first_page + experts, mask=in_range, other=-1)
@@ -211,7 +213,7 @@ def admit_and_post_kernel(
     hits_ptr = counters_ptr + 2 * layer + _HITS
     misses_ptr = counters_ptr + 2 * layer + _MISSES
     served_ptr = host_counters_ptr + 2 * layer + _SERVED
-    hits, misses, served = tl.load(hits_ptr), tl.load(misses_ptr), tl.load(served_ptr)
+    hits, misses = tl.load(hits_ptr), tl.load(misses_ptr)
 
     rank = first_ranks(topk_ids_ptr, experts, num_tokens, top_k, IDS_BLOCK)
     wanted = in_range & (rank < _UNNAMED)
@@ -238,8 +240,9 @@ def admit_and_post_kernel(
             ids = tl.load(topk_ids_ptr + index, mask=index < num_ids, other=-1)
             tl.store(link_ids_ptr + index, ids, mask=index < num_ids)
     else:
-        tl.debug_barrier()  # the stamps of hits must be seen below
-        keys, num_free = coldest_slots(last_used_ptr, num_slots, now, SLOTS_BLOCK)
+        last = tl.load(last_admitted_ptr + layer)
+        tl.debug_barrier()  # the stamps of hits must be seen below, and `last` has been read by all
+        keys, num_free = coldest_slots(last_used_ptr, num_slots, now, last, SLOTS_BLOCK)
         order = tl.where(missing, rank, _UNNAMED)  # of those that get a slot
         cold = missing & (asked < (tl.min(keys, 0) >> _SLOT_BITS))
         num_taken = tl.minimum(share, tl.sum(cold.to(tl.int32), 0))
@@ -269,6 +272,8 @@ def admit_and_post_kernel(
                     x = tl.load(hidden_states_ptr + token * hidden_size + column, mask=inside)
                     at = token * row_stride + column
                     tl.store(host_rows_ptr + at, x.to(tl.float32), mask=inside)
+            number, served = tl.load(number_ptr), tl.load(served_ptr)
+            tl.debug_barrier()  # they have been read by all
             header = words_ptr + _HEADER
             tl.store(header + 0, layer)
             tl.store(header + 1, num_tokens)
@@ -291,9 +296,11 @@ def admit_and_post_kernel(
                 first_page,
                 num_slots,
                 now,
+                last,
                 SLOTS_BLOCK,
                 NUM_BLOCKS,
             )
+    tl.store(last_admitted_ptr + layer, now)
     tl.store(copy_count_ptr, num_copies)
     tl.store(pending_ptr, num_taken)
 

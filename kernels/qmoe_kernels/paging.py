@@ -1,12 +1,16 @@
 """Admission and gather: what brings routed experts from host memory into slots on the device.
 
 A model's experts are numbered as *pages*; the device holds some of them in *slots*. Before a layer
-runs, `admit` looks its routed experts up, chooses the least recently used slots for those that are
-absent, and writes down what must be copied; `gather` copies it. Both run on the device without a
+runs, `admit` looks its routed experts up, chooses slots for those that are absent, and writes down
+what must be copied; `gather` copies it. Both run on the device without a
 word from the host, so that a CUDA graph can hold them: the GPU reads pinned host memory itself.
 
-Recency is a clock that ticks once per admission. Of two slots with the same stamp, the lower one
-is older. A slot that the present admission uses is never taken.
+Recency is a clock that ticks once per admission. The least recently used slot goes first, as long
+as there is one that nobody used since this layer was admitted last. All others are wanted again
+before they would grow that old: layers run in a cycle, and the least recently used slot would be
+the very next one. Of those the most recently used goes first, whose turn comes last. So a model
+whose layers want more in a cycle than there are slots still hits what fits. Of two slots with the
+same stamp, the lower one goes first. A slot that the present admission uses is never taken.
 
 On the CPU the same functions are plain Python over the same tensors: a simulation of the device.
 """
@@ -49,6 +53,7 @@ class Residency:
         slot_to_page: (num_slots,) int32, -1 where the slot is empty.
         last_used: (num_slots,) int64, the clock at the slot's last use, 0 where it is empty.
         clock: (1,) int64.
+        last_admitted: (num_layers,) int64, the clock at the layer's last admission, 0: never.
         counters: (num_layers, 2) int64: distinct experts per admission that were there (`HITS`) and
             were not (`MISSES`).
     """
@@ -57,6 +62,7 @@ class Residency:
     slot_to_page: Tensor
     last_used: Tensor
     clock: Tensor
+    last_admitted: Tensor
     counters: Tensor
 
     @classmethod
@@ -75,6 +81,7 @@ class Residency:
             slot_to_page=torch.full((num_slots,), -1, dtype=torch.int32, device=device),
             last_used=torch.zeros(num_slots, dtype=torch.int64, device=device),
             clock=torch.zeros(1, dtype=torch.int64, device=device),
+            last_admitted=torch.zeros(num_layers, dtype=torch.int64, device=device),
             counters=torch.zeros(num_layers, 2, dtype=torch.int64, device=device),
         )
 
@@ -123,11 +130,12 @@ def admit(
 
     Args:
         topk_ids: ids outside [0, num_experts) are skipped; repeated ones count once.
-        layer: row of the counters.
+        layer: its number.
         first_page: page of the layer's expert 0.
         num_experts: of this layer.
         residency, copies: changed in place.
-        experts: only ids in [low, high) are looked at; all where it is None.
+        experts: only ids in [low, high) are looked at; all where it is None. A layer's last range
+            ends with ``num_experts``.
         elsewhere: places of pages that need none here; -1: it needs one.
     """
     low, high = experts or (0, num_experts)
@@ -188,8 +196,8 @@ def _admit_cpu(
     elsewhere: Tensor | None,
 ) -> None:
     where = (layer, first_page, num_experts, low, high)
-    _, missing = look_up(topk_ids, *where, residency, elsewhere)
-    take_slots_of_coldest(missing, first_page, residency, copies)
+    _, missing, last = look_up(topk_ids, *where, residency, elsewhere)
+    take_slots_of_coldest(missing, first_page, last, residency, copies)
 
 
 def look_up(
@@ -201,15 +209,18 @@ def look_up(
     high: int,
     residency: Residency,
     elsewhere: Tensor | None = None,
-) -> tuple[list[int], list[int]]:
+) -> tuple[list[int], list[int], int]:
     """The first half of an admission on a CPU: tick, count, and refresh what is there.
 
     Returns:
-        the distinct experts that are routed to, as they are first named, and those that are absent.
+        the distinct experts that are routed to, as they are first named, those that are absent, and
+        the clock at the layer's admission before this one.
     """
     r = residency
-    now = int(r.clock) + 1
+    now, last = int(r.clock) + 1, int(r.last_admitted[layer])
     r.clock.fill_(now)
+    if high >= num_experts:
+        r.last_admitted[layer] = now
     by_rank = topk_ids.t().flatten().tolist()
     wanted = list(dict.fromkeys(e for e in by_rank if low <= e < high and 0 <= e < num_experts))
     if elsewhere is not None:
@@ -220,23 +231,21 @@ def look_up(
     r.counters[layer, HITS] += len(hits)
     r.counters[layer, MISSES] += len(missing)
     r.last_used[hits] = now
-    return wanted, missing
+    return wanted, missing, last
 
 
 def take_slots_of_coldest(
-    experts: list[int], first_page: int, residency: Residency, copies: CopyList
+    experts: list[int], first_page: int, last: int, residency: Residency, copies: CopyList
 ) -> None:
-    """The second half: give absent experts the slots used longest ago, as far as there are some.
+    """The second half: give absent experts the slots that go first, as far as there are some.
 
     Args:
         experts: in the order in which they get slots.
+        last: the clock at the layer's admission before this one.
     """
     r, now = residency, int(residency.clock)
-    last_used = r.last_used.tolist()
-    victims = sorted(
-        (s for s, used in enumerate(last_used) if used < now), key=last_used.__getitem__
-    )
-    pairs = list(zip(experts, victims, strict=False))
+    turn_of = turns(residency, last)
+    pairs = list(zip(experts, sorted(turn_of, key=turn_of.__getitem__), strict=False))
     for i, (expert, slot) in enumerate(pairs):
         page, evicted = first_page + expert, int(r.slot_to_page[slot])
         if evicted >= 0:
@@ -246,6 +255,16 @@ def take_slots_of_coldest(
         r.last_used[slot] = now
         copies.pages[i], copies.slots[i] = page, slot
     copies.count.fill_(len(pairs))
+
+
+def turns(residency: Residency, last: int) -> dict[int, int]:
+    """When each slot that may be taken goes: the smaller the earlier.
+
+    Args:
+        last: the clock at the layer's admission before this one.
+    """
+    now, stamps = int(residency.clock), enumerate(residency.last_used.tolist())
+    return {s: 2 * now - used if used > last else used for s, used in stamps if used < now}
 
 
 # ---- GPU ---------------------------------------------------------------------------------------
@@ -271,6 +290,7 @@ def launch_admit(
         residency.slot_to_page,
         residency.last_used,
         residency.clock,
+        residency.last_admitted,
         residency.counters,
         copies.pages,
         copies.slots,
@@ -329,6 +349,7 @@ if triton is not None:
         slot_to_page_ptr,
         last_used_ptr,
         clock_ptr,
+        last_admitted_ptr,
         counters_ptr,
         copy_pages_ptr,  # CopyList's tensors
         copy_slots_ptr,
@@ -359,6 +380,7 @@ if triton is not None:
             tl.extra.cuda.gdc_wait()
             tl.extra.cuda.gdc_launch_dependents()
         now = tl.load(clock_ptr) + 1
+        last = tl.load(last_admitted_ptr + layer)
         experts = tl.arange(0, EXPERTS_BLOCK)
         in_range = (experts < num_experts) & (experts >= low) & (experts < high)
         if elsewhere_ptr is not None:
@@ -376,6 +398,7 @@ if triton is not None:
 
         tl.debug_barrier()  # clock, counters and page_to_slot have been read by all
         tl.store(clock_ptr, now)
+        tl.store(last_admitted_ptr + layer, now, mask=high >= num_experts)
         tl.store(hits_ptr, hits + tl.sum(hit.to(tl.int32), 0))
         tl.store(misses_ptr, misses + num_missing)
         tl.store(last_used_ptr + slots, tl.zeros_like(slots).to(tl.int64) + now, mask=hit)
@@ -383,7 +406,7 @@ if triton is not None:
         num_copies = num_missing * 0
         if num_missing > 0:
             tl.debug_barrier()  # the stamps of hits must be seen below
-            keys, num_free = coldest_slots(last_used_ptr, num_slots, now, SLOTS_BLOCK)
+            keys, num_free = coldest_slots(last_used_ptr, num_slots, now, last, SLOTS_BLOCK)
             num_copies = tl.minimum(num_missing, num_free)
             take_slots(
                 keys,
@@ -398,6 +421,7 @@ if triton is not None:
                 first_page,
                 num_slots,
                 now,
+                last,
                 SLOTS_BLOCK,
                 NUM_BLOCKS,
             )
@@ -417,7 +441,7 @@ if triton is not None:
         return rank
 
     @triton.jit
-    def coldest_slots(last_used_ptr, num_slots, now, SLOTS_BLOCK: tl.constexpr):
+    def coldest_slots(last_used_ptr, num_slots, now, last, SLOTS_BLOCK: tl.constexpr):
         """Keys of slots by lane, and how many slots may be evicted.
 
         Slots that are SLOTS_BLOCK apart share a lane. A lane holds the key of its slot that is
@@ -427,7 +451,7 @@ if triton is not None:
         keys = tl.full((SLOTS_BLOCK,), _NEVER, dtype=tl.int64)
         free = tl.zeros((SLOTS_BLOCK,), dtype=tl.int32)
         for start in range(0, num_slots, SLOTS_BLOCK):
-            more = _eviction_keys(last_used_ptr, start + lanes, num_slots, now)
+            more = _eviction_keys(last_used_ptr, start + lanes, num_slots, now, last)
             free += (more < _NEVER).to(tl.int32)
             keys = tl.minimum(keys, more)
         return keys, tl.sum(free, 0)
@@ -446,6 +470,7 @@ if triton is not None:
         first_page,
         num_slots,
         now,
+        last,  # the clock at the layer's admission before this one
         SLOTS_BLOCK: tl.constexpr,
         NUM_BLOCKS: tl.constexpr,
     ):
@@ -459,7 +484,7 @@ if triton is not None:
             tl.store(copy_slots_ptr + i, victim)
             tl.store(copy_pages_ptr + i, first_page + expert)
             lane = victim % SLOTS_BLOCK + tl.arange(0, NUM_BLOCKS) * SLOTS_BLOCK
-            others = _eviction_keys(last_used_ptr, lane, num_slots, now)
+            others = _eviction_keys(last_used_ptr, lane, num_slots, now, last)
             following = tl.min(tl.where(others > oldest, others, _NEVER), 0)
             keys = tl.where(keys == oldest, following, keys)
             order = tl.where(order == first, _UNNAMED, order)
@@ -475,10 +500,11 @@ if triton is not None:
         tl.store(last_used_ptr + victims, tl.zeros_like(victims).to(tl.int64) + now, mask=copied)
 
     @triton.jit
-    def _eviction_keys(last_used_ptr, slots, num_slots, now):
+    def _eviction_keys(last_used_ptr, slots, num_slots, now, last):
         """Smaller for what is evicted earlier; _NEVER where a slot is in use or not there."""
         last_used = tl.load(last_used_ptr + slots, mask=slots < num_slots, other=_NEVER)
-        return tl.where(last_used < now, (last_used << _SLOT_BITS) | slots, _NEVER)
+        turn = tl.where(last_used > last, 2 * now - last_used, last_used)
+        return tl.where(last_used < now, (turn << _SLOT_BITS) | slots, _NEVER)
 
     @triton.jit(do_not_specialize=["page_words", "slot_words"])
     def gather_kernel(

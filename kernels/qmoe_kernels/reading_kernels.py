@@ -61,6 +61,7 @@ def launch_read_pages(
         held.slot_to_page,
         held.last_used,
         held.clock,
+        held.last_admitted,
         held.counters,
         frames.reads.pages,
         frames.reads.slots,
@@ -99,6 +100,7 @@ def read_kernel(
     frame_to_page_ptr,
     last_used_ptr,
     clock_ptr,
+    last_admitted_ptr,
     counters_ptr,
     read_pages_ptr,  # CopyList's tensors
     read_frames_ptr,
@@ -136,6 +138,7 @@ def read_kernel(
         frame_to_page_ptr,
         last_used_ptr,
         clock_ptr,
+        last_admitted_ptr,
         counters_ptr,
         read_pages_ptr,
         read_frames_ptr,

@@ -40,6 +40,26 @@ def widen_weights(weight, dtype: tl.constexpr, FP8: tl.constexpr, ASM: tl.conste
     return weight.to(dtype)
 
 
+@triton.jit
+def widen_words(words, dtype: tl.constexpr, FP8: tl.constexpr):
+    """Convert words of two 8-bit weights each to two tensors, of first and of second ones.
+
+    In a thread's registers, words of an even and the next number become neighbours in ``dtype``,
+    bf16 or fp16; as `widen_weights` does it by inline assembly, and with as many instructions.
+    """
+    if dtype == tl.bfloat16:
+        BF16: tl.constexpr = _E4M3_WORDS_TO_BF16 if FP8 else _INT8_WORDS_TO_BF16
+        even, odd = tl.inline_asm_elementwise(
+            BF16, "=r,=r,r", [words], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
+        )
+    else:
+        FP16: tl.constexpr = _E4M3_WORDS_TO_FP16 if FP8 else _INT8_WORDS_TO_FP16
+        even, odd = tl.inline_asm_elementwise(
+            FP16, "=r,=r,r", [words], dtype=(tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    return even, odd
+
+
 # Bytes b0..b3 to two pairs of halves. Digits of prmt's selector count from the lowest byte of the
 # result; 0-3 are bytes of $2, 4-7 of the constant.
 
@@ -98,3 +118,17 @@ and.b32 d, d, 0x3F803F80;
 lop3.b32 $0, a, 0x80008000, c, 0xEA;
 lop3.b32 $1, b, 0x80008000, d, 0xEA;
 }""")
+
+
+def _of_words(asm: tl.constexpr) -> tl.constexpr:
+    """The same for bytes 0 and 2, and for 1 and 3."""
+    text = asm.value
+    for pair, word in (("4140", "4240"), ("4342", "4341"), ("1404", "2404"), ("3424", "3414")):
+        text = text.replace(f"0x{pair};", f"0x{word};")
+    return tl.constexpr(text)
+
+
+_INT8_WORDS_TO_BF16 = _of_words(_INT8_TO_BF16)
+_E4M3_WORDS_TO_BF16 = _of_words(_E4M3_TO_BF16)
+_INT8_WORDS_TO_FP16 = _of_words(_INT8_TO_FP16)
+_E4M3_WORDS_TO_FP16 = _of_words(_E4M3_TO_FP16)

@@ -116,6 +116,8 @@ class Step:
         self._guard = weakref.ref(guard)  # which keeps steps
         self._version = guard.version
         self._experts = experts
+        for group in {e.share.group for e in experts if e.share is not None}:
+            group.steps.add(self)
         self._failures = 0  # of the expert cache, when the prompts were read
 
     def forget_graphs(self) -> None:

@@ -246,6 +246,7 @@ class ExpertCache:
             slot_to_page=tables.slot_to_page.to(self.device),
             last_used=tables.last_used.to(self.device),
             clock=tables.clock.to(self.device),
+            last_admitted=tables.clock.to(self.device).repeat(len(self._counters)),
             counters=self._counters,
         )
 

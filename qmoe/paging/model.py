@@ -376,10 +376,6 @@ def host_store(
         return HostStore(layers, pin=on_gpu, progress=progress)
 
 
-# Until its tests have passed on a GPU, only who asks for it rests on it.
-TRY_VARIABLE = "QMOE_TRY_HOST_MEMORY"
-
-
 def bounds(options: PagingOptions, layers: Sequence[LayerPages]) -> bool:
     """Whether the host memory that was asked for does not hold all pages."""
     needed = sum(layer.num_experts * layer.page_stride for layer in layers)
@@ -402,11 +398,6 @@ def frame_store(
     """
     on_gpu, bound = device.type == "cuda", options.host_bytes
     assert bound is not None
-    if on_gpu and os.environ.get(TRY_VARIABLE) != "1":
-        raise ValueError(
-            "host_memory has not been tried on a GPU yet: leave it out, or set "
-            f"{TRY_VARIABLE}=1 to try it"
-        )
     at_a_time = (find_top_k(model.config.to_dict()) or 1) * options.batch_size
     least = max(min(at_a_time, layer.num_experts) for layer in layers)
     with torch.cuda.device(device) if on_gpu else nullcontext():

@@ -239,6 +239,7 @@ def _case(cache: ExpertCache, layers: int, num_tokens: int, top_k: int, misses: 
     tables.page_to_slot[pages] = torch.arange(num_slots, dtype=torch.int32)
     tables.last_used[:] = torch.arange(1, num_slots + 1)
     tables.clock.fill_(num_slots)
+    tables.last_admitted.fill_(num_slots)
     return _Case(ids, tables)
 
 
@@ -335,7 +336,7 @@ class _Calls:
         """Slots and stamps as the case has them; what was there before is never read."""
         pool, sharing, case = self._cache._pool, self._cache.sharing, self._case
         assert pool is not None and sharing is not None and case is not None
-        for name in ("page_to_slot", "slot_to_page", "last_used", "clock"):
+        for name in ("page_to_slot", "slot_to_page", "last_used", "clock", "last_admitted"):
             getattr(pool.residency, name).copy_(getattr(case.tables, name))
         sharing.posts.last_asked.zero_()
 

@@ -15,10 +15,10 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -47,7 +47,6 @@ _NO_EXPERT = -1
 
 # What a layer is given: rows, ids and weights.
 Routed: TypeAlias = "tuple[Tensor, Tensor, Tensor]"
-_Result = TypeVar("_Result")
 
 
 class RankGroup:
@@ -59,6 +58,8 @@ class RankGroup:
         device: where the layers' tensors are.
         timeout: seconds that a rank waits for another in an exchange.
         peers: the quicker way for few rows, between GPUs of one host; None where there is none.
+        steps: what has graphs with exchanges in them. NCCL closes its connections only when these
+            are gone.
         own_texts: the `OwnTexts` of a call in which each rank has texts of its own, if one is under
             way.
     """
@@ -90,8 +91,9 @@ class RankGroup:
         self._lock = threading.Lock()
         self._owner: int | None = None  # the thread that is in a call of all ranks
         self.peers: Peers | None = None
+        self.steps: weakref.WeakSet[Any] = weakref.WeakSet()
         if device.type == "cuda":
-            weakref.finalize(self, _closer(self._groups[1].shutdown))
+            weakref.finalize(self, _closer(self._groups[1].shutdown, self.steps))
             # Until its tests have passed on two GPUs, only who asks for it rests on it.
             if self.size > 1 and os.environ.get(PEERS_VARIABLE) == "1":
                 self.peers = self._try_peers(processes)
@@ -127,35 +129,30 @@ class RankGroup:
             return self.peers.sum(output)
         total = output.to(self._summed_in(output)).contiguous()
         with self._exchanging():
-            work = self._groups[1].allreduce([total], _options(AllreduceOptions))
-        return self._once_done([work], total)().to(output.dtype)
+            _finish(self._groups[1].allreduce([total], _options(AllreduceOptions)))
+        return total.to(output.dtype)
 
     @torch.compiler.disable
-    def start_gather(
-        self,
-        rows: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        most_rows: int,
-        *,
-        aside: bool = False,
-    ) -> Callable[[], Routed]:
+    def gather(
+        self, rows: Tensor, topk_ids: Tensor, topk_weights: Tensor, most_rows: int
+    ) -> Routed:
         """Bring together what the ranks give to a layer, one rank's behind the other's.
 
         Args:
             rows: (num_rows, hidden_size), this rank's.
             topk_ids, topk_weights: (num_rows, top_k), of the layer's experts.
             most_rows: that each rank has in the result; those that it lacks have the id -1.
-            aside: on a stream of its own; until the result is asked for, other work goes on.
 
         Returns:
-            what waits for the result and returns it: rows (size * most_rows, hidden_size), ids
-            int32 and weights fp32 (size * most_rows, top_k).
+            rows (size * most_rows, hidden_size), ids int32 and weights fp32 (size * most_rows,
+            top_k).
+
+        Raises:
+            RankFailed: another rank failed, or is gone.
         """
         self.check_open()
         if self.peers is not None and self.peers.takes_gather(rows, topk_ids, most_rows):
-            found = self.peers.gather(rows, topk_ids, topk_weights, most_rows)
-            return lambda: found
+            return self.peers.gather(rows, topk_ids, topk_weights, most_rows)
         mine = [rows, topk_ids.int(), topk_weights.float()]
         if missing := most_rows - len(rows):
             fill = (0, _NO_EXPERT, 0)
@@ -165,7 +162,7 @@ class RankGroup:
             ]
         mine = [tensor.contiguous() for tensor in mine]
         gathered = [t.new_empty(self.size * most_rows, t.shape[1]) for t in mine]
-        layers, options = self._groups[1], _options(AllgatherOptions, aside)
+        layers, options = self._groups[1], _options(AllgatherOptions)
         with self._exchanging():
             if layers.supports_coalescing:  # one launch for all
                 layers._start_coalescing()
@@ -175,43 +172,32 @@ class RankGroup:
             ]
             if layers.supports_coalescing:
                 works = [layers._end_coalescing()]
-
-        return self._once_done(works, (gathered[0], gathered[1], gathered[2]))
+            _finish(*works)
+        return gathered[0], gathered[1], gathered[2]
 
     @torch.compiler.disable
-    def start_sum_and_scatter(self, output: Tensor, *, aside: bool = False) -> Callable[[], Tensor]:
+    def sum_and_scatter(self, output: Tensor) -> Tensor:
         """Add up the ranks' outputs as `sum` does, and keep the rows that are this rank's.
 
         Args:
-            output: (size * num_rows, hidden_size) of this rank's experts, rows as `start_gather`
-                has them.
-            aside: as `start_gather` has it.
+            output: (size * num_rows, hidden_size) of this rank's experts, rows as `gather` has
+                them.
 
         Returns:
-            what waits for the result and returns it: (num_rows, hidden_size) in the dtype of
-            ``output``.
+            (num_rows, hidden_size) in the dtype of ``output``.
+
+        Raises:
+            RankFailed: another rank failed, or is gone.
         """
         self.check_open()
         if self.peers is not None and self.peers.takes_sum(output, scatter=True):
-            found = self.peers.sum(output, scatter=True)
-            return lambda: found
+            return self.peers.sum(output, scatter=True)
         total = output.to(self._summed_in(output)).contiguous()
         own = total.new_empty(len(output) // self.size, *output.shape[1:])
         with self._exchanging():
-            options = _options(ReduceScatterOptions, aside)
-            works = [self._groups[1]._reduce_scatter_base(own, total, options)]
-        done = self._once_done(works, own)
-        return lambda: done().to(output.dtype)
-
-    def _once_done(self, works: list[Any], result: _Result) -> Callable[[], _Result]:
-        def wait() -> _Result:
-            with self._exchanging():
-                for work in works:
-                    if work is not None:  # it has taken its turn in the stream already
-                        work.wait()
-            return result
-
-        return wait
+            options = _options(ReduceScatterOptions)
+            _finish(self._groups[1]._reduce_scatter_base(own, total, options))
+        return own.to(output.dtype)
 
     def _summed_in(self, output: Tensor) -> torch.dtype:
         """What rows are added up in on the way: of two numbers the sum is rounded once anyhow."""
@@ -230,8 +216,8 @@ class RankGroup:
         rows = rows.add_(self.rank).view(self.size, 64)
         routed = (rows, rows[:, :2].long(), rows[:, :2].clone())
         expected = (
-            *self.start_gather(*routed, self.size + 1)(),
-            self.start_sum_and_scatter(rows)(),
+            *self.gather(*routed, self.size + 1),
+            self.sum_and_scatter(rows),
             self.sum(rows.clone()),
         )
         works = True
@@ -533,15 +519,22 @@ def _abort(layers: Any) -> None:
         layers.abort()
 
 
-def _options(kind: type[Any], aside: bool = False) -> Any:
-    """Options of an exchange; not aside, it takes its turn in the stream that asks for it."""
+def _options(kind: type[Any]) -> Any:
+    """Options of an exchange that takes its turn in the stream that asks for it."""
     options = kind()
-    options.asyncOp = aside
+    options.asyncOp = False
     return options
 
 
-def _closer(shutdown: Callable[[], None]) -> Callable[[], None]:
-    """What ends NCCL's connections, or gives up soon.
+def _finish(*works: Any) -> None:
+    """Wait for exchanges, where they have not taken their turn in a stream."""
+    for work in works:
+        if work is not None:
+            work.wait()
+
+
+def _closer(shutdown: Callable[[], None], steps: Iterable[Any]) -> Callable[[], None]:
+    """What drops graphs and ends NCCL's connections, or gives up soon.
 
     Its thread waits from the start on, since none can be started while Python ends.
     """
@@ -556,6 +549,8 @@ def _closer(shutdown: Callable[[], None]) -> Callable[[], None]:
     thread.start()
 
     def close() -> None:
+        for step in list(steps):
+            step.forget_graphs()
         asked.set()
         thread.join(_CLOSING)
 

@@ -30,23 +30,19 @@ class OwnTexts:
 
     Attributes:
         rows: rows of the rank that has most of them, in the round that is under way.
-        parts: of a round's rows, each of which is exchanged beside another's products.
         in_steps: whether all rounds from now on are steps.
         steps: how many this rank has queued.
     """
 
-    def __init__(
-        self, group: RankGroup, top_k: int, interrupted: Callable[[], bool], parts: int = 1
-    ) -> None:
+    def __init__(self, group: RankGroup, top_k: int, interrupted: Callable[[], bool]) -> None:
         """Nothing is exchanged yet.
 
         Args:
             group: the ranks, in a call together.
             top_k: experts of a token, in every layer.
             interrupted: whether this rank was.
-            parts: see the attribute.
         """
-        self.group, self.top_k, self.interrupted, self.parts = group, top_k, interrupted, parts
+        self.group, self.top_k, self.interrupted = group, top_k, interrupted
         self.rows = self.steps = self._said = 0
         self.in_steps = False
         self._step_rows: int | None = None
@@ -168,22 +164,5 @@ class OwnTexts:
                 f"ranks agreed on at most {self.rows} with {self.top_k}; this model cannot run "
                 "with texts of each rank's own"
             )
-        parts, aside = min(self.parts, self.rows), self.parts > 1
-        most = -(-self.rows // parts)
-        # A part's rows come while the part before is multiplied, its sums go during the next.
-        gathers = [
-            self.group.start_gather(
-                hidden_states[first : first + most],
-                topk_ids[first : first + most],
-                topk_weights[first : first + most],
-                most,
-                aside=aside,
-            )
-            for first in range(0, self.rows, most)
-        ]
-        sums = [
-            self.group.start_sum_and_scatter(experts(*gathered()), aside=aside)
-            for gathered in gathers
-        ]
-        outputs = [scattered() for scattered in sums]
-        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[:num_tokens]
+        gathered = self.group.gather(hidden_states, topk_ids, topk_weights, self.rows)
+        return self.group.sum_and_scatter(experts(*gathered))[:num_tokens]

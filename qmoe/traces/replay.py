@@ -3,7 +3,8 @@
 A step is one token in one layer, as in decode of one sequence. All layers share one pool of slots,
 which is empty at the start. A step's experts are served together: none of them is evicted by it,
 and an expert that it names twice is one page. With ``lru`` this is what `qmoe_kernels.paging.admit`
-does, to the slot.
+does, to the slot: where every slot was used since its layer's last step, the most recently used
+goes.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def replay(
     Args:
         trace: what was asked for.
         capacity: slots, at least trace.top_k.
-        policy: which page goes when one has to: ``"lru"``, the least recently used; ``"lfu"``, the
+        policy: which page goes when one has to: ``"lru"``, the least recently used, as
+            `qmoe_kernels.paging` has it; ``"lfu"``, the
             one used least often since the start of the trace, whether it was in a slot or not;
             ``"belady"``, the one whose next use is farthest away, which no policy can beat (L. A.
             Belady, "A study of replacement algorithms for a virtual-storage computer", 1966).
@@ -91,7 +93,8 @@ def replay_curve(
     for policy in policies:
         keep = _keep(pages, lengths, policy).tolist()
         for capacity in capacities:
-            steps = torch.tensor(_misses(pages.tolist(), keep, lengths.tolist(), capacity))
+            cycle = trace.num_layers if policy == "lru" else None
+            steps = torch.tensor(_misses(pages.tolist(), keep, lengths.tolist(), capacity, cycle))
             misses = steps.view(-1, trace.num_layers)[warmup:].sum(0)
             missed_bytes = sum(map(int.__mul__, misses.tolist(), trace.page_bytes))
             results.append(
@@ -136,37 +139,59 @@ def _keep(pages: Tensor, lengths: Tensor, policy: Policy) -> Tensor:
     return keep + step  # of two used equally often, the one used longer ago goes
 
 
-def _misses(pages: list[int], keep: list[int], lengths: list[int], capacity: int) -> list[int]:
+def _misses(
+    pages: list[int],
+    keep: list[int],
+    lengths: list[int],
+    capacity: int,
+    cycle: int | None,
+) -> list[int]:
     """Misses of each step in a pool of ``capacity`` slots.
 
     Slots wait in a heap for their eviction, as ``keep * capacity + slot``. A slot that is used
     again gets another entry; its earlier ones are out of date and skipped when they come up.
+
+    Args:
+        cycle: ``keep`` counts steps, and of slots that were all used in the last so many steps the
+            most recently used goes: a second heap has them by ``-keep``. None: never.
     """
     page_to_slot: dict[int, int] = {}
     slot_to_page = [-1] * capacity
     empty = min(keep, default=0) - 1  # these go before all others
-    heap = [empty * capacity + slot for slot in range(capacity)]
-    entry: list[int | None] = list(heap)  # of each slot the one that counts; None while in use
+    claims: list[int | None] = [empty] * capacity  # of each slot; None while in use
+    oldest = [empty * capacity + slot for slot in range(capacity)]
+    newest: list[int] = []
+
+    def first(heap: list[int], sign: int) -> int:
+        """The slot whose entry comes first; it stays there."""
+        while claims[heap[0] % capacity] != sign * (heap[0] // capacity):
+            heapq.heappop(heap)
+        return heap[0] % capacity
+
     misses = []
     start = 0
-    for length in lengths:
+    for now, length in enumerate(lengths):
         step = pages[start : start + length]
         slots = [page_to_slot.get(page, -1) for page in step]
         misses.append(slots.count(-1))
         for slot in slots:
             if slot >= 0:
-                entry[slot] = None
+                claims[slot] = None
         for index, page in enumerate(step):
             if slots[index] < 0:
-                key = heapq.heappop(heap)
-                while key != entry[key % capacity]:
-                    key = heapq.heappop(heap)
-                slot = slots[index] = key % capacity
+                slot = first(oldest, 1)
+                claim = claims[slot]
+                assert claim is not None
+                if cycle is not None and claim > max(now - cycle, empty):
+                    slot = first(newest, -1)
+                slots[index] = slot
                 page_to_slot.pop(slot_to_page[slot], None)
                 slot_to_page[slot], page_to_slot[page] = page, slot
-                entry[slot] = None
+                claims[slot] = None
         for slot, claim in zip(slots, keep[start : start + length], strict=True):
-            entry[slot] = key = claim * capacity + slot
-            heapq.heappush(heap, key)
+            claims[slot] = claim
+            heapq.heappush(oldest, claim * capacity + slot)
+            if cycle is not None:
+                heapq.heappush(newest, -claim * capacity + slot)
         start += length
     return misses

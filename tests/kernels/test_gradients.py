@@ -103,6 +103,7 @@ def check(layer: Layer, path: str) -> None:
             assert relative_error(ours.cpu(), theirs) < tolerance
 
 
+ON_HOPPER = DEVICE.type == "cuda" and torch.cuda.get_device_capability()[0] == 9
 PATHS = ["cpu", "triton", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -162,6 +163,46 @@ def test_skipped_ids_count_for_nothing(summed: bool, path: str) -> None:
     ours, of_weights = found(layer, gradient_of(layer), path)
     assert ours.isfinite().all() and of_weights is not None
     assert of_weights[0, 0] == 0 and of_weights[2].eq(0).all() and ours[2].eq(0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_HOPPER, reason="needs compute capability 9")
+@pytest.mark.parametrize(("block_m", "tail_m"), [(16, 8), (64, 16), (128, 32), (256, 64)])
+@pytest.mark.parametrize("sizes", [(256, 192), (720, 176), (16, 16), (80, 400)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", ["int8", "fp8", None])
+def test_on_hopper(
+    weights: str | None, dtype: torch.dtype, sizes: tuple[int, int], block_m: int, tail_m: int
+) -> None:
+    from qmoe_kernels.gradient_kernels import fused_moe_backward_triton
+    from qmoe_kernels.heuristic import hopper_tiles
+    from qmoe_kernels.hopper_gemm import hopper_supports
+
+    layer = random_layer(
+        num_tokens=300,
+        hidden_size=sizes[0],
+        intermediate_size=sizes[1],
+        weights=weights,
+        dtype=dtype,
+        bias=True,
+    )
+    # An expert for every height, and one for more than one tile of all of them.
+    ids = torch.repeat_interleave(torch.arange(6), torch.tensor([5, 12, 25, 50, 100, 408]))
+    layer.topk_ids = ids[torch.randperm(600)].view(300, 2)
+    layer.topk_ids[0, 0], layer.topk_ids[1, 1] = -1, 6
+    gradient = gradient_of(layer)
+    there = layer.to("cuda")
+    assert hopper_supports(there.hidden_states, there.experts(), there.topk_ids)
+    ours = fused_moe_backward_triton(
+        gradient.cuda(),
+        there.hidden_states,
+        there.experts(),
+        there.topk_ids,
+        there.topk_weights,
+        tiles=hopper_tiles(block_m, dtype, 4, tail_m),
+    )
+    for a, b in zip(ours, expected(layer, gradient), strict=True):
+        assert a.isfinite().all() and relative_error(a.cpu(), b) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -550,13 +591,11 @@ for capability in ARCHITECTURES:
     with compiling_for(capability) as compiled:
         import torch
         from qmoe_kernels import Activation
-        from qmoe_kernels.experts import Projection
+        from qmoe_kernels.experts import Experts, Projection
         from qmoe_kernels.gradient_kernels import (
-            _Scales, grouped_linear_backward_triton, launch_activation_gradient,
-            launch_scale_rows, launch_transposed_gemm,
+            fused_moe_backward_triton, grouped_linear_backward_triton,
         )
         from qmoe_kernels.layer import grouped_linear_triton
-        from qmoe_kernels.routing import ExpertRouting
         experts, hidden, inner = 8, 2048, 768
         for weights in (torch.int8, torch.float8_e4m3fn, torch.bfloat16):
             scales = [None, None]
@@ -564,20 +603,13 @@ for capability in ARCHITECTURES:
                 scales = [torch.zeros(experts, n) for n in (2 * inner, hidden)]
             up = Projection(torch.empty(experts, 2 * inner, hidden, dtype=weights), scales[0])
             down = Projection(torch.empty(experts, hidden, inner, dtype=weights), scales[1])
-            for tokens in (8, 100, 4096):
-                ids, gates = torch.zeros(tokens, 2, dtype=torch.int64), torch.zeros(tokens, 2)
-                block_m = {8: 16, 100: 64, 4096: 128}[tokens]
-                routing = ExpertRouting.from_topk_ids(ids, experts, block_m=block_m)
-                gradient = torch.zeros(tokens, hidden, dtype=torch.bfloat16)
-                up_scales, down_scales = _Scales(up.scale), _Scales(down.scale)
-                rows = launch_scale_rows(gradient, down, down_scales, ids, routing, 2)
-                rows = launch_transposed_gemm(rows, down, down_scales, routing)
-                sums = torch.zeros(tokens, 2)
-                before = torch.zeros(2 * tokens, 2 * inner, dtype=torch.bfloat16)
-                rows = launch_activation_gradient(
-                    before, rows, Activation(), up_scales, ids, gates, routing, sums
+            layer = Experts(up, down, Activation())
+            for tokens in (16, 200, 4096):  # tiles of 16, 64 and 128 rows
+                fused_moe_backward_triton(
+                    torch.zeros(tokens, hidden, dtype=torch.bfloat16),
+                    torch.zeros(tokens, hidden, dtype=torch.bfloat16), layer,
+                    torch.zeros(tokens, 2, dtype=torch.int64), torch.zeros(tokens, 2),
                 )
-                launch_transposed_gemm(rows, up, up_scales, routing, scatter=True)
         for tokens, dtype, sizes in (
             (8, torch.bfloat16, (4, hidden)), (100, torch.bfloat16, (hidden, 16)),
             (4096, torch.bfloat16, (128, hidden)), (4096, torch.bfloat16, (hidden, 8)),

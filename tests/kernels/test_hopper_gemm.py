@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 
@@ -10,10 +11,11 @@ import torch
 from compiling import SHARED_MEMORY, run_compiler
 from random_layer import DEVICE, Layer, assert_close, random_layer, relative_error
 
-from qmoe_kernels import Activation, ExpertRouting
+from qmoe_kernels import Activation, ExpertRouting, widening
 from qmoe_kernels import hopper_gemm as hopper
+from qmoe_kernels.experts import Projection
 from qmoe_kernels.heuristic import hopper_tiles
-from qmoe_kernels.quantization import STORAGE_DTYPE
+from qmoe_kernels.quantization import STORAGE_DTYPE, quantize
 from qmoe_kernels.rows import launch_quantize_rows
 
 needs_gluon = pytest.mark.skipif(hopper.gluon is None, reason="Triton has no Gluon")
@@ -92,6 +94,39 @@ def test_operands_meet_where_weights_lie() -> None:
         assert held[lane] == fragments
 
 
+def test_words_part_into_first_and_second_bytes() -> None:
+    """Bytes b0, b1 are an even word, b2, b3 the next: first ones become neighbours, and second."""
+    for name in ("INT8", "E4M3"):
+        for to in ("BF16", "FP16"):
+            asm = getattr(widening, f"_{name}_WORDS_TO_{to}").value
+            taken = []
+            for selector in re.findall(r"prmt\.b32 .*0x([0-9A-F]{4});", asm):
+                taken.append([int(digit) for digit in reversed(selector) if int(digit) < 4])
+            assert taken == [[0, 2], [1, 3]], (name, to)
+
+
+@needs_gluon
+def test_words_of_weights_are_an_operand_of_transposed_products() -> None:
+    """Words lie in registers as the first operand does, whose rows i and i + 8 they hold."""
+    held: dict[int, set[tuple[int, int]]] = {}
+    for lane in range(32):
+        for register in range(16):
+            sums = sum(step * (lane >> bit & 1) for bit, step in enumerate((2, 4)))
+            word = sum(step * (lane >> 2 + bit & 1) for bit, step in enumerate((1, 2, 4)))
+            sums += sum(step * (register >> bit & 1) for bit, step in enumerate((1, 8, 16, 32)))
+            for byte in range(2):  # of channel 2 * word + byte, which is row word + 8 * byte
+                held.setdefault(lane, set()).add((word + 8 * byte, sums))
+    for lane in range(32):
+        fragments = {
+            (lane // 4 + 8 * i, 16 * step + 8 * h + lane % 4 * 2 + e)
+            for step in range(4)
+            for i in range(2)
+            for h in range(2)
+            for e in range(2)
+        }
+        assert held[lane] == fragments
+
+
 # ---- compilation without a GPU -----------------------------------------------------------------
 
 COMPILE = """
@@ -119,7 +154,12 @@ with compiling_for(90) as compiled:
         ("fp8", "fp8", True, 128, 16, 3), ("fp8", "fp8", False, 256, 128, 4),
         ("fp8", "fp8", True, 64, 8, 4), ("bf16", "bf16", True, 128, 16, 3),
         ("bf16", "bf16", False, 256, 64, 3), ("fp16", "fp16", True, 32, 8, 6),
+        ("bf16", "int8", None, 128, 16, 4), ("bf16", "int8", None, 256, 64, 4),
+        ("bf16", "fp8", None, 128, 64, 4), ("fp16", "int8", None, 64, 16, 6),
+        ("fp16", "fp8", None, 32, 16, 6), ("bf16", "bf16", None, 128, 64, 3),
+        ("bf16", "bf16", None, 256, 64, 4),
     ]:
+        transposed = gated is None
         quantized, widen = not rows.endswith("16"), rows.endswith("16") > weights.endswith("16")
         dtype = DTYPES[rows]
         out_dtype = torch.float16 if rows == "fp16" else torch.bfloat16
@@ -127,6 +167,7 @@ with compiling_for(90) as compiled:
         hopper.launch_hopper_gemm(
             torch.zeros(512, 1024, dtype=dtype),
             Projection(
+                torch.zeros(8, 1024, features, dtype=DTYPES[weights]) if transposed else
                 torch.zeros(8, features * 2 if gated else features, 1024, dtype=DTYPES[weights]),
                 None if weights == rows and not quantized
                 else torch.zeros(8, features * 2 if gated else features),
@@ -135,13 +176,16 @@ with compiling_for(90) as compiled:
             routing, table, torch.zeros(512, features, dtype=out_dtype),
             hopper_tiles(block_m, dtype, num_stages, tail_m).gate_up, out_features=features,
             x_scale=torch.zeros(512) if quantized else None, activation=limited if gated else None,
-            scatter=not gated, permute=widen and gated,
+            scatter=not gated, permute=widen and bool(gated), transposed=transposed,
+            expert_scale=torch.zeros(8) if transposed and widen else None,
         )
         kernel = compiled[-1]
         ptx = kernel.asm["ptx"]
         print(json.dumps({
             "case": f"{rows} {weights} gated={gated} {block_m} {tail_m}",
-            "widen": widen, "heights": len(hopper.tile_heights(block_m, tail_m)),
+            "widen": widen, "transposed": transposed,
+            "matrix_loads": len(re.findall(r"ldmatrix\\S+x4\\.trans", ptx)),
+            "heights": len(hopper.tile_heights(block_m, tail_m)),
             "shared": kernel.metadata.shared,
             "spilled": spilled_bytes(kernel.asm["cubin"]),
             "products": len(set(re.findall(r"wgmma.mma_async\\S+", ptx))),
@@ -156,13 +200,17 @@ with compiling_for(90) as compiled:
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
 def test_compiles() -> None:
     kernels = run_compiler(COMPILE)
-    assert len(kernels) == 16
+    assert len(kernels) == 23
     for kernel in kernels:
         # A height is a kind of product, but for two of 128 rows instead of one of 256.
         assert kernel["products"] >= min(kernel["heights"], 4), f"no tensor cores: {kernel}"
         assert kernel["shared"] <= SHARED_MEMORY[90] * 1024, kernel
         assert kernel["spilled"] <= 32, kernel
-        if kernel["widen"]:
+        if kernel["transposed"]:
+            assert kernel["spilled"] == 0, kernel
+            # Two for a step's weights, in each of three places.
+            assert not kernel["widen"] or kernel["matrix_loads"] >= 6, kernel
+        elif kernel["widen"]:
             # Weights come sixteen bytes at a time: two loads in each of three places.
             assert kernel["wide_loads"] >= 6 and not kernel["byte_loads"], kernel
 
@@ -294,3 +342,42 @@ class TestOnHopper:
         layer.topk_ids.fill_(-1)
         for _ in range(20):  # programs only wait
             assert run(layer).eq(0).all()
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("weights", ["int8", "fp8", None])
+    @pytest.mark.parametrize("sizes", [(192, 256), (64, 128), (16, 16), (400, 720), (1000, 80)])
+    def test_transposed(
+        self, sizes: tuple[int, int], weights: str | None, dtype: torch.dtype
+    ) -> None:
+        torch.manual_seed(0)
+        scale = None
+        wide = torch.randn(3, *sizes, device="cuda", dtype=torch.float32)
+        weight, full = wide.to(dtype), wide.to(dtype).double()
+        if weights is not None:
+            weight, _ = quantize(wide, weights)
+            scale = torch.rand(3, device="cuda") + 0.1
+            full = weight.double() * scale.double()[:, None, None]
+        ids = torch.repeat_interleave(torch.arange(-1, 3), torch.tensor([7, 3, 130, 40]))
+        ids = ids[torch.randperm(180)].view(180, 1).to("cuda")
+        x = torch.randn(180, sizes[0], device="cuda", dtype=dtype)
+        for block_m, tail_m, num_stages in ((128, 16, 4), (64, 0, 6), (256, 64, 3), (16, 8, 4)):
+            routing = ExpertRouting.from_topk_ids(ids, 3, block_m=block_m)
+            pairs = routing.sorted_pair_ids.long()
+            for scatter in (False, True):
+                out = hopper.launch_hopper_gemm(
+                    x[pairs],
+                    Projection(weight),
+                    routing,
+                    routing.tiles,
+                    x.new_full((180, sizes[1]), torch.nan),
+                    hopper_tiles(block_m, dtype, num_stages, tail_m).gate_up,
+                    out_features=sizes[1],
+                    scatter=scatter,
+                    transposed=True,
+                    expert_scale=scale,
+                )
+                if not scatter:
+                    out = torch.empty_like(out).index_copy_(0, pairs, out)
+                routed = ids[:, 0] >= 0
+                expected = torch.einsum("po,poi->pi", x.double(), full[ids[:, 0].clamp(0)])
+                assert relative_error(out[routed], expected[routed]) < 5e-3

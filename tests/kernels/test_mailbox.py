@@ -87,6 +87,7 @@ class Host:
         self.residency.slot_to_page.fill_(-1)
         self.residency.last_used.fill_(10)
         self.residency.clock.fill_(10)
+        self.residency.last_admitted.fill_(10)
 
     def refill_slots(self) -> None:
         """As `fill_slots`; nobody was asked for anything."""
@@ -310,6 +311,7 @@ def test_both_implementations_choose_the_same(data) -> None:
         "asked": data.draw(st.lists(numbers, min_size=16, max_size=16)),
         "used": data.draw(st.lists(numbers, min_size=4, max_size=4)),
         "pages": data.draw(st.lists(st.integers(-1, 15), min_size=4, max_size=4, unique=True)),
+        "last": data.draw(numbers),
         "share": [data.draw(st.lists(st.integers(0, 9), min_size=9, max_size=9)) for _ in range(2)],
     }
     num_tokens = data.draw(st.integers(1, 5))
@@ -320,6 +322,7 @@ def test_both_implementations_choose_the_same(data) -> None:
         host = Host(implementation, layers)
         try:
             host.residency.clock.fill_(3)
+            host.residency.last_admitted.fill_(state["last"])
             host.posts.last_asked.copy_(torch.tensor(state["asked"]))
             host.residency.last_used.copy_(torch.tensor(state["used"]))
             host.residency.slot_to_page.copy_(torch.tensor(state["pages"]))

@@ -308,10 +308,8 @@ def exchanged(rank: int, dtype: torch.dtype) -> Any:
     rows = (torch.randn(exponents.shape, generator=generator) * 2.0**exponents).to(dtype)
     ids = torch.arange(2 * rank).view(rank, 2) + 10 * rank
     with group.together("a test"):
-        routed = group.start_gather(rows[:rank, :3], ids, ids.to(dtype), 2)()
-        aside = group.start_gather(rows[:rank, :3], ids, ids.to(dtype), 2, aside=True)
-        assert all(map(torch.equal, aside(), routed))
-        scattered = group.start_sum_and_scatter(rows.clone())()
+        routed = group.gather(rows[:rank, :3], ids, ids.to(dtype), 2)
+        scattered = group.sum_and_scatter(rows.clone())
         return rows, routed, scattered, group.sum(rows.clone())
 
 
@@ -924,8 +922,7 @@ def both_ways(rank: int) -> Any:
 
                 def exchange(rows: Any = rows, routed: Any = routed) -> Any:
                     total = group.sum(rows.clone())
-                    scattered = group.start_sum_and_scatter(rows.clone())()
-                    return total, scattered, *group.start_gather(*routed)()
+                    return total, group.sum_and_scatter(rows.clone()), *group.gather(*routed)
 
                 peers, group.peers = group.peers, None
                 expected = exchange()

@@ -36,11 +36,6 @@ DEVICES = ["cpu", pytest.param("cuda", marks=[
 ])]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def tries_it(monkeypatch) -> None:
-    monkeypatch.setenv("QMOE_TRY_HOST_MEMORY", "1")
-
-
 @pytest.fixture
 def checkpoint(tmp_path) -> tuple[Path, torch.Tensor, int]:
     """A folder, the logits of its model, and the smallest budget."""
