@@ -1,8 +1,8 @@
 """Teach the shipped model to write about software, with a LoRA on its attention and its experts.
 
 The experts stay in 8 bit; PEFT and transformers' Trainer are as they come. The text is this
-repository's documentation, if no other is named; its last tenth is kept for measuring. Some
-minutes on two cores.
+repository's documentation, if no other is named; its last tenth is kept for measuring. A minute or
+two on two cores.
 
 python examples/finetune.py [FOLDER_OR_HUB_ID] [--text FILE ...] [--out FOLDER]
 """
