@@ -523,7 +523,8 @@ def test_on_a_gpu(weights: str, source: Path, data: Path, tmp_path: Path) -> Non
     result = adapt_router(converted, tmp_path / "out", **run)
     assert min(m.kl for m in result.measured) < 0.5 * result.before.kl
     on_disk = adapt_router(converted, tmp_path / "other", teacher_memory="20kB", **run)
-    assert on_disk.teacher_perplexity == pytest.approx(result.teacher_perplexity, rel=1e-4)
+    # transformers chooses another product for experts whose weights come and go: 2e-4 on an H200.
+    assert on_disk.teacher_perplexity == pytest.approx(result.teacher_perplexity, rel=1e-3)
     assert on_disk.before.kl == pytest.approx(result.before.kl, rel=1e-2)
 
 
