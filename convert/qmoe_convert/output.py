@@ -90,7 +90,7 @@ class Output:
         except Timeout:
             holder = _text(file).removeprefix(HOLDER) or "unknown"
             raise ConversionError(
-                f"{self.out}: is being written by another conversion, process {holder}; wait until "
+                f"{self.out}: is being written by another run, process {holder}; wait until "
                 "it is done, or choose another folder"
             ) from None
         except OSError as error:

@@ -264,7 +264,7 @@ class TestLock:
 
         convert(source, tmp_path / "out", progress=progress, verify=False)
         assert len(refusals) == 3 and "--overwrite" not in "".join(refusals)
-        assert f"another conversion, process {os.getpid()} on " in refusals[0]
+        assert f"another run, process {os.getpid()} on " in refusals[0]
         assert Manifest.read(tmp_path / "out").weights == "int8"
         assert os.listdir(tmp_path) == ["out"]
 
@@ -277,7 +277,7 @@ class TestLock:
         command = [sys.executable, "-c", script, str(lock)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None and process.stdout.readline() == "held\n"
-            with pytest.raises(ConversionError, match="is being written by another conversion"):
+            with pytest.raises(ConversionError, match="is being written by another run"):
                 write(tmp_path / "out", "new")
             process.kill()
         write(tmp_path / "out", "new")
