@@ -38,7 +38,10 @@ def cache_report(
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Replay recorded routing: hit rates of caches that evict by LRU, LFU and Belady's rule."""
+    """Replay recorded routing: hit rates of caches that evict by LRU, LFU and Belady's rule.
+
+    LRU is as the expert cache does it.
+    """
     if not trace.is_file():
         raise FileNotFoundError(
             f"{trace}: no such file; record one with qmoe generate --record-routing"

@@ -165,6 +165,8 @@ class ExpertCache:
         self._staged: _Staged | None = None
         self._absent: list[bool] = []
         self._sharing: HostExperts | None = None
+        # What the host computed by hands that `share_misses` has let go.
+        self._served_before = [[0, 0] for _ in range(num_layers)]
         self._pool: _Pool | None = None
         self.resize(num_slots, num_staging)
         _caches.add(self)
@@ -309,6 +311,8 @@ class ExpertCache:
             if self._sharing is sharing:
                 return
             self._synchronize()
+            if self._sharing is not None:
+                self._served_before = self._served()
             before, self._sharing = self._sharing, sharing
             if before is not None:
                 before.stop()
@@ -731,11 +735,9 @@ class ExpertCache:
 
     def read_counters(self) -> CacheStats:
         """Read the counters as they are now; what is being computed is not waited for."""
-        sharing = self._sharing
         with self._runtime.stream(self._stats_stream):
             counters = self._counters.tolist()
-            nothing = [[0, 0]] * len(counters)
-            shared = nothing if sharing is None else sharing.read_counters()
+            shared = self._served()
             reads = self._reads.read_counters() if self._reads else [[0, 0]] * len(counters)
         return CacheStats(
             layers=tuple(
@@ -757,6 +759,16 @@ class ExpertCache:
             num_slots=self.num_slots,
             num_pages=self.num_pages,
         )
+
+    def _served(self) -> list[list[int]]:
+        """Of each layer, the columns of `mailbox.Posts`' counters since the cache was made."""
+        before, sharing = self._served_before, self._sharing
+        if sharing is None:
+            return before
+        now = sharing.read_counters()
+        return [
+            [a + b for a, b in zip(*rows, strict=True)] for rows in zip(before, now, strict=True)
+        ]
 
 
 def _first_slots(residency: Residency, num_slots: int) -> Residency:

@@ -15,8 +15,9 @@ class LayerStats:
         streamed_bytes: copied for long prompts, past the slots.
         host_misses: those of the misses that the host computed where they lay.
         waited_ns: nanoseconds that the device waited for the host.
-        disk_misses: those of the misses whose pages were read from files first.
-        disk_bytes: read from files, for misses and for long prompts.
+        disk_misses: those of the misses whose pages were read from files first, and pages that a
+            read which failed was to bring.
+        disk_bytes: asked of files, for misses and for long prompts.
         disk_waited_ns: nanoseconds that the device waited for the disk, long prompts aside.
     """
 

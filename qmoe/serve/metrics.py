@@ -86,7 +86,9 @@ def _experts(model: Any) -> Iterator[Any]:
         labels=["source"],
     )
     experts.add_metric(["gpu"], found.hits)
-    experts.add_metric(["host"], found.misses - found.host_misses - found.disk_misses)
+    # Pages of reads that failed are no misses.
+    from_host = max(0, found.misses - found.host_misses - found.disk_misses)
+    experts.add_metric(["host"], from_host)
     experts.add_metric(["processor"], found.host_misses)
     experts.add_metric(["disk"], found.disk_misses)
     yield experts

@@ -134,11 +134,14 @@ def test_threads_end_with_release_deletion_and_another_way() -> None:
     assert not threads()
     decode(model)
     assert threads(), "the next call starts others"
-    budget = model.qmoe_paging.budget.total
+    budget, counted = model.qmoe_paging.budget.total, qmoe.stats(model)
+    assert counted.host_misses
     resize(model, hbm_budget=budget, misses="link")
     assert not threads() and model.qmoe_paging.cache.sharing is None
+    assert qmoe.stats(model).layers == counted.layers, "what the host did before still counts"
     resize(model, hbm_budget=budget, misses="host")
     decode(model)
+    assert qmoe.stats(model).host_misses > counted.host_misses
     resize(model, hbm_budget="1GiB")
     assert model.qmoe_paging.budget.all_resident and not threads()
     resize(model, hbm_budget=budget)
