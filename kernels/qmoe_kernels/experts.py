@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from qmoe_kernels.activations import Activation
+from qmoe_kernels.tiles import LayerShape
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class Experts:
     @property
     def intermediate_size(self) -> int:
         return self.gate_up.weight.shape[1] // (2 if self.activation.gated else 1)
+
+    def layer_shape(self, top_k: int) -> LayerShape:
+        """What tiles are chosen by."""
+        sizes = (self.num_experts, top_k, self.hidden_size, self.intermediate_size)
+        return LayerShape(*sizes, self.activation.gated)
 
     def contiguous(self) -> Experts:
         """See `Projection.contiguous`."""

@@ -24,7 +24,7 @@ from qmoe_kernels.hopper_gemm import hopper_supports, launch_hopper_gemm, launch
 from qmoe_kernels.launching import COMPILED, is_widened_fp8, weight_bits
 from qmoe_kernels.routing import ExpertRouting
 from qmoe_kernels.rows import launch_weighted_sum
-from qmoe_kernels.tiles import LayerShape, LayerTiles, TileConfig
+from qmoe_kernels.tiles import LayerTiles, TileConfig
 from qmoe_kernels.tuning import choose_tiles
 from qmoe_kernels.widening import widen_weights
 
@@ -144,13 +144,7 @@ def _hopper_tile(
     """The tile of Hopper's kernels, where they are to be taken and can be."""
     if tiles is None:
         num_tokens, top_k = topk_ids.shape
-        shape = LayerShape(
-            experts.num_experts,
-            top_k,
-            experts.hidden_size,
-            experts.intermediate_size,
-            experts.activation.gated,
-        )
+        shape = experts.layer_shape(top_k)
         dtypes = (experts.gate_up.weight.dtype, hidden_states.dtype)
         tiles = choose_tiles(shape, num_tokens, *dtypes, hidden_states.device)
     if tiles.tma and hopper_supports(hidden_states, experts, topk_ids):

@@ -18,7 +18,7 @@ from qmoe_kernels.heuristic import heuristic_tile, heuristic_tiles, narrow_block
 from qmoe_kernels.hopper_gemm import hopper_fused_moe, hopper_supports
 from qmoe_kernels.routing import ExpertRouting
 from qmoe_kernels.rows import launch_quantize_rows, launch_weighted_sum
-from qmoe_kernels.tiles import LayerShape, LayerTiles
+from qmoe_kernels.tiles import LayerTiles
 from qmoe_kernels.tuning import choose_tiles
 
 
@@ -40,13 +40,7 @@ def fused_moe_triton(
         tiles: instead of `choose_tiles`'s.
     """
     num_tokens, top_k = topk_ids.shape
-    shape = LayerShape(
-        experts.num_experts,
-        top_k,
-        experts.hidden_size,
-        experts.intermediate_size,
-        experts.activation.gated,
-    )
+    shape = experts.layer_shape(top_k)
     dtypes = (experts.gate_up.weight.dtype, activations or hidden_states.dtype)
     if tiles is None:
         tiles = choose_tiles(shape, num_tokens, *dtypes, hidden_states.device)

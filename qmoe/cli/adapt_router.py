@@ -11,22 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qmoe.checkpoints.hub import check_place
-from qmoe.cli.output import Debug, Json, grouped, print_json, quiet
+from qmoe.cli.output import Debug, Json, grouped, print_json, quiet, readable_size
 from qmoe.exits import interruptible
 from qmoe.progress import progress
-from qmoe.sizes import parse_size
 
 if TYPE_CHECKING:
     from qmoe.tools.adapt_router import Adapted
-
-
-def _readable_size(size: str | None) -> str | None:
-    if size is not None:
-        try:
-            parse_size(size)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-    return size
 
 
 @dataclass(frozen=True)
@@ -52,7 +42,7 @@ class Learning:
     teacher_memory: Annotated[
         str | None,
         typer.Option(
-            callback=_readable_size,
+            callback=readable_size,
             help="The teacher's weights may take so much of the device; the others are read from "
             "disk as it runs.",
             show_default="what is free",

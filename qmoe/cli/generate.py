@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qmoe.checkpoints.hub import check_place
-from qmoe.cli.output import Debug, Json, grouped, print_json, quiet
+from qmoe.cli.output import Debug, Json, grouped, print_json, quiet, readable_size
 from qmoe.cli.ranks import rank_0_speaks, rank_of_torchrun
 from qmoe.cli.status_line import CacheStatus
 from qmoe.exits import INTERRUPTED, interruptible
@@ -95,17 +95,6 @@ def _readable_budget(budget: str | None) -> str | None:
     return budget
 
 
-def _readable_size(size: str | None) -> str | None:
-    if size is not None:
-        from qmoe.sizes import parse_size
-
-        try:
-            parse_size(size)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-    return size
-
-
 @dataclass(frozen=True)
 class Loading:
     """How the model is loaded."""
@@ -155,7 +144,7 @@ class Paging:
     host_memory: Annotated[
         str | None,
         typer.Option(
-            callback=_readable_size,
+            callback=readable_size,
             help="Host memory for paged experts: 16GiB. Others are read from the files as needed.",
             show_default="all are in host memory",
         ),

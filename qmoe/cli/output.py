@@ -23,6 +23,18 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure.")]
 
 
+def readable_size(size: str | None) -> str | None:
+    """What an option that takes a size calls back: it is refused where it is none."""
+    if size is not None:
+        from qmoe.sizes import parse_size
+
+        try:
+            parse_size(size)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+    return size
+
+
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """Let options travel whole: a command's parameter may be a dataclass of options.
 
