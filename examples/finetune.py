@@ -37,8 +37,8 @@ def main() -> None:
     set_seed(0)
     cuda = torch.cuda.is_available()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    weights = None if arguments.weights == "none" else arguments.weights
-    model = qmoe.load(arguments.model, weights=weights, dtype="auto" if cuda else "float32")
+    dtype = "auto" if cuda else "float32"
+    model = qmoe.load(arguments.model, weights=arguments.weights, dtype=dtype)
     text = "\n".join(file.read_text(encoding="utf-8") for file in arguments.text)
     held_out = text[len(text) * 9 // 10 :]
     ids = tokenizer(text[: -len(held_out)], add_special_tokens=False)["input_ids"]
