@@ -75,8 +75,8 @@ def main() -> None:
     print(qmoe.generate(model, tokenizer, PROMPT, max_new_tokens=48, do_sample=False).texts[0])
     model.save_pretrained(arguments.out)
     print(f"the adapter is in {arguments.out}; to make it a part of the model:")
-    again = f" --weights {weights}" if weights else ""
-    print(f"qmoe merge {arguments.model} {arguments.out} -o MERGED{again}")
+    command = f"qmoe merge {arguments.model} {arguments.out} -o MERGED"
+    print(f"{command} --weights {arguments.weights}")
 
 
 if __name__ == "__main__":

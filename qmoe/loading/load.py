@@ -38,6 +38,7 @@ from qmoe.loading.spread import load_spread
 from qmoe.paging.host_store import available_bytes
 from qmoe.paging.options import PagingOptions, paging_options
 from qmoe.parallel.group import RankGroup, rank_group
+from qmoe.sizes import format_size
 from qmoe_kernels.fused_moe import check_activations
 from qmoe_kernels.quantization import STORAGE_DTYPE
 
@@ -173,15 +174,23 @@ def load_partly(
     places: dict[int | str, int] = {"cpu": memory}
     if device.type == "cuda":
         places = {device.index: memory, "cpu": int(0.9 * (available_bytes() or 0))}
-    return _from_pretrained(
-        path_or_repo,
-        config,
-        _choose_dtype(dtype),
-        "auto",
-        None,
-        max_memory=places,
-        offload_folder=folder,
-    )
+    try:
+        return _from_pretrained(
+            path_or_repo,
+            config,
+            _choose_dtype(dtype),
+            "auto",
+            None,
+            max_memory=places,
+            offload_folder=folder,
+        )
+    except ValueError as error:
+        if "offload the whole model" not in str(error):
+            raise
+        # Old releases of accelerate: their way to read all of a model from disk is another one.
+        raise ValueError(
+            f"{path_or_repo}: no module of it fits into {format_size(memory)}; give it more memory"
+        ) from None
 
 
 def skeleton(path_or_repo: str | Path) -> PreTrainedModel:

@@ -535,7 +535,8 @@ def test_compiles_for_every_architecture() -> None:
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_MEMORY[kernel["capability"]] * 1024, kernel
         # Triton 3.6 spills in one case, for GPUs that it was not measured on.
-        most = 24 if kernel["capability"] >= 100 and version("triton").startswith("3.6.") else 0
+        older = version("triton").startswith("3.6.") and kernel["capability"] not in (80, 90)
+        most = 24 if older else 0
         assert kernel["spilled"] <= most, kernel
         if kernel["kernel"] == "gather_kernel":  # a thread moves 16 bytes at a time
             assert kernel["stores"] == ["st.global.v2.b64"], kernel
