@@ -8,11 +8,12 @@ python examples/finetune.py [FOLDER_OR_HUB_ID] [--text FILE ...] [--out FOLDER]
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 import qmoe
 
@@ -24,7 +25,9 @@ PROMPT = "The experts of a model"
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", nargs="?", default=str(ROOT / "examples" / "tiny-moe"))
-    parser.add_argument("--weights", choices=("int8", "fp8"), default="int8")
+    parser.add_argument(
+        "--weights", choices=("int8", "fp8"), default="int8", help="of a model in 16 bit"
+    )
     parser.add_argument("--text", nargs="+", type=Path, default=sorted(ROOT.glob("docs/*.md")))
     parser.add_argument("--out", default="finetuned", help="where the adapter goes")
     parser.add_argument("--steps", type=int, default=150, help="of the optimizer")
@@ -38,11 +41,15 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     dtype = "auto" if cuda else "float32"
-    model = qmoe.load(arguments.model, weights=arguments.weights, dtype=dtype)
+    converted = hasattr(AutoConfig.from_pretrained(arguments.model), "quantization_config")
+    weights = None if converted else arguments.weights
+    model = qmoe.load(arguments.model, weights=weights, dtype=dtype)
     text = "\n".join(file.read_text(encoding="utf-8") for file in arguments.text)
     held_out = text[len(text) * 9 // 10 :]
     ids = tokenizer(text[: -len(held_out)], add_special_tokens=False)["input_ids"]
     windows = [ids[i : i + WINDOW] for i in range(0, len(ids) - WINDOW, WINDOW)]
+    if not windows:
+        sys.exit(f"--text: {len(ids)} tokens to learn from; more than {WINDOW} are needed")
 
     config = LoraConfig(
         r=arguments.rank,

@@ -80,6 +80,7 @@ class ParamWrapper(layer.ParamWrapper):
         if isinstance(self.get_base_layer(), QuantizedExperts):
             raise ValueError(
                 f"{self.parameter_name} is in 8 bit and takes no adapter in; save the adapter and "
-                "call qmoe.merge(checkpoint, adapter, output), which writes a merged checkpoint"
+                "call qmoe.merge(checkpoint, adapter, output), which writes a merged checkpoint; "
+                "unmerge_adapter() takes out what PEFT has merged before it met the experts"
             )
         super().merge(safe_merge, adapter_names)

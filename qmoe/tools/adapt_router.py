@@ -34,7 +34,7 @@ from qmoe.sizes import format_size, parse_size
 from qmoe.tools.routers.find import expert_blocks, find_routers, stored_routers
 from qmoe.tools.routers.output import AdaptedOutput, find_source
 from qmoe.tools.routers.targets import TOP_K, Targets, TargetShape
-from qmoe.tools.routers.train import Course, Measured, Training, perplexity_of
+from qmoe.tools.routers.train import Course, Measured, Training, check_dtype, perplexity_of
 from qmoe.tools.routers.windows import (
     Windows,
     cut,
@@ -48,6 +48,8 @@ from qmoe.tools.threads import threads_for
 # Of free memory; the rest is for what a forward pass takes.
 TEACHER_SHARE = 0.8
 SECONDS_BETWEEN_FLUSHES = 30.0
+
+_NO_EXPERTS = "its experts are not in 8 bit; convert it with convert-checkpoint first"
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,8 @@ def adapt_router(
         raise ValueError(why)
     folder, _ = find_source(converted, None)
     tensors = open_checkpoint(folder)
+    if not any(tensor.dtype in ("I8", "F8_E4M3") for tensor in tensors.values()):
+        raise ValueError(f"{folder}: {_NO_EXPERTS}")
     shape = _compare(folder, str(teacher))
     _check_window(window, shape)
     windows = cut(files, _tokens(folder, str(teacher), texts), window)
@@ -173,7 +177,7 @@ def adapt_router(
     course = Course(order, windows.learn, windows.held_out, lr, layers)
     options = {
         "CONVERTED": _identity(folder, tensors),
-        "--teacher": str(teacher),
+        "--teacher": _place(str(teacher)),
         "--data": sha256_of_texts(texts),
         "--window": str(window),
         "--steps": str(steps),
@@ -184,6 +188,7 @@ def adapt_router(
         "--dtype": str(dtype),
     }
     run = _Run(str(teacher), folder, tensors, course, device, dtype, memory, progress, say)
+    check_dtype(run.dtype_of(shape))
     with ExitStack() as stack:
         stack.enter_context(output.held())
         output.open(options, resume=resume)
@@ -236,9 +241,10 @@ class _Run:
 
     def bytes_of(self, shape: Any) -> int:
         """What the teacher's weights take in memory."""
-        return sum(p.numel() for p in shape.parameters()) * self._dtype_of(shape).itemsize
+        return sum(p.numel() for p in shape.parameters()) * self.dtype_of(shape).itemsize
 
-    def _dtype_of(self, shape: Any) -> torch.dtype:
+    def dtype_of(self, shape: Any) -> torch.dtype:
+        """What is computed in."""
         dtype = shape.config.dtype if self.dtype == "auto" else self.dtype
         found = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         return found if isinstance(found, torch.dtype) else torch.float32
@@ -255,7 +261,7 @@ class _Run:
             num_layers=len(expert_blocks(shape)) if course.layers else 0,
             num_with_layers=len(course.learn),
             hidden_size=config.hidden_size,
-            dtype=self._dtype_of(shape),
+            dtype=self.dtype_of(shape),
         )
         model_bytes, memory = self.bytes_of(shape), self._memory(shape)
         partly = memory is not None
@@ -321,10 +327,7 @@ class _Run:
         """The model, once its routers have learned."""
         model = load(self.folder, device=self.device, dtype=self.dtype)
         if not quantized_modules(model):
-            raise ValueError(
-                f"{self.folder}: its experts are not in 8 bit; convert it with convert-checkpoint "
-                "first"
-            )
+            raise ValueError(f"{self.folder}: {_NO_EXPERTS}")
         routers = find_routers(model)
         stored = stored_routers(model, routers, self.tensors)
         training = Training(model, routers, stored, targets, self.course)
@@ -420,6 +423,12 @@ def _only_used(windows: Windows, order: Tensor) -> tuple[Windows, Tensor]:
     """Leave out windows that no step learns from, so that the teacher does not read them."""
     used, order = order.unique(return_inverse=True)
     return Windows(windows.learn[used], windows.held_out), order
+
+
+def _place(teacher: str) -> str:
+    """Tells a teacher from another, or from what it was, if it is a folder."""
+    folder = Path(teacher)
+    return _identity(folder, open_checkpoint(folder)) if folder.is_dir() else teacher
 
 
 def _identity(folder: Path, tensors: dict[str, StoredTensor]) -> str:

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from qmoe.exits import printable
@@ -94,9 +95,14 @@ def check_arguments(checkpoint: Path, adapter: Path, output: Path, weights: str 
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder}: no such folder")
     if not (adapter / "adapter_config.json").is_file():
+        named = sorted(file.parent.name for file in adapter.glob("*/adapter_config.json"))
         raise ValueError(
-            f"{adapter}: no adapter, it has no adapter_config.json; give the folder that "
-            "save_pretrained of PEFT wrote"
+            f"{adapter}: no adapter, it has no adapter_config.json; give "
+            + (
+                f"one of those in it: {', '.join(named[:5])}"
+                if named
+                else "the folder that save_pretrained of PEFT wrote"
+            )
         )
     _check_absent(output)
     if find_spec("peft") is None:
@@ -174,10 +180,22 @@ def _read_config(adapter: Path) -> Any:
 def _merged(model: Any, adapter: Path, config: Any) -> Any:
     """The model with the adapter in its weights."""
     import peft
+    from peft.tuners.lora import LoraLayer
 
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
     try:
         adapted = peft.PeftModel(model, config)
         found = adapted.load_adapter(str(adapter), "default")
+        for module in adapted.modules():
+            if isinstance(module, LoraLayer):
+                weight = getattr(module.get_base_layer(), "weight", None)
+                if len(tied := names.get(id(weight), [])) > 1:
+                    raise ValueError(
+                        f"it adapts one of {' and '.join(tied)}, which are one weight in this "
+                        "model; an adapter without it can be merged"
+                    )
         if found.missing_keys or found.unexpected_keys:
             few = (*found.missing_keys, *found.unexpected_keys)[:2]
             raise ValueError(
@@ -185,7 +203,7 @@ def _merged(model: Any, adapter: Path, config: Any) -> Any:
                 f"{len(found.unexpected_keys)} belong to nothing ({', '.join(few)})"
             )
         return adapted.merge_and_unload(safe_merge=True)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, UnpicklingError) as error:
         raise ValueError(
             f"{adapter}: does not fit {type(model).__name__}: {printable(str(error))[:300]}"
         ) from None

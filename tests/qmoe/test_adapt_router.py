@@ -319,6 +319,12 @@ class TestResume:
             adapt_router(disturbed, tmp_path / "out", progress=interrupt, **run)
         with pytest.raises(ValueError, match=r"begun with --lr 0\.03, and this is --lr 0\.02"):
             adapt_router(disturbed, tmp_path / "out", resume=True, **(run | {"lr": 0.02}))
+        file = source / "model.safetensors"
+        moved = file.stat()
+        os.utime(file, (1, 1))
+        with pytest.raises(ValueError, match=r"begun with --teacher .* and this is --teacher "):
+            adapt_router(disturbed, tmp_path / "out", resume=True, **run)
+        os.utime(file, ns=(moved.st_atime_ns, moved.st_mtime_ns))
         broken = tmp_path / "out.partial" / "training.safetensors"
         broken.write_bytes(b"no tensors")
         with pytest.raises(ValueError, match=r"remove .* to start afresh"):
@@ -418,6 +424,8 @@ class TestCommand:
             ((disturbed, "--teacher", tmp_path / "no", "--data", data), 3, "no such folder"),
             ((tmp_path / "no", "--teacher", source, "--data", data), 3, "no such folder"),
             ((source, "--teacher", source, "--data", data), 3, "are not in 8 bit"),
+            ((disturbed, "--teacher", source, "--data", data, "--dtype", "float16"), 3,
+             "the routers are in float16"),
             ((disturbed, "--teacher", source, "--data", data, "--lr", 2), 2, "--lr"),
             ((disturbed, "--teacher", source, "--data", data, "--teacher-memory", "x"), 2,
              "is not a size"),
@@ -426,7 +434,7 @@ class TestCommand:
             assert self.run(*arguments, "-o", out) == code, arguments
             error = capsys.readouterr().err
             assert message in error and error.rstrip().splitlines()[-1].startswith("qmoe"), error
-            assert not out.exists()
+            assert not out.exists() and not (tmp_path / "out.partial").exists()
 
     def test_a_window_beyond_the_context(
         self, source: Path, disturbed: Path, data: Path, tmp_path: Path

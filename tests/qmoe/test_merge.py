@@ -137,6 +137,33 @@ class TestRefusals:
         self.refuse(folder, ValueError, r"weights='int4'.*'int8' and 'fp8'", weights="int4")
         self.refuse(folder, ValueError, "config.json", checkpoint=folder / "adapter")
 
+    def test_one_of_several_adapters(self, folder: Path, tmp_path: Path) -> None:
+        shutil.copytree(folder / "adapter", tmp_path / "several" / "mine")
+        match = "give one of those in it: mine"
+        self.refuse(folder, ValueError, match, adapter=tmp_path / "several")
+
+    @pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+    def test_a_weight_that_is_two(self, module: str, tmp_path: Path) -> None:
+        """A sum in the embedding would be in the output layer as well."""
+        from peft import LoraConfig, get_peft_model
+
+        model = zoo.build("gpt_oss")
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        model.save_pretrained(tmp_path / "plain")
+        config = LoraConfig(target_modules=["q_proj", module], init_lora_weights=False)
+        get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+        match = "adapts one of .*embed_tokens.weight.* and .*lm_head.weight.*, which are one"
+        self.refuse(tmp_path, ValueError, match)
+
+    def test_a_scale_that_is_no_number(self, folder: Path, tmp_path: Path) -> None:
+        shutil.copytree(folder / "adapter", tmp_path / "adapter")
+        file = tmp_path / "adapter" / "adapter_config.json"
+        changed = json.loads(file.read_text(encoding="utf-8")) | {"lora_alpha": "x"}
+        file.write_text(json.dumps(changed), encoding="utf-8")
+        self.refuse(folder, ValueError, "does not fit", adapter=tmp_path / "adapter")
+
     def test_another_models_adapter(self, folder: Path, tmp_path: Path) -> None:
         other = make_folders("qwen3_moe", tmp_path)
         self.refuse(folder, ValueError, "does not fit GptOss.*size", adapter=other / "adapter")

@@ -79,6 +79,15 @@ class Course:
         return step == self.steps or step % every == 0
 
 
+def check_dtype(dtype: torch.dtype) -> None:
+    """Raise ValueError if routers cannot learn in this dtype."""
+    if dtype == torch.float16:
+        raise ValueError(
+            "the routers are in float16, in which small gradients vanish; give --dtype bfloat16 or "
+            "float32"
+        )
+
+
 class Training:
     """A model whose routers learn; it belongs to this one.
 
@@ -99,11 +108,8 @@ class Training:
     ) -> None:
         self.model, self.routers, self.stored = model, routers, stored
         self.targets, self.course = targets, course
-        if any(parameter.dtype == torch.float16 for parameter in routers.values()):
-            raise ValueError(
-                "the routers are in float16, in which small gradients vanish; give --dtype "
-                "bfloat16 or float32"
-            )
+        for parameter in routers.values():
+            check_dtype(parameter.dtype)
         model.requires_grad_(False)
         for parameter in routers.values():
             parameter.requires_grad_(True)
