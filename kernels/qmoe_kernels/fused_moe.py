@@ -94,8 +94,10 @@ def fused_moe(
     """
     _check_activations(activations, gate_up_proj)
     _check_hidden_states(hidden_states, topk_ids)
-    if activations == "auto" and _is_recorded(hidden_states, topk_weights):
+    mixed = gate_up_proj.dtype != down_proj.dtype
+    if activations == "auto" and (mixed or _is_recorded(hidden_states, topk_weights)):
         activations = "bf16"
+    _check_activations(activations, down_proj)
     gate_up = Projection(gate_up_proj, gate_up_proj_scale, gate_up_proj_bias, expert_to_slot)
     down = Projection(down_proj, down_proj_scale, down_proj_bias, expert_to_slot)
     num_rows = _check_projection("gate_up_proj", gate_up, hidden_states, hidden_states.shape[-1])
@@ -108,6 +110,16 @@ def fused_moe(
             )
         in_features = num_rows // 2 if activation.gated else num_rows
     _check_projection("down_proj", down, hidden_states, in_features)
+    if down_proj.shape[0] != gate_up_proj.shape[0] or down.num_experts != gate_up.num_experts:
+        raise ValueError(
+            f"down_proj holds {down_proj.shape[0]} experts and gate_up_proj "
+            f"{gate_up_proj.shape[0]}; they must agree"
+        )
+    if down_proj.shape[1] != hidden_states.shape[-1]:
+        raise ValueError(
+            f"down_proj has {down_proj.shape[1]} rows; hidden_states has rows of "
+            f"{hidden_states.shape[-1]}"
+        )
     if topk_weights is not None:
         _check_topk_weights(topk_weights, tuple(topk_ids.shape), hidden_states.device)
     if isinstance(activation, Activation):
@@ -474,7 +486,7 @@ def _native_layer(
     rows, left = cpu.layer(*_native_rows(hidden, to), topk_ids, down, dtype=x.dtype)
     if left or topk_weights is None:
         return rows, left
-    rows = rows.view(*topk_ids.shape, -1)
+    rows = rows.view(*topk_ids.shape, down.weight.shape[1])
     total = _weighted_sum_cpu(rows, topk_weights, topk_ids, gate_up.num_experts, dtype=x.dtype)
     return total, left
 

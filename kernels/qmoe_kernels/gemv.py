@@ -13,6 +13,7 @@ from qmoe_kernels.launching import (
     has_dependent_launch,
     is_widened_fp8,
     launch_options,
+    narrow,
     prefetch,
     weight_bits,
 )
@@ -67,7 +68,7 @@ def gemv_kernel(
     BLOCK_OUT: tl.constexpr = BLOCK_N // 2 if GATED else BLOCK_N
     order = tl.arange(0, PAIRS_BLOCK)
     pairs = tl.program_id(0) * PAIRS + order
-    expert = tl.load(topk_ids_ptr + pairs, mask=order < PAIRS, other=-1).to(tl.int32)
+    expert = narrow(tl.load(topk_ids_ptr + pairs, mask=order < PAIRS, other=-1))
     routed = (expert >= 0) & (expert < num_experts)
     expert = tl.where(routed, expert, 0)
     slot = expert

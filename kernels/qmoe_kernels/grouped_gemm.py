@@ -31,6 +31,7 @@ from qmoe_kernels.launching import (
     has_dependent_launch,
     is_widened_fp8,
     launch_options,
+    narrow,
     prefetch,
     weight_bits,
 )
@@ -172,7 +173,7 @@ def grouped_gemm_kernel(
         # Program tile_m has the rows of its pair's expert if the pair is that expert's first, or
         # its (BLOCK_M + 1)-th, and so on.
         ids = tl.arange(0, BLOCK_IDS)
-        all_experts = tl.load(ids_ptr + ids, mask=ids < num_pairs, other=-1).to(tl.int32)
+        all_experts = narrow(tl.load(ids_ptr + ids, mask=ids < num_pairs, other=-1))
         expert = tl.sum(tl.where(ids == tile_m, all_experts, 0), 0)
         if (expert < 0) | (expert >= num_experts):
             _wait_late(PREFETCH_LINES)

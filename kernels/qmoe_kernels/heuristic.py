@@ -21,6 +21,9 @@ _T = TypeVar("_T")
 # Up to here a program finds its rows among all pairs faster than a launch sorts them.
 UNSORTED_PAIRS = 48
 
+# Experts of one token that a program of the second product holds at most, without tensor cores.
+MOST_AT_ONCE = 32
+
 # hidden_size * intermediate_size up to which experts are small, and from which they are large.
 SMALL, LARGE = 3_000_000, 8_000_000
 
@@ -97,7 +100,7 @@ def heuristic_tiles(
     experts = 1 << (shape.top_k - 1).bit_length()
     # Without tensor cores, unless many of a program's lanes would stand for no expert.
     padded = experts > 1.5 * shape.top_k and activations.itemsize == 2
-    if num_tokens == 1 and activations.itemsize > 1 and not padded:
+    if num_tokens == 1 and activations.itemsize > 1 and not padded and experts <= MOST_AT_ONCE:
         return _one_token(shape, experts, weights)
     rows = num_pairs / shape.num_experts
     size = shape.hidden_size * shape.intermediate_size

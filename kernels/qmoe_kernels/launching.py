@@ -20,6 +20,14 @@ def prefetch(ptr, offsets, length, LINES: tl.constexpr):
     )
 
 
+@triton.jit
+def narrow(ids):
+    """Ids as int32; one that int32 does not hold stays outside of all experts."""
+    if ids.dtype == tl.int64:
+        ids = tl.minimum(tl.maximum(ids, -1), 0x7FFFFFFF)
+    return ids.to(tl.int32)
+
+
 # Inline assembly and programmatic launches are for devices, not for the interpreter.
 COMPILED = isinstance(prefetch, triton.JITFunction)
 

@@ -112,8 +112,8 @@ def _sort(
     block_m: int | None,
     expert_to_slot: torch.Tensor | None,
 ) -> ExpertRouting:
-    ids = topk_ids.flatten().to(torch.int32)
-    ids = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts)
+    ids = topk_ids.flatten()
+    ids = torch.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(torch.int32)
     sorted_ids, order = torch.sort(ids, stable=True)
     experts = torch.arange(num_experts + 1, dtype=torch.int32, device=ids.device)
     offsets = torch.searchsorted(sorted_ids, experts, out_int32=True)
@@ -223,6 +223,8 @@ def launch_routing(
 
 
 if triton is not None:
+    from qmoe_kernels.launching import narrow
+
     # Not specialized: a new number of tokens, or some of a tensor's, must not compile anything.
     @triton.jit(
         do_not_specialize=["num_pairs", "num_experts", "max_tiles"],
@@ -269,7 +271,7 @@ if triton is not None:
         for block in range(num_blocks):
             pairs = block * BLOCK + lanes
             inside = pairs < num_pairs
-            ids = tl.load(topk_ids_ptr + pairs, mask=inside, other=-1).to(tl.int32)
+            ids = narrow(tl.load(topk_ids_ptr + pairs, mask=inside, other=-1))
             exists = (ids >= 0) & (ids < num_experts)
             counts += tl.histogram(ids, BLOCK_EXPERTS, mask=exists & (ids <= first + 1))
             ids = tl.where(exists, ids, num_experts)
@@ -348,7 +350,7 @@ if triton is not None:
         counts = tl.zeros((BLOCK_EXPERTS,), dtype=tl.int32)
         for i in range(chunk_blocks):
             pairs = (chunk * chunk_blocks + i) * BLOCK + tl.arange(0, BLOCK)
-            ids = tl.load(topk_ids_ptr + pairs, mask=pairs < num_pairs, other=-1).to(tl.int32)
+            ids = narrow(tl.load(topk_ids_ptr + pairs, mask=pairs < num_pairs, other=-1))
             tl.store(counts_ptrs, counts.to(counts_ptr.dtype.element_ty))
             counts_ptrs += BLOCK_EXPERTS
             exists = (ids >= 0) & (ids < num_experts)
@@ -389,9 +391,9 @@ if triton is not None:
         pairs = block * BLOCK + lanes
         inside = pairs < num_pairs
         # count_pairs_kernel did not write ids: they are ranked while it runs.
-        ids = tl.load(topk_ids_ptr + pairs, mask=inside, other=-1).to(tl.int32)
+        ids = tl.load(topk_ids_ptr + pairs, mask=inside, other=-1)
         skipped = (ids < 0) | (ids >= num_experts)
-        ids = tl.where(skipped, num_experts, ids)
+        ids = tl.where(skipped, num_experts, ids).to(tl.int32)
         # Keys of an expert's pairs are BLOCK numbers in a row: those of its earlier pairs are the
         # `lane` ones below a pair's own. One comparison, as a negative difference is a large one.
         keys = ids * BLOCK + lanes

@@ -109,7 +109,7 @@ class TileTable:
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError, OSError) as error:
             raise ValueError(f"{path}: is not JSON ({error})") from None
         row = "the top"
         try:
@@ -128,7 +128,8 @@ class TileTable:
                 table.rows[kind] = {}
                 for num_tokens, cell in stored["num_tokens"].items():
                     row = f"row {index}, num_tokens {num_tokens}"
-                    if not (num_tokens.isdecimal() and int(num_tokens) > 0):
+                    known = num_tokens.isascii() and num_tokens.isdecimal() and len(num_tokens) < 10
+                    if not (known and int(num_tokens) > 0) or num_tokens.startswith("0"):
                         raise ValueError("is no number of tokens")
                     table.rows[kind][int(num_tokens)] = _measurement(cell)
         except (ValueError, TypeError, AttributeError) as error:
@@ -180,6 +181,11 @@ def tiles_from_dict(stored: Any) -> LayerTiles:
     return LayerTiles(**{**stored, **tiles})
 
 
+# What a size of a tile can be at most: far more fits no GPU's shared memory, or compiles for ever.
+_MOST = {"block_m": 256, "block_n": 256, "block_k": 1024, "num_warps": 16, "num_stages": 8,
+         "tail_m": 256}  # fmt: skip
+
+
 def sizes_from_dict(cls: type[_Sizes], stored: Any) -> _Sizes:
     """Undo ``dataclasses.asdict`` of a shape or a tile.
 
@@ -198,8 +204,10 @@ def sizes_from_dict(cls: type[_Sizes], stored: Any) -> _Sizes:
         if name.startswith("block_") or name in ("num_warps", "tail_m"):
             works = "a power of two works"
             valid = valid and value & (value - 1) == 0
+        if valid and value > (most := _MOST.get(name, 1 << 31)):
+            works, valid = f"at most {most} works", False
         if not valid:
-            raise ValueError(f"{name} is {value!r}; {works}")
+            raise ValueError(f"{name} is {repr(value)[:40]}; {works}")
     return cls(**stored)
 
 

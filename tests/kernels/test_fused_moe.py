@@ -565,3 +565,46 @@ def test_a_cpu_needs_no_triton() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_ids_beyond_32_bits_are_skipped(device: str, weights: str | None) -> None:
+    layer = random_layer(weights=weights).to(device)
+    layer.topk_ids[:] = 2**32 + 1
+    layer.topk_ids[0, 0] = torch.iinfo(torch.int64).min
+    for one in (layer, layer.tokens(slice(0, 1))):
+        assert not one.fused_moe().any()
+        if device == "cpu":
+            assert not one.triton().any()  # in the interpreter
+        arguments = one.arguments()
+        up = grouped_linear(
+            one.hidden_states, one.gate_up_proj, one.gate_up_proj_scale, one.topk_ids
+        )
+        assert not up.any()
+        assert not fused_moe(**arguments | {"topk_weights": None}).any()
+
+
+def test_projections_that_do_not_belong_together_are_refused() -> None:
+    layer = random_layer(weights=None)
+    arguments = layer.arguments()
+    with pytest.raises(ValueError, match="down_proj holds 3 experts and gate_up_proj 6"):
+        fused_moe(**arguments | {"down_proj": layer.down_proj[:3]})
+    with pytest.raises(ValueError, match="down_proj has 20 rows; hidden_states has rows of 40"):
+        fused_moe(**arguments | {"down_proj": layer.down_proj[:, :20]})
+
+
+def test_projections_of_two_formats() -> None:
+    """8-bit rows are of one format; 16-bit ones meet both."""
+    int8, fp8 = random_layer(weights="int8"), random_layer(weights="fp8")
+    mixed = replace(int8, down_proj=fp8.down_proj, down_proj_scale=fp8.down_proj_scale)
+    for activations in ("int8", "fp8"):
+        with pytest.raises(ValueError, match="8-bit activations need weights"):
+            mixed.fused_moe(activations=activations)
+    assert_close(mixed.fused_moe(activations="auto"), mixed.reference())
+
+
+@pytest.mark.parametrize("activations", ["int8", "fp8"])
+def test_no_tokens_with_rows_of_8_bits(activations: str) -> None:
+    none = random_layer(weights=activations).tokens(slice(0, 0))
+    assert none.fused_moe(activations=activations).shape == (0, 40)

@@ -185,6 +185,12 @@ class TestTables:
             ('"16"', '"many"', "is no number of tokens"),
             ('"rows"', '"row"', "the top: rows missing"),
             ('{"block_m": 16', '[{"block_m": 16', "is not JSON"),
+            ('"rows"', '"gpu": ' + "[" * 100_000 + ', "rows"', "is not JSON"),
+            ('"block_k": 128', '"block_k": 4096', "block_k is 4096; at most 1024 works"),
+            ('"num_warps": 4', '"num_warps": 64', "num_warps is 64; at most 16 works"),
+            ('"num_stages": 3', '"num_stages": 1000', "num_stages is 1000; at most 8 works"),
+            ('"16"', '"016"', "is no number of tokens"),
+            ('"16"', '"1' + "0" * 400 + '"', "is no number of tokens"),
         ],
     )
     def test_malformed(self, tmp_path: Path, old: str, new: str, message: str) -> None:
