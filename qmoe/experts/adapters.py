@@ -31,7 +31,8 @@ class ParamWrapper(layer.ParamWrapper):
         """Raise ValueError if adapters of this parameter cannot run."""
         if not hasattr(layer.ParamWrapper, "get_delta_factors"):
             raise ValueError(
-                f"PEFT {peft.__version__} keeps adapters of experts in another way; install 0.21.2"
+                f"PEFT {peft.__version__} keeps adapters of experts in another way; install 0.21.2 "
+                "or newer"
             )
         if experts.share is not None:
             raise ValueError(
