@@ -110,7 +110,7 @@ def fused_moe(
             )
         in_features = num_rows // 2 if activation.gated else num_rows
     _check_projection("down_proj", down, hidden_states, in_features)
-    if down_proj.shape[0] != gate_up_proj.shape[0] or down.num_experts != gate_up.num_experts:
+    if down_proj.shape[0] != gate_up_proj.shape[0]:
         raise ValueError(
             f"down_proj holds {down_proj.shape[0]} experts and gate_up_proj "
             f"{gate_up_proj.shape[0]}; they must agree"

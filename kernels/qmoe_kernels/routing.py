@@ -392,6 +392,7 @@ if triton is not None:
         inside = pairs < num_pairs
         # count_pairs_kernel did not write ids: they are ranked while it runs.
         ids = tl.load(topk_ids_ptr + pairs, mask=inside, other=-1)
+        # Compared as they are, so that `narrow` is not needed: it would spill on some GPUs.
         skipped = (ids < 0) | (ids >= num_experts)
         ids = tl.where(skipped, num_experts, ids).to(tl.int32)
         # Keys of an expert's pairs are BLOCK numbers in a row: those of its earlier pairs are the

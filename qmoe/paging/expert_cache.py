@@ -164,9 +164,12 @@ class ExpertCache:
         # as soon as anything else uses the slots.
         self._staged: _Staged | None = None
         self._absent: list[bool] = []
-        self._sharing: HostExperts | None = None
-        # What the host computed by hands that `share_misses` has let go.
-        self._served_before = [[0, 0] for _ in range(num_layers)]
+        # What computes some of the misses, and what others before it have done (see `_served`): one
+        # value, since counters are read without the lock.
+        self._share_state: tuple[HostExperts | None, list[list[int]]] = (
+            None,
+            [[0, 0] for _ in range(num_layers)],
+        )
         self._pool: _Pool | None = None
         self.resize(num_slots, num_staging)
         _caches.add(self)
@@ -265,8 +268,8 @@ class ExpertCache:
                 layer, expert = self._layer_of(page)
                 for source in self.host.pieces(layer, expert, expert + 1):
                     pool.memory[slot, : source.shape[1]].copy_(source[0], non_blocking=True)
-        if self._sharing is not None:
-            self._sharing.forget()  # stamps of another clock
+        if self.sharing is not None:
+            self.sharing.forget()  # stamps of another clock
         self._interrupted = False
 
     def _new_pool(self, residency: Residency, num_staging: int) -> _Pool:
@@ -308,25 +311,24 @@ class ExpertCache:
         """Let the host compute some of the misses from now on, which the cache then owns."""
         with self.lock, self._on_device():
             self._refuse_if_closed()
-            if self._sharing is sharing:
+            before = self.sharing
+            if before is sharing:
                 return
             self._synchronize()
-            if self._sharing is not None:
-                self._served_before = self._served()
-            before, self._sharing = self._sharing, sharing
+            self._share_state = sharing, self._served()
             if before is not None:
                 before.stop()
 
     @property
     def sharing(self) -> HostExperts | None:
         """What computes some of the misses; None: all come over the link."""
-        return self._sharing
+        return self._share_state[0]
 
     def _forget(self) -> None:
         """Empty every slot: what a step that was cut off left there is not known."""
         self._staged = None
-        if self._sharing is not None:
-            self._sharing.drain()
+        if self.sharing is not None:
+            self.sharing.drain()
         if self._reads is not None:
             with self._counting_failures():
                 self._reads.forget()
@@ -339,11 +341,12 @@ class ExpertCache:
         with self.lock:
             self._closed = True
             self._synchronize()
-            if self._sharing is not None:
-                self._sharing.stop()
+            if self.sharing is not None:
+                self.sharing.stop()
             if self._reads is not None:
                 self._reads.stop()
-            self._pool = self._staged = self._sharing = None
+            self._pool = self._staged = None
+            self._share_state = None, self._served()
             self.host.close()
 
     # ---- a layer -------------------------------------------------------------------------------
@@ -393,7 +396,7 @@ class ExpertCache:
         records = torch.is_grad_enabled() and any(
             x is not None and x.requires_grad for x in (hidden_states, topk_weights)
         )
-        return self._sharing is not None and not records and self._sharing.takes(*topk_ids.shape)
+        return self.sharing is not None and not records and self.sharing.takes(*topk_ids.shape)
 
     def _run_shared(
         self,
@@ -405,7 +408,7 @@ class ExpertCache:
         compute: Compute,
     ) -> Tensor:
         """The host computes some of the experts that are absent, the link brings the others."""
-        sharing = self._sharing
+        sharing = self.sharing
         assert sharing is not None
         if not self._capturing():
             sharing.begin([layer])
@@ -637,8 +640,8 @@ class ExpertCache:
             self._follow()
             if not self._capturing():
                 with self._counting_failures():
-                    if self._sharing is not None:
-                        self._sharing.begin()
+                    if self.sharing is not None:
+                        self.sharing.begin()
                     if self._reads is not None:
                         self._unless_failed(self._reads.begin)
             self._staged = None  # other pages may be resident afterwards
@@ -653,8 +656,8 @@ class ExpertCache:
             CheckpointError: a page could not be read.
         """
         with self.lock, self._on_device(), self._counting_failures():
-            if self._sharing is not None:
-                self._sharing.check()
+            if self.sharing is not None:
+                self.sharing.check()
             if self._reads is not None:
                 self._unless_failed(self._reads.check)
 
@@ -675,10 +678,10 @@ class ExpertCache:
     def stop_workers(self) -> None:
         """End the threads on the host, if there are some; the next step starts others."""
         with self.lock, self._on_device():
-            if self._sharing is not None or self._reads is not None:
+            if self.sharing is not None or self._reads is not None:
                 self._synchronize()
-            if self._sharing is not None:
-                self._sharing.stop()
+            if self.sharing is not None:
+                self.sharing.stop()
             if self._reads is not None:
                 self._reads.stop()
 
@@ -762,7 +765,7 @@ class ExpertCache:
 
     def _served(self) -> list[list[int]]:
         """Of each layer, the columns of `mailbox.Posts`' counters since the cache was made."""
-        before, sharing = self._served_before, self._sharing
+        sharing, before = self._share_state
         if sharing is None:
             return before
         now = sharing.read_counters()

@@ -550,7 +550,8 @@ def _closer(shutdown: Callable[[], None], steps: Iterable[Any]) -> Callable[[], 
 
     def close() -> None:
         for step in list(steps):
-            step.forget_graphs()
+            with suppress(Exception):  # connections close, whatever a device says by then
+                step.forget_graphs()
         asked.set()
         thread.join(_CLOSING)
 

@@ -56,10 +56,10 @@ def replay(
         trace: what was asked for.
         capacity: slots, at least trace.top_k.
         policy: which page goes when one has to: ``"lru"``, the least recently used, as
-            `qmoe_kernels.paging` has it; ``"lfu"``, the
-            one used least often since the start of the trace, whether it was in a slot or not;
-            ``"belady"``, the one whose next use is farthest away, which no policy can beat (L. A.
-            Belady, "A study of replacement algorithms for a virtual-storage computer", 1966).
+            `qmoe_kernels.paging` has it; ``"lfu"``, the one used least often since the start of the
+            trace, whether it was in a slot or not; ``"belady"``, the one whose next use is farthest
+            away, which no policy can beat (L. A. Belady, "A study of replacement algorithms for a
+            virtual-storage computer", 1966).
         warmup: the first so many tokens fill the cache and are not counted.
 
     Raises:

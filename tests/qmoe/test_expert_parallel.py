@@ -34,7 +34,7 @@ from qmoe.experts.quantized import QuantizedExperts, group_of, quantized_modules
 from qmoe.loading import shares
 from qmoe.paging.host_store import HostStore
 from qmoe.parallel import failure
-from qmoe.parallel.group import rank_group
+from qmoe.parallel.group import _closer, rank_group
 from qmoe.parallel.share import ranges, share_of
 from qmoe.text import Text
 from qmoe_convert.convert import convert
@@ -795,6 +795,24 @@ def test_each_rank_pages_with_its_own_budget(checkpoints, tokenizer, alone) -> N
         assert before[0] == after == greedy
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert zero[1] <= one[1] and zero[2][1] < 2 * 16
+
+
+def test_graphs_go_before_connections_close() -> None:
+    """NCCL waits for graphs that hold its connections."""
+    order: list[str] = []
+
+    class Captured:
+        def __init__(self, error: Exception | None = None) -> None:
+            self.error = error
+
+        def forget_graphs(self) -> None:
+            order.append("graphs")
+            if self.error is not None:
+                raise self.error
+
+    steps = [Captured(RuntimeError("the device is gone")), Captured()]
+    _closer(lambda: order.append("connections"), steps)()
+    assert order == ["graphs", "graphs", "connections"]
 
 
 # ---- gradients ---------------------------------------------------------------------------------
