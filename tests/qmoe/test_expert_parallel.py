@@ -797,22 +797,21 @@ def test_each_rank_pages_with_its_own_budget(checkpoints, tokenizer, alone) -> N
     assert zero[1] <= one[1] and zero[2][1] < 2 * 16
 
 
-def test_graphs_go_before_connections_close() -> None:
-    """NCCL waits for graphs that hold its connections."""
+def closes(rank: int) -> list[str]:
     order: list[str] = []
 
     class Captured:
-        def __init__(self, error: Exception | None = None) -> None:
-            self.error = error
-
         def forget_graphs(self) -> None:
             order.append("graphs")
-            if self.error is not None:
-                raise self.error
+            raise RuntimeError("the device is gone")
 
-    steps = [Captured(RuntimeError("the device is gone")), Captured()]
-    _closer(lambda: order.append("connections"), steps)()
-    assert order == ["graphs", "graphs", "connections"]
+    _closer(lambda: order.append("connections"), [Captured(), Captured()])()
+    return order
+
+
+def test_graphs_go_before_connections_close() -> None:
+    """NCCL waits for graphs that hold its connections; a thread, which a fork must not meet."""
+    assert ranks.run(1, closes) == [["graphs", "graphs", "connections"]]
 
 
 # ---- gradients ---------------------------------------------------------------------------------
