@@ -192,6 +192,7 @@ def decode(
     step.rounds_prompts = step.rounds_prompts and replay is None
     if replay is not None:
         first = group.rank * rows if own else 0
+        replay.num_tokens = traces[0].num_tokens
         replay.load(*traces[first : first + rows])
         replay.token.zero_()
     ids = torch.arange(rows * PROMPT, device=device).view(rows, PROMPT) % model.config.vocab_size
@@ -376,12 +377,14 @@ def load_by_transformers(shape: Shape, worker: Worker) -> Any:
     whole = build_model(shape, worker.device, "bf16")
     if group.size == 1:
         return whole
+    config = shape.config()
     spread: dict[str, Any] = {"tp_size": group.size, "enable_expert_parallel": True}
     if "ep_size" in {field.name for field in fields(DistributedConfig)}:  # from 5.21 on
-        spread = {"tp_size": group.size, "ep_size": group.size, "tp_plan": {}}
+        spread = {"tp_size": group.size, "ep_size": group.size}
+        config.base_model_tp_plan = {}  # the attention stays whole, as before
     model = Qwen3MoeForCausalLM.from_pretrained(
         None,
-        config=shape.config(),
+        config=config,
         state_dict=whole.state_dict(),
         dtype=torch.bfloat16,
         distributed_config=DistributedConfig(**spread),
