@@ -46,6 +46,9 @@ MANY_TEXTS = 64  # from so many on each rank has its own part
 DEEPSEEK_LAYERS = 8
 # For transformers in 16 bits; experts of a layer take 1.2 GB.
 TRANSFORMERS_LAYERS = 8
+# Relative Frobenius distance of logits in bf16. Wrong weights give 1 and more; a near tie of routers
+# that is decided otherwise gives some hundredths.
+MOST_DIFFERENT = 0.2
 # Of the paged model: layers that have memory of their own on the host, and what slots leave free on
 # the GPU for keys, values and a step.
 HOST_LAYERS = 4
@@ -392,6 +395,12 @@ def load_by_transformers(shape: Shape, worker: Worker) -> Any:
     held = _local(model.model.layers[0].mlp.experts.down_proj).shape[0]
     if held * group.size != shape.num_experts:
         raise ValueError(f"transformers holds {held} of {shape.num_experts} experts on a rank")
+    ids = torch.arange(16, device=worker.device)[None] % shape.vocab_size
+    expected, actual = (m(ids).logits.float() for m in (whole, model))
+    distance = float((actual - expected).norm() / expected.norm())
+    if not distance < MOST_DIFFERENT:
+        raise ValueError(f"logits of transformers' spread model are {distance:.3f} off")
+    worker.say(f"logits of transformers' spread model are {distance:.4f} off those of the whole")
     return model
 
 
