@@ -46,8 +46,8 @@ MANY_TEXTS = 64  # from so many on each rank has its own part
 DEEPSEEK_LAYERS = 8
 # For transformers in 16 bits; experts of a layer take 1.2 GB.
 TRANSFORMERS_LAYERS = 8
-# Relative Frobenius distance of logits in bf16. Wrong weights give 1 and more, a near tie of routers
-# that is decided otherwise some hundredths.
+# Relative Frobenius distance of logits in bf16: wrong weights give 1 and more, a near tie of
+# routers that is decided otherwise some hundredths.
 MOST_DIFFERENT = 0.2
 # Of the paged model: layers that have memory of their own on the host, and what slots leave free on
 # the GPU for keys, values and a step.
