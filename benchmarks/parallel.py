@@ -204,7 +204,7 @@ class Worker:
 
         def note(*given: Any) -> Tensor:
             calls.append(given)
-            outputs.append(_products(*given))
+            outputs.append(_experts(*given))
             return outputs[-1]
 
         with _instead_of_products(note):
@@ -212,7 +212,7 @@ class Worker:
         turns = cycle(outputs)
         with _instead_of_products(lambda *given: next(turns)):
             exchange_us = self.microseconds(call)
-        products_us = self.microseconds(lambda: [_products(*given) for given in calls])
+        products_us = self.microseconds(lambda: [_experts(*given) for given in calls])
         hidden = round(1 - (us - products_us) / exchange_us, 3)
         return {"products_us": products_us, "exchange_us": exchange_us, "hidden": hidden}
 
@@ -244,7 +244,7 @@ class Worker:
 
         def same() -> Tensor:
             hidden, ids, w = rows
-            return self.group.sum(_experts(own, hidden, share.own_ids(ids), w, activations))
+            return self.group.sum(_products(own, hidden, share.own_ids(ids), w, activations))
 
         ways = [("same", same, slice(None))]
         tokens = len(rows[0])
@@ -258,31 +258,14 @@ class Worker:
                 texts.rows = count
                 return texts.run(
                     *my_rows,
-                    lambda h, ids, w: _experts(own, h, share.own_ids(ids), w, activations),
+                    lambda h, ids, w: _products(own, h, share.own_ids(ids), w, activations),
                 )
 
             ways.append(("own", scattered, mine))
         return ways
 
 
-# What runs in place of a layer's products while its parts are timed.
-_instead: ContextVar[Callable[..., Tensor] | None] = ContextVar("_instead", default=None)
-
-
-@contextmanager
-def _instead_of_products(function: Callable[..., Tensor]) -> Iterator[None]:
-    token = _instead.set(function)
-    try:
-        yield
-    finally:
-        _instead.reset(token)
-
-
-def _experts(*given: Any) -> Tensor:
-    return (_instead.get() or _products)(*given)
-
-
-def _products(
+def _experts(
     weights: LayerWeights, hidden: Tensor, ids: Tensor, topk_weights: Tensor, activations: str
 ) -> Tensor:
     return fused_moe(
@@ -299,6 +282,23 @@ def _products(
 
 def _sliced(tensor: Tensor | None, part: slice) -> Tensor | None:
     return None if tensor is None else tensor[part]
+
+
+# What runs in place of a layer's products while its parts are timed.
+_instead: ContextVar[Callable[..., Tensor] | None] = ContextVar("_instead", default=None)
+
+
+@contextmanager
+def _instead_of_products(function: Callable[..., Tensor]) -> Iterator[None]:
+    token = _instead.set(function)
+    try:
+        yield
+    finally:
+        _instead.reset(token)
+
+
+def _products(*given: Any) -> Tensor:
+    return (_instead.get() or _experts)(*given)
 
 
 def work(section: str, tiny: bool, out: Path) -> None:
