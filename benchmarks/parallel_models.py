@@ -7,6 +7,7 @@ rank alone.
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -238,7 +239,10 @@ def decode(
 
 
 def prefill(worker: Worker, model: Any, texts: int, columns: int) -> dict[str, Any]:
-    """Milliseconds that the reading of prompts takes on the slowest rank, each rank its part."""
+    """Milliseconds that the reading of prompts takes on the slowest rank, each rank its part.
+
+    ``host_ms`` until the host has queued it all: where that is as long, the host is what it takes.
+    """
     group, device = worker.group, worker.device
     own = group.size > 1 and texts % group.size == 0
     rows = texts // group.size if own else texts
@@ -251,9 +255,15 @@ def prefill(worker: Worker, model: Any, texts: int, columns: int) -> dict[str, A
         group.own_texts.rows = ids.numel()
     read()
     each, _ = time_each(read, 3, device)
+    synchronize(device)
+    began = time.perf_counter()
+    read()
+    queued = 1e3 * (time.perf_counter() - began)
+    synchronize(device)
     group.own_texts = None
     how = "own" if own else "one" if group.size == 1 else "same"
-    return {"texts": texts, "columns": columns, "how": how, "ms": _slowest(worker, each)}
+    ms, host_ms = _slowest(worker, each), _slowest(worker, [queued])
+    return {"texts": texts, "columns": columns, "how": how, "ms": ms, "host_ms": host_ms}
 
 
 def _own(worker: Worker, texts: int) -> bool:
