@@ -34,7 +34,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import partial
@@ -67,6 +67,7 @@ REPEATS = 10  # in a graph: its launch takes as long as a small exchange
 LONG_MS = 5.0  # a call that is alone in its graph
 LIMIT = 600.0  # seconds for a section with one number of ranks
 ENDING = 45.0  # seconds in which torchrun ends its ranks; it kills them itself after 30
+TOKENS = (1, 64, 256, 1024, 4096, 32768)  # of a layer
 APART_TOKENS = 1024  # from so many on a layer's products and exchanges are timed alone too
 SMALL = LayerShape(num_experts=6, top_k=2, hidden_size=64, intermediate_size=32)
 MOST_DIFFERENT = 0.02  # relative Frobenius distance of bf16 outputs
@@ -89,8 +90,9 @@ DRAWN_TOKENS = (4096, 32768)
 class Worker:
     """What one rank measures; rank 0 writes it down."""
 
-    def __init__(self, group: RankGroup, tiny: bool, out: Path) -> None:
+    def __init__(self, group: RankGroup, tiny: bool, out: Path, tokens: Sequence[int] = ()) -> None:
         self.group, self.tiny, self.out = group, tiny, out
+        self.tokens = tokens or ((4, 8) if tiny else TOKENS)
         self.device = group.device
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         self.cells: list[dict[str, Any]] = []
@@ -108,7 +110,7 @@ class Worker:
         if self.group.rank == 0:
             print(f"{self.group.size} ranks: {line}", flush=True)
 
-    def microseconds(self, function: Callable[[], object]) -> float:
+    def microseconds(self, function: Callable[[], object], replays: int = 30) -> float:
         """Of a call, on the slowest rank: the median of replays of a graph of several."""
         for _ in range(2):
             function()
@@ -121,7 +123,7 @@ class Worker:
         long = max(other["ms"] for other in heard) > LONG_MS
         calls = REPEATS if self.device.type == "cuda" and not long else 1
         replay = as_graph(lambda: [function() for _ in range(calls)], self.device)
-        each, _ = time_each(replay, 3 if self.tiny else 30, self.device)
+        each, _ = time_each(replay, 3 if self.tiny else replays, self.device)
         heard = self.group.exchange("a time", us=1e3 * median(each) / calls)
         return round(max(other["us"] for other in heard), 2)
 
@@ -158,7 +160,7 @@ class Worker:
             generator = torch.Generator(self.device).manual_seed(0)
             whole = random_layer(shape, "int8", self.device, generator)
             share = share_of(self.group, shape.num_experts, name)
-            for tokens in (4, 8) if self.tiny else (1, 64, 256, 1024, 4096, 32768):
+            for tokens in self.tokens:
                 for activations in ("bf16", "auto") if tokens >= 1024 else ("bf16",):
                     self._layer(name, shape, whole, share, tokens, activations)
 
@@ -211,8 +213,8 @@ class Worker:
             call()
         turns = cycle(outputs)
         with _instead_of_products(lambda *given: next(turns)):
-            exchange_us = self.microseconds(call)
-        products_us = self.microseconds(lambda: [_experts(*given) for given in calls])
+            exchange_us = self.microseconds(call, 10)
+        products_us = self.microseconds(lambda: [_experts(*given) for given in calls], 10)
         hidden = round(1 - (us - products_us) / exchange_us, 3)
         return {"products_us": products_us, "exchange_us": exchange_us, "hidden": hidden}
 
@@ -301,7 +303,7 @@ def _products(*given: Any) -> Tensor:
     return (_instead.get() or _experts)(*given)
 
 
-def work(section: str, tiny: bool, out: Path) -> None:
+def work(section: str, tiny: bool, out: Path, tokens: Sequence[int] = ()) -> None:
     """What torchrun starts: one section on one rank."""
     device = choose_own_device("auto")
     if section == "transformers" and device.type == "cuda":
@@ -309,7 +311,7 @@ def work(section: str, tiny: bool, out: Path) -> None:
         dist.init_process_group("cpu:gloo,cuda:nccl")
     group = rank_group(True, device)
     with group.together("benchmarks.parallel"), torch.no_grad():
-        worker = Worker(group, tiny, out)
+        worker = Worker(group, tiny, out, tokens)
         run = MODELS.get(section)
         if run is not None:
             run(worker)
@@ -321,12 +323,18 @@ def work(section: str, tiny: bool, out: Path) -> None:
 
 
 def measure(
-    results: Results, section: str, ranks: list[int], tiny: bool, limit: float = LIMIT
+    results: Results,
+    section: str,
+    ranks: list[int],
+    tiny: bool,
+    limit: float = LIMIT,
+    tokens: str = "",
 ) -> None:
     """Run a section with each number of ranks; what was measured is written down at once.
 
     Args:
         limit: seconds for one number of ranks.
+        tokens: of *layer*, with commas; all where there are none.
 
     Raises:
         RuntimeError: some numbers of ranks failed; the others were measured all the same.
@@ -337,7 +345,7 @@ def measure(
             continue
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "cells.json"
-            worker = [section, str(int(tiny)), str(out)]
+            worker = [section, str(int(tiny)), str(out), tokens]
             run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
             command = [sys.executable, *run, "-m", "benchmarks.parallel", "--worker", *worker]
             code = _follow(command, out, limit, partial(results.add, "cells"))
@@ -419,7 +427,7 @@ def _model_targets(cells: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 
 def _large_targets(cells: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    ms = _best(cells, ("texts",), "ms")
+    ms = _best(cells, ("texts",), "mean_ms")
     for ranks, texts in ms:
         if ranks > 1 and (1, texts) in ms:
             what = f"Qwen3-235B-A22B's shape, {texts} texts, resident on {ranks} GPUs over paged on"
@@ -515,8 +523,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run sections; the number of those that failed."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["--worker"]:
-        section, tiny, out = arguments[1:]
-        work(section, tiny == "1", Path(out))
+        section, tiny, out, tokens = arguments[1:]
+        work(section, tiny == "1", Path(out), [int(n) for n in tokens.split(",") if n])
         return 0
     parser = parser_of(__doc__, SECTIONS, RESULTS)
     parser.add_argument("--ranks", help="with commas; default: 1 and powers of two up to all GPUs")
@@ -526,6 +534,7 @@ def main(arguments: list[str] | None = None) -> int:
         default=LIMIT,
         help="seconds for one section with one number of ranks: %(default)s",
     )
+    parser.add_argument("--tokens", default="", help="of layer, with commas; default: all")
     options = parser.parse_args(arguments)
     only = options.only.split(",")
     check_names(parser, "section", only, SECTIONS)
@@ -540,7 +549,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.ranks:
         ranks = [int(size) for size in options.ranks.split(",")]
     sections = {
-        name: partial(measure, results, name, ranks, options.tiny, options.limit) for name in only
+        name: partial(measure, results, name, ranks, options.tiny, options.limit, options.tokens)
+        for name in only
     }
     return run_sections(results, sections)
 
