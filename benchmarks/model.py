@@ -1,4 +1,4 @@
-"""Models that benchmarks run: Qwen3-30B-A3B's shape, random weights; and how they are timed."""
+"""Models that benchmarks run: real models' shapes, random weights; and how they are timed."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, DeepseekV3Config, Qwen3MoeConfig
 
 from qmoe.experts.layout import find_experts
 from qmoe.experts.quantized import QuantizedExperts, install
@@ -69,8 +69,36 @@ class Shape:
         )
 
 
+@dataclass(frozen=True)
+class DeepseekShape:
+    """A model of DeepSeek-V3's architecture, all of its layers with experts; the rest as there."""
+
+    num_hidden_layers: int
+    hidden_size: int = 7168
+    moe_intermediate_size: int = 2048
+    num_experts: int = 256
+    num_experts_per_tok: int = 8
+    n_group: int = 8
+    topk_group: int = 4
+    num_attention_heads: int = 128
+    vocab_size: int = 129280
+
+    def config(self) -> DeepseekV3Config:
+        """The model's config."""
+        sizes = asdict(self)
+        return DeepseekV3Config(
+            n_routed_experts=sizes.pop("num_experts"),
+            num_key_value_heads=self.num_attention_heads,
+            first_k_dense_replace=0,
+            tie_word_embeddings=False,
+            **sizes,
+        )
+
+
 QWEN3_30B_A3B = Shape(48, 2048, 768, 128, 8, 32, 4, 128, 151936)
+QWEN3_235B_A22B = Shape(94, 4096, 1536, 128, 8, 64, 4, 128, 151936)
 TINY = Shape(2, 64, 32, 16, 2, 2, 1, 32, 64)
+TINY_DEEPSEEK = DeepseekShape(2, 64, 32, 16, 2, 4, 2, 2, 64)
 
 
 def synchronize(device: torch.device) -> None:
@@ -119,11 +147,11 @@ def as_graph(function: Callable[[], object], device: torch.device) -> Callable[[
 
 
 def build_model(
-    shape: Shape,
+    shape: Shape | DeepseekShape,
     device: torch.device,
     experts: Literal["bf16", "int8", "paged"] = "paged",
     group: RankGroup | None = None,
-) -> Qwen3MoeForCausalLM:
+) -> Any:
     """The model with random weights on ``device``.
 
     Args:
@@ -131,8 +159,9 @@ def build_model(
             ones that have no weights yet.
         group: ranks that hold the experts between them; each draws its own.
     """
+    config = shape.config()
     with torch.device("meta"):
-        model = Qwen3MoeForCausalLM(shape.config()).to(torch.bfloat16).eval()
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).to(torch.bfloat16).eval()
     for name in find_experts(model) if experts != "bf16" else ():
         paged = experts == "paged"
         share = None if group is None else share_of(group, shape.num_experts, name)
@@ -153,7 +182,12 @@ def build_model(
             value.normal_(std=0.02, generator=generator)
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
-    # Its buffers were computed on the meta device, that is, not at all.
+    # Buffers were computed on the meta device, that is, not at all. Those that a checkpoint has are
+    # corrections of routers, in fp32.
+    for module in model.modules():
+        for name in module._buffers.keys() - module._non_persistent_buffers_set:
+            zeros = torch.zeros_like(module._buffers[name], dtype=torch.float32, device=device)
+            module._buffers[name] = zeros
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
     if experts != "bf16":
         lay_side_by_side(model)  # as a model that was loaded
