@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import cycle
 from typing import Any
 
@@ -12,7 +13,7 @@ from benchmarks.cache.harness import Benchmark
 from benchmarks.model import as_graph, percentiles, synchronize, time_each
 from qmoe.experts.pages import LayerPages
 from qmoe.paging.host_store import HostStore
-from qmoe_kernels.paging import HITS, MISSES, CopyList, Residency, admit, gather
+from qmoe_kernels.paging import HITS, MISSES, CopyList, Residency, Transfer, admit, gather
 
 NUM_PROGRAMS = (1, 2, 4, 6, 8, 12, 16, 32)
 
@@ -31,7 +32,7 @@ def run_gather(bench: Benchmark) -> None:
     pages = store.pages(0)
     pages.copy_(torch.randint(0, 256, pages.shape, dtype=torch.uint8, device=device))
     original, memory = pages.to(device), torch.empty_like(pages, device=device)
-    addresses = store.addresses.to(device)
+    transfer = Transfer(store.addresses.to(device), memory, layer.page_bytes)
     results.set(page_bytes=layer.page_bytes)
 
     def lists(count: int) -> Iterator[tuple[CopyList, list[int]]]:
@@ -41,7 +42,9 @@ def run_gather(bench: Benchmark) -> None:
             chosen = [(start + i) % num_pages for i in range(count)]
             ids = torch.tensor(chosen, dtype=torch.int32, device=device)
             number = torch.tensor([count], dtype=torch.int32, device=device)
-            made.append((CopyList(ids, num_pages - 1 - ids, number), chosen))
+            empty = CopyList.empty(count, device)
+            copies = replace(empty, pages=ids, slots=num_pages - 1 - ids, count=number)
+            made.append((copies, chosen))
         return cycle(made)
 
     def busy() -> None:
@@ -73,7 +76,7 @@ def run_gather(bench: Benchmark) -> None:
             def by_kernel(turns: Any = turns, num_programs: int = num_programs) -> None:
                 todo, chosen = next(turns)
                 if device.type == "cuda":
-                    gather(addresses, memory, todo, layer.page_bytes, num_programs=num_programs)
+                    gather(transfer, todo, num_programs=num_programs)
                     return
                 for page in chosen:
                     memory[num_pages - 1 - page] = pages[page]

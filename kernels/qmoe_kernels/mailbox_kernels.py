@@ -31,9 +31,9 @@ from qmoe_kernels.paging import (
     enter_pages,
     first_ranks,
     launch_copying,
-    next_word,
+    publish_count,
 )
-from qmoe_kernels.signals import publish, store_released, wait_until
+from qmoe_kernels.signals import store_released, wait_until
 
 # A program of `combine_kernel` that waits looks at the host's memory so often, times the number of
 # programs: all of them together do not take the link from the pages.
@@ -329,9 +329,9 @@ def _admit_and_post(
     misses_ptr = counters_ptr + 2 * layer + _MISSES
     served_ptr = host_counters_ptr + 2 * layer + _SERVED
     hits, misses = tl.load(hits_ptr), tl.load(misses_ptr)
-    word = clock * 0
+    word = clock
     if signal_ptr is not None:
-        word = tl.load(signal_ptr)
+        word = tl.load(signal_ptr, volatile=True)
     rank = first_ranks(topk_ids_ptr, experts, num_tokens, top_k, IDS_BLOCK)
     wanted = in_range & (rank < _UNNAMED)
     hit = wanted & (slots >= 0)
@@ -340,9 +340,8 @@ def _admit_and_post(
     now = clock + 1
 
     tl.debug_barrier()  # what is written below has been read by all
-    if signal_ptr is not None:
-        if num_missing == 0:
-            publish(signal_ptr, next_word(word, 0), False, ON_GPU)
+    if num_missing == 0:
+        publish_count(signal_ptr, word, 0, False, ON_GPU)
     stamps = tl.zeros_like(slots).to(tl.int64) + now
     tl.store(clock_ptr, now)
     tl.store(hits_ptr, hits + num_hits)
@@ -418,8 +417,7 @@ def _admit_and_post(
             SLOTS_BLOCK,
             NUM_BLOCKS,
         )
-        if signal_ptr is not None:
-            publish(signal_ptr, next_word(word, num_copies), True, ON_GPU)
+        publish_count(signal_ptr, word, num_copies, True, ON_GPU)
         pages = first_page + experts
         enter_pages(victims, pages, page_to_slot_ptr, slot_to_page_ptr, last_used_ptr, now)
     tl.store(last_admitted_ptr + layer, now)

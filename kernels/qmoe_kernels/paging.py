@@ -335,7 +335,7 @@ def admission_blocks(num_experts: int, num_slots: int) -> dict[str, int]:
     """The sizes that a kernel which admits is compiled for."""
     block = min(triton.next_power_of_2(num_slots), SLOTS_BLOCK)
     return {
-        "IDS_BLOCK": 16,
+        "IDS_BLOCK": 8,  # more than a token has cost a look at what the first ones brought along
         "EXPERTS_BLOCK": triton.next_power_of_2(num_experts),
         "SLOTS_BLOCK": block,
         "NUM_BLOCKS": triton.next_power_of_2(triton.cdiv(num_slots, block)),
@@ -514,9 +514,10 @@ if triton is not None:
         hits_ptr = counters_ptr + 2 * layer + _HITS
         misses_ptr = counters_ptr + 2 * layer + _MISSES
         hits, misses = tl.load(hits_ptr), tl.load(misses_ptr)
-        word = clock * 0
+        word = clock
         if signal_ptr is not None:
-            word = tl.load(signal_ptr)
+            # Volatile: the compiler would read it later, and wait for it alone.
+            word = tl.load(signal_ptr, volatile=True)
         rank = first_ranks(topk_ids_ptr, experts, num_tokens, top_k, IDS_BLOCK)
         wanted = in_range & (rank < _UNNAMED)
         hit = wanted & (slots >= 0)
@@ -525,9 +526,8 @@ if triton is not None:
         now = clock + 1
 
         tl.debug_barrier()  # clock, counters, page_to_slot and signal have been read by all
-        if signal_ptr is not None:
-            if num_missing == 0:
-                publish(signal_ptr, next_word(word, 0), False, ON_GPU)
+        if num_missing == 0:
+            publish_count(signal_ptr, word, 0, False, ON_GPU)
         tl.store(clock_ptr, now)
         tl.store(last_admitted_ptr + layer, now, mask=high >= num_experts)
         tl.store(hits_ptr, hits + num_hits)
@@ -554,8 +554,7 @@ if triton is not None:
                 SLOTS_BLOCK,
                 NUM_BLOCKS,
             )
-            if signal_ptr is not None:
-                publish(signal_ptr, next_word(word, num_copies), True, ON_GPU)
+            publish_count(signal_ptr, word, num_copies, True, ON_GPU)
             enter_pages(
                 victims,
                 first_page + experts,
@@ -656,10 +655,11 @@ if triton is not None:
             order = tl.where(chosen, _UNNAMED, order)
             following = oldest * 0 + _NEVER
             if NUM_BLOCKS > 1:
-                if i + 1 < num_copies:
-                    lane = victim % SLOTS_BLOCK + tl.arange(0, NUM_BLOCKS) * SLOTS_BLOCK
-                    others = _eviction_keys(last_used_ptr, lane, num_slots, now, last)
-                    following = tl.min(tl.where(others > oldest, others, _NEVER), 0)
+                lane = victim % SLOTS_BLOCK + tl.arange(0, NUM_BLOCKS) * SLOTS_BLOCK
+                # Nobody asks what follows the last one: then nothing is read, nor waited for.
+                end = tl.where(i + 1 < num_copies, num_slots, 0)
+                others = _eviction_keys(last_used_ptr, lane, end, now, last)
+                following = tl.min(tl.where(others > oldest, others, _NEVER), 0)
             keys = tl.where(keys == oldest, following, keys)
         tl.store(copy_pages_ptr + places, first_page + experts, mask=victims >= 0)
         tl.store(copy_slots_ptr + places, victims, mask=victims >= 0)
@@ -691,9 +691,16 @@ if triton is not None:
         return tl.where(last_used < now, (turn << _SLOT_BITS) | slots, _NEVER)
 
     @triton.jit
-    def next_word(word, count):
-        """What is published after ``word``: another number, and how many pages are listed."""
-        return (((word >> _COUNT_BITS) + 1) << _COUNT_BITS) | count
+    def publish_count(signal_ptr, word, count, LISTED: tl.constexpr, ON_GPU: tl.constexpr):
+        """Tell those that copy, if there are any, how many pages there are.
+
+        Args:
+            word: that was published last. The next one has another number.
+            LISTED: the list was written; else there is nothing to copy.
+        """
+        if signal_ptr is not None:
+            following = (((word >> _COUNT_BITS) + 1) << _COUNT_BITS) | count
+            publish(signal_ptr, following, LISTED, ON_GPU)
 
     @triton.jit
     def copy_published(

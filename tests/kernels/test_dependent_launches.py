@@ -69,7 +69,7 @@ from qmoe_kernels.linear import launch_linear
 from qmoe_kernels.mailbox import Mailbox, Posts
 from qmoe_kernels.mailbox_kernels import launch_admit_and_post, launch_combine
 from qmoe_kernels.norm import launch_rms_norm
-from qmoe_kernels.paging import CopyList, Residency, gather
+from qmoe_kernels.paging import CopyList, Residency
 from qmoe_kernels.quantization import STORAGE_DTYPE
 from qmoe_kernels.rope import launch_rotate
 from qmoe_kernels.router import launch_select_experts
@@ -105,8 +105,7 @@ with compiling_for(90) as compiled:
         torch.zeros(4, 128), None, 8, "softmax", True, 1.0, 0.0, 1, 1, "max", torch.float32
     )
     cpu, copies = torch.device("cpu"), CopyList.empty(8, "cpu")
-    memory, ids = torch.zeros(4, 128, dtype=torch.uint8), torch.zeros(1, 2, dtype=torch.int64)
-    gather(torch.zeros(8, dtype=torch.int64), memory, copies, 128, dependent=True)
+    ids = torch.zeros(1, 2, dtype=torch.int64)
     posts, box = Posts.empty(8, 8, 1, cpu), Mailbox.empty(2048, cpu)
     residency = Residency.empty(8, 4, 1, cpu)
     launch_admit_and_post(x, ids, 0, 0, 8, residency, copies, posts, box)
@@ -128,7 +127,6 @@ def test_every_program_waits() -> None:
         "combine_kernel",
         "combine_splits_kernel",
         "decode_attention_kernel",
-        "gather_kernel",
         "gemv_kernel",
         "grouped_gemm_kernel",
         "linear_dot_kernel",
