@@ -323,7 +323,6 @@ def _admit_and_post(
     experts = tl.arange(0, EXPERTS_BLOCK)
     in_range = experts < num_experts
     slots = tl.load(page_to_slot_ptr + first_page + experts, mask=in_range, other=-1)
-    asked = tl.load(last_asked_ptr + first_page + experts, mask=in_range, other=0)
     clock = tl.load(clock_ptr)
     hits_ptr = counters_ptr + 2 * layer + _HITS
     misses_ptr = counters_ptr + 2 * layer + _MISSES
@@ -347,21 +346,23 @@ def _admit_and_post(
     tl.store(hits_ptr, hits + num_hits)
     tl.store(misses_ptr, misses + num_missing)
     tl.store(last_used_ptr + slots, stamps, mask=hit)
-    tl.store(last_asked_ptr + first_page + experts, stamps, mask=wanted)
 
     num_ids = num_tokens * top_k
+    MANY_IDS: tl.constexpr = 2 * IDS_BLOCK  # by all threads together
     num_taken = num_missing * 0
     num_copies = num_missing * 0
     if num_missing == 0:
-        for start in range(0, num_ids, IDS_BLOCK):
-            index = start + tl.arange(0, IDS_BLOCK)
+        for start in range(0, num_ids, MANY_IDS):
+            index = start + tl.arange(0, MANY_IDS)
             ids = tl.load(topk_ids_ptr + index, mask=index < num_ids, other=-1)
             tl.store(link_ids_ptr + index, ids, mask=index < num_ids)
     else:
         last = tl.load(last_admitted_ptr + layer)
+        asked = tl.load(last_asked_ptr + first_page + experts, mask=in_range, other=0)
         share = tl.load(share_ptr + share_start + num_missing)
         share = tl.where(tl.load(failed_ptr) != 0, 0, share)
-        tl.debug_barrier()  # the stamps of hits must be seen below, and `last` has been read by all
+        # The stamps of hits must be seen below; `last` and `asked` have been read by all.
+        tl.debug_barrier()
         keys, num_free = coldest_slots(last_used_ptr, num_slots, now, last, SLOTS_BLOCK)
         order = tl.where(missing, rank, _UNNAMED)  # of those that get a slot
         cold = missing & (asked < (tl.min(keys, 0) >> _SLOT_BITS))
@@ -375,8 +376,8 @@ def _admit_and_post(
             order = tl.where(chosen, _UNNAMED, order)
             key = tl.where(chosen, _NEVER, key)
         taken = (missing & (order == _UNNAMED)).to(tl.int32)
-        for start in range(0, num_ids, IDS_BLOCK):
-            index = start + tl.arange(0, IDS_BLOCK)
+        for start in range(0, num_ids, MANY_IDS):
+            index = start + tl.arange(0, MANY_IDS)
             ids = tl.load(topk_ids_ptr + index, mask=index < num_ids, other=-1)
             named = ids[:, None] == experts[None, :]
             on_host = tl.sum(tl.where(named, taken[None, :], 0), 1) > 0
@@ -420,6 +421,7 @@ def _admit_and_post(
         publish_count(signal_ptr, word, num_copies, True, ON_GPU)
         pages = first_page + experts
         enter_pages(victims, pages, page_to_slot_ptr, slot_to_page_ptr, last_used_ptr, now)
+    tl.store(last_asked_ptr + first_page + experts, stamps, mask=wanted)
     tl.store(last_admitted_ptr + layer, now)
     tl.store(copy_count_ptr, num_copies)
     tl.store(pending_ptr, num_taken)

@@ -98,6 +98,8 @@ class Residency:
 class CopyList:
     """What is to be copied: the first ``count`` pairs of page and slot.
 
+    One launch at a time uses it, or waits would not end.
+
     Attributes:
         pages, slots: (capacity,) int32.
         count: (1,) int32.
