@@ -172,7 +172,9 @@ class Host:
     def begin(self, layers: Any = None) -> None:
         pass
 
-    def admit(self, residency: Any, copies: Any, layer: int, x: Tensor, ids: Tensor) -> Tensor:
+    def admit(
+        self, residency: Any, copies: Any, layer: int, x: Tensor, ids: Tensor, transfer: None
+    ) -> Tensor:
         where = (layer, layer * NUM_EXPERTS, NUM_EXPERTS)
         with self.cache.admitting(residency):
             return mailbox.admit_and_post(x, ids, *where, residency, copies, self.posts,
