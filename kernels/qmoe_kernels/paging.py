@@ -41,7 +41,7 @@ HITS, MISSES = range(2)
 GATHER_PROGRAMS = 4
 GATHER_BLOCK = 8192  # words of 8 bytes
 GATHER_WARPS = 16
-# Of blocks that are launched together with the one that admits, for which more are slower.
+# Of blocks that are launched with the one that admits: all of its warps come to every barrier.
 COPYING_WARPS = 8
 
 # Slots are numbered in the low bits of an eviction key, clock stamps lie above them.
@@ -337,7 +337,7 @@ def admission_blocks(num_experts: int, num_slots: int) -> dict[str, int]:
     """The sizes that a kernel which admits is compiled for."""
     block = min(triton.next_power_of_2(num_slots), SLOTS_BLOCK)
     return {
-        "IDS_BLOCK": 8,  # more than a token has cost a look at what the first ones brought along
+        "IDS_BLOCK": 8,  # as many as a token has, mostly; the others are read after them
         "EXPERTS_BLOCK": triton.next_power_of_2(num_experts),
         "SLOTS_BLOCK": block,
         "NUM_BLOCKS": triton.next_power_of_2(triton.cdiv(num_slots, block)),
