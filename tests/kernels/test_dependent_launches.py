@@ -141,3 +141,34 @@ def test_every_program_waits() -> None:
     }
     for kernel in kernels:
         assert hasty_steps(kernel["ptx"]) == set(), kernel["name"]
+
+
+PAGED = """
+import json
+from dataclasses import replace
+import torch
+from compiling import compiling_for
+from random_layer import random_layer
+
+with compiling_for(90) as compiled:
+    layer = random_layer(num_tokens=1, top_k=2, num_experts=8, hidden_size=128,
+                         intermediate_size=128, weights="int8", dtype=torch.bfloat16)
+    layer.triton()
+    replace(layer, expert_to_slot=torch.arange(8, dtype=torch.int32)).triton()
+for kernel in compiled:
+    before, _, _ = kernel.asm["ptx"].partition("griddepcontrol.wait")
+    print(json.dumps({
+        "name": kernel.metadata.name,
+        "dependent": kernel.metadata.launch_pdl,
+        "reads first": "ld.global" in before,
+    }))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
+def test_the_product_behind_an_admission_waits_before_it_reads() -> None:
+    """What an admission has changed is where slots are; the second product starts behind that."""
+    kernels = run_compiler(PAGED)
+    assert {kernel["name"] for kernel in kernels} == {"gemv_kernel"}
+    found = [(kernel["dependent"], kernel["reads first"]) for kernel in kernels]
+    assert found == [(False, True), (True, True), (True, False), (True, True)]
