@@ -53,6 +53,7 @@ def gemv_kernel(
     TILE: tl.constexpr,  # a TileConfig
     PREFETCH_LINES: tl.constexpr,  # per program
     ASM: tl.constexpr,
+    WAIT_FIRST: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Products of single rows, and with topk_weights_ptr their sum over a token's experts.
@@ -60,8 +61,10 @@ def gemv_kernel(
     Grid: (num_pairs / PAIRS, cdiv(channels, BLOCK_N)). Without tensor cores, of which one row
     would leave seven eighths idle. All experts of a program are read at the same time.
 
-    The kernel before this one must not have written ids or slots.
+    The kernel before this one must not have written ids or slots, unless WAIT_FIRST.
     """
+    if PDL and WAIT_FIRST:
+        tl.extra.cuda.gdc_wait()
     GATED: tl.constexpr = ACTIVATION is not None and ACTIVATION.gated
     BLOCK_N: tl.constexpr = TILE.block_n
     BLOCK_K: tl.constexpr = TILE.block_k
@@ -98,7 +101,8 @@ def gemv_kernel(
     x_ptrs = x_ptr + (x_rows.to(tl.int64) * stride_x)[:, None, None] + offsets_k[None, None, :]
     mask = routed[:, None, None]
     if PDL:
-        tl.extra.cuda.gdc_wait()
+        if not WAIT_FIRST:
+            tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     acc = tl.zeros((PAIRS_BLOCK, BLOCK_N, BLOCK_K), dtype=tl.float32)
     for k in tl.range(0, K, BLOCK_K, num_stages=TILE.num_stages):
@@ -165,13 +169,15 @@ def launch_gemv(
     per_pair: bool = False,
     next_weight: torch.Tensor | None = None,
     dependent: bool = True,
+    wait_first: bool = False,
 ) -> torch.Tensor:
     """Fill ``out``, with zeros for skipped ids; with ``topk_weights``, with sums over experts.
 
     All tensors but weights are contiguous; see `qmoe_kernels.layer`.
 
     ``next_weight`` (num_slots, ...) is what the next kernel reads: as much as L2 keeps of it is
-    prefetched at the end of this one.
+    prefetched at the end of this one. ``dependent``: start while the kernel before this one ends;
+    if that wrote ids or slots, ``wait_first``.
     """
     weight = projection.weight
     out_features = out.shape[1]
@@ -215,6 +221,7 @@ def launch_gemv(
         PREFETCH_LINES=next_bytes
         and triton.next_power_of_2(triton.cdiv(next_bytes, 128 * tiles_n)),
         ASM=COMPILED,
+        WAIT_FIRST=wait_first,
         PDL=pdl,
         num_warps=tile.num_warps,
         **launch_options(dependent, x.device),

@@ -71,6 +71,8 @@ def _by_gemv(
 ) -> Tensor:
     """Two launches; the second one sums over a token's experts."""
     num_tokens, top_k = topk_ids.shape
+    # Slots were changed by a kernel that is still ending, or by nobody: see `paging.admit`.
+    paged = experts.gate_up.expert_to_slot is not None
     hidden = hidden_states.new_empty(num_tokens * top_k, experts.intermediate_size)
     launch_gemv(
         hidden_states,
@@ -80,7 +82,8 @@ def _by_gemv(
         tiles.gate_up,
         activation=experts.activation,
         next_weight=experts.down.weight,
-        dependent=False,
+        dependent=paged,
+        wait_first=paged,
     )
     summed = topk_weights is not None
     num_rows = num_tokens if summed else num_tokens * top_k

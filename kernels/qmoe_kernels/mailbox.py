@@ -3,8 +3,9 @@
 A layer whose experts are partly absent goes
 
     admit_and_post  choose the missed experts that the host takes, post their rows to the mailbox,
-                    write ids in which these experts are skipped, and give slots to those that stay
-    ...             gather and products with those ids, while the host computes
+                    write ids in which these experts are skipped, give slots to those that stay,
+                    and copy these
+    ...             products with those ids, while the host computes
     combine         wait for the answer and sum up, first expert to last, whoever computed it
 
 all of it on the device, without a word from its own program on the host, so that a CUDA graph can
@@ -29,7 +30,14 @@ import torch
 from torch import Tensor
 
 from qmoe_kernels.cpu import DTYPES, LANES, workers
-from qmoe_kernels.paging import CopyList, Residency, look_up, take_slots_of_coldest, turns
+from qmoe_kernels.paging import (
+    CopyList,
+    Residency,
+    Transfer,
+    look_up,
+    take_slots_of_coldest,
+    turns,
+)
 
 # What a mailbox has room for; larger calls are the link's alone.
 MAX_TOKENS, MAX_PAIRS = 64, 512
@@ -127,6 +135,8 @@ def admit_and_post(
     copies: CopyList,
     posts: Posts,
     mailbox: Mailbox,
+    *,
+    transfer: Transfer | None = None,
 ) -> Tensor:
     """Admit a layer's experts as `paging.admit` does, but for those that the host computes.
 
@@ -137,6 +147,7 @@ def admit_and_post(
         first_page: page of the layer's expert 0.
         num_experts: of this layer.
         residency, copies, posts, mailbox: changed in place.
+        transfer: as in `paging.admit`.
 
     Returns:
         ``topk_ids`` with ``num_experts``, which is skipped, where the host computes.
@@ -145,10 +156,11 @@ def admit_and_post(
     where = (layer, first_page, num_experts)
     arguments = (hidden_states, topk_ids, *where, residency, copies, posts, mailbox)
     if topk_ids.device.type == "cpu":
+        assert transfer is None  # nothing reads addresses there
         return _admit_and_post_cpu(*arguments)
     from qmoe_kernels.mailbox_kernels import launch_admit_and_post  # a CPU needs no Triton
 
-    return launch_admit_and_post(*arguments)
+    return launch_admit_and_post(*arguments, transfer)
 
 
 def combine(

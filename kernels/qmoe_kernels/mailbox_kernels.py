@@ -17,15 +17,21 @@ from qmoe_kernels.cpu import DTYPES, workers
 from qmoe_kernels.launching import COMPILED, has_dependent_launch, launch_options
 from qmoe_kernels.mailbox import RANK_BITS, SERVED, WAITED_NS, Mailbox, Posts
 from qmoe_kernels.paging import (
+    GATHER_BLOCK,
     HITS,
     MISSES,
     SLOT_BITS,
     CopyList,
     Residency,
-    admission_blocks,
+    Transfer,
+    choose_slots,
     coldest_slots,
+    copy_published,
+    count_both,
+    enter_pages,
     first_ranks,
-    take_slots,
+    launch_copying,
+    publish_count,
 )
 from qmoe_kernels.signals import store_released, wait_until
 
@@ -45,6 +51,8 @@ _NEVER, _UNNAMED = tl.constexpr(0x7FFFFFFFFFFFFFFF), tl.constexpr(0x7FFFFFFF)
 _LOOK_NS = tl.constexpr(LOOK_NS)
 
 _NOT_SPECIALIZED: Any = [
+    "page_words",
+    "slot_words",
     "num_tokens",
     "top_k",
     "layer",
@@ -65,6 +73,7 @@ def launch_admit_and_post(
     copies: CopyList,
     posts: Posts,
     mailbox: Mailbox,
+    transfer: Transfer | None = None,
 ) -> Tensor:
     """Run `admit_and_post_kernel`; arguments as in `admit_and_post`."""
     num_tokens, top_k = topk_ids.shape
@@ -72,7 +81,8 @@ def launch_admit_and_post(
     link_ids = torch.empty_like(topk_ids)
     num_slots = residency.slot_to_page.shape[0]
     hidden_size = hidden_states.shape[1]
-    admit_and_post_kernel[(1,)](
+    grid, copying, blocks = launch_copying(num_experts, num_slots, copies, transfer)
+    admit_and_post_kernel[grid](
         hidden_states,
         topk_ids,
         link_ids,
@@ -94,6 +104,7 @@ def launch_admit_and_post(
         mailbox.words,
         mailbox.ids,
         mailbox.rows,
+        *copying,
         num_tokens,
         top_k,
         layer,
@@ -105,9 +116,10 @@ def launch_admit_and_post(
         mailbox.rows.shape[1],
         DTYPE=DTYPES.index(hidden_states.dtype),
         ROW_BLOCK=min(triton.next_power_of_2(hidden_size), 2048),
+        COPY_BLOCK=GATHER_BLOCK,
         ON_GPU=COMPILED,
         PDL=has_dependent_launch(topk_ids.device),
-        **admission_blocks(num_experts, num_slots),
+        **blocks,
     )
     return link_ids
 
@@ -183,6 +195,11 @@ def admit_and_post_kernel(
     words_ptr,  # Mailbox's tensors
     host_ids_ptr,
     host_rows_ptr,
+    signal_ptr,  # these five are as in `paging.admit_kernel`
+    addresses_ptr,
+    memory_ptr,
+    page_words,
+    slot_words,
     num_tokens,
     top_k,
     layer,
@@ -194,6 +211,7 @@ def admit_and_post_kernel(
     row_stride,  # of host_rows
     DTYPE: tl.constexpr,  # its place in `cpu.DTYPES`
     ROW_BLOCK: tl.constexpr,  # power of two
+    COPY_BLOCK: tl.constexpr,
     ON_GPU: tl.constexpr,
     PDL: tl.constexpr,
     IDS_BLOCK: tl.constexpr,  # as in `paging.admit_kernel`
@@ -201,47 +219,150 @@ def admit_and_post_kernel(
     SLOTS_BLOCK: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
 ):
-    """Grid: (1,). An admission as `paging.admit_kernel` does it; the host begins in its middle."""
+    """Grid: as of `paging.admit_kernel`, whose admission this is; the host begins in its middle."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    now = tl.load(clock_ptr) + 1
+    if tl.program_id(0) == 0:
+        _admit_and_post(
+            hidden_states_ptr,
+            topk_ids_ptr,
+            link_ids_ptr,
+            page_to_slot_ptr,
+            slot_to_page_ptr,
+            last_used_ptr,
+            clock_ptr,
+            last_admitted_ptr,
+            counters_ptr,
+            copy_pages_ptr,
+            copy_slots_ptr,
+            copy_count_ptr,
+            share_ptr,
+            last_asked_ptr,
+            number_ptr,
+            pending_ptr,
+            failed_ptr,
+            host_counters_ptr,
+            words_ptr,
+            host_ids_ptr,
+            host_rows_ptr,
+            signal_ptr,
+            num_tokens,
+            top_k,
+            layer,
+            first_page,
+            num_experts,
+            num_slots,
+            share_start,
+            hidden_size,
+            row_stride,
+            DTYPE,
+            ROW_BLOCK,
+            ON_GPU,
+            IDS_BLOCK,
+            EXPERTS_BLOCK,
+            SLOTS_BLOCK,
+            NUM_BLOCKS,
+        )
+    elif signal_ptr is not None:
+        copy_published(
+            signal_ptr,
+            addresses_ptr,
+            memory_ptr,
+            copy_pages_ptr,
+            copy_slots_ptr,
+            page_words,
+            slot_words,
+            COPY_BLOCK,
+            ON_GPU,
+        )
+
+
+@triton.jit
+def _admit_and_post(
+    hidden_states_ptr,  # as in `admit_and_post_kernel`
+    topk_ids_ptr,
+    link_ids_ptr,
+    page_to_slot_ptr,
+    slot_to_page_ptr,
+    last_used_ptr,
+    clock_ptr,
+    last_admitted_ptr,
+    counters_ptr,
+    copy_pages_ptr,
+    copy_slots_ptr,
+    copy_count_ptr,
+    share_ptr,
+    last_asked_ptr,
+    number_ptr,
+    pending_ptr,
+    failed_ptr,
+    host_counters_ptr,
+    words_ptr,
+    host_ids_ptr,
+    host_rows_ptr,
+    signal_ptr,
+    num_tokens,
+    top_k,
+    layer,
+    first_page,
+    num_experts,
+    num_slots,
+    share_start,
+    hidden_size,
+    row_stride,
+    DTYPE: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+    ON_GPU: tl.constexpr,
+    IDS_BLOCK: tl.constexpr,
+    EXPERTS_BLOCK: tl.constexpr,
+    SLOTS_BLOCK: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+):
+    """What one program does; see `paging.admit_experts`."""
     experts = tl.arange(0, EXPERTS_BLOCK)
     in_range = experts < num_experts
     slots = tl.load(page_to_slot_ptr + first_page + experts, mask=in_range, other=-1)
-    asked = tl.load(last_asked_ptr + first_page + experts, mask=in_range, other=0)
+    clock = tl.load(clock_ptr)
     hits_ptr = counters_ptr + 2 * layer + _HITS
     misses_ptr = counters_ptr + 2 * layer + _MISSES
     served_ptr = host_counters_ptr + 2 * layer + _SERVED
     hits, misses = tl.load(hits_ptr), tl.load(misses_ptr)
-
+    word = clock
+    if signal_ptr is not None:
+        word = tl.load(signal_ptr, volatile=True)
     rank = first_ranks(topk_ids_ptr, experts, num_tokens, top_k, IDS_BLOCK)
     wanted = in_range & (rank < _UNNAMED)
     hit = wanted & (slots >= 0)
     missing = wanted & (slots < 0)
-    num_missing = tl.sum(missing.to(tl.int32), 0)
-    share = tl.load(share_ptr + share_start + num_missing)
-    share = tl.where(tl.load(failed_ptr) != 0, 0, share)
+    num_hits, num_missing = count_both(hit, missing)
+    now = clock + 1
 
     tl.debug_barrier()  # what is written below has been read by all
+    if num_missing == 0:
+        publish_count(signal_ptr, word, 0, False, ON_GPU)
     stamps = tl.zeros_like(slots).to(tl.int64) + now
     tl.store(clock_ptr, now)
-    tl.store(hits_ptr, hits + tl.sum(hit.to(tl.int32), 0))
+    tl.store(hits_ptr, hits + num_hits)
     tl.store(misses_ptr, misses + num_missing)
     tl.store(last_used_ptr + slots, stamps, mask=hit)
-    tl.store(last_asked_ptr + first_page + experts, stamps, mask=wanted)
 
     num_ids = num_tokens * top_k
+    MANY_IDS: tl.constexpr = 2 * IDS_BLOCK  # by all threads together
     num_taken = num_missing * 0
     num_copies = num_missing * 0
     if num_missing == 0:
-        for start in range(0, num_ids, IDS_BLOCK):
-            index = start + tl.arange(0, IDS_BLOCK)
+        for start in range(0, num_ids, MANY_IDS):
+            index = start + tl.arange(0, MANY_IDS)
             ids = tl.load(topk_ids_ptr + index, mask=index < num_ids, other=-1)
             tl.store(link_ids_ptr + index, ids, mask=index < num_ids)
     else:
         last = tl.load(last_admitted_ptr + layer)
-        tl.debug_barrier()  # the stamps of hits must be seen below, and `last` has been read by all
+        asked = tl.load(last_asked_ptr + first_page + experts, mask=in_range, other=0)
+        share = tl.load(share_ptr + share_start + num_missing)
+        share = tl.where(tl.load(failed_ptr) != 0, 0, share)
+        # The stamps of hits must be seen below; `last` and `asked` have been read by all.
+        tl.debug_barrier()
         keys, num_free = coldest_slots(last_used_ptr, num_slots, now, last, SLOTS_BLOCK)
         order = tl.where(missing, rank, _UNNAMED)  # of those that get a slot
         cold = missing & (asked < (tl.min(keys, 0) >> _SLOT_BITS))
@@ -255,8 +376,8 @@ def admit_and_post_kernel(
             order = tl.where(chosen, _UNNAMED, order)
             key = tl.where(chosen, _NEVER, key)
         taken = (missing & (order == _UNNAMED)).to(tl.int32)
-        for start in range(0, num_ids, IDS_BLOCK):
-            index = start + tl.arange(0, IDS_BLOCK)
+        for start in range(0, num_ids, MANY_IDS):
+            index = start + tl.arange(0, MANY_IDS)
             ids = tl.load(topk_ids_ptr + index, mask=index < num_ids, other=-1)
             named = ids[:, None] == experts[None, :]
             on_host = tl.sum(tl.where(named, taken[None, :], 0), 1) > 0
@@ -282,24 +403,25 @@ def admit_and_post_kernel(
             tl.store(served_ptr, served + num_taken)
             tl.store(number_ptr, number + 1)
             store_released(words_ptr + _POSTED, number + 1, ON_GPU)
-        if num_copies > 0:
-            take_slots(
-                keys,
-                order,
-                num_copies,
-                experts,
-                page_to_slot_ptr,
-                slot_to_page_ptr,
-                last_used_ptr,
-                copy_pages_ptr,
-                copy_slots_ptr,
-                first_page,
-                num_slots,
-                now,
-                last,
-                SLOTS_BLOCK,
-                NUM_BLOCKS,
-            )
+        victims = choose_slots(
+            keys,
+            order,
+            num_copies,
+            experts,
+            last_used_ptr,
+            copy_pages_ptr,
+            copy_slots_ptr,
+            first_page,
+            num_slots,
+            now,
+            last,
+            SLOTS_BLOCK,
+            NUM_BLOCKS,
+        )
+        publish_count(signal_ptr, word, num_copies, True, ON_GPU)
+        pages = first_page + experts
+        enter_pages(victims, pages, page_to_slot_ptr, slot_to_page_ptr, last_used_ptr, now)
+    tl.store(last_asked_ptr + first_page + experts, stamps, mask=wanted)
     tl.store(last_admitted_ptr + layer, now)
     tl.store(copy_count_ptr, num_copies)
     tl.store(pending_ptr, num_taken)

@@ -2,8 +2,12 @@
 
 A model's experts are numbered as *pages*; the device holds some of them in *slots*. Before a layer
 runs, `admit` looks its routed experts up, chooses slots for those that are absent, and writes down
-what must be copied; `gather` copies it. Both run on the device without a
-word from the host, so that a CUDA graph can hold them: the GPU reads pinned host memory itself.
+what must be copied. The same launch copies it, if it is given a `Transfer`; if not, `gather` does,
+later or on another stream. All of it runs on the device without a word from the host, so that a
+CUDA graph can hold it: the GPU reads pinned host memory itself.
+
+In the launch that does both, the first thread block admits and publishes the list; the others wait
+for it, and copy. Where nothing is absent all that they hear is that they may end.
 
 Recency is a clock that ticks once per admission. The least recently used slot goes first, as long
 as there is one that nobody used since this layer was admitted last. All others are wanted again
@@ -37,9 +41,13 @@ HITS, MISSES = range(2)
 GATHER_PROGRAMS = 4
 GATHER_BLOCK = 8192  # words of 8 bytes
 GATHER_WARPS = 16
+# Of blocks that are launched with the one that admits: all of its warps come to every barrier.
+COPYING_WARPS = 8
 
 # Slots are numbered in the low bits of an eviction key, clock stamps lie above them.
 SLOT_BITS = 20
+# What is published is how many pages are to be copied, in the low bits, and a number above them.
+COUNT_BITS = 20
 # So many eviction keys are held in registers at a time: with more, they would spill.
 SLOTS_BLOCK = 2048
 
@@ -88,27 +96,50 @@ class Residency:
 
 @dataclass(frozen=True)
 class CopyList:
-    """What `gather` is to copy: the first ``count`` pairs of page and slot.
+    """What is to be copied: the first ``count`` pairs of page and slot.
+
+    One launch at a time uses it, or waits would not end.
 
     Attributes:
         pages, slots: (capacity,) int32.
         count: (1,) int32.
+        signal: (1 + `GATHER_PROGRAMS`,) int64, of launches that admit and copy: the word that was
+            published last, and what each thread block that copies has seen of it. No two words in
+            a row are equal, so that a block waits for one that it has not seen.
     """
 
     pages: Tensor
     slots: Tensor
     count: Tensor
+    signal: Tensor
 
     @classmethod
     def empty(cls, capacity: int, device: torch.device | str) -> CopyList:
         """A list for as many pages as a layer has experts."""
         pages, slots = torch.zeros(2, capacity, dtype=torch.int32, device=device).unbind()
-        return cls(pages, slots, torch.zeros(1, dtype=torch.int32, device=device))
+        count = torch.zeros(1, dtype=torch.int32, device=device)
+        signal = torch.zeros(1 + GATHER_PROGRAMS, dtype=torch.int64, device=device)
+        return cls(pages, slots, count, signal)
 
     def listed(self) -> list[tuple[int, int]]:
-        """The pairs that `gather` copies; waits for the device."""
+        """The pairs that are copied; waits for the device."""
         count = int(self.count)
         return list(zip(self.pages[:count].tolist(), self.slots[:count].tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Where a layer's pages are copied from and to.
+
+    Attributes:
+        addresses: (num_pages,) int64, where each page is in pinned host memory; multiples of 128.
+        memory: (num_slots, slot_bytes) uint8, the slots, on the device of ``addresses``.
+        page_bytes: bytes to copy of each page, a multiple of 128.
+    """
+
+    addresses: Tensor
+    memory: Tensor
+    page_bytes: int
 
 
 def admit(
@@ -121,6 +152,7 @@ def admit(
     *,
     experts: tuple[int, int] | None = None,
     elsewhere: Tensor | None = None,  # (num_pages,) int32
+    transfer: Transfer | None = None,
 ) -> None:
     """Give every routed expert of a layer a slot, and write what must be copied into ``copies``.
 
@@ -137,47 +169,34 @@ def admit(
         experts: only ids in [low, high) are looked at; all where it is None. A layer's last range
             ends with ``num_experts``.
         elsewhere: places of pages that need none here; -1: it needs one.
+        transfer: copy what is listed, in the same launch; for tensors on a GPU.
     """
     low, high = experts or (0, num_experts)
     arguments = (topk_ids, layer, first_page, num_experts, low, high, residency, copies, elsewhere)
     if topk_ids.device.type == "cpu":
+        assert transfer is None  # nothing reads addresses there
         _admit_cpu(*arguments)
     else:
-        launch_admit(*arguments)
+        launch_admit(*arguments, transfer)
 
 
-def gather(
-    addresses: Tensor,  # (num_pages,) int64, on the device of memory
-    memory: Tensor,  # (num_slots, slot_bytes) uint8
-    copies: CopyList,
-    page_bytes: int,
-    *,
-    num_programs: int | None = None,
-    dependent: bool = False,
-) -> None:
+def gather(transfer: Transfer, copies: CopyList, *, num_programs: int | None = None) -> None:
     """Copy the pages of ``copies`` from host memory into their slots, on the device.
 
     Args:
-        addresses: where each page is in pinned host memory; multiples of 128.
-        memory: the slots.
         copies: from `admit`.
-        page_bytes: bytes to copy of each page, a multiple of 128.
         num_programs: thread blocks that copy, `GATHER_PROGRAMS` by default; the fewer, the more of
             the device is left to others.
-        dependent: start while the kernel before this one ends; it must be a kernel, not a copy.
     """
     gather_kernel[(num_programs or GATHER_PROGRAMS,)](
-        addresses,
-        memory,
+        transfer.addresses,
+        transfer.memory,
         copies.pages,
         copies.slots,
         copies.count,
-        page_bytes // 8,
-        memory.stride(0) // 8,
+        *_words(transfer),
         BLOCK=GATHER_BLOCK,
-        PDL=has_dependent_launch(memory.device),
         num_warps=GATHER_WARPS,
-        **launch_options(dependent, memory.device),
     )
 
 
@@ -280,11 +299,13 @@ def launch_admit(
     residency: Residency,
     copies: CopyList,
     elsewhere: Tensor | None = None,
+    transfer: Transfer | None = None,
 ) -> None:
     """Run `admit_kernel`; arguments as in `admit`."""
     num_tokens, top_k = topk_ids.shape
     num_slots = residency.slot_to_page.shape[0]
-    admit_kernel[(1,)](
+    grid, copying, blocks = launch_copying(num_experts, num_slots, copies, transfer)
+    admit_kernel[grid](
         topk_ids.contiguous(),
         residency.page_to_slot,
         residency.slot_to_page,
@@ -296,6 +317,7 @@ def launch_admit(
         copies.slots,
         copies.count,
         elsewhere,
+        *copying,
         num_tokens,
         top_k,
         layer,
@@ -304,8 +326,10 @@ def launch_admit(
         low,
         high,
         num_slots,
+        COPY_BLOCK=GATHER_BLOCK,
+        ON_GPU=COMPILED,
         PDL=has_dependent_launch(topk_ids.device),
-        **admission_blocks(num_experts, num_slots),
+        **blocks,
     )
 
 
@@ -313,7 +337,7 @@ def admission_blocks(num_experts: int, num_slots: int) -> dict[str, int]:
     """The sizes that a kernel which admits is compiled for."""
     block = min(triton.next_power_of_2(num_slots), SLOTS_BLOCK)
     return {
-        "IDS_BLOCK": 16,
+        "IDS_BLOCK": 8,  # as many as a token has, mostly; the others are read after them
         "EXPERTS_BLOCK": triton.next_power_of_2(num_experts),
         "SLOTS_BLOCK": block,
         "NUM_BLOCKS": triton.next_power_of_2(triton.cdiv(num_slots, block)),
@@ -321,16 +345,40 @@ def admission_blocks(num_experts: int, num_slots: int) -> dict[str, int]:
     }
 
 
+def launch_copying(
+    num_experts: int, num_slots: int, copies: CopyList, transfer: Transfer | None
+) -> tuple[tuple[int], tuple[Any, ...], dict[str, int]]:
+    """What a kernel is launched with that admits, and copies if there is a ``transfer``.
+
+    Returns:
+        its grid, its arguments from ``signal_ptr`` to ``slot_words``, and its sizes.
+    """
+    blocks = admission_blocks(num_experts, num_slots)
+    if transfer is None:
+        return (1,), (None, None, None, 0, 0), blocks
+    given = (copies.signal, transfer.addresses, transfer.memory, *_words(transfer))
+    return (len(copies.signal),), given, blocks | {"num_warps": COPYING_WARPS}
+
+
+def _words(transfer: Transfer) -> tuple[int, int]:
+    """Of 8 bytes: of a page, and from one slot to the next."""
+    return transfer.page_bytes // 8, transfer.memory.stride(0) // 8
+
+
 if triton is not None:
-    from qmoe_kernels.launching import has_dependent_launch, launch_options
+    from qmoe_kernels.launching import COMPILED, has_dependent_launch
+    from qmoe_kernels.signals import publish, wait_for_word
 
     # Kernels see only globals of this type.
     _HITS, _MISSES = tl.constexpr(HITS), tl.constexpr(MISSES)
     _SLOT_BITS, _SLOT_MASK = tl.constexpr(SLOT_BITS), tl.constexpr((1 << SLOT_BITS) - 1)
+    _COUNT_BITS, _COUNT_MASK = tl.constexpr(COUNT_BITS), tl.constexpr((1 << COUNT_BITS) - 1)
     _NEVER = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # the key of a slot that may not be evicted
     _UNNAMED = tl.constexpr(0x7FFFFFFF)  # the rank of an expert that nobody is routed to
 
     _NOT_SPECIALIZED: Any = [
+        "page_words",
+        "slot_words",
         "num_tokens",
         "top_k",
         "layer",
@@ -355,6 +403,11 @@ if triton is not None:
         copy_slots_ptr,
         copy_count_ptr,
         elsewhere_ptr,  # (num_pages,), or None
+        signal_ptr,  # CopyList's; this and Transfer's are None if nothing is copied
+        addresses_ptr,
+        memory_ptr,
+        page_words,  # of 8 bytes
+        slot_words,
         num_tokens,
         top_k,
         layer,
@@ -363,43 +416,123 @@ if triton is not None:
         low,
         high,
         num_slots,
+        COPY_BLOCK: tl.constexpr,  # words of 8 bytes
+        ON_GPU: tl.constexpr,
+        PDL: tl.constexpr,
         IDS_BLOCK: tl.constexpr,
         EXPERTS_BLOCK: tl.constexpr,  # power of two, at least num_experts
         SLOTS_BLOCK: tl.constexpr,  # power of two
         NUM_BLOCKS: tl.constexpr,  # power of two; so many blocks hold num_slots
-        PDL: tl.constexpr,
     ):
-        """Grid: (1,). Slots are only searched when something is missing.
+        """Grid: (1,); to copy as well, as many as CopyList's signal has words."""
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        if tl.program_id(0) == 0:
+            admit_experts(
+                topk_ids_ptr,
+                page_to_slot_ptr,
+                slot_to_page_ptr,
+                last_used_ptr,
+                clock_ptr,
+                last_admitted_ptr,
+                counters_ptr,
+                copy_pages_ptr,
+                copy_slots_ptr,
+                copy_count_ptr,
+                elsewhere_ptr,
+                signal_ptr,
+                num_tokens,
+                top_k,
+                layer,
+                first_page,
+                num_experts,
+                low,
+                high,
+                num_slots,
+                ON_GPU,
+                IDS_BLOCK,
+                EXPERTS_BLOCK,
+                SLOTS_BLOCK,
+                NUM_BLOCKS,
+            )
+        elif signal_ptr is not None:
+            copy_published(
+                signal_ptr,
+                addresses_ptr,
+                memory_ptr,
+                copy_pages_ptr,
+                copy_slots_ptr,
+                page_words,
+                slot_words,
+                COPY_BLOCK,
+                ON_GPU,
+            )
+
+    @triton.jit
+    def admit_experts(
+        topk_ids_ptr,  # as in `admit_kernel`
+        page_to_slot_ptr,
+        slot_to_page_ptr,
+        last_used_ptr,
+        clock_ptr,
+        last_admitted_ptr,
+        counters_ptr,
+        copy_pages_ptr,
+        copy_slots_ptr,
+        copy_count_ptr,
+        elsewhere_ptr,
+        signal_ptr,
+        num_tokens,
+        top_k,
+        layer,
+        first_page,
+        num_experts,
+        low,
+        high,
+        num_slots,
+        ON_GPU: tl.constexpr,
+        IDS_BLOCK: tl.constexpr,
+        EXPERTS_BLOCK: tl.constexpr,
+        SLOTS_BLOCK: tl.constexpr,
+        NUM_BLOCKS: tl.constexpr,
+    ):
+        """What one program does. Slots are only searched when something is missing.
 
         All warps hold what is smaller than the program, and one of them writes it. So whatever is
         read and then overwritten has a barrier between the two: a warp that is late would read what
         another one has written already. `mailbox_kernels.admit_and_post_kernel` is of the same
         parts, with a post between them.
+
+        What does not depend on each other is read at the top, so that all of it is waited for once.
         """
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
-        now = tl.load(clock_ptr) + 1
-        last = tl.load(last_admitted_ptr + layer)
         experts = tl.arange(0, EXPERTS_BLOCK)
         in_range = (experts < num_experts) & (experts >= low) & (experts < high)
-        if elsewhere_ptr is not None:
-            in_range &= tl.load(elsewhere_ptr + first_page + experts, mask=in_range, other=0) < 0
         slots = tl.load(page_to_slot_ptr + first_page + experts, mask=in_range, other=-1)
+        if elsewhere_ptr is not None:
+            places = tl.load(elsewhere_ptr + first_page + experts, mask=in_range, other=0)
+            in_range &= places < 0
+        clock, last = tl.load(clock_ptr), tl.load(last_admitted_ptr + layer)
         hits_ptr = counters_ptr + 2 * layer + _HITS
         misses_ptr = counters_ptr + 2 * layer + _MISSES
         hits, misses = tl.load(hits_ptr), tl.load(misses_ptr)
-
+        word = clock
+        if signal_ptr is not None:
+            # Volatile: the compiler would read it later, and wait for it alone.
+            word = tl.load(signal_ptr, volatile=True)
         rank = first_ranks(topk_ids_ptr, experts, num_tokens, top_k, IDS_BLOCK)
         wanted = in_range & (rank < _UNNAMED)
         hit = wanted & (slots >= 0)
         missing = wanted & (slots < 0)
-        num_missing = tl.sum(missing.to(tl.int32), 0)
+        num_hits, num_missing = count_both(hit, missing)
+        now = clock + 1
 
-        tl.debug_barrier()  # clock, counters and page_to_slot have been read by all
+        tl.debug_barrier()  # clock, counters, page_to_slot and signal have been read by all
+        if num_missing == 0:
+            publish_count(signal_ptr, word, 0, False, ON_GPU)
         tl.store(clock_ptr, now)
         tl.store(last_admitted_ptr + layer, now, mask=high >= num_experts)
-        tl.store(hits_ptr, hits + tl.sum(hit.to(tl.int32), 0))
+        tl.store(hits_ptr, hits + num_hits)
         tl.store(misses_ptr, misses + num_missing)
         tl.store(last_used_ptr + slots, tl.zeros_like(slots).to(tl.int64) + now, mask=hit)
 
@@ -408,13 +541,11 @@ if triton is not None:
             tl.debug_barrier()  # the stamps of hits must be seen below
             keys, num_free = coldest_slots(last_used_ptr, num_slots, now, last, SLOTS_BLOCK)
             num_copies = tl.minimum(num_missing, num_free)
-            take_slots(
+            victims = choose_slots(
                 keys,
                 tl.where(missing, rank, _UNNAMED),
                 num_copies,
                 experts,
-                page_to_slot_ptr,
-                slot_to_page_ptr,
                 last_used_ptr,
                 copy_pages_ptr,
                 copy_slots_ptr,
@@ -425,20 +556,62 @@ if triton is not None:
                 SLOTS_BLOCK,
                 NUM_BLOCKS,
             )
+            publish_count(signal_ptr, word, num_copies, True, ON_GPU)
+            enter_pages(
+                victims,
+                first_page + experts,
+                page_to_slot_ptr,
+                slot_to_page_ptr,
+                last_used_ptr,
+                now,
+            )
         tl.store(copy_count_ptr, num_copies)
 
     @triton.jit
     def first_ranks(topk_ids_ptr, experts, num_tokens, top_k, IDS_BLOCK: tl.constexpr):
-        """The rank at which each expert is first named; _UNNAMED if it is not."""
-        rank = tl.zeros_like(experts) + _UNNAMED
-        num_ids = num_tokens * top_k
-        for start in range(0, num_ids, IDS_BLOCK):
-            index = start + tl.arange(0, IDS_BLOCK)
-            ids = tl.load(topk_ids_ptr + index, mask=index < num_ids, other=-1)
-            ranks = (index % top_k) * num_tokens + index // top_k
-            named = ids[:, None] == experts[None, :]
-            rank = tl.minimum(rank, tl.min(tl.where(named, ranks[:, None], _UNNAMED), axis=0))
+        """The rank at which each expert is first named; _UNNAMED if it is not.
+
+        Every thread reads every id: warps need not tell each other what they found. The first ids
+        come before the loop, so that they are read together with what the caller reads.
+        """
+        unnamed = tl.zeros_like(experts) + _UNNAMED
+        token, choice = num_tokens * 0, num_tokens * 0
+        rank, token, choice = _ranks_of_some(
+            unnamed, 0, token, choice, topk_ids_ptr, experts, num_tokens, top_k, IDS_BLOCK
+        )
+        for start in range(IDS_BLOCK, num_tokens * top_k, IDS_BLOCK):
+            rank, token, choice = _ranks_of_some(
+                rank, start, token, choice, topk_ids_ptr, experts, num_tokens, top_k, IDS_BLOCK
+            )
         return rank
+
+    @triton.jit
+    def _ranks_of_some(
+        rank,  # of the ids before
+        start,  # the first of these ids
+        token,  # whose it is
+        choice,  # and which of the token's
+        topk_ids_ptr,
+        experts,
+        num_tokens,
+        top_k,
+        IDS_BLOCK: tl.constexpr,
+    ):
+        for i in tl.static_range(IDS_BLOCK):
+            inside = start + i < num_tokens * top_k
+            expert = tl.load(topk_ids_ptr + start + i, mask=inside, other=-1)
+            named = tl.where(experts == expert, choice * num_tokens + token, _UNNAMED)
+            rank = tl.minimum(rank, named)
+            last = choice == top_k - 1
+            token += last.to(tl.int32)
+            choice = tl.where(last, 0, choice + 1)
+        return rank, token, choice
+
+    @triton.jit
+    def count_both(these, others):
+        """How many are true, of two vectors at once; of fewer than 2**15 numbers."""
+        both = tl.sum(these.to(tl.int32) + (others.to(tl.int32) << 16), 0)
+        return both & 0xFFFF, both >> 16
 
     @triton.jit
     def coldest_slots(last_used_ptr, num_slots, now, last, SLOTS_BLOCK: tl.constexpr):
@@ -457,13 +630,11 @@ if triton is not None:
         return keys, tl.sum(free, 0)
 
     @triton.jit
-    def take_slots(
+    def choose_slots(
         keys,  # from `coldest_slots`
         order,  # of experts: those with the smallest numbers, all different, get slots
         num_copies,  # how many
         experts,
-        page_to_slot_ptr,
-        slot_to_page_ptr,
         last_used_ptr,
         copy_pages_ptr,
         copy_slots_ptr,
@@ -474,30 +645,45 @@ if triton is not None:
         SLOTS_BLOCK: tl.constexpr,
         NUM_BLOCKS: tl.constexpr,
     ):
-        """Evict the coldest slots, write the copy list, and change the tables."""
+        """Write the copy list; returns each expert's slot, -1 of those that get none."""
+        victims = tl.zeros_like(order) - 1
+        places = tl.zeros_like(order)  # in the list
         for i in range(num_copies):
             oldest = tl.min(keys, 0)
-            first = tl.min(order, 0)
-            # One number, one expert.
-            expert = tl.sum(tl.where(order == first, experts, 0), 0)
+            chosen = order == tl.min(order, 0)  # one number, one expert
             victim = (oldest & _SLOT_MASK).to(tl.int32)
-            tl.store(copy_slots_ptr + i, victim)
-            tl.store(copy_pages_ptr + i, first_page + expert)
-            lane = victim % SLOTS_BLOCK + tl.arange(0, NUM_BLOCKS) * SLOTS_BLOCK
-            others = _eviction_keys(last_used_ptr, lane, num_slots, now, last)
-            following = tl.min(tl.where(others > oldest, others, _NEVER), 0)
+            victims = tl.where(chosen, victim, victims)
+            places = tl.where(chosen, i, places)
+            order = tl.where(chosen, _UNNAMED, order)
+            following = oldest * 0 + _NEVER
+            if NUM_BLOCKS > 1:
+                lane = victim % SLOTS_BLOCK + tl.arange(0, NUM_BLOCKS) * SLOTS_BLOCK
+                # Nobody asks what follows the last one: then nothing is read, nor waited for.
+                end = tl.where(i + 1 < num_copies, num_slots, 0)
+                others = _eviction_keys(last_used_ptr, lane, end, now, last)
+                following = tl.min(tl.where(others > oldest, others, _NEVER), 0)
             keys = tl.where(keys == oldest, following, keys)
-            order = tl.where(order == first, _UNNAMED, order)
-        tl.debug_barrier()  # the copy list must be seen
-        copied = experts < num_copies
-        pages = tl.load(copy_pages_ptr + experts, mask=copied, other=0)
-        victims = tl.load(copy_slots_ptr + experts, mask=copied, other=0)
-        evicted = tl.load(slot_to_page_ptr + victims, mask=copied, other=-1)
-        tl.debug_barrier()  # slot_to_page and, in the loop above, last_used have been read
+        tl.store(copy_pages_ptr + places, first_page + experts, mask=victims >= 0)
+        tl.store(copy_slots_ptr + places, victims, mask=victims >= 0)
+        return victims
+
+    @triton.jit
+    def enter_pages(
+        victims,  # from `choose_slots`
+        pages,  # of the same experts
+        page_to_slot_ptr,
+        slot_to_page_ptr,
+        last_used_ptr,
+        now,
+    ):
+        """Change the tables: what was in the slots is gone, and they hold these pages."""
+        taken = victims >= 0
+        evicted = tl.load(slot_to_page_ptr + victims, mask=taken, other=-1)
+        tl.debug_barrier()  # slot_to_page and, in `choose_slots`, last_used have been read
         tl.store(page_to_slot_ptr + evicted, tl.zeros_like(evicted) - 1, mask=evicted >= 0)
-        tl.store(page_to_slot_ptr + pages, victims, mask=copied)
-        tl.store(slot_to_page_ptr + victims, pages, mask=copied)
-        tl.store(last_used_ptr + victims, tl.zeros_like(victims).to(tl.int64) + now, mask=copied)
+        tl.store(page_to_slot_ptr + pages, victims, mask=taken)
+        tl.store(slot_to_page_ptr + victims, pages, mask=taken)
+        tl.store(last_used_ptr + victims, tl.zeros_like(victims).to(tl.int64) + now, mask=taken)
 
     @triton.jit
     def _eviction_keys(last_used_ptr, slots, num_slots, now, last):
@@ -506,26 +692,95 @@ if triton is not None:
         turn = tl.where(last_used > last, 2 * now - last_used, last_used)
         return tl.where(last_used < now, (turn << _SLOT_BITS) | slots, _NEVER)
 
+    @triton.jit
+    def publish_count(signal_ptr, word, count, LISTED: tl.constexpr, ON_GPU: tl.constexpr):
+        """Tell those that copy, if there are any, how many pages there are.
+
+        Args:
+            word: that was published last. The next one has another number.
+            LISTED: the list was written; else there is nothing to copy.
+        """
+        if signal_ptr is not None:
+            following = (((word >> _COUNT_BITS) + 1) << _COUNT_BITS) | count
+            publish(signal_ptr, following, LISTED, ON_GPU)
+
+    @triton.jit
+    def copy_published(
+        signal_ptr,
+        addresses_ptr,
+        memory_ptr,
+        copy_pages_ptr,
+        copy_slots_ptr,
+        page_words,
+        slot_words,
+        BLOCK: tl.constexpr,
+        ON_GPU: tl.constexpr,
+    ):
+        """What every program but the first one does: wait for the list, and copy its share.
+
+        The wait always ends. The first program waits for no other one and is the first to be
+        started. Were it not, the few that wait would leave it room all the same; and what starts
+        early behind this launch does so when all of its programs run.
+        """
+        seen_ptr = signal_ptr + tl.program_id(0)
+        word = wait_for_word(signal_ptr, tl.load(seen_ptr), ON_GPU)
+        tl.debug_barrier()  # what was seen before has been read by all
+        tl.store(seen_ptr, word)
+        copy_pages(
+            addresses_ptr,
+            memory_ptr,
+            copy_pages_ptr,
+            copy_slots_ptr,
+            (word & _COUNT_MASK).to(tl.int32),
+            tl.program_id(0) - 1,
+            tl.num_programs(0) - 1,
+            page_words,
+            slot_words,
+            BLOCK,
+        )
+
     @triton.jit(do_not_specialize=["page_words", "slot_words"])
     def gather_kernel(
-        addresses_ptr,  # (num_pages,) int64
-        memory_ptr,  # (num_slots, slot_bytes) uint8
+        addresses_ptr,  # Transfer's tensors
+        memory_ptr,
         copy_pages_ptr,  # CopyList's tensors
         copy_slots_ptr,
         copy_count_ptr,
         page_words,  # of 8 bytes
         slot_words,
         BLOCK: tl.constexpr,  # words of 8 bytes
-        PDL: tl.constexpr,
     ):
-        """Grid: any number of programs; blocks of all pages are dealt out in turn."""
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
+        """Grid: any number of programs."""
+        copy_pages(
+            addresses_ptr,
+            memory_ptr,
+            copy_pages_ptr,
+            copy_slots_ptr,
+            tl.load(copy_count_ptr),
+            tl.program_id(0),
+            tl.num_programs(0),
+            page_words,
+            slot_words,
+            BLOCK,
+        )
+
+    @triton.jit
+    def copy_pages(
+        addresses_ptr,  # as in `gather_kernel`
+        memory_ptr,
+        copy_pages_ptr,
+        copy_slots_ptr,
+        num_copies,
+        program,  # of those that copy
+        num_programs,
+        page_words,
+        slot_words,
+        BLOCK: tl.constexpr,
+    ):
+        """Copy a program's share of the listed pages, whose blocks are dealt out in turn."""
         blocks_per_page = tl.cdiv(page_words, BLOCK)
         memory = memory_ptr.to(tl.pointer_type(tl.int64))
-        num_blocks = tl.load(copy_count_ptr) * blocks_per_page
-        for block in range(tl.program_id(0), num_blocks, tl.num_programs(0)):
+        for block in range(program, num_copies * blocks_per_page, num_programs):
             i = block // blocks_per_page
             offsets = (block % blocks_per_page) * BLOCK + tl.arange(0, BLOCK)
             # What do_not_specialize hides from the compiler: pages are whole lines, so that a

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qmoe_kernels.cpu import workers
 from qmoe_kernels.launching import COMPILED
-from qmoe_kernels.paging import admission_blocks, admit_kernel
+from qmoe_kernels.paging import admission_blocks, admit_experts
 from qmoe_kernels.reading import Frames, ReadBox
 from qmoe_kernels.signals import store_released, wait_until
 
@@ -132,7 +132,7 @@ def read_kernel(
     ON_GPU: tl.constexpr,
 ):
     """Grid: (1,). Frames are given out as slots are, to pages that are in no slot."""
-    admit_kernel(
+    admit_experts(
         topk_ids_ptr,
         page_to_frame_ptr,
         frame_to_page_ptr,
@@ -144,6 +144,7 @@ def read_kernel(
         read_frames_ptr,
         read_count_ptr,
         page_to_slot_ptr,
+        None,
         num_tokens,
         top_k,
         layer,
@@ -152,11 +153,11 @@ def read_kernel(
         low,
         high,
         num_frames,
+        ON_GPU,
         IDS_BLOCK,
         EXPERTS_BLOCK,
         SLOTS_BLOCK,
         NUM_BLOCKS,
-        PDL=False,
     )
     tl.debug_barrier()  # the list must be seen
     count = tl.load(read_count_ptr)

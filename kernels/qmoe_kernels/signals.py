@@ -1,7 +1,7 @@
 """Numbers by which a kernel tells another processor, or hears from it, that memory is written.
 
 What comes before a number that is released to the whole system is there for whoever acquired it:
-the host, or another GPU.
+the host, or another GPU. Programs of one launch tell each other in the same way (`publish`).
 """
 
 from __future__ import annotations
@@ -73,3 +73,62 @@ def wait_until(ptr, value, nanoseconds, pause_ns, ON_GPU: tl.constexpr):
             looks -= 1
         waited = tl.where(tl.load(ptr, volatile=True) < value, -1, 0).to(tl.int64)
     return waited
+
+
+@triton.jit
+def publish(ptr, word, RELEASED: tl.constexpr, ON_GPU: tl.constexpr):
+    """Store an int64 that other programs of this launch wait for.
+
+    RELEASED: they also see all that this program has written before, which takes longer.
+    """
+    if RELEASED:
+        tl.debug_barrier()
+    if ON_GPU:
+        # One thread is enough: the barrier has put the others' writes before its store.
+        STORE: tl.constexpr = "release" if RELEASED else "relaxed"
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred first;
+            .reg .u32 thread;
+            mov.u32 thread, %tid.x;
+            setp.eq.u32 first, thread, 0;
+            @first st."""
+            + STORE
+            + """.gpu.global.u64 [$1], $2;
+            mov.u32 $0, 0;
+            }""",
+            "=r,l,l",
+            [ptr.to(tl.int64), word],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.store(ptr, word)
+
+
+@triton.jit
+def wait_for_word(ptr, seen, ON_GPU: tl.constexpr):
+    """Wait until another program of this launch has published a word that is not ``seen``.
+
+    Every warp looks for itself, so that all of them have the word at once. There is no limit of
+    time: programs of one launch end together or not at all.
+    """
+    if ON_GPU:
+        word = tl.inline_asm_elementwise(
+            """{
+            .reg .pred same;
+            again:
+            ld.acquire.gpu.global.u64 $0, [$1];
+            setp.eq.u64 same, $0, $2;
+            @same bra again;
+            }""",
+            "=&l,l,l",
+            [ptr.to(tl.int64), seen],
+            dtype=tl.int64,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        word = tl.load(ptr)  # the interpreter runs one program after the other
+    return word

@@ -2,8 +2,8 @@
 
 A layer runs in one of three ways, chosen from the number of its tokens alone:
 
-admitted   `qmoe_kernels.paging` gives every routed expert a slot and copies what is absent. All of
-           it happens on the device: a CUDA graph can hold it.
+admitted   `qmoe_kernels.paging` gives every routed expert a slot and copies what is absent, in one
+           launch. All of it happens on the device: a CUDA graph can hold it.
 in waves   the same for a range of experts at a time, where there may be more of them than slots.
 streamed   when nearly every expert is routed to (a long prompt), the copy engine brings what is
            absent, group after group, into two staging buffers while the other one is computed
@@ -45,7 +45,7 @@ from qmoe.paging.stats import CacheStats, LayerStats
 from qmoe.sizes import format_size
 from qmoe_kernels import weighted_sum
 from qmoe_kernels.mailbox import SERVED, WAITED_NS
-from qmoe_kernels.paging import HITS, MISSES, CopyList, Residency, admit, gather
+from qmoe_kernels.paging import HITS, MISSES, CopyList, Residency, Transfer, admit, gather
 
 # compute(gate_up, down, expert_to_slot, topk_ids, topk_weights): one layer's experts, see
 # `qmoe_kernels.fused_moe`; without weights it returns (num_tokens, top_k, hidden_size).
@@ -415,8 +415,14 @@ class ExpertCache:
         there = self._there_before(pool, layer, topk_ids)
         self._interrupted = True
         tables = pool.residency, self._copies
-        link_ids = sharing.admit(*tables, layer, hidden_states, topk_ids)
-        rows = self._products(pool, layer, link_ids, None, compute, there)
+        transfer = self._transfer(pool, layer) if there is None else None
+        link_ids = sharing.admit(*tables, layer, hidden_states, topk_ids, transfer)
+        if there is None:
+            if transfer is None:
+                self._gather(pool, layer)
+            rows = compute(*pool.weights[layer], pool.expert_to_slot[layer], link_ids, None)
+        else:
+            rows = self._hits_first(pool, layer, link_ids, None, compute, there)
         self._interrupted = True
         output = sharing.collect(layer, rows, topk_ids, link_ids, topk_weights)
         self._interrupted = False
@@ -433,8 +439,13 @@ class ExpertCache:
         """With all experts that are routed to in slots."""
         there = self._there_before(pool, layer, topk_ids)
         self._interrupted = True
-        self._admit(pool, layer, topk_ids)
-        return self._products(pool, layer, topk_ids, topk_weights, compute, there)
+        if there is not None:
+            self._admit(pool, layer, topk_ids)
+            return self._hits_first(pool, layer, topk_ids, topk_weights, compute, there)
+        self._fetch(pool, layer, topk_ids)
+        self._interrupted = False
+        slots = pool.expert_to_slot[layer]
+        return compute(*pool.weights[layer], slots, topk_ids, topk_weights)
 
     def _there_before(self, pool: _Pool, layer: int, topk_ids: Tensor) -> Tensor | None:
         """(num_experts + 1,) bool: what is there before an admission; None: nobody asks."""
@@ -446,26 +457,21 @@ class ExpertCache:
         slots = pool.expert_to_slot[layer]
         return torch.cat((slots >= 0, slots.new_zeros(1, dtype=torch.bool)))
 
-    def _products(
+    def _hits_first(
         self,
         pool: _Pool,
         layer: int,
         topk_ids: Tensor,
         topk_weights: Tensor | None,
         compute: Compute,
-        there: Tensor | None,
+        there: Tensor,
     ) -> Tensor:
-        """Copy what a layer's admission wants, and compute.
+        """Compute what was there before an admission while the others are copied.
 
         Args:
-            there: experts that were there before it are computed while the others are copied, on
-                another stream; None: all of them after the copies.
+            there: from `_there_before`.
         """
         weights, slots = pool.weights[layer], pool.expert_to_slot[layer]
-        if there is None:
-            self._gather(pool, layer, dependent=True)
-            self._interrupted = False
-            return compute(*weights, slots, topk_ids, topk_weights)
         num_experts = slots.shape[0]
         admitted = self._event()
         with self._runtime.stream(self._copy_stream):
@@ -493,8 +499,7 @@ class ExpertCache:
         for experts in _ranges(self.host.layers[layer].num_experts, self._most_at_once(pool)):
             self._read(pool, layer, topk_ids, experts)
             self._interrupted = True
-            self._admit(pool, layer, topk_ids, experts=experts)
-            self._gather(pool, layer)
+            self._fetch(pool, layer, topk_ids, experts=experts)
             self._interrupted = False
             ids = self._only(topk_ids, layer, experts)
             wave = compute(*pool.weights[layer], pool.expert_to_slot[layer], ids, None)
@@ -600,25 +605,40 @@ class ExpertCache:
                 self._reads.read(layer, topk_ids, pool.residency.page_to_slot, experts)
             self._interrupted = False
 
+    def _fetch(self, pool: _Pool, layer: int, topk_ids: Tensor, **options: Any) -> None:
+        """Admit, and copy what is absent: on a GPU all of it is one launch."""
+        transfer = self._transfer(pool, layer)
+        if transfer is not None:
+            self._admit(pool, layer, topk_ids, transfer=transfer, **options)
+            return
+        self._admit(pool, layer, topk_ids, **options)
+        self._gather(pool, layer)
+
+    def _transfer(self, pool: _Pool, layer: int) -> Transfer | None:
+        """What a kernel copies a layer's pages by; None: there are no kernels."""
+        if self.device.type != "cuda":
+            return None
+        return Transfer(self._addresses, pool.memory, self.host.layers[layer].page_stride)
+
     def _admit(self, pool: _Pool, layer: int, topk_ids: Tensor, **options: Any) -> None:
         first_page = self.host.first_page[layer]
         num_experts = self.host.layers[layer].num_experts
         tables = pool.residency, self._copies
         admit(topk_ids, layer, first_page, num_experts, *tables, **options)
 
-    def _gather(self, pool: _Pool, layer: int, **options: Any) -> None:
-        memory, copies = pool.memory, self._copies
-        page_bytes = self.host.layers[layer].page_stride
-        if self.device.type == "cuda":
-            gather(self._addresses, memory, copies, page_bytes, **options)
+    def _gather(self, pool: _Pool, layer: int) -> None:
+        transfer = self._transfer(pool, layer)
+        if transfer is not None:
+            gather(transfer, self._copies)
             return
-        for page, slot in copies.listed():
+        page_bytes = self.host.layers[layer].page_stride
+        for page, slot in self._copies.listed():
             if isinstance(self.host, HostStore):
                 source = self.host.pages(layer)[page - self.host.first_page[layer]]
             else:
                 assert self._reads is not None
                 source = self._reads.page(page)
-            memory[slot, :page_bytes] = source[:page_bytes]
+            pool.memory[slot, :page_bytes] = source[:page_bytes]
 
     # ---- threads and streams -------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from qmoe_kernels.mailbox import (
     has_failed,
     has_room,
 )
-from qmoe_kernels.paging import CopyList, Residency
+from qmoe_kernels.paging import CopyList, Residency, Transfer
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +149,7 @@ class HostExperts:
         layer: int,
         hidden_states: Tensor,
         topk_ids: Tensor,
+        transfer: Transfer | None,
     ) -> Tensor:
         """Admit a layer and leave some misses to the host; see `mailbox.admit_and_post`."""
         return admit_and_post(
@@ -161,6 +162,7 @@ class HostExperts:
             copies,
             self.posts,
             self._mailbox,
+            transfer=transfer,
         )
 
     def collect(

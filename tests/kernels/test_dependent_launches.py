@@ -69,7 +69,7 @@ from qmoe_kernels.linear import launch_linear
 from qmoe_kernels.mailbox import Mailbox, Posts
 from qmoe_kernels.mailbox_kernels import launch_admit_and_post, launch_combine
 from qmoe_kernels.norm import launch_rms_norm
-from qmoe_kernels.paging import CopyList, Residency, gather
+from qmoe_kernels.paging import CopyList, Residency
 from qmoe_kernels.quantization import STORAGE_DTYPE
 from qmoe_kernels.rope import launch_rotate
 from qmoe_kernels.router import launch_select_experts
@@ -105,8 +105,7 @@ with compiling_for(90) as compiled:
         torch.zeros(4, 128), None, 8, "softmax", True, 1.0, 0.0, 1, 1, "max", torch.float32
     )
     cpu, copies = torch.device("cpu"), CopyList.empty(8, "cpu")
-    memory, ids = torch.zeros(4, 128, dtype=torch.uint8), torch.zeros(1, 2, dtype=torch.int64)
-    gather(torch.zeros(8, dtype=torch.int64), memory, copies, 128, dependent=True)
+    ids = torch.zeros(1, 2, dtype=torch.int64)
     posts, box = Posts.empty(8, 8, 1, cpu), Mailbox.empty(2048, cpu)
     residency = Residency.empty(8, 4, 1, cpu)
     launch_admit_and_post(x, ids, 0, 0, 8, residency, copies, posts, box)
@@ -128,7 +127,6 @@ def test_every_program_waits() -> None:
         "combine_kernel",
         "combine_splits_kernel",
         "decode_attention_kernel",
-        "gather_kernel",
         "gemv_kernel",
         "grouped_gemm_kernel",
         "linear_dot_kernel",
@@ -143,3 +141,34 @@ def test_every_program_waits() -> None:
     }
     for kernel in kernels:
         assert hasty_steps(kernel["ptx"]) == set(), kernel["name"]
+
+
+PAGED = """
+import json
+from dataclasses import replace
+import torch
+from compiling import compiling_for
+from random_layer import random_layer
+
+with compiling_for(90) as compiled:
+    layer = random_layer(num_tokens=1, top_k=2, num_experts=8, hidden_size=128,
+                         intermediate_size=128, weights="int8", dtype=torch.bfloat16)
+    layer.triton()
+    replace(layer, expert_to_slot=torch.arange(8, dtype=torch.int32)).triton()
+for kernel in compiled:
+    before, _, _ = kernel.asm["ptx"].partition("griddepcontrol.wait")
+    print(json.dumps({
+        "name": kernel.metadata.name,
+        "dependent": kernel.metadata.launch_pdl,
+        "reads first": "ld.global" in before,
+    }))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
+def test_the_product_behind_an_admission_waits_before_it_reads() -> None:
+    """What an admission has changed is where slots are; the second product starts behind that."""
+    kernels = run_compiler(PAGED)
+    assert {kernel["name"] for kernel in kernels} == {"gemv_kernel"}
+    found = [(kernel["dependent"], kernel["reads first"]) for kernel in kernels]
+    assert found == [(False, True), (True, True), (True, False), (True, True)]

@@ -21,18 +21,20 @@ from graphs import capture, no_synchronization
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_layer import DEVICE, random_layer
+from test_paging import aligned_slots, host_pages
 
 from qmoe_kernels import fused_moe, mailbox, mailbox_kernels
 from qmoe_kernels.cpu import workers
 from qmoe_kernels.experts import Experts, Projection
 from qmoe_kernels.mailbox import SERVED, WAITED_NS, Mailbox, Posts
-from qmoe_kernels.paging import CopyList, Residency
+from qmoe_kernels.paging import CopyList, Residency, Transfer
 from qmoe_kernels.reference import fused_moe_reference
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="workers need Linux")
 
 IMPLEMENTATIONS = ["cpu", "triton"]
 NUM_EXPERTS, TOP_K, HIDDEN = 8, 3, 40
+NUM_SLOTS, PAGE_BYTES = 4, 640
 
 
 def device_of(implementation: str) -> torch.device:
@@ -61,7 +63,11 @@ def make_layers(weights: str = "int8", *, bias: bool = False, dtype=torch.float3
 
 @dataclass
 class Host:
-    """A mailbox with workers, and the device's side of it."""
+    """A mailbox with workers, and the device's side of it.
+
+    With Triton the first layer's pages are copied by the launch that admits, as they are in short
+    calls; the other layer's by nobody.
+    """
 
     implementation: str
     layers: list
@@ -70,8 +76,12 @@ class Host:
     def __post_init__(self) -> None:
         device = device_of(self.implementation)
         num_pages = NUM_EXPERTS * len(self.layers)
-        self.residency = Residency.empty(num_pages, 4, len(self.layers), device)
+        self.residency = Residency.empty(num_pages, NUM_SLOTS, len(self.layers), device)
         self.copies = CopyList.empty(NUM_EXPERTS, device)
+        if self.implementation == "triton":
+            self.pages, addresses = host_pages(num_pages, PAGE_BYTES)
+            self.slots = aligned_slots(NUM_SLOTS, PAGE_BYTES)
+            self.transfer = Transfer(addresses, self.slots, PAGE_BYTES)
         self.mailbox = Mailbox.empty(HIDDEN, device)
         self.posts = Posts.empty(num_pages, NUM_EXPERTS, len(self.layers), device)
         self.workers = workers.Workers(
@@ -95,10 +105,19 @@ class Host:
         self.posts.last_asked.zero_()
 
     def admit(self, number: int, layer) -> torch.Tensor:
-        triton = self.implementation == "triton"
-        run = mailbox_kernels.launch_admit_and_post if triton else mailbox._admit_and_post_cpu
-        arguments = (layer.hidden_states, layer.topk_ids, number, number * NUM_EXPERTS, NUM_EXPERTS)
-        return run(*arguments, self.residency, self.copies, self.posts, self.mailbox)
+        where = (layer.hidden_states, layer.topk_ids, number, number * NUM_EXPERTS, NUM_EXPERTS)
+        arguments = (*where, self.residency, self.copies, self.posts, self.mailbox)
+        if self.implementation == "cpu":
+            return mailbox._admit_and_post_cpu(*arguments)
+        transfer = self.transfer if number == 0 else None
+        return mailbox_kernels.launch_admit_and_post(*arguments, transfer)
+
+    def check_contents(self) -> None:
+        """After an admission of the first layer: what it listed was copied."""
+        if self.implementation == "triton":
+            for page, slot in self.copies.listed():
+                assert torch.equal(self.slots[slot].cpu(), self.pages[page])
+            assert len(set(self.copies.signal.tolist())) == 1
 
     def combine(self, number: int, layer, link_ids, weights=None, seconds: float = 5.0):
         skipped = replace(layer, topk_ids=link_ids, topk_weights=None)
@@ -223,6 +242,7 @@ class TestChoice:
         for page, slot in host.copies.listed():
             assert (residency.page_to_slot[page], residency.slot_to_page[slot]) == (slot, page)
         assert host.posts.counters[0, SERVED] == len(self.taken)
+        host.check_contents()
         return host
 
     def test_last_choices_of_those_never_asked_for(self, hosts, implementation) -> None:
@@ -574,15 +594,19 @@ with compiling_for(CAPABILITY) as compiled:
     import torch
     from qmoe_kernels.mailbox import Mailbox, Posts
     from qmoe_kernels.mailbox_kernels import launch_admit_and_post, launch_combine
-    from qmoe_kernels.paging import CopyList, Residency
+    from qmoe_kernels.paging import CopyList, Residency, Transfer
     experts, hidden = 128, 2048
     residency = Residency.empty(6144, 3072, 48, "cpu")
     copies = CopyList.empty(experts, "cpu")
     posts = Posts.empty(6144, experts, 48, torch.device("cpu"))
     box = Mailbox.empty(hidden, torch.device("cpu"))
+    memory = torch.zeros(3072, 128, dtype=torch.uint8)
+    transfer = Transfer(torch.zeros(6144, dtype=torch.int64), memory, 128)
     for dtype in (torch.bfloat16, torch.float32):
         x, ids = torch.zeros(1, hidden, dtype=dtype), torch.zeros(1, 8, dtype=torch.int64)
-        link = launch_admit_and_post(x, ids, 0, 0, experts, residency, copies, posts, box)
+        tables = (residency, copies, posts, box)
+        link = launch_admit_and_post(x, ids, 0, 0, experts, *tables)
+        launch_admit_and_post(x, ids, 0, 0, experts, *tables, transfer)
         rows = torch.zeros(1, 8, hidden, dtype=dtype)
         for weights in (torch.zeros(1, 8), None):
             launch_combine(rows, ids, link, weights, 0, experts, posts, box, 5.0)
@@ -591,6 +615,7 @@ for kernel in compiled:
     print(json.dumps({
         "name": kernel.metadata.name, "spilled": spilled_bytes(kernel.asm["cubin"]),
         "released": "st.release.sys" in ptx, "acquired": "ld.acquire.sys" in ptx,
+        "published": "st.release.gpu" in ptx, "seen": "ld.acquire.gpu" in ptx,
         "timed": "globaltimer" in ptx, "volatile": "ld.volatile.global" in ptx,
     }))
 """
@@ -600,9 +625,10 @@ for kernel in compiled:
 def test_compiles(capability: int) -> None:
     kernels = run_compiler(f"CAPABILITY = {capability}\n{COMPILE}")
     names = [kernel["name"] for kernel in kernels]
-    assert names == 2 * ["admit_and_post_kernel", *2 * ["combine_kernel"]]
+    assert names == 2 * [*2 * ["admit_and_post_kernel"], *2 * ["combine_kernel"]]
+    assert [kernel["published"] for kernel in kernels] == 2 * [False, True, False, False]
     for kernel in kernels:
         assert kernel["spilled"] == 0, kernel
-        assert kernel["released"], kernel
+        assert kernel["released"] and kernel["published"] == kernel["seen"], kernel
         if kernel["name"] == "combine_kernel":
             assert kernel["acquired"] and kernel["timed"] and kernel["volatile"], kernel

@@ -1,4 +1,4 @@
-"""Admission against an LRU that was written a second time; gather; both without the host."""
+"""Admission against an LRU that was written a second time; copies; both without the host."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from qmoe_kernels.paging import (
     SLOTS_BLOCK,
     CopyList,
     Residency,
+    Transfer,
     admit,
     gather,
     launch_admit,
@@ -107,6 +108,7 @@ class Admission:
     num_slots: int
     residency: Residency = field(init=False)
     copies: CopyList = field(init=False)
+    transfer: Transfer | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         device = DEVICE if self.implementation == "triton" else "cpu"
@@ -122,7 +124,7 @@ class Admission:
         ids = ids.to(self.residency.clock.device)
         if self.implementation == "triton":
             low, high = step.experts or (0, num_experts)
-            tables = (self.residency, self.copies)
+            tables = (self.residency, self.copies, None, self.transfer)
             launch_admit(ids, step.layer, first_page, num_experts, low, high, *tables)
         else:
             tables = (self.residency, self.copies)
@@ -374,14 +376,14 @@ def test_gather(page_bytes: int, slot_bytes_more: int, num_programs: int) -> Non
     expected = torch.full(memory.shape, POISON, dtype=torch.uint8)
     for page, slot in pairs:
         expected[slot, :page_bytes] = pages[page, :page_bytes]
-    gather(addresses, memory, copy_list(pairs), page_bytes, num_programs=num_programs)
+    gather(Transfer(addresses, memory, page_bytes), copy_list(pairs), num_programs=num_programs)
     assert torch.equal(memory.cpu(), expected)
 
 
 def test_gather_of_nothing() -> None:
     _, addresses = host_pages(2, 128)
     memory = aligned_slots(3, 128)
-    gather(addresses, memory, copy_list([]), 128, num_programs=4)
+    gather(Transfer(addresses, memory, 128), copy_list([]), num_programs=4)
     assert bool((memory == POISON).all())
 
 
@@ -393,7 +395,7 @@ def test_gather_into_slots_far_apart() -> None:
     memory = torch.empty(3, slot_bytes, dtype=torch.uint8, device="cuda")
     for slot in range(3):
         memory[slot, :256] = POISON
-    gather(addresses, memory, copy_list([(1, 2)]), 256)
+    gather(Transfer(addresses, memory, 256), copy_list([(1, 2)]))
     assert torch.equal(memory[2, :256].cpu(), pages[1])
     assert bool((memory[:2, :256] == POISON).all())
 
@@ -404,13 +406,13 @@ def test_gather_of_many_large_pages() -> None:
     pages, addresses = host_pages(32, page_bytes)
     memory = aligned_slots(40, page_bytes)
     pairs = [(page, 39 - page) for page in range(32)]
-    gather(addresses, memory, copy_list(pairs, 32), page_bytes)
+    gather(Transfer(addresses, memory, page_bytes), copy_list(pairs, 32))
     slots = torch.tensor([slot for _, slot in pairs])
     assert torch.equal(memory.cpu()[slots], pages)
     assert bool((memory[:8] == POISON).all())
 
 
-# ---- without the host --------------------------------------------------------------------------
+# ---- admission and copies in one launch --------------------------------------------------------
 
 
 NUM_EXPERTS, PAGE_BYTES = 16, 640
@@ -418,24 +420,114 @@ NUM_EXPERTS, PAGE_BYTES = 16, 640
 
 @dataclass
 class Pages(Admission):
-    """Admission of two layers, with contents to be copied."""
+    """Admission with contents that are copied by the same launch."""
+
+    page_bytes: int = PAGE_BYTES
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.pages, self.addresses = host_pages(2 * NUM_EXPERTS, PAGE_BYTES)
-        self.memory = aligned_slots(self.num_slots, PAGE_BYTES)
+        self.pages, addresses = host_pages(self.num_layers * self.num_experts, self.page_bytes)
+        self.memory = aligned_slots(self.num_slots, self.page_bytes)
+        self.transfer = Transfer(addresses, self.memory, self.page_bytes)
 
-    def decode(self, ids: torch.Tensor) -> None:
+    def bring(self, layer: int, ids: torch.Tensor, together: bool = True) -> None:
+        """Admit, and copy in the same launch or in another one."""
+        where = (layer, layer * self.num_experts, self.num_experts, 0, self.num_experts)
+        tables = (self.residency, self.copies, None, self.transfer if together else None)
+        launch_admit(ids, *where, *tables)
+        if not together:
+            assert self.transfer is not None
+            gather(self.transfer, self.copies)
+
+    def decode(self, ids: torch.Tensor, together: bool) -> None:
         for layer in (0, 1):
-            tables = (layer, NUM_EXPERTS * layer, NUM_EXPERTS, self.residency, self.copies)
-            admit(ids, *tables)
-            gather(self.addresses, self.memory, self.copies, PAGE_BYTES)
+            self.bring(layer, ids, together)
+
+    def check_contents(self) -> None:
+        for slot, page in enumerate(self.tables()["slot_to_page"]):
+            content = self.memory[slot].cpu()
+            if page >= 0:
+                assert torch.equal(content, self.pages[page])
+            else:
+                assert bool((content == POISON).all())
 
     def check(self, lru: LRU) -> None:
         assert self.tables() == expected_tables(lru)
-        for slot, page in enumerate(self.tables()["slot_to_page"]):
-            if page >= 0:
-                assert torch.equal(self.memory[slot].cpu(), self.pages[page])
+        self.check_contents()
+
+
+@given(scenarios())
+@settings(max_examples=25, deadline=None)
+def test_the_same_launch_copies(scenario) -> None:
+    sizes, steps = scenario
+    lru, cache = LRU(*sizes), Pages("triton", *sizes)
+    for step in steps:
+        assert cache.admit(step) == lru.admit(step), step
+        cache.check(lru)
+
+
+@pytest.mark.parametrize("page_bytes", [128, BLOCK_BYTES + 128, 3 * BLOCK_BYTES])
+def test_pages_of_several_blocks_are_copied_by_all(page_bytes: int) -> None:
+    cache = Pages("triton", num_experts=6, num_layers=1, num_slots=4, page_bytes=page_bytes)
+    for ids in ([[5, 1, 2]], [[1, 5, 2]], [[0, 3, 1], [4, 1, 0]]):
+        cache.admit(Step(0, ids))
+        cache.check_contents()
+
+
+def test_each_launch_publishes_another_word() -> None:
+    """Also where nothing is missing, and with launches in between that do not copy."""
+    cache = Pages("triton", num_experts=4, num_layers=1, num_slots=4)
+    words = [cache.copies.signal.tolist()]
+    counts = []
+    for ids in ([0, 1], [0, 1], [1, 0], [2, 0], [3, 2]):
+        cache.bring(0, torch.tensor([ids], device=DEVICE), together=ids != [1, 0])
+        words.append(cache.copies.signal.tolist())
+        counts.append(words[-1][0] & ((1 << paging.COUNT_BITS) - 1))
+        assert len(set(words[-1])) == 1, "every program has seen the last word"
+        cache.check_contents()
+    assert counts == [2, 0, 0, 1, 1]
+    assert words[2] == words[3], "nothing was published"
+    assert len({word[0] for word in words}) == 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 2, 5, 16])
+@pytest.mark.parametrize("num_slots", [20, 3 * NUM_EXPERTS], ids=["misses", "no-misses"])
+@pytest.mark.parametrize("page_bytes", [PAGE_BYTES, 9 * BLOCK_BYTES + 128])
+def test_captured_layers_find_their_pages(num_tokens: int, num_slots: int, page_bytes: int) -> None:
+    """Three layers, replayed with other ids each time; each reads its pages behind its launch."""
+    sizes = (NUM_EXPERTS, 3, num_slots)
+    lru, cache = LRU(*sizes), Pages("triton", *sizes, page_bytes)
+    generator = torch.Generator().manual_seed(num_tokens)
+    drawn = torch.rand(200, 3, num_tokens, NUM_EXPERTS, generator=generator).topk(4).indices
+    ids = drawn[0].cuda()
+    pages = cache.pages.cuda()
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+
+    def layers() -> None:
+        for layer in range(3):
+            cache.bring(layer, ids[layer])
+            wanted = layer * NUM_EXPERTS + ids[layer].flatten()
+            slots = cache.residency.page_to_slot[wanted].long()
+            wrong.add_((cache.memory[slots] != pages[wanted]).sum())
+
+    layers()
+    graph, _ = capture(layers)
+    for values in drawn:
+        ids.copy_(values)
+        graph.replay()
+    for values in (drawn[0], *drawn):
+        for layer in range(3):
+            lru.admit(Step(layer, values[layer].tolist()))
+    assert int(wrong) == 0
+    cache.check(lru)
+    misses = sum(counts[MISSES] for counts in lru.counts)
+    assert misses == 3 * NUM_EXPERTS if num_slots == 3 * NUM_EXPERTS else misses > 300
+    assert len(set(cache.copies.signal.tolist())) == 1
+    assert int(cache.copies.signal[0]) >> paging.COUNT_BITS == 3 * 201
+
+
+# ---- without the host --------------------------------------------------------------------------
 
 
 def decode(lru: LRU, ids: torch.Tensor) -> None:
@@ -451,15 +543,16 @@ def random_steps(num_steps: int) -> torch.Tensor:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("graph", [False, True])
-def test_the_host_waits_for_nothing(graph: bool) -> None:
+def test_the_host_waits_for_nothing(graph: bool, together: bool) -> None:
     """Eager, and captured once with ids that are overwritten between replays."""
     lru, cache = LRU(NUM_EXPERTS, 2, 9), Pages("triton", NUM_EXPERTS, 2, 9)
     steps = random_steps(12)
     ids = steps[0].cuda()
-    step = partial(cache.decode, ids)
+    step = partial(cache.decode, ids, together)
     if graph:
-        cache.decode(torch.full_like(ids, -1))  # compiles
+        cache.decode(torch.full_like(ids, -1), together)  # compiles
         before = cache.tables()
         captured, _ = capture(step)
         assert cache.tables() == before, "capturing ran something"
@@ -484,12 +577,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from qmoe_kernels import paging
 
-INT64 = {"last_used_ptr", "clock_ptr", "counters_ptr", "addresses_ptr"}
-ADMIT = [dict(PDL=False, IDS_BLOCK=16, EXPERTS_BLOCK=experts, SLOTS_BLOCK=slots,
-              NUM_BLOCKS=blocks, ids=ids)
+INT64 = {"last_used_ptr", "clock_ptr", "last_admitted_ptr", "counters_ptr", "signal_ptr",
+         "addresses_ptr"}
+NO_COPIES = dict.fromkeys(("signal_ptr", "addresses_ptr", "memory_ptr"))
+ADMIT = [dict(PDL=False, ON_GPU=True, COPY_BLOCK=paging.GATHER_BLOCK, IDS_BLOCK=8,
+              EXPERTS_BLOCK=experts, SLOTS_BLOCK=slots, NUM_BLOCKS=blocks, ids=ids, **copying)
          for experts, slots, blocks, ids in (
              (512, 2048, 512, "*i64"), (256, 2048, 16, "*i64"), (128, 2048, 2, "*i32"),
-             (1, 1, 1, "*i64"))]
+             (1, 1, 1, "*i64"))
+         for copying in ({}, NO_COPIES)]
 GATHER = [dict(PDL=False, BLOCK=paging.GATHER_BLOCK)]
 for capability in ARCHITECTURES:
     for kernel, cases in ((paging.admit_kernel, ADMIT),
@@ -507,14 +603,18 @@ for capability in ARCHITECTURES:
                 attrs={(i,): [["tt.divisibility", 16]]
                        for i, n in enumerate(names) if n.endswith("_ptr")},
             )
+            copies = not slots or "signal_ptr" not in case
             warps = 4 if slots <= 1024 else 8
+            if copies:
+                warps = paging.COPYING_WARPS if slots else paging.GATHER_WARPS
             compiled = triton.compile(
-                source, target=GPUTarget("cuda", capability, 32),
-                options={"num_warps": warps if slots else paging.GATHER_WARPS},
+                source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}
             )
             ptx = compiled.asm["ptx"]
             print(json.dumps({
                 "capability": capability, "kernel": kernel.__name__, "case": case,
+                "copies": copies, "published": "st.release.gpu" in ptx,
+                "seen": "ld.acquire.gpu" in ptx,
                 "shared": compiled.metadata.shared,
                 "spilled": spilled_bytes(compiled.asm["cubin"]),
                 "loads": sorted(set(re.findall(r"(?:ld|cp)\\.\\S*global\\S*", ptx))),
@@ -531,17 +631,22 @@ for capability in ARCHITECTURES:
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux")
 def test_compiles_for_every_architecture() -> None:
     kernels = run_compiler(f"ARCHITECTURES = {ARCHITECTURES}\n{COMPILE}")
-    assert len(kernels) == (4 + 1) * len(ARCHITECTURES)
+    assert len(kernels) == (2 * 4 + 1) * len(ARCHITECTURES)
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_MEMORY[kernel["capability"]] * 1024, kernel
         # Triton 3.6 spills in one case, for GPUs that it was not measured on.
         older = version("triton").startswith("3.6.") and kernel["capability"] not in (80, 90)
         most = 24 if older else 0
         assert kernel["spilled"] <= most, kernel
-        if kernel["kernel"] == "gather_kernel":  # a thread moves 16 bytes at a time
-            assert kernel["stores"] == ["st.global.v2.b64"], kernel
+        if kernel["copies"]:  # a thread moves 16 bytes at a time
+            assert "st.global.v2.b64" in kernel["stores"], kernel
             wide = ("cp.async.cg.shared.global", ".v2.b64")
             assert any(load.endswith(wide) for load in kernel["loads"]), kernel
+        if kernel["kernel"] == "gather_kernel":
+            assert len(kernel["stores"]) == 1, kernel
+            continue
+        assert kernel["published"] == kernel["seen"] == kernel["copies"], kernel
+        if kernel["copies"]:
             continue
         # What is read at first is overwritten behind a barrier; so is what is read before the
         # tables change, at the end.

@@ -23,7 +23,7 @@ from random_layer import DEVICE
 from qmoe_kernels import reading, reading_kernels
 from qmoe_kernels.cpu import readers, workers
 from qmoe_kernels.cpu.readers import FileState, PageTable, Readers
-from qmoe_kernels.paging import HITS, MISSES, CopyList, Residency, admit, gather
+from qmoe_kernels.paging import HITS, MISSES, CopyList, Residency, Transfer, admit
 from qmoe_kernels.reading import Frames, ReadBox
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="readers need Linux")
@@ -277,8 +277,8 @@ def graph_of(disk: Disk, ids: torch.Tensor, slots: torch.Tensor, seconds: float)
         where = (0, 0, NUM_EXPERTS)
         reading.read_pages(ids, *where, disk.slots.page_to_slot, disk.frames, disk.box,
                            seconds=seconds)  # fmt: skip
-        admit(ids, *where, disk.slots, disk.copies)
-        gather(disk.frames.addresses, slots, disk.copies, PAGE_BYTES)
+        transfer = Transfer(disk.frames.addresses, slots, PAGE_BYTES)
+        admit(ids, *where, disk.slots, disk.copies, transfer=transfer)
         return slots[disk.slots.page_to_slot[ids[0]].long()]
 
     step()

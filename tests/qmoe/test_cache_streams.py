@@ -114,11 +114,11 @@ class WatchedCache(ExpertCache):
         for page in (before != residency.page_to_slot).nonzero().flatten().tolist():
             self.streams.write(("page", page))
 
-    def _gather(self, pool: Any, layer: int, **options: Any) -> None:
+    def _gather(self, pool: Any, layer: int) -> None:
         self.streams.read("copies")
         for _, slot in self._copies.listed():
             self.streams.write(("slot", slot))
-        super()._gather(pool, layer, **options)
+        super()._gather(pool, layer)
 
     def _stage(self, pool: Any, layer: int, group: int, buffer: int) -> Any:
         staged = super()._stage(pool, layer, group, buffer)
@@ -172,7 +172,9 @@ class Host:
     def begin(self, layers: Any = None) -> None:
         pass
 
-    def admit(self, residency: Any, copies: Any, layer: int, x: Tensor, ids: Tensor) -> Tensor:
+    def admit(
+        self, residency: Any, copies: Any, layer: int, x: Tensor, ids: Tensor, transfer: None
+    ) -> Tensor:
         where = (layer, layer * NUM_EXPERTS, NUM_EXPERTS)
         with self.cache.admitting(residency):
             return mailbox.admit_and_post(x, ids, *where, residency, copies, self.posts,

@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
@@ -32,6 +32,7 @@ from qmoe.paging import expert_cache
 from qmoe.paging.expert_cache import ExpertCache
 from qmoe.paging.host_store import HostStore
 from qmoe.paging.stats import LayerStats
+from qmoe_kernels.paging import CopyList, admit
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 POISON = 0x7F  # 127 as int8, NaN as float8_e4m3fn
@@ -58,16 +59,29 @@ class PoisonedCache(ExpertCache):
         pool.memory.fill_(POISON)
         return pool
 
-    def _gather(self, pool: Any, layer: int, **options: Any) -> None:
-        copies = self._copies
+    def _fetch(self, pool: Any, layer: int, topk_ids: Tensor, **options: Any) -> None:
+        if self.device.type == "cuda":  # one launch, which an admission beside it foretells
+            copies, r = CopyList.empty(len(self._copies.slots), self.device), pool.residency
+            names = [field.name for field in fields(r)]
+            beside = replace(r, **{name: getattr(r, name).clone() for name in names})
+            first_page, num_experts = self.host.first_page[layer], len(pool.expert_to_slot[layer])
+            admit(topk_ids, layer, first_page, num_experts, beside, copies, **options)
+            self._poison(pool, copies)
+            self._delay()
+        super()._fetch(pool, layer, topk_ids, **options)
+
+    def _gather(self, pool: Any, layer: int) -> None:
+        self._poison(pool, self._copies)
+        self._delay()
+        super()._gather(pool, layer)
+
+    def _poison(self, pool: Any, copies: CopyList) -> None:
         slots = torch.arange(len(copies.slots), device=self.device)
         targets = torch.where(slots < copies.count, copies.slots, self.num_slots)
         stale = torch.zeros(self.num_slots + 1, dtype=torch.bool, device=self.device)
         stale.index_fill_(0, targets.long(), True)
         stale = stale[: self.num_slots] | (pool.residency.slot_to_page < 0)
         pool.memory[: self.num_slots].masked_fill_(stale[:, None], POISON)
-        self._delay()
-        super()._gather(pool, layer, **options)
 
     def _admit(self, pool: Any, layer: int, topk_ids: Tensor, **options: Any) -> None:
         self.ways.add("waves" if "experts" in options else "admitted")
