@@ -599,10 +599,13 @@ def check_layer(
     activations: str,
     recorded: bool,
 ) -> str:
-    """Check the arguments of `fused_moe` and return ``activations``, ``"bf16"`` for some ``"auto"``.
+    """Check arguments as `fused_moe` has them, and decide what some ``"auto"`` means.
 
     Args:
         recorded: whether somebody may ask for gradients.
+
+    Returns:
+        ``activations``, or ``"bf16"`` where it is ``"auto"`` and rows must stay as they are.
 
     Raises:
         ValueError: as `fused_moe`.

@@ -44,13 +44,12 @@ class Factors(NamedTuple):
     scaling: float
 
 
-def adapted_moe_supports(hidden_states: Tensor, *factors: Factors | None) -> bool:
-    """Return whether `adapted_moe` takes these; elsewhere a layer is computed product by product.
+def adapted_moe_supports(hidden_states: Tensor, *ranks: int) -> bool:
+    """Return whether `adapted_moe` takes these rows, with factors of these ranks.
 
-    Which is on a CPU, and with ranks above `MOST_RANK`.
+    Elsewhere, on a CPU and with ranks above `MOST_RANK`, a layer is computed product by product.
     """
-    ranks = [f.in_factor.shape[1] for f in factors if f is not None]
-    return hidden_states.is_cuda and all(0 < rank <= MOST_RANK for rank in ranks)
+    return hidden_states.is_cuda and all(rank <= MOST_RANK for rank in ranks)
 
 
 def adapted_moe(
@@ -86,10 +85,11 @@ def adapted_moe(
     ):
         if factors is not None:
             _check_factors(name, projection, factors)
-    if not adapted_moe_supports(hidden_states, up_factors, down_factors):
+    ranks = [f.in_factor.shape[1] for f in (up_factors, down_factors) if f is not None]
+    if not adapted_moe_supports(hidden_states, *ranks):
         raise ValueError(
-            f"hidden_states are on {hidden_states.device}; adapted_moe runs on a GPU, with ranks "
-            f"up to {MOST_RANK}: grouped_linear does the single products elsewhere"
+            f"hidden_states are on {hidden_states.device}, ranks are {ranks}; adapted_moe runs on "
+            f"a GPU, with ranks up to {MOST_RANK}: grouped_linear does single products elsewhere"
         )
     tensors = [
         *(up_factors[:2] if up_factors else (None, None)),

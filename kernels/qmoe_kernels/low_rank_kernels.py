@@ -8,9 +8,9 @@ rows, as long as the rows that it meets, are the narrow dimension. So there are 
     gradient  factor = low^T @ rows               sums over an expert's pairs
 
 The large products are those of a layer without adapters and of its gradient (`layer`,
-`gradient_kernels`, on Hopper `hopper_gemm`), and all take one sort of the pairs. All rows are in the
-order of sorted pairs, and each of these kernels works on a few rows of one expert at a time: parts
-of the routing's tiles.
+`gradient_kernels`, on Hopper `hopper_gemm`), and all take one sort of the pairs. Rows between
+products are in the order of sorted pairs, and each of these kernels works on a few rows of one
+expert at a time: parts of the routing's tiles.
 """
 
 from __future__ import annotations
@@ -419,7 +419,8 @@ def launch_expand(
     if out.numel():
         block_m, block_r = _blocks(routing.block_m, rank)
         block_n = narrow_block(64 if out.itemsize == 4 else 128, features)
-        expand_kernel[(*_parts(routing, block_m), triton.cdiv(features, block_n))](
+        grid = (*_parts(routing, block_m), triton.cdiv(features, block_n))
+        expand_kernel[grid](
             low,
             factor,
             out,
