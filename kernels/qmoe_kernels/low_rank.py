@@ -145,7 +145,7 @@ def _check_factors(name: str, projection: Projection, factors: Factors) -> None:
             )
 
 
-@operator("adapted_moe", "cuda")
+@operator("adapted_moe")
 def _adapted_moe(
     hidden_states: Tensor,
     gate_up_proj: Tensor,
@@ -188,7 +188,7 @@ def _adapted_moe(
         up_softcap,
     )
     to = _row_format(activations, gate_up, topk_ids.numel(), hidden_states.dtype)
-    with torch.cuda.device(hidden_states.device):
+    with torch.cuda.device_of(hidden_states):
         return adapted_moe_triton(
             hidden_states,
             Experts(gate_up, down, activation),
@@ -235,7 +235,7 @@ def _outputs(of_arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return (of_arguments[0], of_arguments[8], *of_arguments[10:14])
 
 
-@operator("adapted_moe_backward", "cuda")
+@operator("adapted_moe_backward")
 def _adapted_moe_backward(
     gradient: Tensor,
     hidden_states: Tensor,
@@ -285,7 +285,7 @@ def _adapted_moe_backward(
         Projection(down_proj, down_proj_scale, down_proj_bias),
         activation,
     )
-    with torch.cuda.device(hidden_states.device):
+    with torch.cuda.device_of(hidden_states):
         return adapted_moe_backward_triton(
             gradient,
             hidden_states,

@@ -16,6 +16,7 @@ expert at a time: parts of the routing's tiles.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -418,7 +419,7 @@ def launch_expand(
     _, rank, features = factor.shape
     if out.numel():
         block_m, block_r = _blocks(routing.block_m, rank)
-        block_n = narrow_block(64 if out.itemsize == 4 else 128, features)
+        block_n = narrow_block(16 if out.itemsize == 4 else 128, features)
         grid = (*_parts(routing, block_m), triton.cdiv(features, block_n))
         expand_kernel[grid](
             low,
@@ -575,7 +576,7 @@ def launch_activation(
             BLOCK_M=block_m,
             BLOCK_UP=block_up,
             BLOCK_DOWN=block_down,
-            **_columns(out, size, max(block_up, block_down), permute),
+            **_columns(out, 64, max(block_up, block_down)),
         )
     return out, low
 
@@ -792,16 +793,16 @@ def launch_activation_gradient(
             BLOCK_M=block_m,
             BLOCK_UP=block_up,
             BLOCK_DOWN=block_down,
-            **_columns(gradient, size, max(block_up, block_down), False),
+            **_columns(gradient, 32, max(block_up, block_down)),
         )
     if of_up and scale is None:  # without scales they are the same
         between = replace(between, of_up=between.scaled)
     return between
 
 
-def _columns(rows: Tensor, size: int, block_r: int, permute: bool) -> dict[str, int]:
-    """How an activation's columns are cut: factors of high rank take room."""
-    if rows.itemsize == 4:
-        return {"BLOCK_N": narrow_block(32, size), "num_warps": 4, "num_stages": 1}
-    block_n = 64 if permute else narrow_block(64, size)
-    return {"BLOCK_N": block_n, "num_warps": 4, "num_stages": 2 if block_r <= 32 else 1}
+def _columns(rows: Tensor, block_n: int, block_r: int) -> Any:
+    """How an activation's columns are cut, and by how many warps: registers are what lacks."""
+    high = block_r > 64
+    if rows.itemsize == 4:  # ieee products use no tensor cores
+        return {"BLOCK_N": 16 if high else 32, "num_warps": 8 if high else 4, "num_stages": 1}
+    return {"BLOCK_N": block_n, "num_warps": 8 if high else 4, "num_stages": 1 if high else 2}
