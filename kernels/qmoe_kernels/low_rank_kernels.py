@@ -213,8 +213,8 @@ def adapted_moe_backward_triton(
         of_factors=of_factors,
     )
     del up_rows, rows  # room for what follows
-    empty = x.new_empty(0)
-    of_up = of_down = (empty, empty)
+    # Results of an operator share no memory.
+    of_up, of_down = ((x.new_empty(0), x.new_empty(0)) for _ in range(2))
     if of_factors and up is not None:
         of_up = (
             _factor_gradient(between.up_low, x, up.factors.in_factor, routing, top_k),
@@ -226,7 +226,7 @@ def adapted_moe_backward_triton(
             _factor_gradient(of_hidden_low, between.hidden, in_factor, routing),
             _factor_gradient(between.down_low, gradient, out_factor, routing, pairs_per_row).mT,
         )
-    of_x = empty
+    of_x = x.new_empty(0)
     if of_hidden:
         rows = launch_transposed(
             between.scaled, experts.gate_up, largest_up, routing, hopper_tile, scatter=True
