@@ -92,36 +92,19 @@ def fused_moe(
         ValueError: shapes, dtypes or devices that do not fit, or activations that the weights or
             the GPU cannot be multiplied with; on a CPU a routed expert without a slot, too.
     """
-    _check_activations(activations, gate_up_proj)
-    _check_hidden_states(hidden_states, topk_ids)
-    mixed = gate_up_proj.dtype != down_proj.dtype
-    if activations == "auto" and (mixed or _is_recorded(hidden_states, topk_weights)):
-        activations = "bf16"
-    _check_activations(activations, down_proj)
     gate_up = Projection(gate_up_proj, gate_up_proj_scale, gate_up_proj_bias, expert_to_slot)
     down = Projection(down_proj, down_proj_scale, down_proj_bias, expert_to_slot)
-    num_rows = _check_projection("gate_up_proj", gate_up, hidden_states, hidden_states.shape[-1])
-    in_features = None
-    if isinstance(activation, Activation):
-        if activation.gated and num_rows % 2:
-            raise ValueError(
-                f"gate_up_proj has {num_rows} rows, an odd number; a gated activation needs gate "
-                "rows and as many up rows"
-            )
-        in_features = num_rows // 2 if activation.gated else num_rows
-    _check_projection("down_proj", down, hidden_states, in_features)
-    if down_proj.shape[0] != gate_up_proj.shape[0]:
-        raise ValueError(
-            f"down_proj holds {down_proj.shape[0]} experts and gate_up_proj "
-            f"{gate_up_proj.shape[0]}; they must agree"
-        )
-    if down_proj.shape[1] != hidden_states.shape[-1]:
-        raise ValueError(
-            f"down_proj has {down_proj.shape[1]} rows; hidden_states has rows of "
-            f"{hidden_states.shape[-1]}"
-        )
-    if topk_weights is not None:
-        _check_topk_weights(topk_weights, tuple(topk_ids.shape), hidden_states.device)
+    recorded = _is_recorded(hidden_states, topk_weights)
+    activations = check_layer(
+        hidden_states,
+        gate_up,
+        down,
+        topk_ids,
+        topk_weights,
+        activation=activation,
+        activations=activations,
+        recorded=recorded,
+    )
     if isinstance(activation, Activation):
         return _fused_moe(
             hidden_states,
@@ -145,7 +128,7 @@ def fused_moe(
             activations,
             two_level_sums,
         )
-    gate_up = _grouped_linear(
+    up_rows = _grouped_linear(
         hidden_states,
         gate_up_proj,
         gate_up_proj_scale,
@@ -154,7 +137,7 @@ def fused_moe(
         expert_to_slot,
         activations,
     )
-    hidden = activation(gate_up).to(hidden_states.dtype)
+    hidden = activation(up_rows).to(hidden_states.dtype)
     if hidden.shape[-1] != down_proj.shape[-1]:
         raise ValueError(
             f"the activation returned rows of {hidden.shape[-1]}; down_proj takes "
@@ -603,6 +586,59 @@ def _weighted_sum_cpu(
 
 
 # ---- validation --------------------------------------------------------------------------------
+
+
+def check_layer(
+    hidden_states: Tensor,
+    gate_up: Projection,
+    down: Projection,
+    topk_ids: Tensor,
+    topk_weights: Tensor | None,
+    *,
+    activation: Activation | Callable[[Tensor], Tensor],
+    activations: str,
+    recorded: bool,
+) -> str:
+    """Check arguments as `fused_moe` has them, and decide what some ``"auto"`` means.
+
+    Args:
+        recorded: whether somebody may ask for gradients.
+
+    Returns:
+        ``activations``, or ``"bf16"`` where it is ``"auto"`` and rows must stay as they are.
+
+    Raises:
+        ValueError: as `fused_moe`.
+    """
+    _check_activations(activations, gate_up.weight)
+    _check_hidden_states(hidden_states, topk_ids)
+    mixed = gate_up.weight.dtype != down.weight.dtype
+    if activations == "auto" and (mixed or recorded):
+        activations = "bf16"
+    _check_activations(activations, down.weight)
+    num_rows = _check_projection("gate_up_proj", gate_up, hidden_states, hidden_states.shape[-1])
+    in_features = None
+    if isinstance(activation, Activation):
+        if activation.gated and num_rows % 2:
+            raise ValueError(
+                f"gate_up_proj has {num_rows} rows, an odd number; a gated activation needs gate "
+                "rows and as many up rows"
+            )
+        in_features = num_rows // 2 if activation.gated else num_rows
+    _check_projection("down_proj", down, hidden_states, in_features)
+    if down.weight.shape[0] != gate_up.weight.shape[0]:
+        raise ValueError(
+            f"down_proj holds {down.weight.shape[0]} experts and gate_up_proj "
+            f"{gate_up.weight.shape[0]}; they must agree"
+        )
+    if down.weight.shape[1] != hidden_states.shape[-1]:
+        raise ValueError(
+            f"down_proj has {down.weight.shape[1]} rows; hidden_states has rows of "
+            f"{hidden_states.shape[-1]}"
+        )
+    if topk_weights is not None:
+        _check_topk_weights(topk_weights, tuple(topk_ids.shape), hidden_states.device)
+    return activations
 
 
 def _check_hidden_states(x: Tensor, topk_ids: Tensor, *, per_pair: bool = False) -> None:

@@ -23,7 +23,7 @@ from qmoe_kernels.heuristic import heuristic_tile, narrow_block
 from qmoe_kernels.hopper_gemm import hopper_supports, launch_hopper_gemm, launch_sort_rows
 from qmoe_kernels.launching import COMPILED, is_widened_fp8, weight_bits
 from qmoe_kernels.routing import ExpertRouting
-from qmoe_kernels.rows import launch_weighted_sum
+from qmoe_kernels.rows import launch_quantize_rows, launch_weighted_sum
 from qmoe_kernels.tiles import LayerTiles, TileConfig
 from qmoe_kernels.tuning import choose_tiles
 from qmoe_kernels.widening import widen_weights
@@ -54,8 +54,8 @@ def fused_moe_backward_triton(
     gate_up, down = experts.gate_up, experts.down
     topk_ids, gradient = topk_ids.contiguous(), gradient.contiguous()
     largest_up, largest_down = largest_scale(gate_up), largest_scale(down)
-    hopper_tile = _hopper_tile(hidden_states, experts, topk_ids, tiles)
-    tile = hopper_tile or _sorted_tile(topk_ids, gate_up, hidden_states.dtype)
+    hopper_tile = choose_hopper_tile(hidden_states, experts, topk_ids, tiles)
+    tile = hopper_tile or sorted_tile(topk_ids, gate_up, hidden_states.dtype)
     routing = ExpertRouting.from_topk_ids(topk_ids, num_experts, block_m=tile.block_m)
 
     up_rows = launch_up(hidden_states, gate_up, topk_ids, routing, tile, hopper_tile is not None)
@@ -107,7 +107,7 @@ def grouped_linear_backward_triton(
     num_tokens, top_k = topk_ids.shape
     projection, topk_ids = projection.contiguous(), topk_ids.contiguous()
     weight, flat = projection.weight, gradient.contiguous().flatten(0, 1)
-    tile = _sorted_tile(topk_ids, projection, gradient.dtype)
+    tile = sorted_tile(topk_ids, projection, gradient.dtype)
     routing = ExpertRouting.from_topk_ids(topk_ids, projection.num_experts, block_m=tile.block_m)
     of_rows, of_weight = flat.new_empty(0, weight.shape[2]), weight.new_empty(0)
     if x is not None:
@@ -138,21 +138,29 @@ def largest_scale(projection: Projection) -> Tensor | None:
     return torch.linalg.vector_norm(projection.scale, torch.inf, dim=1)
 
 
-def _hopper_tile(
-    hidden_states: Tensor, experts: Experts, topk_ids: Tensor, tiles: LayerTiles | None
+def choose_hopper_tile(
+    hidden_states: Tensor,
+    experts: Experts,
+    topk_ids: Tensor,
+    tiles: LayerTiles | None,
+    activations: torch.dtype | None = None,
 ) -> TileConfig | None:
-    """The tile of Hopper's kernels, where they are to be taken and can be."""
+    """The tile of Hopper's kernels, where they are to be taken and can be.
+
+    Args:
+        activations: what rows are quantized to, or None.
+    """
     if tiles is None:
         num_tokens, top_k = topk_ids.shape
         shape = experts.layer_shape(top_k)
-        dtypes = (experts.gate_up.weight.dtype, hidden_states.dtype)
+        dtypes = (experts.gate_up.weight.dtype, activations or hidden_states.dtype)
         tiles = choose_tiles(shape, num_tokens, *dtypes, hidden_states.device)
-    if tiles.tma and hopper_supports(hidden_states, experts, topk_ids):
+    if tiles.tma and hopper_supports(hidden_states, experts, topk_ids, activations=activations):
         return tiles.gate_up
     return None
 
 
-def _sorted_tile(topk_ids: Tensor, projection: Projection, dtype: torch.dtype) -> TileConfig:
+def sorted_tile(topk_ids: Tensor, projection: Projection, dtype: torch.dtype) -> TileConfig:
     """A tile for sorted pairs elsewhere, of at least 16 rows: tensor cores have no fewer."""
     rows = topk_ids.numel() / projection.num_experts
     tile = heuristic_tile(rows, projection.weight.dtype, dtype)
@@ -166,22 +174,36 @@ def launch_up(
     routing: ExpertRouting,
     tile: TileConfig,
     hopper: bool,
+    activations: torch.dtype | None = None,
 ) -> Tensor:
-    """What goes into the activation, (num_pairs, channels) by sorted pairs: computed once more.
+    """What goes into the activation, (num_pairs, channels) by sorted pairs.
+
+    For the place after the launches of ``routing``.
 
     Args:
         hopper: take `qmoe_kernels.hopper_gemm`, where `hopper_supports` the layer.
+        activations: what rows are quantized to before, or None.
     """
     top_k, channels = topk_ids.shape[1], gate_up.weight.shape[1]
-    out = hidden_states.new_empty(topk_ids.numel(), channels)
+    x, x_scale = hidden_states, None
+    out = x.new_empty(topk_ids.numel(), channels)
     if not hopper:
+        if activations is not None:
+            x, x_scale = launch_quantize_rows(x, activations, dependent=True, early=True)
         return launch_grouped_gemm(
-            hidden_states, gate_up, topk_ids, routing, out, tile, pairs_per_row=top_k
+            x, gate_up, topk_ids, routing, out, tile, x_scale=x_scale, pairs_per_row=top_k
         )
     assert routing.tiles is not None and routing.positions is not None
-    widen = gate_up.weight.itemsize == 1
-    x = launch_sort_rows(hidden_states, routing.positions, top_k, permute=widen)
-    return launch_hopper_gemm(x, gate_up, routing, routing.tiles, out, tile, out_features=channels)
+    if activations is None:
+        widen = gate_up.weight.itemsize == 1
+        x = launch_sort_rows(x, routing.positions, top_k, permute=widen)
+    else:
+        x, x_scale = launch_quantize_rows(
+            x, activations, places=routing.positions, dependent=True, early=True
+        )
+    return launch_hopper_gemm(
+        x, gate_up, routing, routing.tiles, out, tile, out_features=channels, x_scale=x_scale
+    )
 
 
 def launch_transposed(
@@ -353,13 +375,14 @@ def launch_transposed_gemm(
 @triton.jit
 def weight_gradient_kernel(
     gradient_ptr,  # (num_pairs, N)
-    x_ptr,  # (num_pairs / PAIRS_PER_ROW, K)
+    x_ptr,  # (num_pairs / PAIRS_PER_ROW, K), or (num_pairs, K) by sorted pairs
     out_ptr,  # (num_experts, N, K)
     sorted_ptr,  # (num_pairs,) int32
     offsets_ptr,  # (num_experts + 1,) int32
     N,
     K,
-    PAIRS_PER_ROW: tl.constexpr,
+    SORTED: tl.constexpr,  # gradients are by sorted pairs
+    PAIRS_PER_ROW: tl.constexpr,  # 0: rows of x are by sorted pairs
     BLOCK_PAIRS: tl.constexpr,  # along the sum
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -377,14 +400,21 @@ def weight_gradient_kernel(
     for start in range(first, end, BLOCK_PAIRS):
         inside = order < end - start
         # int64: pairs times their rows' length pass 2**31.
-        pairs = tl.load(sorted_ptr + start + order, mask=inside, other=0).to(tl.int64)
+        positions = (start + order).to(tl.int64)
+        pairs = tl.load(sorted_ptr + positions, mask=inside, other=0).to(tl.int64)
+        gradient_rows = pairs
+        if SORTED:
+            gradient_rows = positions
+        x_rows = positions
+        if PAIRS_PER_ROW > 0:
+            x_rows = pairs // PAIRS_PER_ROW
         gradient = tl.load(
-            gradient_ptr + pairs[None, :] * N + channels[:, None],
+            gradient_ptr + gradient_rows[None, :] * N + channels[:, None],
             mask=inside[None, :] & is_channel[:, None],
             other=0.0,
         )
         x = tl.load(
-            x_ptr + pairs[:, None] // PAIRS_PER_ROW * K + columns[None, :],
+            x_ptr + x_rows[:, None] * K + columns[None, :],
             mask=inside[:, None] & is_column[None, :],
             other=0.0,
         )
@@ -399,13 +429,17 @@ def launch_weight_gradient(
     x: Tensor,  # (num_pairs / pairs_per_row, in_features)
     weight: Tensor,  # (num_experts, out_features, in_features)
     routing: ExpertRouting,
-    pairs_per_row: int,
+    pairs_per_row: int | None,
+    *,
+    sorted_gradient: bool = False,
 ) -> Tensor:
     """Sum each expert's outer products of gradients and rows, zeros for one without pairs.
 
     Args:
         weight: for its shape and dtype.
-        pairs_per_row: row ``pair // pairs_per_row`` of ``x`` belongs to a pair.
+        pairs_per_row: row ``pair // pairs_per_row`` of ``x`` belongs to a pair; None says that
+            rows of ``x`` are in the order of sorted pairs.
+        sorted_gradient: ``gradient`` is in that order, too, rather than in the order of pairs.
 
     Returns:
         (num_experts, out_features, in_features) in the dtype of ``weight``.
@@ -427,7 +461,8 @@ def launch_weight_gradient(
         routing.expert_offsets,
         out_features,
         in_features,
-        PAIRS_PER_ROW=pairs_per_row,
+        SORTED=sorted_gradient,
+        PAIRS_PER_ROW=pairs_per_row or 0,
         BLOCK_PAIRS=block_pairs,
         BLOCK_N=block_n,
         BLOCK_K=block_k,

@@ -33,7 +33,7 @@ from qmoe_kernels.fused_moe import (
 )
 from qmoe_kernels.operators import operator
 
-_PAGED = (
+PAGED = (
     "paged experts have no gradient, since their slots may hold others by then; load the model "
     "without hbm_budget to train beside them"
 )
@@ -43,7 +43,7 @@ _PAGED = (
 def _(gradient: Tensor, _: tuple[bool, ...], *arguments: Any) -> tuple[Any, ...]:
     *tensors, expert_to_slot = arguments[:10]
     if expert_to_slot is not None:
-        raise RuntimeError(_PAGED)
+        raise RuntimeError(PAGED)
     of_hidden, of_weights = _fused_moe_backward(gradient, *tensors, *arguments[10:18])
     no_weights = arguments[8] is None
     return (of_hidden, *[None] * 7, None if no_weights else of_weights)
@@ -75,7 +75,7 @@ def _(
     per_pair: bool,
 ) -> tuple[Any, ...]:
     if expert_to_slot is not None:
-        raise RuntimeError(_PAGED)
+        raise RuntimeError(PAGED)
     of_rows, of_weight = _grouped_linear_backward(
         gradient, rows, weight, scale, topk_ids, per_pair, needed[0]
     )

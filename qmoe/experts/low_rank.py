@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from qmoe_kernels import Activation, grouped_linear
 from qmoe_kernels.activations import apply, apply_with_gradient
+from qmoe_kernels.low_rank import Factors
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,11 @@ class LowRank:
     in_factor: torch.Tensor
     out_factor: torch.Tensor
     scaling: float
+
+    @property
+    def rank(self) -> int:
+        """Of the product."""
+        return self.in_factor.shape[1]
 
     @property
     def is_learning(self) -> bool:
@@ -51,6 +58,24 @@ class LowRank:
         )
         rows = grouped_linear(x, in_factor, None, topk_ids) * self.scaling
         return grouped_linear(rows, out_factor, None, topk_ids)
+
+
+def combine(adapters: Sequence[LowRank], projection: str) -> Factors | None:
+    """All that is added to one projection, as one product of a rank that is the sum of theirs.
+
+    Returns:
+        None where there is nothing.
+    """
+    own = [adapter for adapter in adapters if adapter.projection == projection]
+    if not own:
+        return None
+    if len(own) == 1:
+        return Factors(own[0].in_factor, own[0].out_factor, own[0].scaling)
+    return Factors(
+        torch.cat([adapter.in_factor for adapter in own], dim=1),
+        torch.cat([adapter.out_factor * adapter.scaling for adapter in own], dim=2),
+        1.0,
+    )
 
 
 def activate(activation: Activation, up: torch.Tensor) -> torch.Tensor:

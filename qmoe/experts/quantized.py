@@ -17,12 +17,14 @@ from qmoe.checkpoints.schema import BIAS_SUFFIX, QUANTIZED_SUFFIX, SCALE_SUFFIX
 from qmoe.experts.gate import apply_own_gate, identify_activation
 from qmoe.experts.layout import ExpertsLayout, describe, kept_modules
 from qmoe.experts.llama4 import WeightedInputMoe
-from qmoe.experts.low_rank import LowRank, activate
+from qmoe.experts.low_rank import LowRank, activate, combine
 from qmoe.experts.pages import LayerPages
 from qmoe.parallel.group import RankGroup
 from qmoe.parallel.share import Share
 from qmoe_kernels import Activation, fused_moe, grouped_linear, weighted_sum
+from qmoe_kernels.experts import Experts, Projection
 from qmoe_kernels.fused_moe import EIGHT_BIT_ROWS, check_activations
+from qmoe_kernels.low_rank import adapted_moe, adapted_moe_supports
 from qmoe_kernels.quantization import STORAGE_DTYPE, WeightFormat, dequantize, quantize
 
 if TYPE_CHECKING:
@@ -554,19 +556,39 @@ class QuantizedExperts(nn.Module):
         *,
         adapters: Sequence[LowRank],
     ) -> torch.Tensor:
-        """What `_compute` does, product by product, with what adapters add to each."""
+        """What `_compute` does, with what adapters add to each product."""
         row_format = self._row_format(topk_ids)
         if row_format == "auto" and any(adapter.is_learning for adapter in adapters):
             row_format = "bf16"  # also before the first layer that learns, whose rows do not
-
-        def project(x: torch.Tensor, name: str, weight: torch.Tensor) -> torch.Tensor:
-            rows = grouped_linear(
-                x,
+        names = self.layout.projections
+        up, down = (
+            Projection(
                 weight,
                 getattr(self, name + SCALE_SUFFIX),
+                getattr(self, name + BIAS_SUFFIX, None),
+                expert_to_slot,
+            )
+            for name, weight in zip(names, (up_proj, down_proj), strict=True)
+        )
+        ranks = [sum(a.rank for a in adapters if a.projection == name) for name in names]
+        if self.activation is not None and adapted_moe_supports(hidden_states, *ranks):
+            return adapted_moe(
+                hidden_states,
+                Experts(up, down, self.activation),
+                topk_ids,
+                topk_weights,
+                *(combine(adapters, name) for name in names),
+                activations=row_format,
+            )
+
+        def project(x: torch.Tensor, name: str, projection: Projection) -> torch.Tensor:
+            rows = grouped_linear(
+                x,
+                projection.weight,
+                projection.scale,
                 topk_ids,
                 activations=row_format,
-                bias=getattr(self, name + BIAS_SUFFIX, None),
+                bias=projection.bias,
                 expert_to_slot=expert_to_slot,
             )
             for adapter in adapters:
@@ -574,10 +596,10 @@ class QuantizedExperts(nn.Module):
                     rows = rows + adapter(x, topk_ids)
             return rows
 
-        up_name, down_name = self.layout.projections
-        up = project(hidden_states, up_name, up_proj)
-        hidden = self._own_gate(up) if self.activation is None else activate(self.activation, up)
-        rows = project(hidden.to(hidden_states.dtype), down_name, down_proj)
+        up_rows = project(hidden_states, names[0], up)
+        activation = self.activation
+        hidden = self._own_gate(up_rows) if activation is None else activate(activation, up_rows)
+        rows = project(hidden.to(hidden_states.dtype), names[1], down)
         if topk_weights is None:
             return rows
         return weighted_sum(rows, self._without_skipped(topk_weights, topk_ids))

@@ -22,6 +22,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4ForCausalLM
 from zoo import TOKENS, ExpertsClass, experts_classes, logits
 
 import qmoe
+import qmoe_kernels.low_rank
 from qmoe.decoding.decoder import decoder_of
 from qmoe.decoding.pieces import find_pieces
 from qmoe.experts.quantized import QuantizedExperts, quantized_modules
@@ -103,6 +104,16 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.fixture(params=["products", "layer"])
+def by(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Product by product as on a CPU, or by a GPU's operators, in the interpreter."""
+    if request.param == "layer":
+        pytest.importorskip("triton")
+        for module in (qmoe.experts.quantized, qmoe_kernels.low_rank):
+            monkeypatch.setattr(module, "adapted_moe_supports", lambda *_: True)
+    return request.param
+
+
 class Block(nn.Module):
     """What PEFT needs around an experts module."""
 
@@ -112,7 +123,7 @@ class Block(nn.Module):
 
 
 @pytest.mark.parametrize("experts_class", CLASSES, ids=str)
-def test_every_experts_class(experts_class: ExpertsClass) -> None:
+def test_every_experts_class(experts_class: ExpertsClass, by: str) -> None:
     """As PEFT's own on the class itself, for every layout, gate, bias and sentinel."""
     ours = QuantizedExperts.quantized_from(experts_class.build(), "int8")
     layout = ours.layout
@@ -234,7 +245,7 @@ class TestWholeModels:
         assert (actual - expected).norm() < 0.02 * expected.norm()
         assert all(g.dtype == torch.float32 and g.isfinite().all() for g in learned.values())
 
-    def test_compiled(self) -> None:
+    def test_compiled(self, by: str) -> None:
         ours, _ = pair("gpt_oss")
         expected, gradient = logits(ours), gradients(ours)
         compiled = torch.compile(ours, backend="aot_eager")
@@ -245,14 +256,14 @@ class TestWholeModels:
             if parameter.requires_grad:
                 torch.testing.assert_close(parameter.grad, gradient[name], **CLOSE)
 
-    def test_one_projection_alone(self) -> None:
+    def test_one_projection_alone(self, by: str) -> None:
         for projection in ("gate_up_proj", "down_proj"):
             ours, theirs = pair(
                 "gpt_oss", target_modules=[], target_parameters=[f"mlp.experts.{projection}"]
             )
             torch.testing.assert_close(logits(ours), logits(theirs), **CLOSE)
 
-    def test_ranks_scales_and_alphas_of_their_own(self) -> None:
+    def test_ranks_scales_and_alphas_of_their_own(self, by: str) -> None:
         patterns = dict(
             rank_pattern={"mlp.experts.gate_up_proj": 2},
             alpha_pattern={"mlp.experts.down_proj": 3},
@@ -282,7 +293,7 @@ class TestWholeModels:
 
 
 class TestSeveral:
-    def test_switching_adding_and_deleting(self) -> None:
+    def test_switching_adding_and_deleting(self, by: str) -> None:
         models = pair("gpt_oss", "int8", "one", "two")
         for model in models:
             model.set_adapter("one")
@@ -478,7 +489,7 @@ class TestGeneration:
 
 class TestTraining:
     @pytest.mark.parametrize("reentrant", [None, False, True])
-    def test_learns_as_on_16_bit_weights(self, reentrant: bool | None, tmp_path) -> None:
+    def test_learns_as_on_16_bit_weights(self, reentrant: bool | None, by: str, tmp_path) -> None:
         """The Trainer's own loop, from the same start, with and without checkpointed layers."""
         found = []
         for model in pair("gpt_oss"):
@@ -504,7 +515,7 @@ class TestTraining:
         assert ours[-1] < ours[0] - 0.1
         assert ours == pytest.approx(theirs, rel=1e-3)
 
-    def test_nothing_is_kept_for_factors_that_do_not_learn(self) -> None:
+    def test_nothing_is_kept_for_factors_that_do_not_learn(self, by: str) -> None:
         ours, _ = pair("qwen3_moe")
         for name, parameter in ours.named_parameters():
             parameter.requires_grad_(".self_attn." in name and "lora_" in name)
