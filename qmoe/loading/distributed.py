@@ -1,4 +1,4 @@
-"""``from_pretrained(..., distributed_config=...)``: experts spread over ranks, as transformers asks.
+"""Experts spread over ranks by ``from_pretrained(..., distributed_config=...)``.
 
 transformers prepares the ranks, makes the model and lets our quantizer at it. Then it would split
 modules and parameters, which knows no 8-bit experts: here it finds nothing to split.
@@ -94,7 +94,7 @@ def _is_unset(name: str, value: Any) -> bool:
 
 
 class SpreadLoad:
-    """A call of ``from_pretrained`` that all ranks make together, from one of our hooks to the last.
+    """A call of ``from_pretrained`` that all ranks make together, as long as our hooks see it.
 
     It begins before files are looked for, since that may take some ranks much longer than others.
     Where it ends early on one rank, the others are told: at once by our hooks; elsewhere when

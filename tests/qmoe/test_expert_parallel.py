@@ -511,7 +511,7 @@ def asked_otherwise(rank: int, path: Path) -> dict[str, str]:
         found["attention"] = ask(tp_plan=None)
         found["no experts"] = ask(ep_size=1)
         found["a plan"] = ask(ep_plan={"model.layers.*.mlp.experts": "ep_dispatch_experts"})
-        found["fsdp"] = ask(tp_size=1, fsdp_size=2)
+        found["fsdp"] = ask(tp_size=1, ep_size=1, fsdp_size=2)
         found["erased"] = refused(spread_by_transformers, path, asked={"tp_size": 1, "ep_size": 1})
     if "ep_implementation" in vars(DistributedConfig()):
         found["another way"] = ask(ep_implementation="all_to_all")
@@ -521,6 +521,8 @@ def asked_otherwise(rank: int, path: Path) -> dict[str, str]:
         quantization_config=qmoe.QmoeConfig("int8"),
     )
     found["after that"] = refused(spread_by_transformers, path)
+    old = {"enable_expert_parallel": True} | ({} if BEFORE_EP_SIZE else {"ep_size": None})
+    found["the old spelling"] = ask(**old, tp_plan=None)
     return found
 
 
@@ -532,7 +534,7 @@ def test_what_transformers_may_ask_otherwise(checkpoints) -> None:
             "attention": "distributed_config with tp_plan=None: ",
             "no experts": "=False: " if BEFORE_EP_SIZE else "distributed_config with ep_size=1: ",
             "a plan": "tp_plan={" if BEFORE_EP_SIZE else "distributed_config with ep_plan={",
-            "fsdp": "distributed_config with tp_size=1, fsdp_size=2: ",
+            "fsdp": "distributed_config with tp_size=1, fsdp_size=2, ep_size=1: ",
             "erased": "distributed_config with tp_size=1, ep_size=1: ",
             "another way": "distributed_config with ep_implementation='all_to_all': ",
         }.items():
@@ -540,7 +542,29 @@ def test_what_transformers_may_ask_otherwise(checkpoints) -> None:
                 assert words in found[what], (what, found[what])
                 assert f"DistributedConfig({asks}), or call qmoe.load" in found[what]
         assert "this quantizes while it loads; convert it" in found["16 bit"]
-        assert found["after that"] == "nothing was refused"
+        assert found["after that"] == found["the old spelling"] == "nothing was refused"
+
+
+def paged_by_transformers(rank: int, path: Path, tokenizer: Any) -> Any:
+    """The configuration as a dictionary, and with each rank's own budget."""
+    found = refused(spread, path, hbm_budget=1, context=64, batch_size=2)
+    smallest = int(found.split(" bytes)")[0].rpartition("(")[2])
+    paging = qmoe.PagingOptions(hbm_budget=smallest, context=64, batch_size=2)
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        distributed_config=spelling(2),
+        quantization_config=qmoe.QmoeConfig(paging=paging),
+    )
+    return model.qmoe_paging.budget.num_slots, generate(model, tokenizer), logits(model)
+
+
+def test_transformers_own_spelling_with_paging(checkpoints, tokenizer, alone) -> None:
+    whole, expected, greedy, _ = alone["gpt_oss"]  # whose format is ours: only that takes a budget
+    for found in ranks.run(2, paged_by_transformers, checkpoints["gpt_oss"], tokenizer):
+        assert isinstance(found, tuple), found
+        num_slots, tokens, actual = found
+        assert num_slots < sum(whole) and tokens == greedy
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def fails_while_loading(rank: int, path: Path, where: str, monkeypatch: Any) -> Any:
