@@ -47,6 +47,9 @@ TWO_GPUS = [
     pytest.mark.multi_gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
 ]
+ON_CPU = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="a distributed_config takes the GPUs, and more than one"
+)
 TOKENS = torch.arange(1, 19).view(2, 9)
 BEFORE_EP_SIZE = not hasattr(DistributedConfig, "ep_size")  # before transformers 5.19
 PROMPTS = ["def close(self):", "import os"]
@@ -211,7 +214,7 @@ def bytes_read(rank: int, how: Any, paths: dict[str, Path], monkeypatch: Any) ->
     return found
 
 
-@pytest.mark.parametrize("how", [spread, spread_by_transformers])
+@pytest.mark.parametrize("how", [spread, pytest.param(spread_by_transformers, marks=ON_CPU)])
 def test_a_rank_reads_its_own_experts_and_no_others(how, checkpoints, monkeypatch) -> None:
     both = {name: checkpoints[name] for name in ("qwen3_moe", "gpt_oss")}
     results = ranks.run(3, bytes_read, how, both, monkeypatch)
@@ -485,6 +488,7 @@ def differences(ours: Any, theirs: Any) -> list[str]:
     return found + [n for n in plans if getattr(ours, n) != getattr(theirs, n)]
 
 
+@ON_CPU
 @pytest.mark.parametrize("size", [2, 3])
 def test_transformers_own_spelling(size, checkpoints, tokenizer, alone) -> None:
     results = ranks.run(size, loaded_both_ways, checkpoints, tokenizer)
@@ -526,6 +530,7 @@ def asked_otherwise(rank: int, path: Path) -> dict[str, str]:
     return found
 
 
+@ON_CPU
 def test_what_transformers_may_ask_otherwise(checkpoints) -> None:
     for found in ranks.run(2, asked_otherwise, checkpoints["qwen3_moe"]):
         assert isinstance(found, dict), found
@@ -558,6 +563,7 @@ def paged_by_transformers(rank: int, path: Path, tokenizer: Any) -> Any:
     return model.qmoe_paging.budget.num_slots, generate(model, tokenizer), logits(model)
 
 
+@ON_CPU
 def test_transformers_own_spelling_with_paging(checkpoints, tokenizer, alone) -> None:
     whole, expected, greedy, _ = alone["gpt_oss"]  # whose format is ours: only that takes a budget
     for found in ranks.run(2, paged_by_transformers, checkpoints["gpt_oss"], tokenizer):
@@ -582,6 +588,7 @@ def fail(*args: Any, **kwargs: Any) -> None:
     raise OSError("no such disk")
 
 
+@ON_CPU
 @pytest.mark.parametrize("where", ["transformers", "qmoe"])
 def test_a_rank_that_cannot_load_ends_all(where, checkpoints, monkeypatch) -> None:
     path = checkpoints["qwen3_moe"]
@@ -1067,6 +1074,25 @@ def test_two_gpus_give_the_tokens_of_one(checkpoints, tokenizer, monkeypatch, pe
     for result in on_two(on_gpus, paths, tokenizer, "cuda"):
         for actual, expected in result:
             assert actual == expected
+
+
+def on_gpus_by_transformers(rank: int, path: Path, tokenizer: Any) -> Any:
+    """As transformers spells it, with NCCL that it has started; on one GPU for comparison."""
+    warnings.filterwarnings("error", message=".*without a CUDA graph|.*own loop")
+    model = spread_by_transformers(path)
+    assert model.device == torch.device("cuda", rank)
+    alone = qmoe.load(path, device=f"cuda:{rank}")
+    left = differences(qmoe.load(path, expert_parallel=True), model)
+    found = [generate(model, tokenizer) for _ in range(2)]
+    dist.destroy_process_group()
+    return left, [*found, generate(model, tokenizer)], generate(alone, tokenizer)
+
+
+@on_two_gpus
+def test_two_gpus_as_transformers_spells_it(checkpoints, tokenizer) -> None:
+    for left, found, expected in on_two(on_gpus_by_transformers, checkpoints["gpt_oss"], tokenizer):
+        assert left == []
+        assert found == [expected] * 3
 
 
 def both_ways(rank: int) -> Any:
