@@ -560,6 +560,7 @@ def paged_by_transformers(rank: int, path: Path, tokenizer: Any) -> Any:
         distributed_config=spelling(2),
         quantization_config=qmoe.QmoeConfig(paging=paging),
     )
+    dist.destroy_process_group()  # that transformers has started; the model has its own
     return model.qmoe_paging.budget.num_slots, generate(model, tokenizer), logits(model)
 
 
