@@ -43,7 +43,7 @@ class QmoeConfig(_ReadAsDict):
             this run too. Without a ``device_map``, the model then goes to the GPU where there is
             one.
         group: the ranks that hold the experts between them, of a checkpoint that is quantized
-            already; a choice of this run, which :func:`qmoe.load` makes.
+            already; a choice of this run, which :func:`qmoe.load` makes, or ``distributed_config``.
         format_version: of the file format.
 
     Raises:

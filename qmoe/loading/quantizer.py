@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from qmoe.loading.conversions import (
     quantized_conversions,
 )
 from qmoe.loading.devices import only_device
+from qmoe.loading.distributed import SpreadLoad, asks_for_ranks
 from qmoe.loading.layers import restore_layers
 from qmoe.loading.pages import load_pages, page_stored, refuse_bound
 from qmoe.loading.protection import protect
@@ -43,14 +45,13 @@ from qmoe.loading.shares import (
     check_scales,
     check_spread,
     load_shares,
-    refuse_distributed_config,
     shared_tensors,
 )
 from qmoe.loading.side_by_side import lay_side_by_side
 from qmoe.loading.while_loading import ExpertsToQuantize, stand_in
 from qmoe.paging.model import host_store
 from qmoe.paging.options import PagingOptions
-from qmoe.parallel.group import RankGroup
+from qmoe.parallel.group import RankGroup, rank_group
 from qmoe.parallel.share import share_of
 from qmoe_kernels.quantization import STORAGE_DTYPE, WeightFormat
 
@@ -67,6 +68,8 @@ class ExpertsQuantizer(HfQuantizer):
     kept: Collection[str]  # experts modules that stay in 16 bit
     to_quantize: ExpertsToQuantize | None = None  # while a 16-bit checkpoint is loaded
     device: torch.device
+    device_map: Any = None  # as it was asked for
+    spread_load: SpreadLoad | None = None  # while from_pretrained loads with a distributed_config
     # What the headers say of pages, see load_pages, and which files they were read from.
     stored: dict[str, list[StoredTensor]]
     versions: dict[Path, FileVersion | None]
@@ -87,14 +90,47 @@ class ExpertsQuantizer(HfQuantizer):
         return self.paging is not None or self.group is not None
 
     def update_device_map(self, device_map: Any) -> Any:
-        device_map = super().update_device_map(device_map)
+        device_map = self.device_map = super().update_device_map(device_map)
         if not self.reads_experts:
             return device_map
         self.device = only_device(device_map)
         return {"": self.device}
 
+    # transformers calls the first until 5.20 and the second from 5.18 on, once it knows where the
+    # model goes and before it looks for files.
+    def update_tp_plan(self, config: Any) -> Any:
+        theirs = getattr(super(), "update_tp_plan", None)
+        return self._spread_as_asked(config if theirs is None else theirs(config))
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        theirs = getattr(super(), "update_attn_implementation", None)
+        return self._spread_as_asked(config if theirs is None else theirs(config))
+
+    def _spread_as_asked(self, config: Any) -> Any:
+        """Begin to load on all ranks together if the configuration asks for it."""
+        if not asks_for_ranks(config):
+            return config
+        if not self.pre_quantized:
+            raise ValueError(
+                "distributed_config: a rank reads its own experts from a converted checkpoint, and "
+                "this quantizes while it loads; convert it with convert-checkpoint first"
+            )
+        del config.distributed_config
+        self.device = only_device(self.device_map)
+        self.quantization_config.group = rank_group(True, self.device)
+        self.spread_load = SpreadLoad(self.quantization_config.group, self)
+        return config
+
+    def _hook(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.spread_load is None else self.spread_load.hook()
+
     def preprocess_model(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
-        refuse_distributed_config(model)
+        with self._hook():
+            if self.spread_load is not None:
+                self.spread_load.leave_nothing_to_split(model)
+            self._prepare(model, *args, **kwargs)
+
+    def _prepare(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
         self.versions = {}
         super().preprocess_model(model, *args, **kwargs)
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
@@ -137,7 +173,12 @@ class ExpertsQuantizer(HfQuantizer):
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> Any:
         try:
-            return self._finish(model, **kwargs)
+            with self._hook():
+                result = self._finish(model, **kwargs)
+                if self.spread_load is not None:
+                    self.spread_load.finish(model)
+            self.spread_load = None
+            return result
         except BaseException:
             if self.to_quantize is not None and self.to_quantize.store is not None:
                 self.to_quantize.store.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -124,24 +123,4 @@ def check_spread(model: nn.Module, kept: Collection[str]) -> None:
     if not quantized_modules(model):
         raise ValueError(
             f"expert_parallel: {type(model).__name__} has no experts in 8 bit to spread over ranks"
-        )
-
-
-def refuse_distributed_config(model: Any) -> None:
-    """Refuse transformers' own ways to spread a model, which know no 8-bit experts.
-
-    Raises:
-        ValueError: the model was loaded with one.
-    """
-    config = getattr(model.config, "distributed_config", None)
-    if config is None:
-        return
-    sizes = ("tp_size", "ep_size", "pp_size", "fsdp_size", "dp_replicate_size")
-    wanted = [f"{n}={v}" for n in sizes if (v := getattr(config, n, None) or 1) > 1]
-    if not wanted and getattr(config, "enable_expert_parallel", False):
-        wanted = ["enable_expert_parallel=True"]
-    if wanted:
-        raise ValueError(
-            f"distributed_config with {', '.join(wanted)}: transformers would leave 8-bit experts "
-            "whole on every rank; qmoe.load(path, expert_parallel=True) under torchrun spreads them"
         )

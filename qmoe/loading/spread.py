@@ -31,19 +31,38 @@ def load_spread(group: RankGroup, load: Callable[[], Any]) -> Any:
     """
     with group.together("qmoe.load"):
         model = load()
-        held = [e.layout.num_experts for e in quantized_modules(model).values()]
-        heard = group.wait(
-            "qmoe.load",
-            model=_looks(model, group),
-            place=_place(group),
-            held=held,
-            layers=len(held),
-        )
-        _check_same(heard)
-        model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+        heard = meet(model, group, "qmoe.load")
+    say_held(group, heard)
+    return model
+
+
+def meet(model: nn.Module, group: RankGroup, call: str) -> list[dict[str, Any]]:
+    """Wait until every rank has loaded, and make the model one of all ranks.
+
+    Args:
+        model: whose experts are this rank's.
+        group: of the model; in a call together.
+        call: that all ranks make.
+
+    Returns:
+        what each rank says of itself, for `say_held`.
+
+    Raises:
+        RankFailed: another rank failed, has loaded something else, or computes differently.
+    """
+    held = [e.layout.num_experts for e in quantized_modules(model).values()]
+    heard = group.wait(
+        call, model=_looks(model, group), place=_place(group), held=held, layers=len(held)
+    )
+    _check_same(heard)
+    model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+    return heard
+
+
+def say_held(group: RankGroup, heard: list[dict[str, Any]]) -> None:
+    """Let rank 0 say how many experts each rank holds."""
     if group.rank == 0:
         print(f"qmoe: {_held(heard)}", file=sys.stderr, flush=True)
-    return model
 
 
 def _held(heard: list[dict[str, Any]]) -> str:

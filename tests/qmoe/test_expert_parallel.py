@@ -47,7 +47,11 @@ TWO_GPUS = [
     pytest.mark.multi_gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs"),
 ]
+ON_CPU = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="a distributed_config takes the GPUs, and more than one"
+)
 TOKENS = torch.arange(1, 19).view(2, 9)
+BEFORE_EP_SIZE = not hasattr(DistributedConfig, "ep_size")  # before transformers 5.19
 PROMPTS = ["def close(self):", "import os"]
 LENGTH = 12
 
@@ -71,6 +75,19 @@ def load(path: Path, **options: Any) -> Any:
 
 def spread(path: Path, **options: Any) -> Any:
     return load(path, expert_parallel=True, **options)
+
+
+def spread_by_transformers(path: Path, **options: Any) -> Any:
+    """As `spread`, the way that the installed transformers spells it."""
+    size = int(os.environ["WORLD_SIZE"])
+    config = DistributedConfig(**{**spelling(size), **options.pop("asked", {})})
+    return AutoModelForCausalLM.from_pretrained(path, distributed_config=config, **options)
+
+
+def spelling(size: int) -> dict[str, Any]:
+    if BEFORE_EP_SIZE:
+        return {"tp_size": size, "enable_expert_parallel": True}
+    return {"tp_size": size, "ep_size": size, "tp_plan": {}}
 
 
 @torch.no_grad()
@@ -180,11 +197,11 @@ def counted_reads(monkeypatch: pytest.MonkeyPatch) -> Any:
         yield read
 
 
-def bytes_read(rank: int, paths: dict[str, Path], monkeypatch: Any) -> dict[str, Any]:
+def bytes_read(rank: int, how: Any, paths: dict[str, Path], monkeypatch: Any) -> dict[str, Any]:
     found = {}
     for name, path in paths.items():
         with counted_reads(monkeypatch) as read:
-            model = spread(path)
+            model = how(path)
         own = sum(e.num_bytes for e in quantized_modules(model).values())
         biases = sum(
             getattr(e, bias).nbytes
@@ -197,9 +214,10 @@ def bytes_read(rank: int, paths: dict[str, Path], monkeypatch: Any) -> dict[str,
     return found
 
 
-def test_a_rank_reads_its_own_experts_and_no_others(checkpoints, monkeypatch) -> None:
+@pytest.mark.parametrize("how", [spread, pytest.param(spread_by_transformers, marks=ON_CPU)])
+def test_a_rank_reads_its_own_experts_and_no_others(how, checkpoints, monkeypatch) -> None:
     both = {name: checkpoints[name] for name in ("qwen3_moe", "gpt_oss")}
-    results = ranks.run(3, bytes_read, both, monkeypatch)
+    results = ranks.run(3, bytes_read, how, both, monkeypatch)
     for name, path in both.items():
         sizes = {}
         for file in path.glob("*.safetensors"):
@@ -366,13 +384,6 @@ def refusals(rank: int, path: Path, folder: Path, tokenizer: Any) -> dict[str, s
     }
     found["16 bit"] = refused(spread, path.parent / "source")
     found["weights"] = refused(spread, path.parent / "source", weights="int8")
-    sizes = {"tp_size": 3, "ep_size": 3, "tp_plan": {}}
-    if not hasattr(DistributedConfig, "ep_size"):  # before transformers 5.21
-        sizes = {"tp_size": 3, "enable_expert_parallel": True}
-    config = DistributedConfig(**sizes)
-    found["transformers' own"] = refused(
-        AutoModelForCausalLM.from_pretrained, path, distributed_config=config
-    )
     found["many ranks"] = refused(spread, folder / "two experts")
     return found
 
@@ -428,7 +439,6 @@ def test_what_does_not_combine_is_refused(checkpoints, tokenizer, tmp_path) -> N
             "inside": "make one call after the other",
             "16 bit": "not in 8 bit; convert it with convert-checkpoint",
             "weights": "quantizes while it loads; convert it",
-            "transformers' own": "transformers would leave 8-bit experts whole on every",
             "many ranks": "has 2 experts for 3 ranks; start at most 2",
         }.items():
             assert words in found[what], (what, found[what])
@@ -441,6 +451,152 @@ def test_without_torchrun(checkpoints, monkeypatch) -> None:
         spread(checkpoints["qwen3_moe"])
     with pytest.raises(ValueError, match="expert_parallel=2; give True, a process group"):
         load(checkpoints["qwen3_moe"], expert_parallel=2)
+
+
+# ---- transformers' own spelling ----------------------------------------------------------------
+
+
+def loaded_both_ways(rank: int, paths: dict[str, Path], tokenizer: Any) -> dict[str, Any]:
+    found = {}
+    for name, path in paths.items():
+        ours, theirs = spread(path), spread_by_transformers(path)
+        whole = logits(theirs)
+        found[name] = (
+            differences(ours, theirs),
+            torch.equal(logits(ours), whole),
+            whole,
+            generate(theirs, tokenizer),
+            generate(theirs, tokenizer, do_sample=True, temperature=1.5, seed=3),
+            theirs.generate(TOKENS, max_new_tokens=4, do_sample=False),
+        )
+    return found
+
+
+def differences(ours: Any, theirs: Any) -> list[str]:
+    """What transformers has left in a model, its modules or its configuration."""
+    found = [f"config.{n}" for n in vars(theirs.config).keys() ^ vars(ours.config).keys()]
+    for (name, a), (_, b) in zip(ours.named_modules(), theirs.named_modules(), strict=True):
+        found += [f"{name}.{n}" for n in vars(a).keys() ^ vars(b).keys()]
+        found += [f"{name}: {type(b)}" for _ in [0] if type(a) is not type(b)]
+        for kind in ("_forward_hooks", "_forward_pre_hooks"):
+            found += [f"{name}.{kind}" for _ in [0] if len(vars(a)[kind]) != len(vars(b)[kind])]
+        for leaf, tensor in (*b._parameters.items(), *b._buffers.items()):
+            mine = getattr(a, leaf)
+            same = type(tensor) is type(mine) and (tensor is None or torch.equal(tensor, mine))
+            found += [f"{name}.{leaf}" for _ in [0] if not same]
+    plans = ("_tp_plan", "_ep_plan", "_tp_size", "_device_mesh")
+    return found + [n for n in plans if getattr(ours, n) != getattr(theirs, n)]
+
+
+@ON_CPU
+@pytest.mark.parametrize("size", [2, 3])
+def test_transformers_own_spelling(size, checkpoints, tokenizer, alone) -> None:
+    results = ranks.run(size, loaded_both_ways, checkpoints, tokenizer)
+    for name, (_, expected, greedy, sampled) in alone.items():
+        tokens = generate_greedily(load(checkpoints[name]))
+        for result in results:
+            assert isinstance(result, dict), result
+            left, same_bits, actual, its_greedy, its_sampled, its_tokens = result[name]
+            assert (left, same_bits) == ([], True), name
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+            assert (its_greedy, its_sampled) == (greedy, sampled), name
+            assert torch.equal(its_tokens, tokens), name
+
+
+def asked_otherwise(rank: int, path: Path) -> dict[str, str]:
+    def ask(**asked: Any) -> str:
+        return refused(spread_by_transformers, path, asked=asked)
+
+    found = {}
+    if BEFORE_EP_SIZE:
+        found["no experts"] = ask(enable_expert_parallel=False)
+        found["a plan"] = ask(tp_plan={"model.embed_tokens": "colwise"})
+    else:
+        found["attention"] = ask(tp_plan=None)
+        found["no experts"] = ask(ep_size=1)
+        found["a plan"] = ask(ep_plan={"model.layers.*.mlp.experts": "ep_dispatch_experts"})
+        found["fsdp"] = ask(tp_size=1, ep_size=1, fsdp_size=2)
+        found["erased"] = refused(spread_by_transformers, path, asked={"tp_size": 1, "ep_size": 1})
+    if "ep_implementation" in vars(DistributedConfig()):
+        found["another way"] = ask(ep_implementation="all_to_all")
+    found["16 bit"] = refused(
+        spread_by_transformers,
+        path.parent / "source",
+        quantization_config=qmoe.QmoeConfig("int8"),
+    )
+    found["after that"] = refused(spread_by_transformers, path)
+    old = {"enable_expert_parallel": True} | ({} if BEFORE_EP_SIZE else {"ep_size": None})
+    found["the old spelling"] = ask(**old, tp_plan=None)
+    return found
+
+
+@ON_CPU
+def test_what_transformers_may_ask_otherwise(checkpoints) -> None:
+    for found in ranks.run(2, asked_otherwise, checkpoints["qwen3_moe"]):
+        assert isinstance(found, dict), found
+        asks = ", ".join(f"{name}={value!r}" for name, value in spelling(2).items())
+        for what, words in {
+            "attention": "distributed_config with tp_plan=None: ",
+            "no experts": "=False: " if BEFORE_EP_SIZE else "distributed_config with ep_size=1: ",
+            "a plan": "tp_plan={" if BEFORE_EP_SIZE else "distributed_config with ep_plan={",
+            "fsdp": "distributed_config with tp_size=1, fsdp_size=2, ep_size=1: ",
+            "erased": "distributed_config with tp_size=1, ep_size=1: ",
+            "another way": "distributed_config with ep_implementation='all_to_all': ",
+        }.items():
+            if what in found:
+                assert words in found[what], (what, found[what])
+                assert f"DistributedConfig({asks}), or call qmoe.load" in found[what]
+        assert "this quantizes while it loads; convert it" in found["16 bit"]
+        assert found["after that"] == found["the old spelling"] == "nothing was refused"
+
+
+def paged_by_transformers(rank: int, path: Path, tokenizer: Any) -> Any:
+    """The configuration as a dictionary, and with each rank's own budget."""
+    found = refused(spread, path, hbm_budget=1, context=64, batch_size=2)
+    smallest = int(found.split(" bytes)")[0].rpartition("(")[2])
+    paging = qmoe.PagingOptions(hbm_budget=smallest, context=64, batch_size=2)
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        distributed_config=spelling(2),
+        quantization_config=qmoe.QmoeConfig(paging=paging),
+    )
+    dist.destroy_process_group()  # that transformers has started; the model has its own
+    return model.qmoe_paging.budget.num_slots, generate(model, tokenizer), logits(model)
+
+
+@ON_CPU
+def test_transformers_own_spelling_with_paging(checkpoints, tokenizer, alone) -> None:
+    whole, expected, greedy, _ = alone["gpt_oss"]  # whose format is ours: only that takes a budget
+    for found in ranks.run(2, paged_by_transformers, checkpoints["gpt_oss"], tokenizer):
+        assert isinstance(found, tuple), found
+        num_slots, tokens, actual = found
+        assert num_slots < sum(whole) and tokens == greedy
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def fails_while_loading(rank: int, path: Path, where: str, monkeypatch: Any) -> Any:
+    """One rank fails, in transformers or in what we do; it goes on to live."""
+    if rank == 1:
+        if where == "transformers":
+            target = "transformers.PreTrainedModel._load_pretrained_model"
+        else:
+            target = "qmoe.loading.quantizer.load_shares"
+        monkeypatch.setattr(target, fail)
+    return refused(spread_by_transformers, path)
+
+
+def fail(*args: Any, **kwargs: Any) -> None:
+    raise OSError("no such disk")
+
+
+@ON_CPU
+@pytest.mark.parametrize("where", ["transformers", "qmoe"])
+def test_a_rank_that_cannot_load_ends_all(where, checkpoints, monkeypatch) -> None:
+    path = checkpoints["qwen3_moe"]
+    first, second = ranks.run(2, fails_while_loading, path, where, monkeypatch)
+    assert second == "OSError: no such disk"
+    reason = "RuntimeError: loading ended early" if where == "transformers" else second
+    assert f"rank 1 failed: {reason}" in first
 
 
 # ---- one end for all ---------------------------------------------------------------------------
@@ -938,6 +1094,25 @@ def test_two_gpus_give_the_tokens_of_one(checkpoints, tokenizer, monkeypatch, pe
     for result in on_two(on_gpus, paths, tokenizer, "cuda"):
         for actual, expected in result:
             assert actual == expected
+
+
+def on_gpus_by_transformers(rank: int, path: Path, tokenizer: Any) -> Any:
+    """As transformers spells it, with NCCL that it has started; on one GPU for comparison."""
+    warnings.filterwarnings("error", message=".*without a CUDA graph|.*own loop")
+    model = spread_by_transformers(path)
+    assert model.device == torch.device("cuda", rank)
+    alone = qmoe.load(path, device=f"cuda:{rank}")
+    left = differences(qmoe.load(path, expert_parallel=True), model)
+    found = [generate(model, tokenizer) for _ in range(2)]
+    dist.destroy_process_group()
+    return left, [*found, generate(model, tokenizer)], generate(alone, tokenizer)
+
+
+@on_two_gpus
+def test_two_gpus_as_transformers_spells_it(checkpoints, tokenizer) -> None:
+    for left, found, expected in on_two(on_gpus_by_transformers, checkpoints["gpt_oss"], tokenizer):
+        assert left == []
+        assert found == [expected] * 3
 
 
 def both_ways(rank: int) -> Any:
