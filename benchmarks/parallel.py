@@ -4,7 +4,8 @@
 ``--ranks``, one GPU for a rank, and runs:
 
 - *exchange*: microseconds of the layers' exchanges by size, several in a CUDA graph that is
-  replayed; over peers' memory and by NCCL.
+  replayed; over peers' memory (*peers*), by NCCL (*collective*), and sums also of parts that the
+  ranks exchange and add up themselves (*all-to-all*).
 - *layer*: one layer of three models' shapes. *same*: all ranks have the same rows, and add up;
   *own*: each rank has its part of them, gathered and scattered. With rows in 16 bits, and in 8
   where that is the default. Compared with a layer of all experts on one GPU before it is timed.
@@ -86,7 +87,7 @@ class Worker:
 
     def exchange(self) -> None:
         """The layers' exchanges, by a rank's rows of 2048 numbers in the model's dtype."""
-        peers = self.group.peers
+        peers, adds_parts = self.group.peers, self.group.adds_parts
         for num_rows in (1, 16) if self.tiny else (1, 16, 64, 256, 1024, 4096, 16384):
             rows = torch.zeros(num_rows, 2048, dtype=self.dtype, device=self.device)
             all_rows = rows.repeat(self.group.size, 1)
@@ -102,13 +103,16 @@ class Worker:
                 ("gather", partial(self.group.gather, *routed)),
                 ("sum_and_scatter", partial(self.group.sum_and_scatter, all_rows)),
             ):
-                for how, way in (("peers", peers), ("collective", None)):
+                for how in ("peers", "collective", "all-to-all"):
                     if how == "peers" and not takes[what]:
                         continue
-                    self.group.peers = way
+                    if how == "all-to-all" and what == "gather":
+                        continue
+                    self.group.peers = peers if how == "peers" else None
+                    self.group.adds_parts = how == "all-to-all"
                     us = self.microseconds(function)
                     self.add(what=what, how=how, rows=num_rows, kib=rows.nbytes // 1024, us=us)
-            self.group.peers = peers
+            self.group.peers, self.group.adds_parts = peers, adds_parts
 
     def layer(self) -> None:
         """One layer, by shape, tokens of all ranks together, and whose rows they are."""

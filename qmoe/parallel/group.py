@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import (
     AllgatherOptions,
     AllreduceOptions,
+    AllToAllOptions,
     ReduceScatterOptions,
 )
 
@@ -44,6 +45,9 @@ _LENGTH = 8
 # Seconds that the end of NCCL's connections may take. It waits for graphs that hold them.
 _CLOSING = 5.0
 _NO_EXPERT = -1
+# Bytes of all ranks' parts, up to which each rank gets them all and adds them up: one exchange is
+# quicker than two of less.
+_ALL_PARTS = 2 << 20
 
 # What a layer is given: rows, ids and weights.
 Routed: TypeAlias = "tuple[Tensor, Tensor, Tensor]"
@@ -58,6 +62,9 @@ class RankGroup:
         device: where the layers' tensors are.
         timeout: seconds that a rank waits for another in an exchange.
         peers: the quicker way for few rows, between GPUs of one host; None where there is none.
+        adds_parts: whether ranks exchange their parts of a sum in the model's dtype and add them up
+            themselves. Otherwise NCCL or gloo adds on the way: with two ranks in the model's dtype,
+            which rounds once as well; with more in fp32, twice the bytes.
         steps: what has graphs with exchanges in them. NCCL closes its connections only when these
             are gone.
         own_texts: the `OwnTexts` of a call in which each rank has texts of its own, if one is under
@@ -91,6 +98,7 @@ class RankGroup:
         self._lock = threading.Lock()
         self._owner: int | None = None  # the thread that is in a call of all ranks
         self.peers: Peers | None = None
+        self.adds_parts = self.size > 2
         self.steps: weakref.WeakSet[Any] = weakref.WeakSet()
         if device.type == "cuda":
             weakref.finalize(self, _closer(self._groups[1].shutdown, self.steps))
@@ -111,7 +119,7 @@ class RankGroup:
     def sum(self, output: Tensor) -> Tensor:
         """Add up the ranks' outputs of a layer; all ranks get the same bits.
 
-        The sum is rounded once, as one in fp32 is.
+        In fp32, first rank to last, and rounded once.
 
         Args:
             output: (num_tokens, hidden_size) of this rank's experts; it may be written to.
@@ -127,6 +135,8 @@ class RankGroup:
             return output
         if self.peers is not None and self.peers.takes_sum(output):
             return self.peers.sum(output)
+        if self.adds_parts:
+            return self._sum_of_parts(output)
         total = output.to(self._summed_in(output)).contiguous()
         with self._exchanging():
             _finish(self._groups[1].allreduce([total], _options(AllreduceOptions)))
@@ -192,6 +202,8 @@ class RankGroup:
         self.check_open()
         if self.peers is not None and self.peers.takes_sum(output, scatter=True):
             return self.peers.sum(output, scatter=True)
+        if self.adds_parts:
+            return self._own_sum(output.contiguous())
         total = output.to(self._summed_in(output)).contiguous()
         own = total.new_empty(len(output) // self.size, *output.shape[1:])
         with self._exchanging():
@@ -199,8 +211,38 @@ class RankGroup:
             _finish(self._groups[1]._reduce_scatter_base(own, total, options))
         return own.to(output.dtype)
 
+    def _sum_of_parts(self, output: Tensor) -> Tensor:
+        """Each rank adds up all parts of a small sum, or a slice of a large one for all."""
+        if output.nbytes * self.size <= _ALL_PARTS:
+            return _add(self._gather_parts(output.contiguous()))
+        numbers = output.reshape(-1)
+        if over := len(numbers) % self.size:
+            numbers = torch.nn.functional.pad(numbers, (0, self.size - over))
+        total = self._gather_parts(self._own_sum(numbers)).view(-1)
+        return total[: output.numel()].view(output.shape)
+
+    def _gather_parts(self, part: Tensor) -> Tensor:
+        """(size, *part.shape): every rank's."""
+        parts = part.new_empty(self.size * len(part), *part.shape[1:])
+        with self._exchanging():
+            options = _options(AllgatherOptions)
+            _finish(self._groups[1]._allgather_base(parts, part, options))
+        return parts.view(self.size, *part.shape)
+
+    def _own_sum(self, output: Tensor) -> Tensor:
+        """The sum over the ranks of the slice that is this rank's, of as many as there are ranks.
+
+        Each rank sends every other its part of that one's slice.
+        """
+        parts = torch.empty_like(output)
+        with self._exchanging():
+            # No sizes: all slices are as long.
+            options = _options(AllToAllOptions)
+            _finish(self._groups[1].alltoall_base(parts, output, [], [], options))
+        return _add(parts.view(self.size, len(output) // self.size, *output.shape[1:]))
+
     def _summed_in(self, output: Tensor) -> torch.dtype:
-        """What rows are added up in on the way: of two numbers the sum is rounded once anyhow."""
+        """What NCCL or gloo adds up in: of two numbers the sum is rounded once anyhow."""
         return output.dtype if self.size == 2 else torch.float32
 
     def _try_peers(self, processes: dist.ProcessGroup) -> Peers | None:
@@ -524,6 +566,19 @@ def _options(kind: type[Any]) -> Any:
     options = kind()
     options.asyncOp = False
     return options
+
+
+def _add(parts: Tensor) -> Tensor:
+    """The sum over the first dimension, in fp32, first to last, and rounded once."""
+    if parts.device.type == "cuda":
+        # Here, so that a CPU needs no Triton.
+        from qmoe_kernels.rows import launch_add_rows
+
+        return launch_add_rows(parts)
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part
+    return total.to(parts.dtype)
 
 
 def _finish(*works: Any) -> None:

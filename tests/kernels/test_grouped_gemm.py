@@ -30,7 +30,7 @@ from qmoe_kernels.launching import COMPILED
 from qmoe_kernels.layer import grouped_linear_triton
 from qmoe_kernels.quantization import SMALLEST_SCALE, STORAGE_DTYPE, dequantize, quantize_rows
 from qmoe_kernels.reference import grouped_linear_reference
-from qmoe_kernels.rows import launch_quantize_rows, launch_weighted_sum
+from qmoe_kernels.rows import launch_add_rows, launch_quantize_rows, launch_weighted_sum
 from qmoe_kernels.tiles import LayerShape, LayerTiles, TileConfig
 from qmoe_kernels.widening import widen_weights
 
@@ -255,6 +255,17 @@ def test_weighted_sum() -> None:
     rows[4, 1:] = torch.nan
     expected[4] = rows[4, 0].double() * weights[4, 0].double()
     assert_close(launch_weighted_sum(rows, weights, ids, num_experts=3), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 5), (2, 3, 7), (4, 5000), (3, 0, 8)], ids=str)
+def test_rows_are_added_in_order(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    rows = (torch.randn(shape) * 2.0 ** torch.randint(-6, 6, shape)).to(dtype)
+    expected = torch.zeros(shape[1:])
+    for row in rows:
+        expected += row.float()
+    assert torch.equal(launch_add_rows(rows.to(DEVICE)).cpu(), expected.to(dtype))
 
 
 @ALL_PATHS

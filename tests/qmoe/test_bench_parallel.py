@@ -31,6 +31,11 @@ def test_every_section_runs_on_ranks(tmp_path, monkeypatch) -> None:
     for section in ("layer", "model"):
         ways = {cell["how"] for cell in found[section]["cells"] if "how" in cell}
         assert ways == {"one", "same", "own"}
+    exchanges = {(cell["what"], cell["how"]) for cell in found["exchange"]["cells"]}
+    ways = {
+        (what, how) for what in ("sum", "sum_and_scatter") for how in ("collective", "all-to-all")
+    }
+    assert exchanges == {("gather", "collective"), *ways}
     whats = [target["what"] for target in targets(found)]
     assert whats == ["decode, 1 texts, two GPUs over one", "prefill, two GPUs over one"]
     pytest.importorskip("matplotlib")

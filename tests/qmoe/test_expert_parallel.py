@@ -300,6 +300,25 @@ def rounded_once(total: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (bits & -(half << 1)).view(torch.float64)
 
 
+class Counted:
+    """A rank's connection, and the bytes that it gives to each kind of exchange."""
+
+    def __init__(self, layers: Any) -> None:
+        self.layers, self.given = layers, Counter[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.layers, name)
+        if name not in ("allreduce", "_allgather_base", "_reduce_scatter_base", "alltoall_base"):
+            return found
+
+        def exchange(*args: Any) -> Any:
+            given = args[0][0] if name == "allreduce" else args[1]
+            self.given[name.strip("_")] += given.nbytes
+            return found(*args)
+
+        return exchange
+
+
 def exchanged(rank: int, dtype: torch.dtype) -> Any:
     """What layers exchange, of numbers whose exponents differ by all that matters."""
     group = rank_group(True, torch.device("cpu"))
@@ -309,25 +328,49 @@ def exchanged(rank: int, dtype: torch.dtype) -> Any:
     ids = torch.arange(2 * rank).view(rank, 2) + 10 * rank
     with group.together("a test"):
         routed = group.gather(rows[:rank, :3], ids, ids.to(dtype), 2)
+        group._groups[1] = counted = Counted(group._groups[1])
         scattered = group.sum_and_scatter(rows.clone())
-        return rows, routed, scattered, group.sum(rows.clone())
+        total = group.sum(rows.clone())
+        counts = dict(counted.given)
+        few = group.sum(rows[:1].clone())
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("qmoe.parallel.group._ALL_PARTS", 0)
+            large = group.sum(rows.clone())
+            uneven = group.sum(rows[:5, :7].clone())
+            one = group.sum(rows[:1, :1].clone())
+        assert torch.equal(large, total)
+        assert torch.equal(few, total[:1])
+        assert torch.equal(uneven, total[:5, :7]), "numbers that the ranks do not divide"
+        assert torch.equal(one, total[:1, :1]), "fewer numbers than ranks"
+        return rows, routed, scattered, total, counts
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sums_are_rounded_once(dtype, size) -> None:
-    """Two ranks add up in 16 bits and more in fp32: the same bits, but for the order."""
+    """In the order of ranks, and numbers of 16 bits are all that they exchange."""
     results = ranks.run(size, exchanged, dtype)
     assert not [result for result in results if isinstance(result, ranks.Failure)], results
     rows = [result[0] for result in results]
+    in_order = torch.zeros_like(rows[0], dtype=torch.float32)
+    for part in rows:
+        in_order += part.float()
     exact = torch.stack(rows).double().sum(0)
     assert (rows[0] + rows[1] != rows[0]).double().mean() > 0.5, "both matter"
-    for rank, (_, routed, scattered, total) in enumerate(results):
+    if size > 2:
+        backwards = torch.zeros_like(in_order)
+        for part in reversed(rows):
+            backwards += part.float()
+        assert not torch.equal(backwards, in_order), "the order matters"
+    for rank, (_, routed, scattered, total, counts) in enumerate(results):
         assert torch.equal(scattered, total.chunk(size)[rank])
+        assert torch.equal(total, in_order.to(dtype))
+        given = rows[0].nbytes
         if size == 2:
             assert torch.equal(total.double(), rounded_once(exact, dtype))
+            assert counts == {"reduce_scatter_base": given, "allreduce": given}
         else:
-            torch.testing.assert_close(total.double(), exact, rtol=2e-2, atol=1e-3)
+            assert counts == {"alltoall_base": given, "allgather_base": given}
         lengths = [min(2, count) for count in range(size)]
         assert (routed[1] >= 0).sum(1).tolist() == [2 * (i < n) for n in lengths for i in (0, 1)]
         assert routed[2].dtype == torch.float32
@@ -921,8 +964,8 @@ def test_two_gpus_give_the_tokens_of_one(checkpoints, tokenizer, monkeypatch, pe
             assert actual == expected
 
 
-def both_ways(rank: int) -> Any:
-    """Exchanges over peers' memory and by NCCL, many and of many sizes, also by a graph."""
+def all_ways(rank: int) -> Any:
+    """Exchanges over peers' memory, by NCCL and by parts, of many sizes, also by a graph."""
     os.environ["QMOE_PEERS"] = "1"
     group = rank_group(True, torch.device("cuda", rank))
     torch.cuda.set_device(rank)
@@ -943,22 +986,23 @@ def both_ways(rank: int) -> Any:
 
                 peers, group.peers = group.peers, None
                 expected = exchange()
-                group.peers = peers
-                actual = exchange()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    replayed = exchange()
-                for _ in range(5):
-                    graph.replay()
-                for way in (actual, replayed):
-                    found.append(all(map(torch.equal, way, expected)))
+                for group.peers, group.adds_parts in ((peers, False), (None, True)):
+                    actual = exchange()
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph):
+                        replayed = exchange()
+                    for _ in range(5):
+                        graph.replay()
+                    for way in (actual, replayed):
+                        found.append(all(map(torch.equal, way, expected)))
+                group.peers, group.adds_parts = peers, False
         group.check_open()
     return found
 
 
 @on_two_gpus
-def test_peers_exchange_what_nccl_does() -> None:
-    for found in on_two(both_ways):
+def test_every_way_exchanges_the_same() -> None:
+    for found in on_two(all_ways):
         assert found == [True] * len(found)
 
 
