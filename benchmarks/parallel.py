@@ -41,7 +41,9 @@ from qmoe.loading.devices import choose_own_device
 from qmoe.parallel.group import RankGroup, rank_group
 from qmoe.parallel.share import Share, share_of
 from qmoe.parallel.texts import OwnTexts
-from qmoe_kernels import fused_moe
+from qmoe_kernels import QuantizedRows, fused_moe
+from qmoe_kernels.fused_moe import row_format
+from qmoe_kernels.quantization import WeightFormat
 from qmoe_kernels.tiles import LayerShape
 from qmoe_kernels.timing import LayerWeights, random_layer
 
@@ -186,12 +188,17 @@ class Worker:
             mine = slice(self.group.rank * count, (self.group.rank + 1) * count)
             my_rows = [tensor[mine] for tensor in rows]
 
+            def in_8_bits(num_pairs: int) -> WeightFormat | None:
+                like: Any = {"dtype": self.dtype, "weights": torch.int8, "device": self.device}
+                return row_format(activations, num_pairs, shape.num_experts, **like)
+
             def scattered() -> Tensor:
                 texts = OwnTexts(self.group, shape.top_k, lambda: False)
                 texts.rows = count
                 return texts.run(
                     *my_rows,
                     lambda h, ids, w: _experts(own, h, share.own_ids(ids), w, activations),
+                    in_8_bits,
                 )
 
             ways.append(("own", scattered, mine))
@@ -248,7 +255,11 @@ class Worker:
 
 
 def _experts(
-    weights: LayerWeights, hidden: Tensor, ids: Tensor, topk_weights: Tensor, activations: str
+    weights: LayerWeights,
+    hidden: Tensor | QuantizedRows,
+    ids: Tensor,
+    topk_weights: Tensor,
+    activations: str,
 ) -> Tensor:
     return fused_moe(
         hidden,

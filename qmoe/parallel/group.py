@@ -32,6 +32,8 @@ from torch.distributed.distributed_c10d import (
 
 from qmoe.parallel.failure import Notes, RankFailed, Watch
 from qmoe.parallel.peers import Peers
+from qmoe_kernels import QuantizedRows, quantize_activations
+from qmoe_kernels.quantization import WeightFormat
 
 # Seconds that a rank waits for another in an exchange.
 TIMEOUT_VARIABLE = "QMOE_RANK_TIMEOUT"
@@ -50,7 +52,7 @@ _NO_EXPERT = -1
 _ALL_PARTS = 2 << 20
 
 # What a layer is given: rows, ids and weights.
-Routed: TypeAlias = "tuple[Tensor, Tensor, Tensor]"
+Routed: TypeAlias = "tuple[Tensor | QuantizedRows, Tensor, Tensor]"
 
 
 class RankGroup:
@@ -144,7 +146,12 @@ class RankGroup:
 
     @torch.compiler.disable
     def gather(
-        self, rows: Tensor, topk_ids: Tensor, topk_weights: Tensor, most_rows: int
+        self,
+        rows: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        most_rows: int,
+        row_format: WeightFormat | None = None,
     ) -> Routed:
         """Bring together what the ranks give to a layer, one rank's behind the other's.
 
@@ -152,10 +159,11 @@ class RankGroup:
             rows: (num_rows, hidden_size), this rank's.
             topk_ids, topk_weights: (num_rows, top_k), of the layer's experts.
             most_rows: that each rank has in the result; those that it lacks have the id -1.
+            row_format: what the products take rows in, the same on all ranks; None: as they are.
 
         Returns:
             rows (size * most_rows, hidden_size), ids int32 and weights fp32 (size * most_rows,
-            top_k).
+            top_k). With a ``row_format`` rows are in it, but for few, which fly as they are.
 
         Raises:
             RankFailed: another rank failed, or is gone.
@@ -163,9 +171,14 @@ class RankGroup:
         self.check_open()
         if self.peers is not None and self.peers.takes_gather(rows, topk_ids, most_rows):
             return self.peers.gather(rows, topk_ids, topk_weights, most_rows)
-        mine = [rows, topk_ids.int(), topk_weights.float()]
+        mine, fill = [topk_ids.int(), topk_weights.float()], [_NO_EXPERT, 0]
+        if row_format is None:
+            mine.append(rows)
+        else:
+            quantized = quantize_activations(rows, row_format)
+            mine += quantized.q.view(torch.uint8), quantized.scale[:, None]  # gloo sends no FP8
         if missing := most_rows - len(rows):
-            fill = (0, _NO_EXPERT, 0)
+            fill += [0] * (len(mine) - len(fill))
             mine = [
                 torch.nn.functional.pad(tensor, (0, 0, 0, missing), value=value)
                 for tensor, value in zip(mine, fill, strict=True)
@@ -183,7 +196,11 @@ class RankGroup:
             if layers.supports_coalescing:
                 works = [layers._end_coalescing()]
             _finish(*works)
-        return gathered[0], gathered[1], gathered[2]
+        ids, weights, all_rows, *scales = gathered
+        if not scales:
+            return all_rows, ids, weights
+        q = all_rows.view(quantized.q.dtype)
+        return QuantizedRows(q, scales[0].view(-1), rows.dtype), ids, weights
 
     @torch.compiler.disable
     def sum_and_scatter(self, output: Tensor) -> Tensor:
@@ -257,7 +274,7 @@ class RankGroup:
         rows = torch.arange(64 * self.size, dtype=torch.float32, device=self.device)
         rows = rows.add_(self.rank).view(self.size, 64)
         routed = (rows, rows[:, :2].long(), rows[:, :2].clone())
-        expected = (
+        expected: Any = (
             *self.gather(*routed, self.size + 1),
             self.sum_and_scatter(rows),
             self.sum(rows.clone()),

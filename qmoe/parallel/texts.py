@@ -14,13 +14,19 @@ steps as the others; whether there is another is said while a step runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from qmoe.parallel.group import KnownToAll, RankGroup
+from qmoe_kernels import QuantizedRows
+from qmoe_kernels.quantization import WeightFormat
 
+# Rows as experts take them.
+Rows: TypeAlias = "Tensor | QuantizedRows"
+# What a layer's products take rows in, of so many pairs on all ranks: the same on each of them.
+RowFormat = Callable[[int], WeightFormat | None]
 # A layer's experts: rows, ids, weights -> rows.
 Layer = Callable[[Tensor, Tensor, Tensor], Any]
 
@@ -145,7 +151,8 @@ class OwnTexts:
         hidden_states: Tensor,
         topk_ids: Tensor,
         topk_weights: Tensor,
-        experts: Callable[[Tensor, Tensor, Tensor], Tensor],
+        experts: Callable[[Rows, Tensor, Tensor], Tensor],
+        row_format: RowFormat,
     ) -> Tensor:
         """A layer's output for this rank's rows.
 
@@ -153,6 +160,7 @@ class OwnTexts:
             hidden_states: (num_tokens, hidden_size), this rank's.
             topk_ids, topk_weights: (num_tokens, top_k), of the layer's experts.
             experts: this rank's, for anybody's rows.
+            row_format: of the layer; rows in 8 bits are quantized before they fly.
 
         Returns:
             (num_tokens, hidden_size), as ``hidden_states``.
@@ -164,5 +172,6 @@ class OwnTexts:
                 f"ranks agreed on at most {self.rows} with {self.top_k}; this model cannot run "
                 "with texts of each rank's own"
             )
-        gathered = self.group.gather(hidden_states, topk_ids, topk_weights, self.rows)
+        found = row_format(self.group.size * self.rows * self.top_k)
+        gathered = self.group.gather(hidden_states, topk_ids, topk_weights, self.rows, found)
         return self.group.sum_and_scatter(experts(*gathered))[:num_tokens]

@@ -36,8 +36,10 @@ from qmoe.paging.host_store import HostStore
 from qmoe.parallel import failure
 from qmoe.parallel.group import _closer, rank_group
 from qmoe.parallel.share import ranges, share_of
+from qmoe.parallel.texts import OwnTexts
 from qmoe.text import Text
 from qmoe_convert.convert import convert
+from qmoe_kernels.fused_moe import EIGHT_BIT_ROWS
 
 # Stored expert by expert, and fused with biases; with dense layers; with shared experts. The number
 # of experts is 32, 4, 4, 8 and 8: three ranks divide none of them.
@@ -377,6 +379,62 @@ def test_sums_are_rounded_once(dtype, size) -> None:
         for other, count in enumerate(lengths):
             actual = routed[0].view(size, 2, 3)[other, :count]
             assert torch.equal(actual, rows[other][:count, :3])
+
+
+def flying(rank: int, path: Path, options: dict[str, Any], counts: list[int]) -> Any:
+    """A layer with rows of each rank's own, which fly in 8 bits and then as they are."""
+    device = options.get("device", "cpu")
+    options = {"activations": options["weights"], **options["load"]}
+    model = qmoe.load(path, device=device, expert_parallel=True, **options)
+    layer = next(iter(quantized_modules(model).values()))
+    group, found = group_of(model), []
+    generator = torch.Generator().manual_seed(rank)
+    hidden = torch.randn(counts[rank], layer.layout.hidden_size, generator=generator)
+    hidden = hidden * torch.rand(counts[rank], 1, generator=generator)
+    ids = torch.rand(counts[rank], layer.num_experts, generator=generator).topk(2).indices
+    ids[:1, 0] = -1
+    weights = torch.rand(ids.shape, generator=generator)
+    routed = [tensor.to(group.device) for tensor in (hidden, ids, weights)]
+    group._groups[1] = counted = Counted(group._groups[1])
+    for way in ("8 bits", "as they are"):
+        if way != "8 bits":
+            layer._flying_format = lambda *_: None
+        with group.together("a test"), torch.no_grad():
+            group.own_texts = texts = OwnTexts(group, 2, lambda: False)
+            texts.rows = max(counts)
+            counted.given.clear()
+            found.append((layer(*routed).cpu(), counted.given["allgather_base"]))
+    return found
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["resident", "paged"])
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_rows_in_8_bits_give_the_same_bits(name, weights, paged, checkpoints, tmp_path) -> None:
+    path = checkpoints[name]
+    if weights == "fp8":
+        convert(path.parent / "source", tmp_path / "fp8", weights="fp8")
+        path = tmp_path / "fp8"
+    whole = load(path)
+    layer = next(iter(quantized_modules(whole).values()))
+    options: dict[str, Any] = {"weights": weights, "load": {}}
+    if paged:
+        budget = refused(load, path, hbm_budget=1, context=64, batch_size=2)
+        budget = int(budget.split(" bytes)")[0].rpartition("(")[2])
+        options["load"] = {"hbm_budget": budget, "context": 64, "batch_size": 2}
+    # Pairs of eight for each expert, with two for a row, on three ranks.
+    enough = -(-EIGHT_BIT_ROWS * layer.num_experts // 6)
+    for most, in_8_bits in ((enough, True), (enough - 1, False)):
+        results = ranks.run(3, flying, path, options, [most - 2, 0, most])
+        for result in results:
+            assert not isinstance(result, ranks.Failure), result
+            (actual, few_bytes), (expected, many_bytes) = result
+            assert torch.equal(actual, expected)
+            assert actual.numel() == 0 or actual.abs().max() > 0
+            of_ids = 2 * 8
+            assert many_bytes == most * (4 * layer.layout.hidden_size + of_ids)
+            as_bytes = most * (layer.layout.hidden_size + 4 + of_ids)
+            assert few_bytes == (as_bytes if in_8_bits else many_bytes)
 
 
 # ---- what is refused ---------------------------------------------------------------------------
@@ -1004,6 +1062,19 @@ def all_ways(rank: int) -> Any:
 def test_every_way_exchanges_the_same() -> None:
     for found in on_two(all_ways):
         assert found == [True] * len(found)
+
+
+@on_two_gpus
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_rows_in_8_bits_between_gpus(weights, checkpoints, tmp_path) -> None:
+    path = checkpoints["qwen3_moe"]
+    if weights == "fp8":
+        convert(path.parent / "source", tmp_path / "fp8", weights="fp8")
+        path = tmp_path / "fp8"
+    options = {"weights": weights, "load": {}, "device": "cuda"}
+    for eight, plain in on_two(flying, path, options, [300, 298]):
+        assert torch.equal(eight[0], plain[0]) and eight[0].abs().max() > 0
+        assert eight[1] < plain[1] / 2, "bytes of fp32"
 
 
 def dies(rank: int, path: Path, tokenizer: Any, own: bool) -> Any:
