@@ -7,7 +7,8 @@
   replayed; over peers' memory (*peers*), by NCCL (*collective*), and sums also of parts that the
   ranks exchange and add up themselves (*all-to-all*).
 - *layer*: one layer of three models' shapes. *same*: all ranks have the same rows, and add up;
-  *own*: each rank has its part of them, gathered and scattered. With rows in 16 bits, and in 8
+  *own*: each rank has its part of them, gathered and scattered, all at once or in parts, of which
+  one's exchange runs beside another's products. With rows in 16 bits, and in 8
   where that is the default. Compared with a layer of all experts on one GPU before it is timed.
 - *model*: Qwen3-30B-A3B's shape, random weights in INT8: captured decode steps, few texts on every
   rank the same, many texts each rank's own part; and reading 8 prompts of 2048 tokens.
@@ -51,6 +52,7 @@ RESULTS = Path(__file__).parent / "results" / "parallel.json"
 SECTIONS = ("exchange", "layer", "model")
 OF_SEVERAL = ("exchange",)  # nothing to measure on one rank
 REPEATS = 10  # in a graph: its launch takes as long as a small exchange
+IN_PARTS = 4096  # tokens; where there are fewer, parts have been slower everywhere
 SMALL = LayerShape(num_experts=6, top_k=2, hidden_size=64, intermediate_size=32)
 MOST_DIFFERENT = 0.02  # relative Frobenius distance of bf16 outputs
 # Speed-up by two ranks over one: of a layer of 4096 tokens, of decode by texts on each rank.
@@ -192,16 +194,20 @@ class Worker:
                 like: Any = {"dtype": self.dtype, "weights": torch.int8, "device": self.device}
                 return row_format(activations, num_pairs, shape.num_experts, **like)
 
-            def scattered() -> Tensor:
-                texts = OwnTexts(self.group, shape.top_k, lambda: False)
+            def scattered(parts: int) -> Tensor:
+                options = {"parts": parts, "parts_from": 0.0}
+                texts = OwnTexts(self.group, shape.top_k, lambda: False, **options)
                 texts.rows = count
                 return texts.run(
                     *my_rows,
                     lambda h, ids, w: _experts(own, h, share.own_ids(ids), w, activations),
                     in_8_bits,
+                    shape.num_experts,
                 )
 
-            ways.append(("own", scattered, mine))
+            ways.append(("own", partial(scattered, 1), mine))
+            if self.tiny or tokens >= IN_PARTS:
+                ways += [(f"own, {n} parts", partial(scattered, n), mine) for n in (2, 4)]
         return ways
 
     def model(self) -> None:

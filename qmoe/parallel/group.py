@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -51,6 +51,7 @@ _NO_EXPERT = -1
 # quicker than two of less.
 _ALL_PARTS = 2 << 20
 
+_Result = TypeVar("_Result")
 # What a layer is given: rows, ids and weights.
 Routed: TypeAlias = "tuple[Tensor | QuantizedRows, Tensor, Tensor]"
 
@@ -102,6 +103,7 @@ class RankGroup:
         self.peers: Peers | None = None
         self.adds_parts = self.size > 2
         self.steps: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._aside: torch.cuda.Stream | None = None
         if device.type == "cuda":
             weakref.finalize(self, _closer(self._groups[1].shutdown, self.steps))
             # Until its tests have passed on two GPUs, only who asks for it rests on it.
@@ -227,6 +229,24 @@ class RankGroup:
             options = _options(ReduceScatterOptions)
             _finish(self._groups[1]._reduce_scatter_base(own, total, options))
         return own.to(output.dtype)
+
+    @contextmanager
+    def beside(self) -> Iterator[Beside]:
+        """Exchange beside what this rank computes; at the end both have come together again.
+
+        On a CPU exchanges come in the order in which they are asked for, and nothing runs beside.
+        """
+        if self.device.type != "cuda":
+            yield Beside(None)
+            return
+        if self._aside is None:
+            # Products fill all processors. A waiting exchange, which all ranks wait for, gets those
+            # that become free before the products' next blocks do.
+            self._aside = torch.cuda.Stream(self.device, priority=-1)
+        try:
+            yield Beside(self._aside)
+        finally:
+            torch.cuda.current_stream(self.device).wait_stream(self._aside)
 
     def _sum_of_parts(self, output: Tensor) -> Tensor:
         """Each rank adds up all parts of a small sum, or a slice of a large one for all."""
@@ -477,6 +497,38 @@ class RankGroup:
     def _cut(self) -> BaseException:
         # In no call nobody else turns it into a sentence.
         return _Cut() if self._owner is not None else self._end(_Cut(), "a layer")
+
+
+class Beside:
+    """A stream for exchanges, beside the one that computes; see `RankGroup.beside`.
+
+    Whoever starts an exchange keeps all that it reads and what it has made until the streams have
+    come together: memory belongs to the stream that it was taken in, and would be given out again.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+        self.stream = stream
+
+    def start(self, exchange: Callable[[], _Result]) -> Callable[[], _Result]:
+        """Exchange what has been computed so far, after the exchanges started before.
+
+        Returns:
+            what lets the stream that computes wait for the result, and returns it.
+        """
+        if self.stream is None:
+            result = exchange()
+            return lambda: result
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):
+            result = exchange()
+            done = torch.cuda.Event()
+            done.record()
+
+        def wait() -> _Result:
+            done.wait()
+            return result
+
+        return wait
 
 
 class _Cut(RankFailed):
