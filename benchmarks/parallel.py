@@ -8,8 +8,8 @@
   ranks exchange and add up themselves (*all-to-all*).
 - *layer*: one layer of three models' shapes. *same*: all ranks have the same rows, and add up;
   *own*: each rank has its part of them, gathered and scattered, all at once or in parts, of which
-  one's exchange runs beside another's products. With rows in 16 bits, and in 8
-  where that is the default. Compared with a layer of all experts on one GPU before it is timed.
+  one's exchange runs beside another's products. With rows in 16 bits, and in 8 where that is the
+  default. Compared with a layer of all experts on one GPU before it is timed.
 - *model*: Qwen3-30B-A3B's shape, random weights in INT8: captured decode steps, few texts on every
   rank the same, many texts each rank's own part; and reading 8 prompts of 2048 tokens.
 
