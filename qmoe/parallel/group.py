@@ -9,8 +9,10 @@ same place notice, and fail, rather than add up what does not belong together.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import sys
 import threading
 import time
 import weakref
@@ -658,7 +660,7 @@ def _finish(*works: Any) -> None:
 
 
 def _closer(shutdown: Callable[[], None], steps: Iterable[Any]) -> Callable[[], None]:
-    """What drops graphs and ends NCCL's connections, or gives up soon.
+    """What drops graphs and ends NCCL's connections, or ends the process where they stay open.
 
     Its thread waits from the start on, since none can be started while Python ends.
     """
@@ -676,7 +678,17 @@ def _closer(shutdown: Callable[[], None], steps: Iterable[Any]) -> Callable[[], 
         for step in list(steps):
             with suppress(Exception):  # connections close, whatever a device says by then
                 step.forget_graphs()
+        gc.collect()  # graphs in cycles of references
         asked.set()
         thread.join(_CLOSING)
+        if thread.is_alive() and not threading.main_thread().is_alive():
+            # Python ends. A thread that came back from NCCL after that would end in SIGABRT.
+            print(
+                f"qmoe: NCCL's connections did not close within {_CLOSING:.0f} s; this rank ends",
+                file=sys.stderr,
+            )
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
 
     return close

@@ -1004,6 +1004,25 @@ def test_graphs_go_before_connections_close() -> None:
     assert ranks.run(1, closes) == [["graphs", "graphs", "connections"]]
 
 
+# `_CLOSING` of 1 s, a shutdown that takes 3: the process would be gone before it ends.
+STUCK = """
+import sys, time, weakref
+from qmoe.parallel import group
+group._CLOSING = 1.0
+class Group: pass
+it = Group()
+weakref.finalize(it, group._closer(lambda: time.sleep(3), []))
+print("a text")
+sys.exit(0)
+"""
+
+
+def test_connections_that_stay_open_at_the_end_are_a_sentence() -> None:
+    done = subprocess.run([sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "a text\n")
+    assert done.stderr == "qmoe: NCCL's connections did not close within 1 s; this rank ends\n"
+
+
 # ---- gradients ---------------------------------------------------------------------------------
 
 
