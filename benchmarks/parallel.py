@@ -113,12 +113,13 @@ class Worker:
             for what, function in (
                 ("sum", partial(self.group.sum, rows)),
                 ("gather", partial(self.group.gather, *routed)),
+                ("gather in 8 bits", partial(self.group.gather, *routed, "int8")),
                 ("sum_and_scatter", partial(self.group.sum_and_scatter, all_rows)),
             ):
                 for how in ("peers", "collective", "all-to-all"):
-                    if how == "peers" and not takes[what]:
+                    if how == "peers" and not takes.get(what):
                         continue
-                    if how == "all-to-all" and what == "gather":
+                    if how == "all-to-all" and not what.startswith("sum"):
                         continue
                     self.group.peers = peers if how == "peers" else None
                     self.group.adds_parts = how == "all-to-all"

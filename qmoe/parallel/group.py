@@ -107,6 +107,9 @@ class RankGroup:
         self.steps: weakref.WeakSet[Any] = weakref.WeakSet()
         self._aside: torch.cuda.Stream | None = None
         if device.type == "cuda":
+            # Products fill all processors. A waiting exchange, which all ranks wait for, gets those
+            # that become free before the products' next blocks do.
+            self._aside = torch.cuda.Stream(device, priority=-1)
             weakref.finalize(self, _closer(self._groups[1].shutdown, self.steps))
             # Until its tests have passed on two GPUs, only who asks for it rests on it.
             if self.size > 1 and os.environ.get(PEERS_VARIABLE) == "1":
@@ -238,13 +241,9 @@ class RankGroup:
 
         On a CPU exchanges come in the order in which they are asked for, and nothing runs beside.
         """
-        if self.device.type != "cuda":
+        if self._aside is None:
             yield Beside(None)
             return
-        if self._aside is None:
-            # Products fill all processors. A waiting exchange, which all ranks wait for, gets those
-            # that become free before the products' next blocks do.
-            self._aside = torch.cuda.Stream(self.device, priority=-1)
         try:
             yield Beside(self._aside)
         finally:
