@@ -83,8 +83,8 @@ def fused_moe(
             scale each, by `quantize_rows`, before either product. ``"auto"``: 16-bit rows in 8 bits
             where that is quicker, which is from `EIGHT_BIT_ROWS` pairs per expert on, on average,
             on a GPU; all others as they are, and all where gradients are recorded. Rows that
-            `quantize_activations` has quantized before are taken as they are: what they are is
-            what the second product takes too, and ``"auto"`` or their own format work.
+            `quantize_activations` has quantized already go into the first product as they are, and
+            the second one takes their format too; ``"auto"`` or that format are for them.
         two_level_sums: where FP8 meets FP8. Hopper's tensor cores keep some 14 bits of such sums;
             true adds up to fp32 every 64 products, which takes longer. Other products and devices
             are exact enough as they are; an ``activation`` that is a callable goes without.
