@@ -31,7 +31,7 @@ Rows: TypeAlias = "Tensor | QuantizedRows"
 RowFormat = Callable[[int], WeightFormat | None]
 # How many parts a layer's rows are exchanged in, one beside another's products, and from how many
 # pairs for each expert on. Each part reads all weights, so that it pays only where products are
-# bound by arithmetic: at 128 to 1024 pairs for each expert, on two H200s, two parts took 1.1 to 1.8
+# bound by arithmetic: at 32 to 1024 pairs for each expert, on two H200s, two parts took 1.1 to 1.8
 # times as long as one (``benchmarks/results/parallel.json``, commit 193ddd1). Of more pairs it is
 # not measured yet, and so nothing is exchanged in parts.
 PARTS = 2
