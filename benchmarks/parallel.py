@@ -4,12 +4,14 @@
 ``--ranks``, one GPU for a rank, and runs:
 
 - *exchange*: microseconds of the layers' exchanges by size, several in a CUDA graph that is
-  replayed; over peers' memory and by NCCL.
+  replayed; over peers' memory (*peers*), by NCCL (*collective*), and sums also of parts that the
+  ranks exchange and add up themselves (*all-to-all*).
 - *layer*: one layer of three models' shapes. *same*: all ranks have the same rows, and add up;
-  *own*: each rank has its part of them, gathered and scattered. With rows in 16 bits, and in 8
-  where that is the default. Compared with a layer of all experts on one GPU before it is timed.
-  From 1024 tokens on also what its products take alone (``products_us``) and its exchanges alone
-  (``exchange_us``), and how much of the exchanges runs beside the products (``hidden``).
+  *own*: each rank has its part of them, gathered and scattered, all at once or in parts, of which
+  one's exchange runs beside another's products. With rows in 16 bits, and in 8 where that is the
+  default. Compared with a layer of all experts on one GPU before it is timed. From 1024 tokens on
+  also what its products take alone (``products_us``) and its exchanges alone (``exchange_us``), and
+  how much of the exchanges runs beside the products (``hidden``).
 - *model*: Qwen3-30B-A3B's shape, random weights in INT8: captured decode steps, few texts on every
   rank the same, many texts each rank's own part; and reading 8 and 32 prompts of 2048 tokens.
 - *deepseek*: the same of DeepSeek-V3's shape, with 8 layers, all of which have experts.
@@ -56,7 +58,9 @@ from qmoe.loading.devices import choose_own_device
 from qmoe.parallel.group import RankGroup, rank_group
 from qmoe.parallel.share import Share, share_of
 from qmoe.parallel.texts import OwnTexts
-from qmoe_kernels import fused_moe
+from qmoe_kernels import QuantizedRows, fused_moe
+from qmoe_kernels.fused_moe import row_format
+from qmoe_kernels.quantization import WeightFormat
 from qmoe_kernels.tiles import LayerShape
 from qmoe_kernels.timing import LayerWeights, random_layer
 
@@ -64,6 +68,7 @@ RESULTS = Path(__file__).parent / "results" / "parallel.json"
 SECTIONS = ("exchange", "layer", *MODELS)
 OF_SEVERAL = ("exchange",)  # nothing to measure on one rank
 REPEATS = 10  # in a graph: its launch takes as long as a small exchange
+IN_PARTS = 4096  # tokens; where there are fewer, parts have been slower everywhere
 LONG_MS = 5.0  # a call that is alone in its graph
 LIMIT = 600.0  # seconds for a section with one number of ranks
 ENDING = 45.0  # seconds in which torchrun ends its ranks; it kills them itself after 30
@@ -129,7 +134,7 @@ class Worker:
 
     def exchange(self) -> None:
         """The layers' exchanges, by a rank's rows of 2048 numbers in the model's dtype."""
-        peers = self.group.peers
+        peers, adds_parts = self.group.peers, self.group.adds_parts
         for num_rows in (1, 16) if self.tiny else (1, 16, 64, 256, 1024, 4096, 16384):
             rows = torch.zeros(num_rows, 2048, dtype=self.dtype, device=self.device)
             all_rows = rows.repeat(self.group.size, 1)
@@ -143,15 +148,19 @@ class Worker:
             for what, function in (
                 ("sum", partial(self.group.sum, rows)),
                 ("gather", partial(self.group.gather, *routed)),
+                ("gather in 8 bits", partial(self.group.gather, *routed, "int8")),
                 ("sum_and_scatter", partial(self.group.sum_and_scatter, all_rows)),
             ):
-                for how, way in (("peers", peers), ("collective", None)):
-                    if how == "peers" and not takes[what]:
+                for how in ("peers", "collective", "all-to-all"):
+                    if how == "peers" and not takes.get(what):
                         continue
-                    self.group.peers = way
+                    if how == "all-to-all" and not what.startswith("sum"):
+                        continue
+                    self.group.peers = peers if how == "peers" else None
+                    self.group.adds_parts = how == "all-to-all"
                     us = self.microseconds(function)
                     self.add(what=what, how=how, rows=num_rows, kib=rows.nbytes // 1024, us=us)
-            self.group.peers = peers
+            self.group.peers, self.group.adds_parts = peers, adds_parts
 
     def layer(self) -> None:
         """One layer, by shape, tokens of all ranks together, and whose rows they are."""
@@ -255,20 +264,33 @@ class Worker:
             mine = slice(self.group.rank * count, (self.group.rank + 1) * count)
             my_rows = [tensor[mine] for tensor in rows]
 
-            def scattered() -> Tensor:
-                texts = OwnTexts(self.group, shape.top_k, lambda: False)
+            def in_8_bits(num_pairs: int) -> WeightFormat | None:
+                like: Any = {"dtype": self.dtype, "weights": torch.int8, "device": self.device}
+                return row_format(activations, num_pairs, shape.num_experts, **like)
+
+            def scattered(parts: int) -> Tensor:
+                options = {"parts": parts, "parts_from": 0.0}
+                texts = OwnTexts(self.group, shape.top_k, lambda: False, **options)
                 texts.rows = count
                 return texts.run(
                     *my_rows,
                     lambda h, ids, w: _products(own, h, share.own_ids(ids), w, activations),
+                    in_8_bits,
+                    shape.num_experts,
                 )
 
-            ways.append(("own", scattered, mine))
+            ways.append(("own", partial(scattered, 1), mine))
+            if self.tiny or tokens >= IN_PARTS:
+                ways += [(f"own, {n} parts", partial(scattered, n), mine) for n in (2, 4)]
         return ways
 
 
 def _experts(
-    weights: LayerWeights, hidden: Tensor, ids: Tensor, topk_weights: Tensor, activations: str
+    weights: LayerWeights,
+    hidden: Tensor | QuantizedRows,
+    ids: Tensor,
+    topk_weights: Tensor,
+    activations: str,
 ) -> Tensor:
     return fused_moe(
         hidden,

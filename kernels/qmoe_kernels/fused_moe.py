@@ -25,7 +25,14 @@ from qmoe_kernels import cpu
 from qmoe_kernels.activations import SWIGLU, Activation, ActivationName
 from qmoe_kernels.experts import Experts, Projection
 from qmoe_kernels.operators import operator
-from qmoe_kernels.quantization import FORMAT_OF, STORAGE_DTYPE, WeightFormat, quantize_rows, widen
+from qmoe_kernels.quantization import (
+    FORMAT_OF,
+    STORAGE_DTYPE,
+    QuantizedRows,
+    WeightFormat,
+    quantize_rows,
+    widen,
+)
 from qmoe_kernels.routing import ExpertRouting
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -37,7 +44,7 @@ EIGHT_BIT_ROWS = 8
 
 
 def fused_moe(
-    hidden_states: Tensor,  # (num_tokens, hidden_size) bf16 | fp16 | fp32
+    hidden_states: Tensor | QuantizedRows,  # (num_tokens, hidden_size) bf16 | fp16 | fp32 | 8 bits
     gate_up_proj: Tensor,  # (num_slots, 2 * intermediate_size, hidden_size) int8 | e4m3fn | float
     gate_up_proj_scale: Tensor | None,  # (num_experts, 2 * intermediate_size) fp32
     down_proj: Tensor,  # (num_slots, hidden_size, intermediate_size) int8 | e4m3fn | float
@@ -75,7 +82,9 @@ def fused_moe(
             ``hidden_states``. ``"int8"``, ``"fp8"``: rows quantized to the weights' dtype with a
             scale each, by `quantize_rows`, before either product. ``"auto"``: 16-bit rows in 8 bits
             where that is quicker, which is from `EIGHT_BIT_ROWS` pairs per expert on, on average,
-            on a GPU; all others as they are, and all where gradients are recorded.
+            on a GPU; all others as they are, and all where gradients are recorded. Rows that
+            `quantize_activations` has quantized already go into the first product as they are, and
+            the second one takes their format too; ``"auto"`` or that format are for them.
         two_level_sums: where FP8 meets FP8. Hopper's tensor cores keep some 14 bits of such sums;
             true adds up to fp32 every 64 products, which takes longer. Other products and devices
             are exact enough as they are; an ``activation`` that is a callable goes without.
@@ -86,7 +95,7 @@ def fused_moe(
 
     Returns:
         (num_tokens, hidden_size), or (num_tokens, top_k, hidden_size) without ``topk_weights``,
-        in the dtype of ``hidden_states``.
+        in the dtype of ``hidden_states``, which `QuantizedRows` name.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or activations that the weights or
@@ -94,7 +103,8 @@ def fused_moe(
     """
     gate_up = Projection(gate_up_proj, gate_up_proj_scale, gate_up_proj_bias, expert_to_slot)
     down = Projection(down_proj, down_proj_scale, down_proj_bias, expert_to_slot)
-    recorded = _is_recorded(hidden_states, topk_weights)
+    rows, rows_scale, dtype = _parts(hidden_states)
+    recorded = _is_recorded(rows, topk_weights)
     activations = check_layer(
         hidden_states,
         gate_up,
@@ -107,7 +117,7 @@ def fused_moe(
     )
     if isinstance(activation, Activation):
         return _fused_moe(
-            hidden_states,
+            rows,
             gate_up_proj,
             gate_up_proj_scale,
             gate_up_proj_bias,
@@ -127,24 +137,36 @@ def fused_moe(
             activation.up_softcap,
             activations,
             two_level_sums,
+            rows_scale,
+            dtype,
         )
     up_rows = _grouped_linear(
-        hidden_states,
+        rows,
         gate_up_proj,
         gate_up_proj_scale,
         gate_up_proj_bias,
         topk_ids,
         expert_to_slot,
         activations,
+        rows_scale,
+        dtype,
     )
-    hidden = activation(up_rows).to(hidden_states.dtype)
+    hidden = activation(up_rows).to(dtype)
     if hidden.shape[-1] != down_proj.shape[-1]:
         raise ValueError(
             f"the activation returned rows of {hidden.shape[-1]}; down_proj takes "
             f"{down_proj.shape[-1]}"
         )
     rows = _grouped_linear(
-        hidden, down_proj, down_proj_scale, down_proj_bias, topk_ids, expert_to_slot, activations
+        hidden,
+        down_proj,
+        down_proj_scale,
+        down_proj_bias,
+        topk_ids,
+        expert_to_slot,
+        activations,
+        None,
+        None,
     )
     if topk_weights is None:
         return rows
@@ -181,7 +203,35 @@ def grouped_linear(
         activations = "bf16"
     projection = Projection(weight, scale, bias, expert_to_slot)
     _check_projection("weight", projection, x, x.shape[-1])
-    return _grouped_linear(x, weight, scale, bias, topk_ids, expert_to_slot, activations)
+    arguments = (x, weight, scale, bias, topk_ids, expert_to_slot, activations)
+    return _grouped_linear(*arguments, None, None)
+
+
+def quantize_activations(x: Tensor, to: WeightFormat) -> QuantizedRows:
+    """Quantize rows as `fused_moe` does before its first product, to the same bits.
+
+    Args:
+        x: (num_rows, in_features) bf16, fp16 or fp32.
+        to: ``"int8"`` or ``"fp8"``.
+
+    Raises:
+        ValueError: an unknown format, one that the GPU does not multiply, or no rows.
+    """
+    if to not in STORAGE_DTYPE:
+        raise ValueError(f"rows cannot be quantized to {to!r}; 'int8' and 'fp8' work")
+    if x.ndim != 2 or x.dtype not in FLOAT_DTYPES:
+        raise ValueError(
+            f"rows are {x.dtype} of shape {tuple(x.shape)}; expected bf16, fp16 or fp32 "
+            "(num_rows, in_features)"
+        )
+    _check_device(to, x.device)
+    if x.device.type != "cuda":
+        return QuantizedRows(*quantize_rows(x, to), x.dtype)
+    from qmoe_kernels.rows import launch_quantize_rows
+
+    with torch.cuda.device(x.device):
+        q = launch_quantize_rows(x.detach().contiguous(), STORAGE_DTYPE[to], dependent=False)
+    return QuantizedRows(*q, x.dtype)
 
 
 def weighted_sum(
@@ -225,11 +275,32 @@ def check_activations(activations: str, weights: str | None = None) -> None:
 
 def _check_activations(activations: str, weight: Tensor) -> None:
     check_activations(activations, FORMAT_OF.get(weight.dtype, str(weight.dtype)))
-    if activations == "fp8" and weight.device.type == "cuda" and not _multiplies_fp8(weight.device):
-        name = torch.cuda.get_device_name(weight.device)
+    _check_device(activations, weight.device)
+
+
+def _check_device(activations: str, device: torch.device) -> None:
+    if activations == "fp8" and device.type == "cuda" and not _multiplies_fp8(device):
+        name = torch.cuda.get_device_name(device)
         raise ValueError(
             f"activations='fp8': {name} multiplies no FP8; 'auto' and 'bf16' work there"
         )
+
+
+def _parts(hidden_states: Tensor | QuantizedRows) -> tuple[Tensor, Tensor | None, torch.dtype]:
+    """What operators take: the rows, their scales, and the dtype of what is made of them."""
+    if isinstance(hidden_states, QuantizedRows):
+        return hidden_states.q.contiguous(), hidden_states.scale.contiguous(), hidden_states.dtype
+    return hidden_states, None, hidden_states.dtype
+
+
+def _format_of_rows(rows: QuantizedRows, activations: str) -> WeightFormat:
+    found = FORMAT_OF[rows.q.dtype]
+    if activations not in ("auto", found):
+        raise ValueError(
+            f"activations={activations!r} with rows that are in 8 bits already; 'auto' and "
+            f"{found!r} work"
+        )
+    return found
 
 
 def _is_recorded(*tensors: Tensor | None) -> bool:
@@ -241,20 +312,41 @@ def _multiplies_fp8(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def _row_format(
-    activations: str, projection: Projection, num_pairs: int, dtype: torch.dtype
+def row_format(
+    activations: str,
+    num_pairs: int,
+    num_experts: int,
+    *,
+    dtype: torch.dtype,
+    weights: torch.dtype,
+    device: torch.device,
 ) -> WeightFormat | None:
-    """What rows are quantized to before a product, or None; of shapes, dtypes and device only."""
+    """What rows are quantized to before a product, or None.
+
+    Args:
+        activations: as `fused_moe` has it.
+        num_pairs, num_experts: of the product.
+        dtype, weights: of rows and of weights.
+        device: of both.
+    """
     if activations == "bf16":
         return None
     if activations == "auto":
-        weight, few = projection.weight, EIGHT_BIT_ROWS * projection.num_experts
         # Who takes fp32 wants its digits.
-        if weight.device.type != "cuda" or num_pairs < few or dtype == torch.float32:
+        few = num_pairs < EIGHT_BIT_ROWS * num_experts
+        if device.type != "cuda" or few or dtype == torch.float32:
             return None
-        found = FORMAT_OF.get(weight.dtype)
-        return None if found == "fp8" and not _multiplies_fp8(weight.device) else found
+        found = FORMAT_OF.get(weights)
+        return None if found == "fp8" and not _multiplies_fp8(device) else found
     return cast(WeightFormat, activations)
+
+
+def _row_format(
+    activations: str, projection: Projection, num_pairs: int, dtype: torch.dtype
+) -> WeightFormat | None:
+    weight, num_experts = projection.weight, projection.num_experts
+    like: Any = {"dtype": dtype, "weights": weight.dtype, "device": weight.device}
+    return row_format(activations, num_pairs, num_experts, **like)
 
 
 # ---- operators ---------------------------------------------------------------------------------
@@ -282,7 +374,10 @@ def _fused_moe(
     up_softcap: float | None,
     activations: str,
     two_level_sums: bool,
+    rows_scale: Tensor | None,  # of rows that are in 8 bits
+    rows_dtype: torch.dtype | None,  # before they were; None: that of hidden_states
 ) -> Tensor:
+    dtype = rows_dtype or hidden_states.dtype
     activation = Activation(
         cast(ActivationName, name),
         gated,
@@ -296,10 +391,12 @@ def _fused_moe(
     num_tokens, top_k = topk_ids.shape
     gate_up = Projection(gate_up_proj, gate_up_proj_scale, gate_up_proj_bias, expert_to_slot)
     down = Projection(down_proj, down_proj_scale, down_proj_bias, expert_to_slot)
-    to = _row_format(activations, gate_up, num_tokens * top_k, hidden_states.dtype)
+    to = _row_format(activations, gate_up, num_tokens * top_k, dtype)
     experts = Experts(gate_up, down, activation)
     if cpu.available(gate_up_proj, down_proj):
-        rows, left = _native_layer(hidden_states, experts, topk_ids, topk_weights, to)
+        rows, left = _native_layer(
+            hidden_states, rows_scale, experts, topk_ids, topk_weights, to, dtype
+        )
         if not left and topk_weights is not None:
             return rows
         many = _with_tensors(left, topk_ids)
@@ -309,16 +406,14 @@ def _fused_moe(
     if many:
         up_linear, down_linear = _CPULinear(gate_up, to), _CPULinear(down, to)
     for expert, slot, pairs in many:
-        x = hidden_states[pairs // top_k]
-        hidden = _activations.apply(activation, up_linear(x, expert, slot))
-        hidden = hidden.to(hidden_states.dtype)
+        x, x_scale = _rows_at(pairs // top_k, hidden_states, rows_scale)
+        hidden = _activations.apply(activation, up_linear(x, expert, slot, x_scale))
+        hidden = hidden.to(dtype)
         rows[pairs] = down_linear(hidden, expert, slot).to(hidden.dtype).to(rows.dtype)
     rows = rows.view(num_tokens, top_k, down_proj.shape[1])
     if topk_weights is None:
-        return rows.to(hidden_states.dtype)
-    return _weighted_sum_cpu(
-        rows, topk_weights, topk_ids, gate_up.num_experts, dtype=hidden_states.dtype
-    )
+        return rows.to(dtype)
+    return _weighted_sum_cpu(rows, topk_weights, topk_ids, gate_up.num_experts, dtype=dtype)
 
 
 @_fused_moe.register_fake
@@ -332,11 +427,12 @@ def _(
     down_proj_bias: Tensor | None,
     topk_ids: Tensor,
     topk_weights: Tensor | None,
-    *_: object,
+    *rest: Any,
 ) -> Tensor:
     num_tokens, top_k = topk_ids.shape
     shape = (num_tokens, top_k) if topk_weights is None else (num_tokens,)
-    return hidden_states.new_empty(*shape, down_proj.shape[1])
+    dtype = rest[-1] or hidden_states.dtype
+    return hidden_states.new_empty(*shape, down_proj.shape[1], dtype=dtype)
 
 
 @operator("grouped_linear", "cpu")
@@ -348,21 +444,25 @@ def _grouped_linear(
     topk_ids: Tensor,
     expert_to_slot: Tensor | None,
     activations: str,
+    rows_scale: Tensor | None,  # as `_fused_moe` has them
+    rows_dtype: torch.dtype | None,
 ) -> Tensor:
     num_tokens, top_k = topk_ids.shape
     pairs_per_row = top_k if x.ndim == 2 else 1
-    x = x.flatten(0, -2)
+    dtype, x = rows_dtype or x.dtype, x.flatten(0, -2)
     projection = Projection(weight, scale, bias, expert_to_slot)
-    to = _row_format(activations, projection, num_tokens * top_k, x.dtype)
+    to = _row_format(activations, projection, num_tokens * top_k, dtype)
     if cpu.available(weight):
-        rows, left = cpu.layer(*_native_rows(x, to), topk_ids, projection, dtype=x.dtype)
-        rows, many = rows.to(x.dtype), _with_tensors(left, topk_ids)
+        native = _native_rows(x, to, rows_scale)
+        rows, left = cpu.layer(*native, topk_ids, projection, dtype=dtype)
+        rows, many = rows.to(dtype), _with_tensors(left, topk_ids)
     else:
-        rows = x.new_zeros(topk_ids.numel(), weight.shape[1])
+        rows = x.new_zeros(topk_ids.numel(), weight.shape[1], dtype=dtype)
         many = _routed_experts(topk_ids, projection)
     linear = _CPULinear(projection, to)
     for expert, slot, pairs in many:
-        rows[pairs] = linear(x[pairs // pairs_per_row], expert, slot).to(rows.dtype)
+        found, x_scale = _rows_at(pairs // pairs_per_row, x, rows_scale)
+        rows[pairs] = linear(found, expert, slot, x_scale).to(dtype)
     return rows.view(num_tokens, top_k, weight.shape[1])
 
 
@@ -375,8 +475,10 @@ def _(
     topk_ids: Tensor,
     expert_to_slot: Tensor | None,
     activations: str,
+    rows_scale: Tensor | None,
+    rows_dtype: torch.dtype | None,
 ) -> Tensor:
-    return x.new_empty(*topk_ids.shape, weight.shape[1])
+    return x.new_empty(*topk_ids.shape, weight.shape[1], dtype=rows_dtype or x.dtype)
 
 
 @operator("weighted_sum", "cpu")
@@ -409,13 +511,14 @@ def _(
     # Here, so that a CPU needs no Triton.
     from qmoe_kernels.layer import fused_moe_triton
 
-    *activation, activations, two_level_sums = rest
+    *activation, activations, two_level_sums, rows_scale, rows_dtype = rest
+    dtype = rows_dtype or hidden_states.dtype
     gate_up = Projection(gate_up_proj, gate_up_proj_scale, gate_up_proj_bias, expert_to_slot)
     down = Projection(down_proj, down_proj_scale, down_proj_bias, expert_to_slot)
-    to = _row_format(activations, gate_up, topk_ids.numel(), hidden_states.dtype)
+    to = _row_format(activations, gate_up, topk_ids.numel(), dtype)
     with torch.cuda.device(hidden_states.device):
         return fused_moe_triton(
-            hidden_states,
+            _whole(hidden_states, rows_scale, dtype),
             Experts(gate_up, down, Activation(*activation)),
             topk_ids,
             topk_weights,
@@ -433,14 +536,17 @@ def _(
     topk_ids: Tensor,
     expert_to_slot: Tensor | None,
     activations: str,
+    rows_scale: Tensor | None,
+    rows_dtype: torch.dtype | None,
 ) -> Tensor:
     from qmoe_kernels.layer import grouped_linear_triton
 
     projection = Projection(weight, scale, bias, expert_to_slot)
-    to = _row_format(activations, projection, topk_ids.numel(), x.dtype)
+    rows = _whole(x, rows_scale, rows_dtype or x.dtype)
+    to = _row_format(activations, projection, topk_ids.numel(), rows.dtype)
     dtype = None if to is None else STORAGE_DTYPE[to]
     with torch.cuda.device(x.device):
-        return grouped_linear_triton(x, projection, topk_ids, activations=dtype)
+        return grouped_linear_triton(rows, projection, topk_ids, activations=dtype)
 
 
 @_weighted_sum.register_kernel("cuda")
@@ -451,26 +557,34 @@ def _(rows: Tensor, topk_weights: Tensor) -> Tensor:
         return launch_weighted_sum(rows, topk_weights)
 
 
+def _whole(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor | QuantizedRows:
+    """What `_parts` took apart."""
+    return x if scale is None else QuantizedRows(x, scale, dtype)
+
+
 # ---- CPU ---------------------------------------------------------------------------------------
 
 
 def _native_layer(
     x: Tensor,
+    x_scale: Tensor | None,
     experts: Experts,
     topk_ids: Tensor,
     topk_weights: Tensor | None,
     to: WeightFormat | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, list[tuple[int, int, list[int]]]]:
     """What the native loops do of a layer, as `cpu.layer` returns it."""
     gate_up, down, activation = experts.gate_up, experts.down, experts.activation
     if to is None:
-        return cpu.layer(x, None, topk_ids, gate_up, activation, down, topk_weights, dtype=x.dtype)
-    hidden, _ = cpu.layer(*_native_rows(x, to), topk_ids, gate_up, activation, dtype=x.dtype)
-    rows, left = cpu.layer(*_native_rows(hidden, to), topk_ids, down, dtype=x.dtype)
+        return cpu.layer(x, None, topk_ids, gate_up, activation, down, topk_weights, dtype=dtype)
+    native = _native_rows(x, to, x_scale)
+    hidden, _ = cpu.layer(*native, topk_ids, gate_up, activation, dtype=dtype)
+    rows, left = cpu.layer(*_native_rows(hidden, to), topk_ids, down, dtype=dtype)
     if left or topk_weights is None:
         return rows, left
     rows = rows.view(*topk_ids.shape, down.weight.shape[1])
-    total = _weighted_sum_cpu(rows, topk_weights, topk_ids, gate_up.num_experts, dtype=x.dtype)
+    total = _weighted_sum_cpu(rows, topk_weights, topk_ids, gate_up.num_experts, dtype=dtype)
     return total, left
 
 
@@ -483,12 +597,24 @@ def _with_tensors(
     ]
 
 
-def _native_rows(x: Tensor, to: WeightFormat | None) -> tuple[Tensor, Tensor | None]:
-    """Rows as `cpu.layer` takes them, and their scales if they are quantized on the way."""
+def _native_rows(
+    x: Tensor, to: WeightFormat | None, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Rows as `cpu.layer` takes them, and their scales if they are quantized on the way.
+
+    Args:
+        scale: of rows that are quantized already.
+    """
     if to is None:
         return x, None
-    q, scale = quantize_rows(x, to)
-    return widen(q, out=torch.empty_like(q, dtype=torch.float32)), scale
+    if scale is None:
+        x, scale = quantize_rows(x, to)
+    return widen(x, out=torch.empty_like(x, dtype=torch.float32)), scale
+
+
+def _rows_at(places: Tensor, x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Some rows, and their scales where they are in 8 bits."""
+    return x[places], None if scale is None else scale[places]
 
 
 class _CPULinear:
@@ -502,13 +628,10 @@ class _CPULinear:
         self.projection, self.row_format = projection, row_format
         self.scratch: dict[torch.dtype, Tensor] = {}
 
-    def __call__(self, x: Tensor, expert: int, slot: int) -> Tensor:
-        """(num_rows, in_features) -> (num_rows, out_features) fp32."""
+    def __call__(self, x: Tensor, expert: int, slot: int, x_scale: Tensor | None = None) -> Tensor:
+        """(num_rows, in_features) -> (num_rows, out_features) fp32; scales of 8-bit rows."""
         weight = self.projection.weight[slot]
-        x_scale = None
-        if self.row_format is not None:
-            q, x_scale = quantize_rows(x, self.row_format)
-            x = widen(q, out=torch.empty_like(q, dtype=torch.float32))
+        x, x_scale = _native_rows(x, self.row_format, x_scale)
         if x.dtype == torch.bfloat16 and cpu.multiplies_bf16() and cpu.available(weight):
             y = (x @ cpu.widen(weight, out=self._scratch(weight, x.dtype)).t()).float()
         else:
@@ -589,7 +712,7 @@ def _weighted_sum_cpu(
 
 
 def check_layer(
-    hidden_states: Tensor,
+    hidden_states: Tensor | QuantizedRows,
     gate_up: Projection,
     down: Projection,
     topk_ids: Tensor,
@@ -605,7 +728,8 @@ def check_layer(
         recorded: whether somebody may ask for gradients.
 
     Returns:
-        ``activations``, or ``"bf16"`` where it is ``"auto"`` and rows must stay as they are.
+        ``activations``, or what ``"auto"`` means: ``"bf16"`` where rows must stay as they are,
+        their format where they are quantized already.
 
     Raises:
         ValueError: as `fused_moe`.
@@ -613,7 +737,10 @@ def check_layer(
     _check_activations(activations, gate_up.weight)
     _check_hidden_states(hidden_states, topk_ids)
     mixed = gate_up.weight.dtype != down.weight.dtype
-    if activations == "auto" and (mixed or recorded):
+    if isinstance(hidden_states, QuantizedRows):
+        activations = _format_of_rows(hidden_states, activations)
+        _check_activations(activations, gate_up.weight)
+    elif activations == "auto" and (mixed or recorded):
         activations = "bf16"
     _check_activations(activations, down.weight)
     num_rows = _check_projection("gate_up_proj", gate_up, hidden_states, hidden_states.shape[-1])
@@ -641,7 +768,11 @@ def check_layer(
     return activations
 
 
-def _check_hidden_states(x: Tensor, topk_ids: Tensor, *, per_pair: bool = False) -> None:
+def _check_hidden_states(
+    x: Tensor | QuantizedRows, topk_ids: Tensor, *, per_pair: bool = False
+) -> None:
+    if isinstance(x, QuantizedRows):
+        _check_quantized_rows(x)
     if topk_ids.ndim != 2 or topk_ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"topk_ids are {topk_ids.dtype} of shape {tuple(topk_ids.shape)}; "
@@ -658,6 +789,20 @@ def _check_hidden_states(x: Tensor, topk_ids: Tensor, *, per_pair: bool = False)
         raise ValueError(f"topk_ids are on {topk_ids.device}, hidden_states on {x.device}")
 
 
+def _check_quantized_rows(rows: QuantizedRows) -> None:
+    q, scale = rows.q, rows.scale
+    if q.dtype not in FORMAT_OF or q.ndim != 2:
+        raise ValueError(
+            f"8-bit rows are {q.dtype} of shape {tuple(q.shape)}; expected int8 or float8_e4m3fn "
+            "(num_tokens, hidden_size)"
+        )
+    if scale.dtype != torch.float32 or scale.shape != q.shape[:1] or scale.device != q.device:
+        raise ValueError(
+            f"scales of 8-bit rows are {scale.dtype} of shape {tuple(scale.shape)} on "
+            f"{scale.device}; expected float32 ({len(q)},) on {q.device}"
+        )
+
+
 def _check_topk_weights(topk_weights: Tensor, rows: tuple[int, ...], device: torch.device) -> None:
     if tuple(topk_weights.shape) != rows or not topk_weights.is_floating_point():
         raise ValueError(
@@ -668,7 +813,9 @@ def _check_topk_weights(topk_weights: Tensor, rows: tuple[int, ...], device: tor
         raise ValueError(f"topk_weights are on {topk_weights.device}, hidden_states on {device}")
 
 
-def _check_projection(name: str, projection: Projection, x: Tensor, in_features: int | None) -> int:
+def _check_projection(
+    name: str, projection: Projection, x: Tensor | QuantizedRows, in_features: int | None
+) -> int:
     """Check a projection against the rows ``x`` that it meets and return its out_features."""
     weight, scale, bias = projection.weight, projection.scale, projection.bias
     expert_to_slot = projection.expert_to_slot

@@ -44,6 +44,8 @@ def _(gradient: Tensor, _: tuple[bool, ...], *arguments: Any) -> tuple[Any, ...]
     *tensors, expert_to_slot = arguments[:10]
     if expert_to_slot is not None:
         raise RuntimeError(PAGED)
+    if arguments[20] is not None:
+        raise RuntimeError("rows that came in 8 bits have no gradient; give rows as they were")
     of_hidden, of_weights = _fused_moe_backward(gradient, *tensors, *arguments[10:18])
     no_weights = arguments[8] is None
     return (of_hidden, *[None] * 7, None if no_weights else of_weights)
@@ -56,7 +58,7 @@ def _kept_of_linear(
     bias: Tensor | None,
     topk_ids: Tensor,
     expert_to_slot: Tensor | None,
-    activations: str,
+    *_: Any,
 ) -> tuple[Any, ...]:
     """Rows only for a gradient of the weights."""
     rows = x if weight.requires_grad and scale is None else None

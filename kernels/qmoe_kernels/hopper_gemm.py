@@ -37,6 +37,7 @@ from qmoe_kernels.launching import (
     launch_options,
     weight_bits,
 )
+from qmoe_kernels.quantization import QuantizedRows
 from qmoe_kernels.routing import ExpertRouting
 from qmoe_kernels.rows import launch_quantize_rows, launch_weighted_sum
 from qmoe_kernels.tiles import TileConfig
@@ -132,6 +133,8 @@ def sort_rows_kernel(
     x_ptr,  # (num_tokens, words) int32
     positions_ptr,  # (num_tokens, TOP_K) int32
     out_ptr,  # (num_tokens * TOP_K, out_words) int32, sorted
+    scale_ptr,  # (num_tokens,) fp32, which go with their rows; or None
+    out_scale_ptr,  # (num_tokens * TOP_K,) fp32, or None
     words,
     out_words,
     TOP_K: tl.constexpr,
@@ -141,7 +144,8 @@ def sort_rows_kernel(
 ):
     """Grid: (num_tokens, cdiv(out_words, BLOCK)). Rows of tokens to where pairs are, tails zero.
 
-    A word is two numbers of 16 bits, in the order ``(t, j, h)``: that of the module's docstring.
+    A word is two numbers of 16 bits, in the order ``(t, j, h)``: that of the module's docstring;
+    or four of 8 bits, whose order does not change.
     """
     token = tl.program_id(0).to(tl.int64)
     offsets = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -149,12 +153,17 @@ def sort_rows_kernel(
     if GROUP > 0:
         x = tl.reshape(x, (BLOCK // GROUP, 4, GROUP // 4))
         x = tl.reshape(tl.permute(x, (0, 2, 1)), (BLOCK,))
+    scale = 0.0
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + token)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     for k in tl.static_range(TOP_K):
         position = tl.load(positions_ptr + token * TOP_K + k).to(tl.int64)
         tl.store(out_ptr + position * out_words + offsets, x, mask=offsets < out_words)
+        if scale_ptr is not None:  # all programs of a row write the same
+            tl.store(out_scale_ptr + position, scale)
 
 
 def tile_heights(block_m: int, tail_m: int) -> list[int]:
@@ -518,7 +527,7 @@ if gluon is not None:
 
 
 def hopper_supports(
-    hidden_states: torch.Tensor,
+    hidden_states: torch.Tensor | QuantizedRows,
     experts: Experts,
     topk_ids: torch.Tensor,
     *,
@@ -559,15 +568,40 @@ def launch_sort_rows(
     ``permute``: K is in the order that the module's docstring says, padded with zeros. For a place
     after the kernel that wrote ``positions`` and did not write ``x``, which is contiguous.
     """
+    return _sort_rows(x, None, positions, top_k, permute)[0]
+
+
+def launch_sort_quantized_rows(
+    rows: QuantizedRows, positions: torch.Tensor, top_k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ``rows`` at their pairs' positions, and their scales; K is a multiple of 4.
+
+    For a place as `launch_sort_rows` is for.
+    """
+    x, scale = _sort_rows(rows.q, rows.scale, positions, top_k, False)
+    assert scale is not None
+    return x, scale
+
+
+def _sort_rows(
+    x: torch.Tensor,
+    scale: torch.Tensor | None,
+    positions: torch.Tensor,
+    top_k: int,
+    permute: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     num_tokens, in_features = x.shape
     width = padded(in_features) if permute else in_features
     out = x.new_empty(num_tokens * top_k, width)
-    words, out_words = in_features // 2, width // 2
+    out_scale = None if scale is None else scale.new_empty(num_tokens * top_k)
+    words, out_words = (n * x.itemsize // 4 for n in (in_features, width))
     block = max(BLOCK_K_16, min(1024, triton.next_power_of_2(out_words)))
     sort_rows_kernel[(num_tokens, triton.cdiv(out_words, block))](
         x.view(torch.int32),
         positions,
         out.view(torch.int32),
+        scale,
+        out_scale,
         words,
         out_words,
         TOP_K=top_k,
@@ -576,7 +610,7 @@ def launch_sort_rows(
         PDL=has_dependent_launch(x.device),
         **launch_options(True, x.device),
     )
-    return out
+    return out, out_scale
 
 
 def launch_hopper_gemm(
@@ -673,7 +707,7 @@ def launch_hopper_gemm(
 
 
 def hopper_fused_moe(
-    hidden_states: torch.Tensor,
+    hidden_states: torch.Tensor | QuantizedRows,
     experts: Experts,
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor | None,
@@ -700,10 +734,11 @@ def hopper_fused_moe(
     widen = activations is None and experts.gate_up.weight.itemsize == 1
     # Rows of skipped ids are written by nobody: zeros if the caller sees them. Before the kernels,
     # each of which starts while the one before it ends.
-    new_rows = hidden_states.new_zeros if topk_weights is None else hidden_states.new_empty
-    out = new_rows(num_pairs, experts.hidden_size)
+    new_rows = torch.zeros if topk_weights is None else torch.empty
+    like: Any = {"dtype": hidden_states.dtype, "device": hidden_states.device}
+    out = new_rows(num_pairs, experts.hidden_size, **like)
     width = experts.intermediate_size
-    hidden = hidden_states.new_empty(num_pairs, padded(width) if widen else width)
+    hidden = torch.empty(num_pairs, padded(width) if widen else width, **like)
 
     routing = ExpertRouting.from_topk_ids(
         topk_ids,
@@ -714,7 +749,9 @@ def hopper_fused_moe(
     table, positions = routing.tiles, routing.positions
     assert table is not None and positions is not None
     x_scale = None
-    if activations is None:
+    if isinstance(hidden_states, QuantizedRows):
+        x, x_scale = launch_sort_quantized_rows(hidden_states, positions, top_k)
+    elif activations is None:
         x = launch_sort_rows(hidden_states, positions, top_k, permute=widen)
     else:
         x, x_scale = launch_quantize_rows(

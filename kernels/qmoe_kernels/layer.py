@@ -7,6 +7,7 @@ waited for a copy that was made just before it, and may read what the copy is ye
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from qmoe_kernels.gemv import launch_gemv
 from qmoe_kernels.grouped_gemm import launch_grouped_gemm
 from qmoe_kernels.heuristic import heuristic_tile, heuristic_tiles, narrow_block
 from qmoe_kernels.hopper_gemm import hopper_fused_moe, hopper_supports
+from qmoe_kernels.quantization import QuantizedRows
 from qmoe_kernels.routing import ExpertRouting
 from qmoe_kernels.rows import launch_quantize_rows, launch_weighted_sum
 from qmoe_kernels.tiles import LayerTiles
@@ -23,7 +25,7 @@ from qmoe_kernels.tuning import choose_tiles
 
 
 def fused_moe_triton(
-    hidden_states: Tensor,  # (num_tokens, hidden_size)
+    hidden_states: Tensor | QuantizedRows,  # (num_tokens, hidden_size)
     experts: Experts,
     topk_ids: Tensor,  # (num_tokens, top_k)
     topk_weights: Tensor | None,  # (num_tokens, top_k)
@@ -36,7 +38,8 @@ def fused_moe_triton(
 
     Args:
         activations: int8 or float8_e4m3fn, the dtype of the weights: rows are quantized before
-            each product; None: they stay as they are.
+            each product, but for `QuantizedRows`, which are quantized before the second alone;
+            None: they stay as they are.
         tiles: instead of `choose_tiles`'s.
     """
     num_tokens, top_k = topk_ids.shape
@@ -45,7 +48,9 @@ def fused_moe_triton(
     if tiles is None:
         tiles = choose_tiles(shape, num_tokens, *dtypes, hidden_states.device)
     experts = experts.contiguous()
-    hidden_states, topk_ids = hidden_states.contiguous(), topk_ids.contiguous()
+    topk_ids = topk_ids.contiguous()
+    if isinstance(hidden_states, Tensor):
+        hidden_states = hidden_states.contiguous()
     if topk_weights is not None:
         topk_weights = topk_weights.contiguous()
     arguments = (hidden_states, experts, topk_ids, topk_weights)
@@ -59,7 +64,8 @@ def fused_moe_triton(
         return _by_grouped_gemm(*arguments, tiles, activations, two_level_sums)
     if activations is not None:
         raise ValueError(f"{tiles}: without tensor cores rows stay as they are, not 8 bits")
-    return _by_gemv(*arguments, tiles)
+    assert isinstance(hidden_states, Tensor), "8-bit rows come with activations"
+    return _by_gemv(hidden_states, experts, topk_ids, topk_weights, tiles)
 
 
 def _by_gemv(
@@ -101,7 +107,7 @@ def _by_gemv(
 
 
 def _by_grouped_gemm(
-    hidden_states: Tensor,
+    hidden_states: Tensor | QuantizedRows,
     experts: Experts,
     topk_ids: Tensor,
     topk_weights: Tensor | None,
@@ -112,11 +118,12 @@ def _by_grouped_gemm(
     """Both products by tensor cores, rows quantized before each of them if they are to be."""
     num_tokens, top_k = topk_ids.shape
     num_pairs = num_tokens * top_k
-    hidden = hidden_states.new_empty(num_pairs, experts.intermediate_size)
+    like: Any = {"dtype": hidden_states.dtype, "device": hidden_states.device}
+    hidden = torch.empty(num_pairs, experts.intermediate_size, **like)
     # Rows of skipped ids are written by nobody: zeros if the caller sees them, never read
     # otherwise. Before the kernels, each of which starts while the one before it ends.
-    new_rows = hidden_states.new_zeros if topk_weights is None else hidden_states.new_empty
-    out = new_rows(num_pairs, experts.hidden_size)
+    new_rows = torch.zeros if topk_weights is None else torch.empty
+    out = new_rows(num_pairs, experts.hidden_size, **like)
     routing = None
     if tiles.sort:
         routing = ExpertRouting.from_topk_ids(
@@ -125,9 +132,7 @@ def _by_grouped_gemm(
             block_m=tiles.gate_up.block_m,
             expert_to_slot=experts.gate_up.expert_to_slot,
         )
-    x, x_scale = hidden_states, None
-    if activations is not None:
-        x, x_scale = launch_quantize_rows(x, activations, dependent=tiles.sort, early=True)
+    x, x_scale = _rows_of_product(hidden_states, activations, tiles.sort)
     launch_grouped_gemm(
         x,
         experts.gate_up,
@@ -160,8 +165,19 @@ def _by_grouped_gemm(
     return launch_weighted_sum(rows, topk_weights, topk_ids, experts.num_experts, dependent=True)
 
 
+def _rows_of_product(
+    x: Tensor | QuantizedRows, activations: torch.dtype | None, dependent: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Rows as the first product takes them, and their scales if they are in 8 bits."""
+    if isinstance(x, QuantizedRows):
+        return x.q, x.scale
+    if activations is None:
+        return x, None
+    return launch_quantize_rows(x, activations, dependent=dependent, early=True)
+
+
 def grouped_linear_triton(
-    x: Tensor,
+    x: Tensor | QuantizedRows,
     projection: Projection,
     topk_ids: Tensor,
     *,
@@ -170,10 +186,11 @@ def grouped_linear_triton(
     """Run the kernel of `qmoe_kernels.grouped_linear`; ``activations`` as in `fused_moe_triton`."""
     num_tokens, top_k = topk_ids.shape
     num_pairs = num_tokens * top_k
-    out = x.new_zeros(num_pairs, projection.weight.shape[1])
-    pairs_per_row = top_k if x.ndim == 2 else 1
-    projection = projection.contiguous()
-    x, topk_ids, x_scale = x.flatten(0, -2).contiguous(), topk_ids.contiguous(), None
+    out = torch.zeros(num_pairs, projection.weight.shape[1], dtype=x.dtype, device=x.device)
+    pairs_per_row = top_k if len(x.shape) == 2 else 1
+    projection, topk_ids = projection.contiguous(), topk_ids.contiguous()
+    if isinstance(x, Tensor):
+        x = x.flatten(0, -2).contiguous()
     rows_dtype = activations or x.dtype
     num_experts = projection.num_experts
     tile = heuristic_tile(num_pairs / num_experts, projection.weight.dtype, rows_dtype)
@@ -190,10 +207,9 @@ def grouped_linear_triton(
         block_m=tile.block_m,
         expert_to_slot=projection.expert_to_slot,
     )
-    if activations is not None:
-        x, x_scale = launch_quantize_rows(x, activations, dependent=True, early=True)
+    rows, x_scale = _rows_of_product(x, activations, True)
     rows = launch_grouped_gemm(
-        x,
+        rows,
         projection,
         topk_ids,
         routing,

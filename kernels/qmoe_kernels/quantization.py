@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import threading
+from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
@@ -40,6 +41,31 @@ BLOCK_SIZE = {"cpu": 1 << 18, "cuda": 1 << 26}
 SAMPLED_ROWS = 16
 
 _of_thread = threading.local()
+
+
+@dataclass(frozen=True)
+class QuantizedRows:
+    """Rows of activations in 8 bits, as products of 8-bit rows take them.
+
+    Attributes:
+        q: (num_rows, in_features) int8 or float8_e4m3fn, contiguous.
+        scale: (num_rows,) fp32, contiguous.
+        dtype: what the rows were before, and what a layer makes of them: bf16, fp16 or fp32.
+    """
+
+    q: torch.Tensor
+    scale: torch.Tensor
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """(num_rows, in_features)."""
+        return self.q.shape
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self.q.device
 
 
 def quantize(

@@ -1,4 +1,4 @@
-"""What happens to rows around the products: quantizing them, and summing up those of a token."""
+"""What happens to rows around the products: quantizing them, and adding them up."""
 
 from __future__ import annotations
 
@@ -8,6 +8,26 @@ import triton.language as tl
 
 from qmoe_kernels.launching import has_dependent_launch, launch_options
 from qmoe_kernels.quantization import FORMAT_OF, LARGEST, SMALLEST_SCALE
+
+_ADDED = 2048  # numbers of one program
+
+
+@triton.jit
+def add_rows_kernel(
+    rows_ptr,  # (NUM_ROWS, length)
+    out_ptr,  # (length,)
+    length,
+    NUM_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid: (cdiv(length, BLOCK),)."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < length
+    acc = tl.zeros((BLOCK,), dtype=tl.float32)
+    for _ in tl.static_range(NUM_ROWS):
+        acc += tl.load(rows_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        rows_ptr += length
+    tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 # Not specialized: it must not compile anything.
@@ -159,6 +179,19 @@ def launch_quantize_rows(
             **launch_options(dependent, x.device),
         )
     return out, scale
+
+
+def launch_add_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Add up ``rows``, (num_rows, ...) and contiguous, in fp32, first to last, and round once.
+
+    Returns:
+        (...) in the dtype of ``rows``.
+    """
+    out = rows.new_empty(rows.shape[1:])
+    if num := out.numel():
+        grid = (triton.cdiv(num, _ADDED),)
+        add_rows_kernel[grid](rows, out, num, NUM_ROWS=len(rows), BLOCK=_ADDED)
+    return out
 
 
 def launch_weighted_sum(

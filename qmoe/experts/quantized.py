@@ -21,9 +21,9 @@ from qmoe.experts.low_rank import LowRank, activate, combine
 from qmoe.experts.pages import LayerPages
 from qmoe.parallel.group import RankGroup
 from qmoe.parallel.share import Share
-from qmoe_kernels import Activation, fused_moe, grouped_linear, weighted_sum
+from qmoe_kernels import Activation, QuantizedRows, fused_moe, grouped_linear, weighted_sum
 from qmoe_kernels.experts import Experts, Projection
-from qmoe_kernels.fused_moe import EIGHT_BIT_ROWS, check_activations
+from qmoe_kernels.fused_moe import EIGHT_BIT_ROWS, check_activations, row_format
 from qmoe_kernels.low_rank import adapted_moe, adapted_moe_supports
 from qmoe_kernels.quantization import STORAGE_DTYPE, WeightFormat, dequantize, quantize
 
@@ -468,7 +468,9 @@ class QuantizedExperts(nn.Module):
         else:
             assert not adapters, "refused where they are put on"
             with torch.no_grad():
-                output = self.share.run(*routed, self._own_experts)
+                output = self.share.run(
+                    *routed, self._own_experts, partial(self._flying_format, hidden_states)
+                )
             output = _SpreadExperts.apply(output, *routed)
         if self.layout.num_identity_experts:
             identity = top_k_weights * (top_k_index >= self.num_experts)
@@ -477,7 +479,7 @@ class QuantizedExperts(nn.Module):
 
     def _own_experts(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | QuantizedRows,
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
         adapters: Sequence[LowRank] = (),
@@ -496,7 +498,7 @@ class QuantizedExperts(nn.Module):
 
     def _fused_moe(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | QuantizedRows,
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor | None,
         adapters: Sequence[LowRank] = (),
@@ -510,8 +512,10 @@ class QuantizedExperts(nn.Module):
                 if paged is None:
                     return compute(*self._resident_weights(), None, topk_ids, topk_weights)
                 cache, layer = paged
-                # The host knows no adapters: without rows it computes none of the misses.
-                shared = None if adapters else hidden_states
+                # The host knows no adapters and no 8-bit rows: without rows it computes none of
+                # the misses.
+                plain = isinstance(hidden_states, torch.Tensor) and not adapters
+                shared = hidden_states if plain else None
                 return cache.run(layer, topk_ids, topk_weights, compute, shared)
             except ValueError:
                 if self.paged is paged:
@@ -520,7 +524,7 @@ class QuantizedExperts(nn.Module):
 
     def _compute(
         self,
-        hidden_states: torch.Tensor,
+        hidden_states: torch.Tensor | QuantizedRows,
         up_proj: torch.Tensor,
         down_proj: torch.Tensor,
         expert_to_slot: torch.Tensor | None,
@@ -528,6 +532,9 @@ class QuantizedExperts(nn.Module):
         topk_weights: torch.Tensor | None,
     ) -> torch.Tensor:
         up = self.layout.up_name
+        # Rows that are in 8 bits already stay so.
+        plain = isinstance(hidden_states, torch.Tensor)
+        activations = self._row_format(topk_ids.numel()) if plain else "auto"
         activation: Activation | Callable[[torch.Tensor], torch.Tensor]
         activation = self._own_gate if self.activation is None else self.activation
         return fused_moe(
@@ -539,7 +546,7 @@ class QuantizedExperts(nn.Module):
             topk_ids,
             topk_weights,
             activation=activation,
-            activations=self._row_format(topk_ids),
+            activations=activations,
             gate_up_proj_bias=getattr(self, up + BIAS_SUFFIX, None),
             down_proj_bias=getattr(self, "down_proj_bias", None),
             expert_to_slot=expert_to_slot,
@@ -557,9 +564,9 @@ class QuantizedExperts(nn.Module):
         adapters: Sequence[LowRank],
     ) -> torch.Tensor:
         """What `_compute` does, with what adapters add to each product."""
-        row_format = self._row_format(topk_ids)
-        if row_format == "auto" and any(adapter.is_learning for adapter in adapters):
-            row_format = "bf16"  # also before the first layer that learns, whose rows do not
+        activations = self._row_format(topk_ids.numel())
+        if activations == "auto" and any(adapter.is_learning for adapter in adapters):
+            activations = "bf16"  # also before the first layer that learns, whose rows do not
         names = self.layout.projections
         up, down = (
             Projection(
@@ -578,7 +585,7 @@ class QuantizedExperts(nn.Module):
                 topk_ids,
                 topk_weights,
                 *(combine(adapters, name) for name in names),
-                activations=row_format,
+                activations=activations,
             )
 
         def project(x: torch.Tensor, name: str, projection: Projection) -> torch.Tensor:
@@ -587,7 +594,7 @@ class QuantizedExperts(nn.Module):
                 projection.weight,
                 projection.scale,
                 topk_ids,
-                activations=row_format,
+                activations=activations,
                 bias=projection.bias,
                 expert_to_slot=expert_to_slot,
             )
@@ -604,19 +611,35 @@ class QuantizedExperts(nn.Module):
             return rows
         return weighted_sum(rows, self._without_skipped(topk_weights, topk_ids))
 
-    def _row_format(self, topk_ids: torch.Tensor) -> str:
+    def _row_format(self, num_pairs: int) -> str:
         """What the products take of so many pairs: what they would with all experts in one place.
 
         In training mode rows stay as they are: a checkpointed layer runs without gradients first.
         Most pairs are other ranks', so that a count of this rank's experts alone would quantize
         rows where they are too few.
         """
-        if self.training and self.activations == "auto":
-            return "bf16"
-        few = EIGHT_BIT_ROWS * self.num_experts
-        if self.share is not None and self.activations == "auto" and topk_ids.numel() < few:
-            return "bf16"
+        if self.activations == "auto":
+            # Ranks have no gradients, and must not differ in what they exchange.
+            few = num_pairs < EIGHT_BIT_ROWS * self.num_experts
+            as_they_are = self.training if self.share is None else few
+            return "bf16" if as_they_are else "auto"
         return self.activations
+
+    def _flying_format(self, rows: torch.Tensor, num_pairs: int) -> WeightFormat | None:
+        """What rows fly in to other ranks: what the products take, unless they are few.
+
+        Of what is the same on every rank.
+        """
+        if num_pairs < EIGHT_BIT_ROWS * self.num_experts:
+            return None
+        return row_format(
+            self._row_format(num_pairs),
+            num_pairs,
+            self.num_experts,
+            dtype=rows.dtype,
+            weights=STORAGE_DTYPE[self.weights],
+            device=rows.device,
+        )
 
     def _own_gate(self, up: torch.Tensor) -> torch.Tensor:
         return apply_own_gate(self.source, self.layout, up)

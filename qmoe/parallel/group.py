@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,11 +28,14 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import (
     AllgatherOptions,
     AllreduceOptions,
+    AllToAllOptions,
     ReduceScatterOptions,
 )
 
 from qmoe.parallel.failure import Notes, RankFailed, Watch
 from qmoe.parallel.peers import Peers
+from qmoe_kernels import QuantizedRows, quantize_activations
+from qmoe_kernels.quantization import WeightFormat
 
 # Seconds that a rank waits for another in an exchange.
 TIMEOUT_VARIABLE = "QMOE_RANK_TIMEOUT"
@@ -46,9 +49,13 @@ _LENGTH = 8
 # Seconds that the end of NCCL's connections may take. It waits for graphs that hold them.
 _CLOSING = 5.0
 _NO_EXPERT = -1
+# Bytes of all ranks' parts, up to which each rank gets them all and adds them up: one exchange is
+# quicker than two of less.
+_ALL_PARTS = 2 << 20
 
+_Result = TypeVar("_Result")
 # What a layer is given: rows, ids and weights.
-Routed: TypeAlias = "tuple[Tensor, Tensor, Tensor]"
+Routed: TypeAlias = "tuple[Tensor | QuantizedRows, Tensor, Tensor]"
 
 
 class RankGroup:
@@ -60,6 +67,9 @@ class RankGroup:
         device: where the layers' tensors are.
         timeout: seconds that a rank waits for another in an exchange.
         peers: the quicker way for few rows, between GPUs of one host; None where there is none.
+        adds_parts: whether ranks exchange their parts of a sum in the model's dtype and add them up
+            themselves. Otherwise NCCL or gloo adds on the way: with two ranks in the model's dtype,
+            which rounds once as well; with more in fp32, twice the bytes.
         steps: what has graphs with exchanges in them. NCCL closes its connections only when these
             are gone.
         own_texts: the `OwnTexts` of a call in which each rank has texts of its own, if one is under
@@ -93,8 +103,13 @@ class RankGroup:
         self._lock = threading.Lock()
         self._owner: int | None = None  # the thread that is in a call of all ranks
         self.peers: Peers | None = None
+        self.adds_parts = self.size > 2
         self.steps: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._aside: torch.cuda.Stream | None = None
         if device.type == "cuda":
+            # Products fill all processors. A waiting exchange, which all ranks wait for, gets those
+            # that become free before the products' next blocks do.
+            self._aside = torch.cuda.Stream(device, priority=-1)
             weakref.finalize(self, _closer(self._groups[1].shutdown, self.steps))
             # Until its tests have passed on two GPUs, only who asks for it rests on it.
             if self.size > 1 and os.environ.get(PEERS_VARIABLE) == "1":
@@ -113,7 +128,7 @@ class RankGroup:
     def sum(self, output: Tensor) -> Tensor:
         """Add up the ranks' outputs of a layer; all ranks get the same bits.
 
-        The sum is rounded once, as one in fp32 is.
+        In fp32, first rank to last, and rounded once.
 
         Args:
             output: (num_tokens, hidden_size) of this rank's experts; it may be written to.
@@ -129,6 +144,8 @@ class RankGroup:
             return output
         if self.peers is not None and self.peers.takes_sum(output):
             return self.peers.sum(output)
+        if self.adds_parts:
+            return self._sum_of_parts(output)
         total = output.to(self._summed_in(output)).contiguous()
         with self._exchanging():
             _finish(self._groups[1].allreduce([total], _options(AllreduceOptions)))
@@ -136,7 +153,12 @@ class RankGroup:
 
     @torch.compiler.disable
     def gather(
-        self, rows: Tensor, topk_ids: Tensor, topk_weights: Tensor, most_rows: int
+        self,
+        rows: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        most_rows: int,
+        row_format: WeightFormat | None = None,
     ) -> Routed:
         """Bring together what the ranks give to a layer, one rank's behind the other's.
 
@@ -144,10 +166,11 @@ class RankGroup:
             rows: (num_rows, hidden_size), this rank's.
             topk_ids, topk_weights: (num_rows, top_k), of the layer's experts.
             most_rows: that each rank has in the result; those that it lacks have the id -1.
+            row_format: what the products take rows in, the same on all ranks; None: as they are.
 
         Returns:
             rows (size * most_rows, hidden_size), ids int32 and weights fp32 (size * most_rows,
-            top_k).
+            top_k). With a ``row_format`` rows are in it, but for few, which fly as they are.
 
         Raises:
             RankFailed: another rank failed, or is gone.
@@ -155,9 +178,14 @@ class RankGroup:
         self.check_open()
         if self.peers is not None and self.peers.takes_gather(rows, topk_ids, most_rows):
             return self.peers.gather(rows, topk_ids, topk_weights, most_rows)
-        mine = [rows, topk_ids.int(), topk_weights.float()]
+        mine, fill = [topk_ids.int(), topk_weights.float()], [_NO_EXPERT, 0]
+        if row_format is None:
+            mine.append(rows)
+        else:
+            quantized = quantize_activations(rows, row_format)
+            mine += quantized.q.view(torch.uint8), quantized.scale[:, None]  # gloo sends no FP8
         if missing := most_rows - len(rows):
-            fill = (0, _NO_EXPERT, 0)
+            fill += [0] * (len(mine) - len(fill))
             mine = [
                 torch.nn.functional.pad(tensor, (0, 0, 0, missing), value=value)
                 for tensor, value in zip(mine, fill, strict=True)
@@ -175,7 +203,11 @@ class RankGroup:
             if layers.supports_coalescing:
                 works = [layers._end_coalescing()]
             _finish(*works)
-        return gathered[0], gathered[1], gathered[2]
+        ids, weights, all_rows, *scales = gathered
+        if not scales:
+            return all_rows, ids, weights
+        q = all_rows.view(quantized.q.dtype)
+        return QuantizedRows(q, scales[0].view(-1), rows.dtype), ids, weights
 
     @torch.compiler.disable
     def sum_and_scatter(self, output: Tensor) -> Tensor:
@@ -194,6 +226,8 @@ class RankGroup:
         self.check_open()
         if self.peers is not None and self.peers.takes_sum(output, scatter=True):
             return self.peers.sum(output, scatter=True)
+        if self.adds_parts:
+            return self._own_sum(output.contiguous())
         total = output.to(self._summed_in(output)).contiguous()
         own = total.new_empty(len(output) // self.size, *output.shape[1:])
         with self._exchanging():
@@ -201,8 +235,52 @@ class RankGroup:
             _finish(self._groups[1]._reduce_scatter_base(own, total, options))
         return own.to(output.dtype)
 
+    @contextmanager
+    def beside(self) -> Iterator[Beside]:
+        """Exchange beside what this rank computes; at the end both have come together again.
+
+        On a CPU exchanges come in the order in which they are asked for, and nothing runs beside.
+        """
+        if self._aside is None:
+            yield Beside(None)
+            return
+        try:
+            yield Beside(self._aside)
+        finally:
+            torch.cuda.current_stream(self.device).wait_stream(self._aside)
+
+    def _sum_of_parts(self, output: Tensor) -> Tensor:
+        """Each rank adds up all parts of a small sum, or a slice of a large one for all."""
+        if output.nbytes * self.size <= _ALL_PARTS:
+            return _add(self._gather_parts(output.contiguous()))
+        numbers = output.reshape(-1)
+        if over := len(numbers) % self.size:
+            numbers = torch.nn.functional.pad(numbers, (0, self.size - over))
+        total = self._gather_parts(self._own_sum(numbers)).view(-1)
+        return total[: output.numel()].view(output.shape)
+
+    def _gather_parts(self, part: Tensor) -> Tensor:
+        """(size, *part.shape): every rank's."""
+        parts = part.new_empty(self.size * len(part), *part.shape[1:])
+        with self._exchanging():
+            options = _options(AllgatherOptions)
+            _finish(self._groups[1]._allgather_base(parts, part, options))
+        return parts.view(self.size, *part.shape)
+
+    def _own_sum(self, output: Tensor) -> Tensor:
+        """The sum over the ranks of the slice that is this rank's, of as many as there are ranks.
+
+        Each rank sends every other its part of that one's slice.
+        """
+        parts = torch.empty_like(output)
+        with self._exchanging():
+            # No sizes: all slices are as long.
+            options = _options(AllToAllOptions)
+            _finish(self._groups[1].alltoall_base(parts, output, [], [], options))
+        return _add(parts.view(self.size, len(output) // self.size, *output.shape[1:]))
+
     def _summed_in(self, output: Tensor) -> torch.dtype:
-        """What rows are added up in on the way: of two numbers the sum is rounded once anyhow."""
+        """What NCCL or gloo adds up in: of two numbers the sum is rounded once anyhow."""
         return output.dtype if self.size == 2 else torch.float32
 
     def _try_peers(self, processes: dist.ProcessGroup) -> Peers | None:
@@ -217,7 +295,7 @@ class RankGroup:
         rows = torch.arange(64 * self.size, dtype=torch.float32, device=self.device)
         rows = rows.add_(self.rank).view(self.size, 64)
         routed = (rows, rows[:, :2].long(), rows[:, :2].clone())
-        expected = (
+        expected: Any = (
             *self.gather(*routed, self.size + 1),
             self.sum_and_scatter(rows),
             self.sum(rows.clone()),
@@ -422,6 +500,38 @@ class RankGroup:
         return _Cut() if self._owner is not None else self._end(_Cut(), "a layer")
 
 
+class Beside:
+    """A stream for exchanges, beside the one that computes; see `RankGroup.beside`.
+
+    Whoever starts an exchange keeps all that it reads and what it has made until the streams have
+    come together: memory belongs to the stream that it was taken in, and would be given out again.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream | None) -> None:
+        self.stream = stream
+
+    def start(self, exchange: Callable[[], _Result]) -> Callable[[], _Result]:
+        """Exchange what has been computed so far, after the exchanges started before.
+
+        Returns:
+            what lets the stream that computes wait for the result, and returns it.
+        """
+        if self.stream is None:
+            result = exchange()
+            return lambda: result
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):
+            result = exchange()
+            done = torch.cuda.Event()
+            done.record()
+
+        def wait() -> _Result:
+            done.wait()
+            return result
+
+        return wait
+
+
 class _Cut(RankFailed):
     """An exchange ended before its time; which rank it was is found out later."""
 
@@ -526,6 +636,19 @@ def _options(kind: type[Any]) -> Any:
     options = kind()
     options.asyncOp = False
     return options
+
+
+def _add(parts: Tensor) -> Tensor:
+    """The sum over the first dimension, in fp32, first to last, and rounded once."""
+    if parts.device.type == "cuda":
+        # Here, so that a CPU needs no Triton.
+        from qmoe_kernels.rows import launch_add_rows
+
+        return launch_add_rows(parts)
+    total = parts[0].float()
+    for part in parts[1:]:
+        total = total + part
+    return total.to(parts.dtype)
 
 
 def _finish(*works: Any) -> None:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from qmoe.parallel.group import RankGroup
+from qmoe.parallel.texts import RowFormat, Rows
 
 # A layer's own experts: rows, ids of own experts, weights -> rows.
-OwnExperts = Callable[[Tensor, Tensor, Tensor], Tensor]
+OwnExperts = Callable[[Rows, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,12 @@ class Share:
         return topk_ids - self.first if self.first else topk_ids
 
     def run(
-        self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: OwnExperts
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        experts: OwnExperts,
+        row_format: RowFormat,
     ) -> Tensor:
         """The layer's output, from what each rank's own experts make.
 
@@ -47,17 +53,18 @@ class Share:
                 in a call of that kind.
             topk_ids, topk_weights: (num_tokens, top_k), of the layer; likewise.
             experts: this rank's.
+            row_format: what they take rows in.
 
         Returns:
             (num_tokens, hidden_size), as ``hidden_states``.
         """
 
-        def own_experts(rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        def own_experts(rows: Rows, ids: Tensor, weights: Tensor) -> Tensor:
             return experts(rows, self.own_ids(ids), weights)
 
         if self.group.own_texts is not None:
             output: Tensor = self.group.own_texts.run(
-                hidden_states, topk_ids, topk_weights, own_experts
+                hidden_states, topk_ids, topk_weights, own_experts, row_format, self.num_experts
             )
             return output
         return self.group.sum(own_experts(hidden_states, topk_ids, topk_weights))

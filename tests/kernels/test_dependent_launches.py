@@ -64,13 +64,13 @@ from compiling import compiling_for
 from random_layer import random_layer
 from qmoe_kernels.attention import launch_decode_attention, launch_store_kv
 from qmoe_kernels.heuristic import hopper_tiles
-from qmoe_kernels.hopper_gemm import gluon, hopper_fused_moe
+from qmoe_kernels.hopper_gemm import gluon, hopper_fused_moe, launch_sort_quantized_rows
 from qmoe_kernels.linear import launch_linear
 from qmoe_kernels.mailbox import Mailbox, Posts
 from qmoe_kernels.mailbox_kernels import launch_admit_and_post, launch_combine
 from qmoe_kernels.norm import launch_rms_norm
 from qmoe_kernels.paging import CopyList, Residency
-from qmoe_kernels.quantization import STORAGE_DTYPE
+from qmoe_kernels.quantization import STORAGE_DTYPE, QuantizedRows
 from qmoe_kernels.rope import launch_rotate
 from qmoe_kernels.router import launch_select_experts
 from qmoe_kernels.routing import launch_routing
@@ -90,6 +90,9 @@ with compiling_for(90) as compiled:
                 layer.hidden_states, layer.experts(), layer.topk_ids, layer.topk_weights,
                 hopper_tiles(128, activations or bf16, 3, 16).gate_up, activations=activations,
             )
+    rows = torch.zeros(64, 128, dtype=torch.int8), torch.zeros(64)
+    places = torch.zeros(128, dtype=torch.int32)
+    launch_sort_quantized_rows(QuantizedRows(*rows, bf16), places, 2)
     launch_routing(torch.zeros(600, 8, dtype=torch.int32), 8)
     x = torch.zeros(1, 2048, dtype=bf16)
     launch_linear(x, x.expand(4096, 2048).contiguous(), None)
@@ -136,6 +139,7 @@ def test_every_program_waits() -> None:
         "rotate_kernel",
         "select_experts_kernel",
         "sort_pairs_kernel",
+        "sort_rows_kernel",
         "store_kv_kernel",
         "weighted_sum_kernel",
     }

@@ -24,7 +24,15 @@ from random_layer import (
 from trained_layer import trained_layer
 
 import qmoe_kernels
-from qmoe_kernels import Activation, cpu, fused_moe, grouped_linear, weighted_sum
+from qmoe_kernels import (
+    Activation,
+    QuantizedRows,
+    cpu,
+    fused_moe,
+    grouped_linear,
+    quantize_activations,
+    weighted_sum,
+)
 from qmoe_kernels.activations import apply
 from qmoe_kernels.fused_moe import EIGHT_BIT_ROWS, check_activations
 from qmoe_kernels.reference import grouped_linear_reference
@@ -306,6 +314,69 @@ def test_same_bits_every_time(dtype: torch.dtype, device: str) -> None:
         assert all(torch.equal(layer.fused_moe(activations=activations), out) for _ in range(3))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+@pytest.mark.parametrize("native", [True, False])
+def test_rows_quantized_before_give_the_same_bits(
+    weights: str, dtype: torch.dtype, device: str, native: bool, monkeypatch
+) -> None:
+    skip_without_fp8(torch.device(device), weights)
+    if not native:
+        monkeypatch.setattr(cpu, "available", lambda *_: False)
+    for num_tokens in (0, 1, 5, 300):
+        for activation in (Activation(), swiglu):
+            layer = random_layer(
+                num_tokens=num_tokens, weights=weights, dtype=dtype, bias=True, hidden_size=80
+            ).to(device)
+            layer = replace(layer, activation=activation)
+            layer.topk_ids[3:4, 0] = -1
+            rows = quantize_activations(layer.hidden_states, weights)
+            assert rows.q.itemsize == 1 and rows.dtype == dtype
+            for unreduced in (False, True):
+                if unreduced:
+                    layer = replace(layer, topk_weights=None)
+                expected = layer.fused_moe(activations=weights)
+                before = replace(layer, hidden_states=rows)
+                actual = fused_moe(**before.arguments())
+                assert actual.dtype == dtype and torch.equal(actual, expected)
+                if num_tokens == 300:
+                    plain = layer.fused_moe(activations="bf16")
+                    assert not torch.equal(actual, plain), "they were in 8 bits"
+
+
+def test_what_is_no_quantized_row_is_refused() -> None:
+    layer = random_layer(num_tokens=3)
+    rows = quantize_activations(layer.hidden_states, "int8")
+
+    def run(rows: QuantizedRows, **options: str) -> None:
+        fused_moe(**replace(layer, hidden_states=rows).arguments(), **options)
+
+    run(rows)
+    for changed, words in (
+        ({"q": rows.q.float()}, r"8-bit rows are torch.float32 of shape \(3, 40\); expected int8"),
+        (
+            {"scale": rows.scale[:2]},
+            r"scales of 8-bit rows .* \(2,\) .*expected float32 \(3,\)",
+        ),
+        ({"scale": rows.scale.double()}, "scales of 8-bit rows are torch.float64"),
+        ({"dtype": torch.int8}, "hidden_states are torch.int8"),
+        ({"q": rows.q[:2], "scale": rows.scale[:2]}, "expected bf16, fp16 or fp32"),
+        ({"q": rows.q.to(torch.float8_e4m3fn)}, "activations='fp8' with int8 weights"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run(replace(rows, **changed))
+    with pytest.raises(ValueError, match="in 8 bits already; 'auto' and 'int8' work"):
+        run(rows, activations="bf16")
+    with pytest.raises(ValueError, match="cannot be quantized to 'fp4'; 'int8' and 'fp8' work"):
+        quantize_activations(layer.hidden_states, "fp4")
+    with pytest.raises(ValueError, match=r"rows are torch.float32 of shape \(40,\)"):
+        quantize_activations(layer.hidden_states[0], "int8")
+    layer.topk_weights.requires_grad_()
+    with pytest.raises(RuntimeError, match="rows that came in 8 bits have no gradient"):
+        fused_moe(**replace(layer, hidden_states=rows).arguments()).sum().backward()
+
+
 def test_fp16_sums_do_not_overflow() -> None:
     # Unscaled, the sum over 1024 products of 448 reaches 458752; fp16 ends at 65504.
     weight, scale = qmoe_kernels.quantize(torch.full((1, 4, 1024), 1e-3), "fp8")
@@ -329,10 +400,32 @@ def test_opcheck(weights: str | None, device: str) -> None:
         for topk_weights in (layer.topk_weights, None):
             torch.library.opcheck(
                 torch.ops.qmoe.fused_moe.default,
-                (x, *up, *down, ids, topk_weights, None, *activation, activations, False),
+                (
+                    x,
+                    *up,
+                    *down,
+                    ids,
+                    topk_weights,
+                    None,
+                    *activation,
+                    activations,
+                    False,
+                    None,
+                    None,
+                ),
             )
         torch.library.opcheck(
-            torch.ops.qmoe.grouped_linear.default, (x, *up, ids, None, activations)
+            torch.ops.qmoe.grouped_linear.default, (x, *up, ids, None, activations, None, None)
+        )
+    if weights is not None:
+        rows = quantize_activations(x, weights)
+        given = rows.scale, rows.dtype
+        torch.library.opcheck(
+            torch.ops.qmoe.fused_moe.default,
+            (rows.q, *up, *down, ids, topk_weights, None, *activation, weights, False, *given),
+        )
+        torch.library.opcheck(
+            torch.ops.qmoe.grouped_linear.default, (rows.q, *up, ids, None, weights, *given)
         )
     torch.library.opcheck(
         torch.ops.qmoe.weighted_sum.default,

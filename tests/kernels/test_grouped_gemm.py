@@ -27,10 +27,16 @@ from qmoe_kernels.experts import Projection
 from qmoe_kernels.grouped_gemm import launch_grouped_gemm
 from qmoe_kernels.heuristic import heuristic_tiles
 from qmoe_kernels.launching import COMPILED
-from qmoe_kernels.layer import grouped_linear_triton
-from qmoe_kernels.quantization import SMALLEST_SCALE, STORAGE_DTYPE, dequantize, quantize_rows
+from qmoe_kernels.layer import fused_moe_triton, grouped_linear_triton
+from qmoe_kernels.quantization import (
+    SMALLEST_SCALE,
+    STORAGE_DTYPE,
+    QuantizedRows,
+    dequantize,
+    quantize_rows,
+)
 from qmoe_kernels.reference import grouped_linear_reference
-from qmoe_kernels.rows import launch_quantize_rows, launch_weighted_sum
+from qmoe_kernels.rows import launch_add_rows, launch_quantize_rows, launch_weighted_sum
 from qmoe_kernels.tiles import LayerShape, LayerTiles, TileConfig
 from qmoe_kernels.widening import widen_weights
 
@@ -255,6 +261,36 @@ def test_weighted_sum() -> None:
     rows[4, 1:] = torch.nan
     expected[4] = rows[4, 0].double() * weights[4, 0].double()
     assert_close(launch_weighted_sum(rows, weights, ids, num_experts=3), expected)
+
+
+@GEMM_PATHS
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_rows_quantized_before_give_the_same_bits(tiles: LayerTiles, weights: str) -> None:
+    layer = random_layer(weights=weights, dtype=torch.float16, bias=True, num_tokens=9)
+    layer.topk_ids[2] = torch.tensor([-1, 3])
+    expected = layer.triton(tiles=tiles, activations=weights)
+    layer = layer.to(DEVICE)
+    storage = STORAGE_DTYPE[weights]
+    q, scale = launch_quantize_rows(layer.hidden_states, storage, dependent=False)
+    rows = QuantizedRows(q, scale, torch.float16)
+    routed = layer.topk_ids, layer.topk_weights
+    actual = fused_moe_triton(rows, layer.experts(), *routed, activations=storage, tiles=tiles)
+    assert actual.dtype == torch.float16 and torch.equal(actual, expected)
+    up = layer.experts().gate_up
+    actual = grouped_linear_triton(rows, up, layer.topk_ids, activations=storage)
+    expected = grouped_linear_triton(layer.hidden_states, up, layer.topk_ids, activations=storage)
+    assert actual.dtype == torch.float16 and torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 5), (2, 3, 7), (4, 5000), (3, 0, 8)], ids=str)
+def test_rows_are_added_in_order(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    rows = (torch.randn(shape) * 2.0 ** torch.randint(-6, 6, shape)).to(dtype)
+    expected = torch.zeros(shape[1:])
+    for row in rows:
+        expected += row.float()
+    assert torch.equal(launch_add_rows(rows.to(DEVICE)).cpu(), expected.to(dtype))
 
 
 @ALL_PATHS

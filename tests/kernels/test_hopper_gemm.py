@@ -15,7 +15,8 @@ from qmoe_kernels import Activation, ExpertRouting, widening
 from qmoe_kernels import hopper_gemm as hopper
 from qmoe_kernels.experts import Projection
 from qmoe_kernels.heuristic import hopper_tiles
-from qmoe_kernels.quantization import STORAGE_DTYPE, quantize
+from qmoe_kernels.layer import fused_moe_triton
+from qmoe_kernels.quantization import STORAGE_DTYPE, QuantizedRows, quantize
 from qmoe_kernels.rows import launch_quantize_rows
 
 needs_gluon = pytest.mark.skipif(hopper.gluon is None, reason="Triton has no Gluon")
@@ -63,6 +64,20 @@ def test_quantize_sorted_rows(in_features: int, dtype: torch.dtype) -> None:
     assert torch.equal(scale[finite], expected_scale[tokens][finite])
     rows, expected = out.view(torch.uint8), expected.view(torch.uint8)[tokens]
     assert torch.equal(rows[finite], expected[finite])
+
+
+@pytest.mark.parametrize("in_features", [16, 176, 4096])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_sort_rows_that_are_quantized(in_features: int, dtype: torch.dtype) -> None:
+    x, routing = tokens_and_routing(in_features, torch.float16)
+    q, scale = launch_quantize_rows(x, dtype, dependent=False)
+    out, out_scale = hopper.launch_sort_quantized_rows(
+        QuantizedRows(q, scale, x.dtype), routing.positions, 2
+    )
+    tokens = routing.sorted_token_ids
+    assert out.dtype == dtype
+    assert torch.equal(out.view(torch.uint8), q.view(torch.uint8)[tokens])
+    assert torch.equal(out_scale, scale[tokens])
 
 
 @needs_gluon
@@ -293,6 +308,19 @@ class TestOnHopper:
         layer = moe(weights=weights, **case)
         error = relative_error(run(layer, activations), layer.reference(activations=activations))
         assert error < (0.015 if activations is None else 0.03)
+
+    @pytest.mark.parametrize("weights", ["int8", "fp8"])
+    def test_rows_quantized_before_give_the_same_bits(self, weights: str) -> None:
+        layer = moe(weights=weights, bias=True).to("cuda")
+        layer.topk_ids[0] = torch.tensor([-1, 6])
+        expected = run(layer, weights)
+        storage = STORAGE_DTYPE[weights]
+        q, scale = launch_quantize_rows(layer.hidden_states, storage, dependent=False)
+        rows = QuantizedRows(q, scale, layer.hidden_states.dtype)
+        tiles = hopper_tiles(128, storage, 4, 64)
+        routed = layer.topk_ids, layer.topk_weights
+        actual = fused_moe_triton(rows, layer.experts(), *routed, activations=storage, tiles=tiles)
+        assert torch.equal(actual, expected)
 
     def test_skipped_ids_and_unreduced_rows(self) -> None:
         layer = moe(bias=True)

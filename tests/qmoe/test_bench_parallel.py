@@ -34,7 +34,11 @@ def test_every_section_runs_on_ranks(tmp_path, monkeypatch) -> None:
     assert {cell["ranks"] for section in SECTIONS for cell in found[section]["cells"]} == {1, 2}
     for section in ("layer", "model"):
         ways = {cell["how"] for cell in found[section]["cells"] if "how" in cell}
-        assert ways == {"one", "same", "own"}
+        in_parts = {"own, 2 parts", "own, 4 parts"} if section == "layer" else set()
+        assert ways == {"one", "same", "own", *in_parts}
+    exchanges = {(cell["what"], cell["how"]) for cell in found["exchange"]["cells"]}
+    ways = {(w, how) for w in ("sum", "sum_and_scatter") for how in ("collective", "all-to-all")}
+    assert exchanges == ways | {("gather", "collective"), ("gather in 8 bits", "collective")}
     whats = [target["what"] for target in targets(found)]
     assert "layer tiny, 8 tokens in all, bf16 rows, 2 GPUs over one" in whats
     assert sum("part of the exchange hidden" in what for what in whats) == 1

@@ -36,8 +36,10 @@ from qmoe.paging.host_store import HostStore
 from qmoe.parallel import failure
 from qmoe.parallel.group import _closer, rank_group
 from qmoe.parallel.share import ranges, share_of
+from qmoe.parallel.texts import OwnTexts
 from qmoe.text import Text
 from qmoe_convert.convert import convert
+from qmoe_kernels.fused_moe import EIGHT_BIT_ROWS
 
 # Stored expert by expert, and fused with biases; with dense layers; with shared experts. The number
 # of experts is 32, 4, 4, 8 and 8: three ranks divide none of them.
@@ -318,6 +320,25 @@ def rounded_once(total: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (bits & -(half << 1)).view(torch.float64)
 
 
+class Counted:
+    """A rank's connection, and the bytes that it gives to each kind of exchange."""
+
+    def __init__(self, layers: Any) -> None:
+        self.layers, self.given = layers, Counter[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.layers, name)
+        if name not in ("allreduce", "_allgather_base", "_reduce_scatter_base", "alltoall_base"):
+            return found
+
+        def exchange(*args: Any) -> Any:
+            given = args[0][0] if name == "allreduce" else args[1]
+            self.given[name.strip("_")] += given.nbytes
+            return found(*args)
+
+        return exchange
+
+
 def exchanged(rank: int, dtype: torch.dtype) -> Any:
     """What layers exchange, of numbers whose exponents differ by all that matters."""
     group = rank_group(True, torch.device("cpu"))
@@ -327,31 +348,168 @@ def exchanged(rank: int, dtype: torch.dtype) -> Any:
     ids = torch.arange(2 * rank).view(rank, 2) + 10 * rank
     with group.together("a test"):
         routed = group.gather(rows[:rank, :3], ids, ids.to(dtype), 2)
+        group._groups[1] = counted = Counted(group._groups[1])
         scattered = group.sum_and_scatter(rows.clone())
-        return rows, routed, scattered, group.sum(rows.clone())
+        total = group.sum(rows.clone())
+        counts = dict(counted.given)
+        few = group.sum(rows[:1].clone())
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("qmoe.parallel.group._ALL_PARTS", 0)
+            large = group.sum(rows.clone())
+            uneven = group.sum(rows[:5, :7].clone())
+            one = group.sum(rows[:1, :1].clone())
+        assert torch.equal(large, total)
+        assert torch.equal(few, total[:1])
+        assert torch.equal(uneven, total[:5, :7]), "numbers that the ranks do not divide"
+        assert torch.equal(one, total[:1, :1]), "fewer numbers than ranks"
+        return rows, routed, scattered, total, counts
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_sums_are_rounded_once(dtype, size) -> None:
-    """Two ranks add up in 16 bits and more in fp32: the same bits, but for the order."""
+    """In the order of ranks, and numbers of 16 bits are all that they exchange."""
     results = ranks.run(size, exchanged, dtype)
     assert not [result for result in results if isinstance(result, ranks.Failure)], results
     rows = [result[0] for result in results]
+    in_order = torch.zeros_like(rows[0], dtype=torch.float32)
+    for part in rows:
+        in_order += part.float()
     exact = torch.stack(rows).double().sum(0)
     assert (rows[0] + rows[1] != rows[0]).double().mean() > 0.5, "both matter"
-    for rank, (_, routed, scattered, total) in enumerate(results):
+    if size > 2:
+        backwards = torch.zeros_like(in_order)
+        for part in reversed(rows):
+            backwards += part.float()
+        assert not torch.equal(backwards, in_order), "the order matters"
+    for rank, (_, routed, scattered, total, counts) in enumerate(results):
         assert torch.equal(scattered, total.chunk(size)[rank])
+        assert torch.equal(total, in_order.to(dtype))
+        given = rows[0].nbytes
         if size == 2:
             assert torch.equal(total.double(), rounded_once(exact, dtype))
+            assert counts == {"reduce_scatter_base": given, "allreduce": given}
         else:
-            torch.testing.assert_close(total.double(), exact, rtol=2e-2, atol=1e-3)
+            assert counts == {"alltoall_base": given, "allgather_base": given}
         lengths = [min(2, count) for count in range(size)]
         assert (routed[1] >= 0).sum(1).tolist() == [2 * (i < n) for n in lengths for i in (0, 1)]
         assert routed[2].dtype == torch.float32
         for other, count in enumerate(lengths):
             actual = routed[0].view(size, 2, 3)[other, :count]
             assert torch.equal(actual, rows[other][:count, :3])
+
+
+def flying(rank: int, path: Path, options: dict[str, Any], counts: list[int]) -> Any:
+    """A layer with rows of each rank's own, which fly in 8 bits and then as they are."""
+    device = options.get("device", "cpu")
+    options = {"activations": options["weights"], **options["load"]}
+    model = qmoe.load(path, device=device, expert_parallel=True, **options)
+    layer = next(iter(quantized_modules(model).values()))
+    group, found = group_of(model), []
+    generator = torch.Generator().manual_seed(rank)
+    hidden = torch.randn(counts[rank], layer.layout.hidden_size, generator=generator)
+    hidden = hidden * torch.rand(counts[rank], 1, generator=generator)
+    ids = torch.rand(counts[rank], layer.num_experts, generator=generator).topk(2).indices
+    ids[:1, 0] = -1
+    weights = torch.rand(ids.shape, generator=generator)
+    routed = [tensor.to(group.device) for tensor in (hidden, ids, weights)]
+    group._groups[1] = counted = Counted(group._groups[1])
+    for way in ("8 bits", "as they are"):
+        if way != "8 bits":
+            layer._flying_format = lambda *_: None
+        with group.together("a test"), torch.no_grad():
+            group.own_texts = texts = OwnTexts(group, 2, lambda: False)
+            texts.rows = max(counts)
+            counted.given.clear()
+            found.append((layer(*routed).cpu(), counted.given["allgather_base"]))
+    return found
+
+
+@pytest.mark.parametrize("paged", [False, True], ids=["resident", "paged"])
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_rows_in_8_bits_give_the_same_bits(name, weights, paged, checkpoints, tmp_path) -> None:
+    path = checkpoints[name]
+    if weights == "fp8":
+        convert(path.parent / "source", tmp_path / "fp8", weights="fp8")
+        path = tmp_path / "fp8"
+    whole = load(path)
+    layer = next(iter(quantized_modules(whole).values()))
+    options: dict[str, Any] = {"weights": weights, "load": {}}
+    if paged:
+        budget = refused(load, path, hbm_budget=1, context=64, batch_size=2)
+        budget = int(budget.split(" bytes)")[0].rpartition("(")[2])
+        options["load"] = {"hbm_budget": budget, "context": 64, "batch_size": 2}
+    # Pairs of eight for each expert, with two for a row, on three ranks.
+    enough = -(-EIGHT_BIT_ROWS * layer.num_experts // 6)
+    for most, in_8_bits in ((enough, True), (enough - 1, False)):
+        results = ranks.run(3, flying, path, options, [most - 2, 0, most])
+        for result in results:
+            assert not isinstance(result, ranks.Failure), result
+            (actual, few_bytes), (expected, many_bytes) = result
+            assert torch.equal(actual, expected)
+            assert actual.numel() == 0 or actual.abs().max() > 0
+            of_ids = 2 * 8
+            assert many_bytes == most * (4 * layer.layout.hidden_size + of_ids)
+            as_bytes = most * (layer.layout.hidden_size + 4 + of_ids)
+            assert few_bytes == (as_bytes if in_8_bits else many_bytes)
+
+
+def in_parts(rank: int, path: Path, counts: list[int], parts: int, device: str) -> Any:
+    """A layer with rows of each rank's own, at once and in parts, and what was exchanged when."""
+    model = qmoe.load(path, device=device, expert_parallel=True)
+    layer = next(iter(quantized_modules(model).values()))
+    group, order = group_of(model), []
+    generator = torch.Generator().manual_seed(rank)
+    hidden = torch.randn(counts[rank], layer.layout.hidden_size, generator=generator)
+    ids = torch.rand(counts[rank], layer.num_experts, generator=generator).topk(2).indices
+    ids[:1, 0] = -1
+    weights = torch.rand(ids.shape, generator=generator)
+    routed = [tensor.to(group.device) for tensor in (hidden, ids, weights)]
+
+    def noted(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def note(*args: Any) -> Any:
+            order.append(name.strip("_"))
+            return function(*args)
+
+        setattr(owner, name, note)
+
+    for owner, name in ((group, "gather"), (group, "sum_and_scatter"), (layer, "_own_experts")):
+        noted(owner, name)
+
+    def run(parts: int) -> Any:
+        group.own_texts = texts = OwnTexts(group, 2, lambda: False, parts=parts, parts_from=0)
+        texts.rows = max(counts)
+        return layer(*routed)
+
+    with group.together("a test"), torch.no_grad():
+        expected = run(1).cpu()
+        order.clear()
+        found, orders = [run(parts).cpu()], list(order)
+        if device == "cuda":
+            found += [run(parts).cpu() for _ in range(20)]
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                replayed = [run(parts) for _ in range(5)]
+            for _ in range(20):
+                graph.replay()
+                found += [output.cpu() for output in replayed]
+    return expected, found, orders
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_of_rows_make_the_whole(parts, checkpoints) -> None:
+    path = checkpoints["qwen3_moe"]
+    for counts in ([5, 0, 11], [8, 8, 8], [1, 1, 1]):
+        most = -(-max(counts) // parts)
+        real = -(-max(counts) // most)  # parts of no rows are none
+        for expected, (actual,), order in ranks.run(3, in_parts, path, counts, parts, "cpu"):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+            products = ["own_experts", "sum_and_scatter"]
+            assert order == ["gather"] * real + products * real
+            assert len(expected) == 0 or expected.abs().max() > 0
 
 
 # ---- what is refused ---------------------------------------------------------------------------
@@ -831,6 +989,38 @@ def test_each_rank_has_texts_of_its_own(checkpoints, tokenizer, alone) -> None:
             assert result[name] == (*expected, alone[name][2]), (name, rank)
 
 
+def own_texts_in_parts(rank: int, path: Path, tokenizer: Any, budget: int | None) -> Any:
+    """Texts in parts wherever those are allowed, and how many parts that were."""
+    OwnTexts.__init__.__kwdefaults__["parts_from"] = 0
+    parts, run = set(), OwnTexts._run_in_parts
+
+    def note(self: OwnTexts, *args: Any) -> Any:
+        parts.add(self.parts)
+        assert not self.in_steps
+        return run(self, *args)
+
+    OwnTexts._run_in_parts = note
+    # The last rank pages, the others need not.
+    paging = {"hbm_budget": budget if rank == 2 else 10**9, "context": 64, "batch_size": 2}
+    model = spread(path, **({} if budget is None else paging))
+    options = {"prompts": OWN[rank], "max_new_tokens": LENGTHS[rank], "own_texts": True}
+    return generate(model, tokenizer, **options), parts
+
+
+def test_texts_in_parts(checkpoints, tokenizer) -> None:
+    path = checkpoints["qwen3_moe"]
+    model = load(path)
+    refusal = refused(load, path, hbm_budget=1, context=64, batch_size=2)
+    budget = int(refusal.split(" bytes)")[0].rpartition("(")[2])
+    for given, expected in ((None, {2}), (budget, set())):
+        results = ranks.run(3, own_texts_in_parts, path, tokenizer, given)
+        for rank, result in enumerate(results):
+            assert not isinstance(result, ranks.Failure), result
+            options = {"prompts": OWN[rank], "max_new_tokens": LENGTHS[rank]}
+            texts = generate(model, tokenizer, **options) if OWN[rank] else []
+            assert result == (texts, expected)
+
+
 def heard_texts(rank: int, path: Path, tokenizer: Any) -> Any:
     """One rank listens, which only transformers' loop lets it do: all decode in open rounds."""
     model = spread(path)
@@ -1115,8 +1305,8 @@ def test_two_gpus_as_transformers_spells_it(checkpoints, tokenizer) -> None:
         assert found == [expected] * 3
 
 
-def both_ways(rank: int) -> Any:
-    """Exchanges over peers' memory and by NCCL, many and of many sizes, also by a graph."""
+def all_ways(rank: int) -> Any:
+    """Exchanges over peers' memory, by NCCL and by parts, of many sizes, also by a graph."""
     os.environ["QMOE_PEERS"] = "1"
     group = rank_group(True, torch.device("cuda", rank))
     torch.cuda.set_device(rank)
@@ -1137,23 +1327,47 @@ def both_ways(rank: int) -> Any:
 
                 peers, group.peers = group.peers, None
                 expected = exchange()
-                group.peers = peers
-                actual = exchange()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    replayed = exchange()
-                for _ in range(5):
-                    graph.replay()
-                for way in (actual, replayed):
-                    found.append(all(map(torch.equal, way, expected)))
+                for group.peers, group.adds_parts in ((peers, False), (None, True)):
+                    actual = exchange()
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph):
+                        replayed = exchange()
+                    for _ in range(5):
+                        graph.replay()
+                    for way in (actual, replayed):
+                        found.append(all(map(torch.equal, way, expected)))
+                group.peers, group.adds_parts = peers, False
         group.check_open()
     return found
 
 
 @on_two_gpus
-def test_peers_exchange_what_nccl_does() -> None:
-    for found in on_two(both_ways):
+def test_every_way_exchanges_the_same() -> None:
+    for found in on_two(all_ways):
         assert found == [True] * len(found)
+
+
+@on_two_gpus
+@pytest.mark.parametrize("weights", ["int8", "fp8"])
+def test_rows_in_8_bits_between_gpus(weights, checkpoints, tmp_path) -> None:
+    path = checkpoints["qwen3_moe"]
+    if weights == "fp8":
+        convert(path.parent / "source", tmp_path / "fp8", weights="fp8")
+        path = tmp_path / "fp8"
+    options = {"weights": weights, "load": {}, "device": "cuda"}
+    for eight, plain in on_two(flying, path, options, [300, 298]):
+        assert torch.equal(eight[0], plain[0]) and eight[0].abs().max() > 0
+        assert eight[1] < plain[1] / 2, "bytes of fp32"
+
+
+@on_two_gpus
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_between_gpus(parts, checkpoints) -> None:
+    for expected, found, _ in on_two(
+        in_parts, checkpoints["qwen3_moe"], [3000, 2999], parts, "cuda"
+    ):
+        for actual in found:
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 def dies(rank: int, path: Path, tokenizer: Any, own: bool) -> Any:
