@@ -6,7 +6,9 @@
   and FP8, from the same start on the same text, this repository's documentation. The last tenth of
   it is never learned; its loss is what is compared.
 - ``qwen3``, on a GPU: steps of AdamW on Qwen3-30B-A3B's shape with random weights, one text of 2048
-  tokens, layers checkpointed: tokens per second, and the most memory that a step takes.
+  tokens, layers checkpointed: tokens per second, and the most memory that a step takes. With
+  ``--loss pieces`` both take the loss a few tokens at a time, as docs/training.md shows it:
+  transformers' own has all logits in fp32 three times over.
 
 PEFT keeps factors in fp32 if nothing else is said; ``factors`` says what they were. Results go to
 ``benchmarks/results/lora.json``.
@@ -25,7 +27,9 @@ from statistics import median
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer
 
 import qmoe
@@ -126,22 +130,44 @@ def _loss(model: Any, windows: Tensor) -> float:
 # ---- the shape of a large one ------------------------------------------------------------------
 
 
-def run_qwen3(results: Results, tiny: bool, layers: int | None) -> None:
+def loss_in_pieces(
+    logits: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    num_items_in_batch: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """A model's ``loss_function`` that has few tokens' logits in fp32 at a time."""
+    labels = F.pad(labels, (0, 1), value=-100)[..., 1:].flatten()  # each predicts the next
+    pieces = zip(logits.view(-1, vocab_size).split(256), labels.split(256), strict=True)
+    losses = [checkpoint(_sum_of_losses, *piece, use_reentrant=False) for piece in pieces]
+    count = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    return torch.stack(losses).sum() / count
+
+
+def _sum_of_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+
+def run_qwen3(results: Results, tiny: bool, layers: int | None, loss: str) -> None:
     """Tokens per second and bytes by who computes and the dtype of factors."""
     device = torch.device("cpu" if tiny else "cuda")
     shape = TINY if tiny else QWEN3_30B_A3B
     shape = replace(shape, num_hidden_layers=layers or shape.num_hidden_layers)
-    results.set(layers=shape.num_hidden_layers, tokens=32 if tiny else TOKENS, rank=RANK)
+    tokens = 32 if tiny else TOKENS
+    results.set(layers=shape.num_hidden_layers, tokens=tokens, rank=RANK, loss=loss)
     for experts in ("int8", "bf16"):
         for factors in ("bf16", "fp32"):
             # One after the other: the last model's memory is free by then.
-            results.add("cells", _step_cell(shape, device, experts, factors))
+            results.add("cells", _step_cell(shape, device, experts, factors, loss))
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
 
 
-def _step_cell(shape: Shape, device: torch.device, experts: Any, factors: str) -> dict[str, Any]:
+def _step_cell(
+    shape: Shape, device: torch.device, experts: Any, factors: str, loss: str
+) -> dict[str, Any]:
     cuda = device.type == "cuda"
     cell: dict[str, Any] = {
         "what": "qmoe int8" if experts == "int8" else "PEFT bf16",
@@ -149,6 +175,8 @@ def _step_cell(shape: Shape, device: torch.device, experts: Any, factors: str) -
     }
     model = build_model(shape, device, experts)
     assert bool(quantized_modules(model)) == (experts == "int8")
+    if loss == "pieces":
+        model.loss_function = loss_in_pieces
     model = adapt(model, RANK, autocast_adapter_dtype=factors == "fp32").train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
@@ -208,6 +236,12 @@ def main(arguments: list[str] | None = None) -> int:
     names = ("shipped", "qwen3")
     parser = parser_of(__doc__, names, RESULTS)
     parser.add_argument("--layers", type=int, help="of the large model, instead of all 48")
+    parser.add_argument(
+        "--loss",
+        choices=["whole", "pieces"],
+        default="whole",
+        help="of the large model's logits: %(default)s",
+    )
     options = parser.parse_args(arguments)
     if options.draw:
         parser.error("there is no picture of these")
@@ -218,7 +252,7 @@ def main(arguments: list[str] | None = None) -> int:
     results = Results("lora", options.out, facts("lora", arguments, options.commit), targets)
     sections: dict[str, Callable[[], None]] = {
         "shipped": lambda: run_shipped(results, options.tiny),
-        "qwen3": lambda: run_qwen3(results, options.tiny, options.layers),
+        "qwen3": lambda: run_qwen3(results, options.tiny, options.layers, options.loss),
     }
     return run_sections(results, {name: sections[name] for name in only})
 

@@ -23,7 +23,7 @@ def one_thread():
 @pytest.mark.slow
 def test_tiny(tmp_path) -> None:
     out = tmp_path / "lora.json"
-    assert lora.main(["--tiny", f"--out={out}", "--commit=test"]) == 0
+    assert lora.main(["--tiny", f"--out={out}", "--commit=test", "--loss=pieces"]) == 0
     data = json.loads(out.read_text())
     shipped, large = (data["sections"][name] for name in ("shipped", "qwen3"))
     assert [cell["weights"] for cell in shipped["cells"]] == ["16 bit", "int8", "fp8"]
@@ -36,6 +36,24 @@ def test_tiny(tmp_path) -> None:
         ("PEFT bf16", "fp32"),
     ]
     assert len({cell["learning"] for cell in large["cells"]}) == 1
+    assert large["loss"] == "pieces"
+
+
+def test_a_loss_in_pieces_is_transformers_own() -> None:
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    torch.manual_seed(0)
+    labels = torch.randint(0, 50, (2, 300))
+    labels[0, :7] = -100
+    for count in (None, torch.tensor(123)):
+        seen = []
+        for function in (ForCausalLMLoss, lora.loss_in_pieces):
+            logits = torch.randn(2, 300, 50, generator=torch.Generator().manual_seed(1))
+            loss = function(logits.requires_grad_(), labels, 50, num_items_in_batch=count)
+            loss.backward()
+            seen.append((loss.detach(), logits.grad))
+        for a, b in zip(*seen, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_a_share_of_the_layers_is_no_target() -> None:

@@ -48,7 +48,7 @@ PERMUTED = tl.constexpr(BLOCK_K_16)
 
 
 @dataclass(frozen=True)
-class LowRank:
+class ThinFactors:
     """`Factors` as kernels take them.
 
     Attributes:
@@ -64,7 +64,7 @@ class LowRank:
     factors: Factors
 
     @classmethod
-    def of(cls, factors: Factors | None, dtype: torch.dtype) -> LowRank | None:
+    def of(cls, factors: Factors | None, dtype: torch.dtype) -> ThinFactors | None:
         """Cast and copy what has to be; who learns has fp32, and changes it in place."""
         if factors is None:
             return None
@@ -100,7 +100,7 @@ def adapted_moe_triton(
     num_pairs, dtype = num_tokens * top_k, hidden_states.dtype
     # Copies before kernels: see `qmoe_kernels.layer`.
     experts, x, topk_ids = experts.contiguous(), hidden_states.contiguous(), topk_ids.contiguous()
-    up, down = LowRank.of(up_factors, dtype), LowRank.of(down_factors, dtype)
+    up, down = ThinFactors.of(up_factors, dtype), ThinFactors.of(down_factors, dtype)
     # Rows of skipped ids are written by nobody: zeros if the caller sees them.
     new_rows = x.new_zeros if topk_weights is None else x.new_empty
     out = new_rows(num_pairs, experts.hidden_size)
@@ -173,7 +173,7 @@ def adapted_moe_backward_triton(
     num_experts, hidden_size = experts.num_experts, experts.hidden_size
     # Copies before kernels: see `qmoe_kernels.layer`.
     experts, x, topk_ids = experts.contiguous(), hidden_states.contiguous(), topk_ids.contiguous()
-    up, down = (LowRank.of(factors, x.dtype) for factors in (up_factors, down_factors))
+    up, down = (ThinFactors.of(factors, x.dtype) for factors in (up_factors, down_factors))
     pairs_per_row = 1 if gradient.ndim == 3 else top_k
     gradient = gradient.contiguous().flatten(0, -2)
     largest_up, largest_down = largest_scale(experts.gate_up), largest_scale(experts.down)
@@ -534,8 +534,8 @@ def _permuted(x, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 def launch_activation(
     up_rows: Tensor,  # (num_pairs, channels)
     up_low: Tensor | None,  # (num_pairs, rank), with ``up``
-    up: LowRank | None,
-    down: LowRank | None,
+    up: ThinFactors | None,
+    down: ThinFactors | None,
     activation: Activation,
     routing: ExpertRouting,
     *,
@@ -732,8 +732,8 @@ def launch_activation_gradient(
     gradient: Tensor,  # (num_pairs, intermediate_size)
     up_low: Tensor | None,  # (num_pairs, rank), with ``up``
     gradient_low: Tensor | None,  # (num_pairs, rank), with ``down``
-    up: LowRank | None,
-    down: LowRank | None,
+    up: ThinFactors | None,
+    down: ThinFactors | None,
     experts: Experts,
     largest: Tensor | None,  # of gate_up
     topk_weights: Tensor | None,
@@ -752,13 +752,13 @@ def launch_activation_gradient(
     """
     (num_pairs, channels), size = up_rows.shape, gradient.shape[1]
     scale = experts.gate_up.scale
-    new, of_up, of_down = up_rows.new_empty, of_factors and up, of_factors and down
+    new, of_up, of_down = up_rows.new_empty, up and of_factors, down and of_factors
     between = Between(
         new(num_pairs, channels),
         new(num_pairs, channels) if of_up and scale is not None else None,
         new(num_pairs, size) if of_down else None,
         None if up is None else new(num_pairs, up.rank),
-        new(num_pairs, down.rank) if of_down else None,
+        new(num_pairs, down.rank) if down and of_factors else None,
     )
     if up_rows.numel():
         assert routing.tiles is not None and routing.block_m is not None

@@ -296,16 +296,47 @@ def test_rows_in_8_bits_and_paged_experts(weights: str, num_tokens: int) -> None
     assert relative_error(output, wanted) < 1e-2
 
 
+@pytest.mark.parametrize("block_m", [8, 16, 32, 128])
+@pytest.mark.parametrize("scatter", [True, False])
+def test_thin_products_in_tiles_of_any_height(scatter: bool, block_m: int) -> None:
+    """Also in those that are lower than what tensor cores take."""
+    from qmoe_kernels.low_rank_kernels import launch_expand, launch_shrink
+    from qmoe_kernels.routing import ExpertRouting
+
+    torch.manual_seed(0)
+    ids = torch.repeat_interleave(torch.arange(-1, 4), torch.tensor([5, 9, 0, 70, 136]))
+    ids = ids[torch.randperm(220)].view(110, 2)
+    x, factor = torch.randn(110, 200), torch.randn(4, 5, 200)
+    start = torch.randn(220, 200)
+    there = [t.to(DEVICE) for t in (ids, x, factor, start.clone())]
+    routing = ExpertRouting.from_topk_ids(there[0], 4, block_m=block_m)
+    low = launch_shrink(there[1], there[2], 3.0, routing, pairs_per_row=2)
+    launch_expand(low, there[2], routing, out := there[3], scatter=scatter)
+    pairs = routing.sorted_pair_ids.long().cpu()
+    low_of_pair, out = torch.empty(220, 5).index_copy_(0, pairs, low.cpu()), out.cpu()
+    if not scatter:
+        out = torch.empty_like(out).index_copy_(0, pairs, out)
+        start = torch.empty_like(start).index_copy_(0, pairs, start)
+    for pair, expert in enumerate(ids.flatten().tolist()):
+        wanted = start[pair]
+        if 0 <= expert < 4:
+            a = 3 * factor[expert] @ x[pair // 2]
+            torch.testing.assert_close(low_of_pair[pair], a, rtol=1e-4, atol=1e-3)
+            wanted = wanted + a @ factor[expert]
+        torch.testing.assert_close(out[pair], wanted, rtol=1e-4, atol=2e-3)
+
+
 def test_order_of_columns_is_that_of_hopper() -> None:
     """The activation writes what the next product reads, and zeros beyond."""
-    from qmoe_kernels.experts import Projection
     from qmoe_kernels.hopper_gemm import launch_sort_rows, padded
-    from qmoe_kernels.low_rank_kernels import LowRank, launch_activation
+    from qmoe_kernels.low_rank_kernels import ThinFactors, launch_activation
     from qmoe_kernels.routing import ExpertRouting
 
     layer = random_layer(num_tokens=40, intermediate_size=72, dtype=torch.float16).to(DEVICE)
     routing = ExpertRouting.from_topk_ids(layer.topk_ids, 6, block_m=16)
-    up, down = (LowRank.of(f, torch.float16) for f in to(random_factors(layer.to("cpu")), DEVICE))
+    up, down = (
+        ThinFactors.of(f, torch.float16) for f in to(random_factors(layer.to("cpu")), DEVICE)
+    )
     torch.manual_seed(0)
     rows = torch.randn(80, 144, dtype=torch.float16).to(DEVICE)
     low = torch.randn(80, 4, dtype=torch.float16).to(DEVICE)
@@ -315,7 +346,6 @@ def test_order_of_columns_is_that_of_hopper() -> None:
     assert permuted.shape == (80, padded(72)) and torch.equal(first, second)
     places = torch.arange(80, dtype=torch.int32, device=DEVICE)
     assert torch.equal(permuted, launch_sort_rows(plain, places, 1, permute=True))
-    assert Projection(layer.down_proj).num_experts == 6
 
 
 @pytest.mark.gpu
@@ -503,7 +533,7 @@ for capability in ARCHITECTURES:
                 Factors(torch.zeros(6, rank, w.shape[2]), torch.zeros(6, w.shape[1], rank), 2.0)
                 for w in weights
             ]
-            up, down = (low_rank.LowRank.of(f, dtype) for f in factors)
+            up, down = (low_rank.ThinFactors.of(f, dtype) for f in factors)
             x = torch.zeros(64, 2048, dtype=dtype)
             rows, of_hidden = x.new_empty(128, 1536), x.new_empty(128, 768)
             first = len(compiled)

@@ -587,7 +587,7 @@ class TestPaged:
         return qmoe.patch(model, hbm_budget=1_100_000, device="cpu", context=32, **options)
 
     @pytest.mark.parametrize("misses", ["link", "host"])
-    def test_outputs(self, misses: str) -> None:
+    def test_outputs(self, misses: str, by: str) -> None:
         """The host, which knows no adapters, leaves all misses to the link."""
         if misses == "host" and not sys.platform.startswith("linux"):
             pytest.skip("shared memory between processor and device needs Linux")
@@ -603,7 +603,7 @@ class TestPaged:
         qmoe.resize(model, hbm_budget=1_800_000)
         torch.testing.assert_close(logits(ours), logits(theirs), **CLOSE)
 
-    def test_training_says_what_to_do(self) -> None:
+    def test_training_says_what_to_do(self, by: str) -> None:
         ours = adapt(self.paged(), config("qwen3_moe"))
         with pytest.raises(RuntimeError, match=r"paged experts have no gradient.*hbm_budget"):
             gradients(ours)
