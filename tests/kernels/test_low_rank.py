@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from compiling import ARCHITECTURES, SHARED_MEMORY, run_compiler
-from random_layer import DEVICE, TRITON_DTYPES, Layer, random_layer, relative_error
+from random_layer import DEVICE, TOLERANCE, TRITON_DTYPES, Layer, random_layer, relative_error
 
 from qmoe_kernels import Activation, dequantize, low_rank
 from qmoe_kernels.activations import apply
@@ -18,7 +18,6 @@ from qmoe_kernels.quantization import STORAGE_DTYPE, quantize_rows
 
 pytest.importorskip("triton")
 
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 ON_HOPPER = DEVICE.type == "cuda" and torch.cuda.get_device_capability()[0] == 9
 GATES = [
     Activation(),
