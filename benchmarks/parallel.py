@@ -70,6 +70,7 @@ OF_SEVERAL = ("exchange",)  # nothing to measure on one rank
 REPEATS = 10  # in a graph: its launch takes as long as a small exchange
 IN_PARTS = 4096  # tokens; where there are fewer, parts have been slower everywhere
 LONG_MS = 5.0  # a call that is alone in its graph
+MOST_MS = 300.0  # that all replays of a graph take, where five do not take longer
 LIMIT = 600.0  # seconds for a section with one number of ranks
 ENDING = 45.0  # seconds in which torchrun ends its ranks; it kills them itself after 30
 TOKENS = (1, 64, 256, 1024, 4096, 32768)  # of a layer
@@ -125,8 +126,9 @@ class Worker:
         synchronize(self.device)
         # All ranks replay equally often.
         heard = self.group.exchange("one call", ms=1e3 * (time.perf_counter() - began))
-        long = max(other["ms"] for other in heard) > LONG_MS
-        calls = REPEATS if self.device.type == "cuda" and not long else 1
+        longest = max(other["ms"] for other in heard)
+        calls = REPEATS if self.device.type == "cuda" and longest <= LONG_MS else 1
+        replays = max(5, min(replays, int(MOST_MS / (calls * longest))))
         replay = as_graph(lambda: [function() for _ in range(calls)], self.device)
         each, _ = time_each(replay, 3 if self.tiny else replays, self.device)
         heard = self.group.exchange("a time", us=1e3 * median(each) / calls)
