@@ -7,11 +7,10 @@
   replayed; over peers' memory (*peers*), by NCCL (*collective*), and sums also of parts that the
   ranks exchange and add up themselves (*all-to-all*).
 - *layer*: one layer of three models' shapes. *same*: all ranks have the same rows, and add up;
-  *own*: each rank has its part of them, gathered and scattered, all at once or in parts, of which
-  one's exchange runs beside another's products. With rows in 16 bits, and in 8 where that is the
-  default. Compared with a layer of all experts on one GPU before it is timed. From 1024 tokens on
-  also what its products take alone (``products_us``) and its exchanges alone (``exchange_us``), and
-  how much of the exchanges runs beside the products (``hidden``).
+  *own*: each rank has its part of them, gathered and scattered. With rows in 16 bits, and in 8
+  where that is the default. Compared with a layer of all experts on one GPU before it is timed.
+  From 1024 tokens on also what its products take alone (``products_us``) and its exchanges alone
+  (``exchange_us``), and how much of the exchanges runs beside the products (``hidden``).
 - *model*: Qwen3-30B-A3B's shape, random weights in INT8: captured decode steps, few texts on every
   rank the same, many texts each rank's own part; and reading 8 and 32 prompts of 2048 tokens.
 - *deepseek*: the same of DeepSeek-V3's shape, with 8 layers, all of which have experts.
@@ -68,7 +67,6 @@ RESULTS = Path(__file__).parent / "results" / "parallel.json"
 SECTIONS = ("exchange", "layer", *MODELS)
 OF_SEVERAL = ("exchange",)  # nothing to measure on one rank
 REPEATS = 10  # in a graph: its launch takes as long as a small exchange
-IN_PARTS = 4096  # tokens; where there are fewer, parts have been slower everywhere
 LONG_MS = 5.0  # a call that is alone in its graph
 MOST_MS = 300.0  # that all replays of a graph take, where five do not take longer
 LIMIT = 600.0  # seconds for a section with one number of ranks
@@ -270,20 +268,16 @@ class Worker:
                 like: Any = {"dtype": self.dtype, "weights": torch.int8, "device": self.device}
                 return row_format(activations, num_pairs, shape.num_experts, **like)
 
-            def scattered(parts: int) -> Tensor:
-                options = {"parts": parts, "parts_from": 0.0}
-                texts = OwnTexts(self.group, shape.top_k, lambda: False, **options)
+            def scattered() -> Tensor:
+                texts = OwnTexts(self.group, shape.top_k, lambda: False)
                 texts.rows = count
                 return texts.run(
                     *my_rows,
                     lambda h, ids, w: _products(own, h, share.own_ids(ids), w, activations),
                     in_8_bits,
-                    shape.num_experts,
                 )
 
-            ways.append(("own", partial(scattered, 1), mine))
-            if self.tiny or tokens >= IN_PARTS:
-                ways += [(f"own, {n} parts", partial(scattered, n), mine) for n in (2, 4)]
+            ways.append(("own", scattered, mine))
         return ways
 
 

@@ -22,10 +22,9 @@ from transformers import GenerationConfig, StoppingCriteria
 from qmoe.checkpoints.inspection import find_top_k
 from qmoe.decoding.fingerprint import Fingerprint
 from qmoe.decoding.step import ExpertsStep
-from qmoe.experts.quantized import quantized_modules
 from qmoe.parallel.failure import RankFailed
 from qmoe.parallel.group import RankGroup
-from qmoe.parallel.texts import PARTS, OwnTexts
+from qmoe.parallel.texts import OwnTexts
 from qmoe.start import SIGNALS
 from qmoe.text import Text
 
@@ -217,12 +216,9 @@ def begin_own_texts(
             )
     except Exception as unusable:
         error = unusable
-    pages = any(experts.paged is not None for experts in quantized_modules(model).values())
-    heard = group.agree("qmoe.generate with texts of its own", error, pages=pages)
+    group.agree("qmoe.generate with texts of its own", error)
     assert top_k is not None
-    # Each part would bring pages again, on whichever rank it is.
-    parts = 1 if any(other["pages"] for other in heard) else PARTS
-    group.own_texts = OwnTexts(group, top_k, lambda: strikes.struck is not None, parts=parts)
+    group.own_texts = OwnTexts(group, top_k, lambda: strikes.struck is not None)
     return config, token_ids
 
 

@@ -9,6 +9,7 @@ same place notice, and fail, rather than add up what does not belong together.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
@@ -20,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,7 @@ from qmoe_kernels.quantization import WeightFormat
 
 # Seconds that a rank waits for another in an exchange.
 TIMEOUT_VARIABLE = "QMOE_RANK_TIMEOUT"
-# Whether few rows go over memory that the GPUs share, rather than by NCCL.
+# "0": few rows go by NCCL as well, rather than over memory that the GPUs share.
 PEERS_VARIABLE = "QMOE_PEERS"
 _TIMEOUT = 60.0
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -53,7 +54,6 @@ _NO_EXPERT = -1
 # quicker than two of less.
 _ALL_PARTS = 2 << 20
 
-_Result = TypeVar("_Result")
 # What a layer is given: rows, ids and weights.
 Routed: TypeAlias = "tuple[Tensor | QuantizedRows, Tensor, Tensor]"
 
@@ -105,14 +105,9 @@ class RankGroup:
         self.peers: Peers | None = None
         self.adds_parts = self.size > 2
         self.steps: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._aside: torch.cuda.Stream | None = None
         if device.type == "cuda":
-            # Products fill all processors. A waiting exchange, which all ranks wait for, gets those
-            # that become free before the products' next blocks do.
-            self._aside = torch.cuda.Stream(device, priority=-1)
             weakref.finalize(self, _closer(self._groups[1].shutdown, self.steps))
-            # Until its tests have passed on two GPUs, only who asks for it rests on it.
-            if self.size > 1 and os.environ.get(PEERS_VARIABLE) == "1":
+            if self.size > 1 and os.environ.get(PEERS_VARIABLE) != "0":
                 self.peers = self._try_peers(processes)
 
     # A copy of a model, or of its configuration, belongs to the same ranks.
@@ -234,20 +229,6 @@ class RankGroup:
             options = _options(ReduceScatterOptions)
             _finish(self._groups[1]._reduce_scatter_base(own, total, options))
         return own.to(output.dtype)
-
-    @contextmanager
-    def beside(self) -> Iterator[Beside]:
-        """Exchange beside what this rank computes; at the end both have come together again.
-
-        On a CPU exchanges come in the order in which they are asked for, and nothing runs beside.
-        """
-        if self._aside is None:
-            yield Beside(None)
-            return
-        try:
-            yield Beside(self._aside)
-        finally:
-            torch.cuda.current_stream(self.device).wait_stream(self._aside)
 
     def _sum_of_parts(self, output: Tensor) -> Tensor:
         """Each rank adds up all parts of a small sum, or a slice of a large one for all."""
@@ -500,38 +481,6 @@ class RankGroup:
         return _Cut() if self._owner is not None else self._end(_Cut(), "a layer")
 
 
-class Beside:
-    """A stream for exchanges, beside the one that computes; see `RankGroup.beside`.
-
-    Whoever starts an exchange keeps all that it reads and what it has made until the streams have
-    come together: memory belongs to the stream that it was taken in, and would be given out again.
-    """
-
-    def __init__(self, stream: torch.cuda.Stream | None) -> None:
-        self.stream = stream
-
-    def start(self, exchange: Callable[[], _Result]) -> Callable[[], _Result]:
-        """Exchange what has been computed so far, after the exchanges started before.
-
-        Returns:
-            what lets the stream that computes wait for the result, and returns it.
-        """
-        if self.stream is None:
-            result = exchange()
-            return lambda: result
-        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
-        with torch.cuda.stream(self.stream):
-            result = exchange()
-            done = torch.cuda.Event()
-            done.record()
-
-        def wait() -> _Result:
-            done.wait()
-            return result
-
-        return wait
-
-
 class _Cut(RankFailed):
     """An exchange ended before its time; which rank it was is found out later."""
 
@@ -644,7 +593,8 @@ def _add(parts: Tensor) -> Tensor:
         # Here, so that a CPU needs no Triton.
         from qmoe_kernels.rows import launch_add_rows
 
-        return launch_add_rows(parts)
+        with torch.cuda.device(parts.device):
+            return launch_add_rows(parts)
     total = parts[0].float()
     for part in parts[1:]:
         total = total + part
@@ -659,7 +609,7 @@ def _finish(*works: Any) -> None:
 
 
 def _closer(shutdown: Callable[[], None], steps: Iterable[Any]) -> Callable[[], None]:
-    """What drops graphs and ends NCCL's connections, or ends the process where they stay open.
+    """What drops graphs and ends NCCL's connections, for which NCCL waits until graphs are gone.
 
     Its thread waits from the start on, since none can be started while Python ends.
     """
@@ -677,11 +627,32 @@ def _closer(shutdown: Callable[[], None], steps: Iterable[Any]) -> Callable[[], 
         for step in list(steps):
             with suppress(Exception):  # connections close, whatever a device says by then
                 step.forget_graphs()
-        gc.collect()  # graphs in cycles of references
         asked.set()
-        thread.join(_CLOSING)
-        if thread.is_alive() and not threading.main_thread().is_alive():
-            # Python ends. A thread that came back from NCCL after that would end in SIGABRT.
+        # A collector of cycles calls this before it frees graphs in the same cycles: whoever waited
+        # here would wait in vain.
+        _closing.append(thread)
+        if not threading.main_thread().is_alive():
+            _end_closing()
+
+    return close
+
+
+# Threads that close connections of groups that are gone.
+_closing: list[threading.Thread] = []
+
+
+@atexit.register
+def _end_closing() -> None:
+    """Wait, where Python ends, until connections are closed; end the process where they are not.
+
+    A thread that came back from NCCL after Python has ended would end in SIGABRT.
+    """
+    gc.collect()  # graphs in cycles
+    end = time.monotonic() + _CLOSING
+    while _closing:
+        thread = _closing.pop()
+        thread.join(max(0.0, end - time.monotonic()))
+        if thread.is_alive():
             print(
                 f"qmoe: NCCL's connections did not close within {_CLOSING:.0f} s; this rank ends",
                 file=sys.stderr,
@@ -689,5 +660,3 @@ def _closer(shutdown: Callable[[], None], steps: Iterable[Any]) -> Callable[[], 
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)
-
-    return close

@@ -36,10 +36,12 @@ class Peers:
         self._exchange = exchange
         rank, size = processes.rank(), processes.size()
         num_bytes = exchange.PeerMemory.num_bytes(size, MOST_BYTES)
+        self._device = device
         # What others write to, and what holds theirs here: both live as long as this does.
-        self._buffer: Tensor = symmetric.empty(num_bytes, dtype=torch.uint8, device=device)
-        self._buffer.zero_()
-        self._handle: Any = symmetric.rendezvous(self._buffer, processes.group_name)
+        with torch.cuda.device(device):
+            self._buffer: Tensor = symmetric.empty(num_bytes, dtype=torch.uint8, device=device)
+            self._buffer.zero_()
+            self._handle: Any = symmetric.rendezvous(self._buffer, processes.group_name)
         addresses = list(self._handle.buffer_ptrs)
         if addresses[rank] != self._buffer.data_ptr():
             raise RuntimeError("shared memory begins elsewhere")
@@ -73,7 +75,8 @@ class Peers:
 
     def sum(self, output: Tensor, *, scatter: bool = False) -> Tensor:
         """As `qmoe_kernels.exchange.launch_sum`; `takes_sum` it."""
-        return self._exchange.launch_sum(output.contiguous(), self._memory, scatter=scatter)
+        with torch.cuda.device(self._device):
+            return self._exchange.launch_sum(output.contiguous(), self._memory, scatter=scatter)
 
     def takes_gather(self, rows: Tensor, topk_ids: Tensor, most_rows: int) -> bool:
         """Whether `gather` is for rows of this size."""
@@ -85,4 +88,5 @@ class Peers:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As `qmoe_kernels.exchange.launch_gather`; `takes_gather` it."""
         given = rows, topk_ids, topk_weights
-        return self._exchange.launch_gather(*given, most_rows, self._memory)
+        with torch.cuda.device(self._device):
+            return self._exchange.launch_gather(*given, most_rows, self._memory)

@@ -64,7 +64,7 @@ class Share:
 
         if self.group.own_texts is not None:
             output: Tensor = self.group.own_texts.run(
-                hidden_states, topk_ids, topk_weights, own_experts, row_format, self.num_experts
+                hidden_states, topk_ids, topk_weights, own_experts, row_format
             )
             return output
         return self.group.sum(own_experts(hidden_states, topk_ids, topk_weights))

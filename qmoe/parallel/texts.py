@@ -13,9 +13,7 @@ steps as the others; whether there is another is said while a step runs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -29,14 +27,6 @@ from qmoe_kernels.quantization import WeightFormat
 Rows: TypeAlias = "Tensor | QuantizedRows"
 # What a layer's products take rows in, of so many pairs on all ranks: the same on each of them.
 RowFormat = Callable[[int], WeightFormat | None]
-# How many parts a layer's rows are exchanged in, one beside another's products, and from how many
-# pairs for each expert on. Each part reads all weights, so that it pays only where products are
-# bound by arithmetic: at 32 to 1024 pairs for each expert, on two H200s, two parts took 1.1 to 1.8
-# times as long as one (``benchmarks/results/parallel.json``, commit 193ddd1). Of more pairs it is
-# not measured yet, and so nothing is exchanged in parts.
-PARTS = 2
-PARTS_FROM = math.inf
-
 # A layer's experts: rows, ids, weights -> rows.
 Layer = Callable[[Tensor, Tensor, Tensor], Any]
 
@@ -50,25 +40,14 @@ class OwnTexts:
         steps: how many this rank has queued.
     """
 
-    def __init__(
-        self,
-        group: RankGroup,
-        top_k: int,
-        interrupted: Callable[[], bool],
-        *,
-        parts: int = PARTS,
-        parts_from: float = PARTS_FROM,
-    ) -> None:
+    def __init__(self, group: RankGroup, top_k: int, interrupted: Callable[[], bool]) -> None:
         """Nothing is exchanged yet.
 
         Args:
             group: the ranks, in a call together.
             top_k: experts of a token, in every layer.
             interrupted: whether this rank was.
-            parts, parts_from: into how many parts a layer's rows are split, from how many pairs for
-                each expert on; the same on all ranks.
         """
-        self.parts, self.parts_from = parts, parts_from
         self.group, self.top_k, self.interrupted = group, top_k, interrupted
         self.rows = self.steps = self._said = 0
         self.in_steps = False
@@ -174,7 +153,6 @@ class OwnTexts:
         topk_weights: Tensor,
         experts: Callable[[Rows, Tensor, Tensor], Tensor],
         row_format: RowFormat,
-        num_experts: int,
     ) -> Tensor:
         """A layer's output for this rank's rows.
 
@@ -183,7 +161,6 @@ class OwnTexts:
             topk_ids, topk_weights: (num_tokens, top_k), of the layer's experts.
             experts: this rank's, for anybody's rows.
             row_format: of the layer; rows in 8 bits are quantized before they fly.
-            num_experts: of the layer, on all ranks.
 
         Returns:
             (num_tokens, hidden_size), as ``hidden_states``.
@@ -195,42 +172,6 @@ class OwnTexts:
                 f"ranks agreed on at most {self.rows} with {self.top_k}; this model cannot run "
                 "with texts of each rank's own"
             )
-        routed = hidden_states, topk_ids, topk_weights
-        num_pairs = self.group.size * self.rows * self.top_k
-        found = row_format(num_pairs)
-        # A step's graph may be kept for a call whose ranks have agreed on other parts.
-        enough = not self.in_steps and num_pairs >= self.parts_from * num_experts
-        if enough and min(self.parts, self.rows) > 1:
-            return self._run_in_parts(routed, experts, found)[:num_tokens]
-        gathered = self.group.gather(*routed, self.rows, found)
+        found = row_format(self.group.size * self.rows * self.top_k)
+        gathered = self.group.gather(hidden_states, topk_ids, topk_weights, self.rows, found)
         return self.group.sum_and_scatter(experts(*gathered))[:num_tokens]
-
-    def _run_in_parts(
-        self,
-        routed: tuple[Tensor, Tensor, Tensor],
-        experts: Callable[[Rows, Tensor, Tensor], Tensor],
-        row_format: WeightFormat | None,
-    ) -> Tensor:
-        """A part's rows come while the part before is multiplied, its sums go during the next.
-
-        All gathers are queued before any products are: each begins as soon as the one before has
-        ended, at the same time as that one's products or before them, and so has its processors. A
-        part's sums are queued when its products are, and the next part's products follow these at
-        once: an exchange of sums gets its processors only as blocks of products end.
-        """
-        most = -(-self.rows // min(self.parts, self.rows))
-        with self.group.beside() as beside:
-            gathers = []
-            for first in range(0, self.rows, most):
-                part = [tensor[first : first + most] for tensor in routed]
-                num_rows = min(most, self.rows - first)
-                gathers.append(
-                    beside.start(partial(self.group.gather, *part, num_rows, row_format))
-                )
-            # All of this is kept until the streams have come together.
-            gathered, outputs, sums = [], [], []
-            for gather in gathers:
-                gathered.append(gather())
-                outputs.append(experts(*gathered[-1]))
-                sums.append(beside.start(partial(self.group.sum_and_scatter, outputs[-1])))
-        return torch.cat([scattered() for scattered in sums])

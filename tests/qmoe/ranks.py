@@ -56,7 +56,7 @@ def run(
             # A killed one's pipe stays open: its siblings have it too.
             if not wait([mine, process.sentinel], max(0.0, end - time.monotonic())):
                 raise TimeoutError(f"{process.name} gave no answer in {timeout} s")
-            results.append(mine.recv() if mine.poll() else None)
+            results.append(_received(mine))
     finally:
         for process, (mine, _) in zip(processes, pipes, strict=True):
             with suppress(OSError):
@@ -97,3 +97,9 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     return port
+
+
+def _received(pipe: Any) -> Any:
+    """What a rank sent; None where it was killed, whether or not that has closed its pipe."""
+    with suppress(EOFError):
+        return pipe.recv() if pipe.poll() else None

@@ -34,8 +34,7 @@ def test_every_section_runs_on_ranks(tmp_path, monkeypatch) -> None:
     assert {cell["ranks"] for section in SECTIONS for cell in found[section]["cells"]} == {1, 2}
     for section in ("layer", "model"):
         ways = {cell["how"] for cell in found[section]["cells"] if "how" in cell}
-        in_parts = {"own, 2 parts", "own, 4 parts"} if section == "layer" else set()
-        assert ways == {"one", "same", "own", *in_parts}
+        assert ways == {"one", "same", "own"}
     exchanges = {(cell["what"], cell["how"]) for cell in found["exchange"]["cells"]}
     ways = {(w, how) for w in ("sum", "sum_and_scatter") for how in ("collective", "all-to-all")}
     assert exchanges == ways | {("gather", "collective"), ("gather in 8 bits", "collective")}
