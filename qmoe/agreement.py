@@ -206,7 +206,7 @@ def begin_own_texts(
     token_ids: list[list[int]] = []
     top_k = None
     try:
-        if len(prompts):
+        if isinstance(prompts, str) or len(prompts):
             config, token_ids = prepare()
         top_k = find_top_k(model.config.get_text_config().to_dict())
         if top_k is None:

@@ -197,6 +197,8 @@ def grouped_linear(
     Raises:
         ValueError: as `fused_moe`.
     """
+    if isinstance(x, QuantizedRows):
+        raise ValueError("x: rows that are in 8 bits already are for fused_moe; give a tensor")
     _check_activations(activations, weight)
     _check_hidden_states(x, topk_ids, per_pair=True)
     if activations == "auto" and _is_recorded(x):

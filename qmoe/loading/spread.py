@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import platform
 import sys
+import zlib
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -130,17 +132,26 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     group = group_of(model)
     if group is None:
         return
-    given = [*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs_embeds"))]
-    tensors = [t for t in given if isinstance(t, torch.Tensor)]
+    given = {**dict(zip(signature(model.forward).parameters, args, strict=False)), **kwargs}
+    tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
     if group.own_texts is not None:
-        group.own_texts.begin(tensors[0].shape[:2].numel())
+        rows = tensors["input_ids" if "input_ids" in tensors else "inputs_embeds"]
+        group.own_texts.begin(rows.shape[:2].numel())
     if group.in_call:
         return
-    looks = [[list(t.shape), float(t.detach().double().sum())] for t in tensors]
+    looks = {name: _checksum(tensor) for name, tensor in tensors.items()}
     for rank, other in enumerate(group.exchange("a forward pass", inputs=looks)):
         if other["inputs"] != looks:
+            names = sorted({*looks, *other["inputs"]})
+            differ = [name for name in names if other["inputs"].get(name) != looks.get(name)]
             raise RankFailed(
-                f"rank {rank} runs the model on other inputs than rank {group.rank}; every "
-                "rank must be given the same, or use qmoe.generate",
+                f"rank {rank} runs the model on other inputs than rank {group.rank} "
+                f"({', '.join(differ)}); every rank must be given the same, or use qmoe.generate",
                 (rank,),
             )
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    """Of what a tensor is, and of its bits: NaN equals itself, and the order counts."""
+    bits = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return zlib.crc32(bits.numpy(), zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode()))

@@ -73,6 +73,23 @@ class Notes:
             if self.store.check([f"{kind}/{rank}"])
         }
 
+    def who_is_missing(self, waited: float) -> RankFailed:
+        """Of the ranks that were to meet, those that have left no sign of life.
+
+        Args:
+            waited: seconds, for the message.
+        """
+        missing: tuple[int, ...] = ()
+        with suppress(Exception):  # the store's keeper is gone
+            here = self.pulses()
+            missing = tuple(r for r in range(self.size) if r not in (*here, self.rank))
+        who = f"rank {', '.join(map(str, missing))}" if missing else "another rank"
+        return RankFailed(
+            f"{who} did not begin to load within {waited:.0f} s; every rank must make the same "
+            "calls in the same order",
+            missing,
+        )
+
     def who_failed(self) -> RankFailed:
         """Find out which rank it was, in at most a few seconds."""
         end = time.monotonic() + _GRACE

@@ -85,19 +85,23 @@ class RankGroup:
 
         Raises:
             ValueError: a timeout in the environment that is no number.
-            RankFailed: another rank failed meanwhile.
+            RankFailed: another rank failed meanwhile, or does not make this call.
         """
         self.rank, self.size = dist.get_rank(processes), dist.get_world_size(processes)
         self.device, self.timeout = device, _timeout()
         store = _store_for(dist.get_process_group_ranks(processes))
         self._notes = Notes(dist.PrefixStore("notes", store), self.rank, self.size)
-        # The only references, and torch.distributed has none: connections close with the last.
-        self._groups = [
-            _gloo(dist.PrefixStore("words", store), self.rank, self.size, self.timeout),
-            (_nccl if device.type == "cuda" else _gloo)(
-                dist.PrefixStore("layers", store), self.rank, self.size, self.timeout
-            ),
-        ]
+        try:
+            self._notes.pulse(0)
+            # The only references, and torch.distributed has none: connections close with the last.
+            self._groups = [
+                _gloo(dist.PrefixStore("words", store), self.rank, self.size, self.timeout),
+                (_nccl if device.type == "cuda" else _gloo)(
+                    dist.PrefixStore("layers", store), self.rank, self.size, self.timeout
+                ),
+            ]
+        except RuntimeError as error:  # all that torch says of ranks that do not come
+            raise self._notes.who_is_missing(self.timeout) from error
         self._ended: str | None = None  # why, once the ranks are no group any more
         self.own_texts: Any = None  # a call in which each rank has texts of its own
         self._lock = threading.Lock()

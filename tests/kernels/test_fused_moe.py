@@ -372,6 +372,8 @@ def test_what_is_no_quantized_row_is_refused() -> None:
         quantize_activations(layer.hidden_states, "fp4")
     with pytest.raises(ValueError, match=r"rows are torch.float32 of shape \(40,\)"):
         quantize_activations(layer.hidden_states[0], "int8")
+    with pytest.raises(ValueError, match="in 8 bits already are for fused_moe; give a tensor"):
+        grouped_linear(rows, layer.gate_up_proj, layer.gate_up_proj_scale, layer.topk_ids)
     layer.topk_weights.requires_grad_()
     with pytest.raises(RuntimeError, match="rows that came in 8 bits have no gradient"):
         fused_moe(**replace(layer, hidden_states=rows).arguments()).sum().backward()

@@ -700,6 +700,20 @@ def test_a_rank_that_cannot_load_ends_all(where, checkpoints, monkeypatch) -> No
     assert f"rank 1 failed: {reason}" in first
 
 
+def loads_once_more(rank: int, path: Path) -> Any:
+    """The last rank refuses its own arguments, before it meets the others."""
+    spread(path)
+    return refused(spread, path, activations="int9" if rank == 2 else "auto")
+
+
+def test_a_rank_that_does_not_come_is_named(checkpoints, monkeypatch) -> None:
+    monkeypatch.setenv("QMOE_RANK_TIMEOUT", "2")
+    *others, last = ranks.run(3, loads_once_more, checkpoints["qwen3_moe"])
+    assert last.startswith("ValueError: unknown activations 'int9'")
+    for found in others:
+        assert found.startswith("RankFailed: rank 2 did not begin to load within 2 s; every rank")
+
+
 # ---- one end for all ---------------------------------------------------------------------------
 
 
@@ -1003,7 +1017,9 @@ def own_ends(rank: int, path: Path, tokenizer: Any) -> Any:
     interrupted = refused_interrupt(generate, model, tokenizer, **options, **struck)
     unusable = {"prompts": [[10**6]], "own_texts": True} if rank == 0 else options
     not_begun = refused(generate, model, tokenizer, **unusable)
-    return interrupted, not_begun, generate(model, tokenizer, **options)
+    unusable = {"prompts": "", "own_texts": True} if rank == 0 else options
+    empty = refused(generate, model, tokenizer, **unusable)
+    return interrupted, not_begun, empty, generate(model, tokenizer, **options)
 
 
 def refused_interrupt(function: Any, *args: Any, **options: Any) -> list[int]:
@@ -1019,9 +1035,10 @@ def test_texts_of_its_own_end_together(checkpoints, tokenizer) -> None:
     model = load(checkpoints["qwen3_moe"])
     for rank, result in enumerate(results):
         assert not isinstance(result, ranks.Failure), result
-        interrupted, not_begun, after = result
+        interrupted, not_begun, empty, after = result
         assert interrupted == [3] * len(OWN[rank])
         assert "tokenizer of another model" in not_begun
+        assert "prompt 0 is empty" in empty
         assert after == (generate(model, tokenizer, prompts=OWN[rank]) if OWN[rank] else [])
     with pytest.raises(ValueError, match="not spread over ranks"):
         generate(model, tokenizer, own_texts=True)
@@ -1106,6 +1123,47 @@ def test_whatever_keeps_connections_open_python_ends_with_a_sentence(gone) -> No
     assert (done.returncode, done.stdout) == (0 if gone else 1, "a text\n"), done.stderr
     sentence = "qmoe: NCCL's connections did not close within 1 s; this rank ends\n"
     assert done.stderr == ("" if gone else sentence)
+
+
+# ---- forward passes ----------------------------------------------------------------------------
+
+DIFFERENT = {
+    "input_ids": TOKENS[:1].flip(1),  # the same numbers
+    "attention_mask": (torch.arange(9) > 1).long()[None],
+    "position_ids": torch.arange(9)[None] + 5,
+}
+
+
+@torch.no_grad()
+def passes(rank: int, path: Path, which: str | None) -> Any:
+    """A forward pass, another one on rank 1 unless ``which`` is None."""
+    model = spread(path)
+    given = {
+        "attention_mask": torch.ones(1, 9, dtype=torch.int64),
+        "position_ids": torch.arange(9)[None],
+    }
+    if which is None:
+        embeds = model.get_input_embeddings()(TOKENS[:1])
+        embeds[0, -1] = float("nan")
+        return model(inputs_embeds=embeds, **given).logits
+    given = {"input_ids": TOKENS[:1], **given}
+    if rank:
+        given[which] = DIFFERENT[which]
+    return model(given.pop("input_ids"), **given).logits
+
+
+@pytest.mark.parametrize("which", DIFFERENT)
+def test_passes_that_differ_are_refused(which, checkpoints) -> None:
+    for rank, found in enumerate(ranks.run(2, passes, checkpoints["qwen3_moe"], which)):
+        assert isinstance(found, ranks.Failure), "sums of different passes"
+        assert found.kind == "RankFailed"
+        other = f"rank {1 - rank} runs the model on other inputs than rank {rank} ({which})"
+        assert found.text.startswith(other)
+
+
+def test_passes_with_nan_are_the_same(checkpoints) -> None:
+    first, second = ranks.run(2, passes, checkpoints["qwen3_moe"], None)
+    torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
 
 
 # ---- gradients ---------------------------------------------------------------------------------
