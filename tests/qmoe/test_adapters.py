@@ -546,7 +546,7 @@ class TestRefusals:
             model.add_adapter("attention", peft.LoraConfig(**LORA, target_modules=["q_proj"]))
             model.base_model.set_adapter(["experts", "attention"])
             model.eval()
-        ours, theirs = models
+        ours = models[0]
         expected = logits(ours)
         for model in models:
             model.merge_adapter(["attention"])
