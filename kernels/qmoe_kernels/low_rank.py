@@ -67,7 +67,7 @@ def adapted_moe(
     There are gradients of ``hidden_states``, ``topk_weights`` and the factors.
 
     Args:
-        experts: with ``expert_to_slot`` in both projections or in none; then without gradients.
+        experts: with one ``expert_to_slot`` for both projections, then without gradients, or none.
         up_factors, down_factors: of the two projections; None adds nothing.
         activations: what the products with ``experts`` take, see `fused_moe`. Factors meet rows as
             they are.
@@ -79,6 +79,11 @@ def adapted_moe(
         ValueError: as `fused_moe`; factors of other sizes, or what `adapted_moe_supports` does not.
     """
     gate_up, down, activation = experts.gate_up, experts.down, experts.activation
+    if gate_up.expert_to_slot is not down.expert_to_slot:
+        raise ValueError(
+            "gate_up_proj and down_proj have not the same expert_to_slot; both projections of a "
+            "layer are given one tensor, or none"
+        )
     for name, projection, factors in (
         ("gate_up_proj", gate_up, up_factors),
         ("down_proj", down, down_factors),
@@ -134,7 +139,7 @@ def adapted_moe(
 
 def _check_factors(name: str, projection: Projection, factors: Factors) -> None:
     weight, num_experts = projection.weight, projection.num_experts
-    rank = factors.in_factor.shape[1]
+    rank = factors.in_factor.shape[1] if factors.in_factor.ndim == 3 else 0
     expected = ((num_experts, rank, weight.shape[2]), (num_experts, weight.shape[1], rank))
     for factor, shape in zip(factors[:2], expected, strict=True):
         fits = tuple(factor.shape) == shape and factor.is_floating_point()

@@ -73,12 +73,14 @@ class ParamWrapper(layer.ParamWrapper):
             yield LowRank(self.parameter_name, in_factor, out_factor, self.scaling[adapter])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse, where the experts are in 8 bit.
+        """Refuse, where the experts are in 8 bit and one of these adapters is theirs.
 
         Raises:
             ValueError: they are.
         """
-        if isinstance(self.get_base_layer(), QuantizedExperts):
+        names = self.active_adapters if adapter_names is None else adapter_names
+        own = any(name in self.lora_A for name in names)
+        if own and isinstance(self.get_base_layer(), QuantizedExperts):
             raise ValueError(
                 f"{self.parameter_name} is in 8 bit and takes no adapter in; save the adapter and "
                 "call qmoe.merge(checkpoint, adapter, output), which writes a merged checkpoint; "

@@ -506,6 +506,21 @@ def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = pair[1]._replace(in_factor=pair[1].in_factor.long())
     with pytest.raises(ValueError, match=r"factor of down_proj is torch.int64"):
         adapted_moe(*arguments, pair[0], wrong)
+    wrong = pair[1]._replace(in_factor=pair[1].in_factor.flatten())
+    with pytest.raises(ValueError, match=r"factor of down_proj is .* of shape \(576,\)"):
+        adapted_moe(*arguments, pair[0], wrong)
+
+
+@pytest.mark.parametrize("only", ["gate_up", "down"])
+def test_slots_of_one_projection_alone(only: str) -> None:
+    """They would count for both, or for none."""
+    layer = random_layer().to(DEVICE)
+    experts, slots = layer.experts(), torch.arange(6, dtype=torch.int32, device=DEVICE)
+    moved = replace(getattr(experts, only), expert_to_slot=slots.flip(0))
+    pair = to(random_factors(layer.to("cpu")), DEVICE)
+    routed = (layer.topk_ids, layer.topk_weights)
+    with pytest.raises(ValueError, match=r"not the same expert_to_slot"):
+        adapted_moe(layer.hidden_states, replace(experts, **{only: moved}), *routed, *pair)
 
 
 # ---- compilation without a GPU -----------------------------------------------------------------

@@ -537,6 +537,30 @@ class TestRefusals:
                 ours.merge_adapter(safe_merge=safe)
             torch.testing.assert_close(logits(ours), logits(theirs), **CLOSE)
 
+    def test_merging_what_experts_have_no_part_of(self) -> None:
+        """An adapter of attention alone, beside one of experts that stays as it is."""
+        models = [
+            adapt(model, config("gpt_oss", target_modules=[]), "experts")
+            for model in (quantized("gpt_oss"), dequantized("gpt_oss"))
+        ]
+        for model in models:
+            torch.manual_seed(2)
+            model.add_adapter("attention", peft.LoraConfig(**LORA, target_modules=["q_proj"]))
+            model.base_model.set_adapter(["experts", "attention"])
+            model.eval()
+        ours = models[0]
+        expected = logits(ours)
+        for model in models:
+            model.merge_adapter(["attention"])
+            assert {m.merged for m in model.modules() if hasattr(m, "parameter_name")} == {False}
+        torch.testing.assert_close(logits(ours), expected, **CLOSE)
+        with pytest.raises(ValueError, match="takes no adapter in"):
+            ours.merge_adapter(["experts"])
+        with pytest.raises(ValueError, match="takes no adapter in"):
+            ours.merge_adapter()
+        plain, other = (model.merge_and_unload(adapter_names=["attention"]) for model in models)
+        torch.testing.assert_close(logits(plain), logits(other), **CLOSE)
+
     @pytest.mark.parametrize("name", ["gate_up_proj_bias", "down_proj_scale", "down_proj_q"])
     def test_other_parameters(self, name: str) -> None:
         own = config("gpt_oss", target_parameters=[f"mlp.experts.{name}"])
