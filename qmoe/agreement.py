@@ -22,6 +22,7 @@ from transformers import GenerationConfig, StoppingCriteria
 from qmoe.checkpoints.inspection import find_top_k
 from qmoe.decoding.fingerprint import Fingerprint
 from qmoe.decoding.step import ExpertsStep
+from qmoe.loading.spread import sizes_of_shared
 from qmoe.parallel.failure import RankFailed
 from qmoe.parallel.group import RankGroup
 from qmoe.parallel.texts import OwnTexts
@@ -125,6 +126,7 @@ class Agreement(StoppingCriteria):
 
 
 def agree(
+    model: Any,
     group: RankGroup,
     prepare: Callable[[], Prepared],
     seed: int | None,
@@ -132,23 +134,25 @@ def agree(
     """What this rank's call is, and its seed; every rank's is the same.
 
     Args:
+        model: of the ranks.
         group: the ranks, in a call together.
         prepare: looks at what the caller gave.
         seed: None: where tokens are drawn, they are from a seed that rank 0 draws.
 
     Raises:
         what ``prepare`` raises; on the other ranks a RankFailed that names this one.
-        RankFailed: another rank generates something else.
+        RankFailed: another rank generates something else, or with another model.
     """
     try:
         config, token_ids = prepare()
     except Exception as error:
-        _agree_on_call(group, error, None, [], seed)
+        _agree_on_call(model, group, error, None, [], seed)
         raise  # never: it was raised there
-    return config, token_ids, _agree_on_call(group, None, config, token_ids, seed)
+    return config, token_ids, _agree_on_call(model, group, None, config, token_ids, seed)
 
 
 def _agree_on_call(
+    model: Any,
     group: RankGroup,
     error: Exception | None,
     config: GenerationConfig | None,
@@ -168,7 +172,7 @@ def _agree_on_call(
 
     Raises:
         error, where it was given; on the other ranks a RankFailed that names this one.
-        RankFailed: another rank generates something else.
+        RankFailed: another rank generates something else, or with another model.
     """
     drawn = None
     if error is None:
@@ -179,7 +183,9 @@ def _agree_on_call(
         call = _sum_of([config.to_json_string(use_diff=False), token_ids, seed])
     else:
         chunk = call = None
-    heard = group.agree("qmoe.generate", error, call=call, chunk=chunk, seed=drawn)
+    said = {"call": call, "chunk": chunk, "seed": drawn, "sizes": sizes_of_shared(model)}
+    heard = group.agree("qmoe.generate", error, **said)
+    _check_same_model(heard)
     for rank, other in enumerate(heard):
         if other["call"] != call:
             raise RankFailed(
@@ -191,6 +197,22 @@ def _agree_on_call(
     chunks = [other["chunk"] for other in heard if other["chunk"] is not None]
     config.prefill_chunk_size = min(chunks, default=None)
     return heard[0]["seed"] if seed is None else seed
+
+
+def _check_same_model(heard: list[dict[str, Any]]) -> None:
+    """Refuse a model that was changed on some ranks since all have loaded the same."""
+    for rank, other in enumerate(heard):
+        if other["sizes"] != heard[0]["sizes"]:
+            raise RankFailed(
+                f"the ranks' models differ beside their experts: rank 0 has "
+                f"{_in_words(heard[0]['sizes'])}, rank {rank} has {_in_words(other['sizes'])}; "
+                "cast it or add adapters on every rank",
+                (rank,),
+            )
+
+
+def _in_words(sizes: dict[str, int]) -> str:
+    return " and ".join(f"{size} numbers of {dtype}" for dtype, size in sizes.items())
 
 
 def begin_own_texts(
@@ -216,7 +238,8 @@ def begin_own_texts(
             )
     except Exception as unusable:
         error = unusable
-    group.agree("qmoe.generate with texts of its own", error)
+    heard = group.agree("qmoe.generate with texts of its own", error, sizes=sizes_of_shared(model))
+    _check_same_model(heard)
     assert top_k is not None
     group.own_texts = OwnTexts(group, top_k, lambda: strikes.struck is not None)
     return config, token_ids

@@ -181,7 +181,7 @@ def generate(
                 if own_texts:
                     config, token_ids = begin_own_texts(model, group, strikes, prompts, prepare)
                 else:
-                    config, token_ids, seed = agree(group, prepare, seed)
+                    config, token_ids, seed = agree(model, group, prepare, seed)
                     agreement = Agreement(group, strikes)
             stack.enter_context(guard_of(model).generating())
             draws = None if seed is None else Draws(seed)

@@ -31,13 +31,17 @@ def start(program: str, module: str) -> NoReturn:
     :func:`qmoe.exits.interruptible`.
     """
 
+    # Of ranks that torchrun has started, the first speaks: it ends the others when one has ended.
+    speaks = os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
+
     def leave(number: int, frame: Any) -> None:
         word, code = SIGNALS[signal.Signals(number)], 128 + number
         try:
             # Not print: the signal may strike in the middle of one.
-            if "--json" in sys.argv:
+            if speaks and "--json" in sys.argv:
                 os.write(1, f'{{"error": "{word}", "exit_code": {code}}}\n'.encode())
-            os.write(2, f"{program}: {word}\n".encode())
+            if speaks:
+                os.write(2, f"{program}: {word}\n".encode())
         finally:  # a terminal that hung up takes no more
             os._exit(code)
 

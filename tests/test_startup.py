@@ -146,6 +146,18 @@ def main():
     assert json.loads(done.stdout) == {"error": line, "exit_code": code}
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_rank_that_is_not_the_first_ends_silently(tmp_path, monkeypatch) -> None:
+    (tmp_path / "command.py").write_text("import os; os.kill(os.getpid(), 15)")
+    script = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    script += "from qmoe.start import start; start('program', 'command')"
+    monkeypatch.setitem(ENVIRONMENT, "RANK", "1")
+    for size, line in (("2", ""), ("1", "program: terminated\n")):
+        monkeypatch.setitem(ENVIRONMENT, "WORLD_SIZE", size)
+        done = python("-c", script, "--json")
+        assert (done.returncode, done.stderr, bool(done.stdout)) == (143, line, bool(line))
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes")
 def test_a_stdout_that_takes_nothing() -> None:
     for arguments in ("qmoe", "--help"), ("qmoe_convert", "--version"):

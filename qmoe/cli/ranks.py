@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import typer
+
+# Seconds that rank 0 has to say what went wrong. torchrun ends all ranks as soon as one has ended:
+# a silent one must not be the first.
+_PATIENCE = 5.0
 
 
 def rank_of_torchrun() -> int | None:
@@ -21,7 +28,8 @@ def rank_of_torchrun() -> int | None:
 def rank_0_speaks(rank: int | None, debug: bool) -> Iterator[None]:
     """Let no rank but 0 print anything, to the end of the process.
 
-    What goes wrong on another rank is said by rank 0, unless that is what is gone.
+    What goes wrong on another rank is said by rank 0; by that rank itself where rank 0 is gone, or
+    goes on.
 
     Args:
         rank: as :func:`rank_of_torchrun`.
@@ -37,7 +45,10 @@ def rank_0_speaks(rank: int | None, debug: bool) -> Iterator[None]:
         sys.stderr = silence
     try:
         yield
+    except typer.Exit:  # no failure, or one that all ranks know of
+        raise
     except Exception as error:
-        if 0 in getattr(error, "ranks", ()):
-            sys.stdout, sys.stderr = streams
+        if 0 not in getattr(error, "ranks", ()):
+            time.sleep(_PATIENCE)  # torchrun ends this process meanwhile if rank 0 has ended
+        sys.stdout, sys.stderr = streams
         raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from inspect import signature
 from typing import Any
@@ -92,6 +93,14 @@ def _looks(model: Any, group: RankGroup) -> dict[str, str]:
         "version of torch": torch.__version__,
         "version of transformers": transformers.__version__,
     }
+
+
+def sizes_of_shared(model: nn.Module) -> dict[str, int]:
+    """How many numbers of each dtype are whole on every rank: the same on all of them."""
+    sizes: Counter[str] = Counter()
+    for parameter in _shared(model):
+        sizes[str(parameter.dtype)] += parameter.numel()
+    return dict(sizes)
 
 
 def _shared(model: nn.Module) -> list[nn.Parameter]:

@@ -876,6 +876,27 @@ def test_ranks_that_load_different_models_say_so(checkpoints, tmp_path) -> None:
     assert failed.startswith(("ValueError", "CheckpointError"))
 
 
+def changed(rank: int, path: Path, tokenizer: Any, how: str, own: bool) -> Any:
+    """One rank's model is cast, or gets an adapter, after all have loaded the same."""
+    model = spread(path)
+    if how == "to":
+        model.to(torch.bfloat16 if rank else torch.float16)  # as many bytes
+    elif rank:
+        import peft
+
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    return refused(generate, model, tokenizer, own_texts=own)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("how", ["to", "adapter"])
+def test_a_model_that_one_rank_has_changed_is_refused(how, own, checkpoints, tokenizer) -> None:
+    if how == "adapter":
+        pytest.importorskip("peft")
+    for found in ranks.run(2, changed, checkpoints["qwen3_moe"], tokenizer, how, own):
+        assert "RankFailed: the ranks' models differ beside their experts: rank 0 has" in found
+
+
 class Store(dict):
     """What `Notes` needs of a store of torch.distributed."""
 
@@ -1206,6 +1227,18 @@ def test_torchrun_generates_and_rank_0_speaks(device, checkpoints, tokenizer, tm
     assert done.stderr.count("qmoe: 2 ranks hold 16, 16 of 32 experts in each of 2 layers") == 1
 
 
+def test_torchrun_says_once_why_it_fails(tmp_path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    options = ["generate", str(tmp_path / "nothing"), "--prompt", "x", "--json"]
+    done = subprocess.run(
+        [*command, "-m", "qmoe", *options], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert "no such folder" in json.loads(done.stdout)["error"]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("qmoe:")]
+    assert len(lines) == 1 and "no such folder" in lines[0]
+
+
 def test_what_the_commands_refuse_under_torchrun(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -1217,12 +1250,16 @@ def test_what_the_commands_refuse_under_torchrun(tmp_path, monkeypatch, capsys) 
         assert main(command) == 2
         assert words in capsys.readouterr().err
     monkeypatch.setenv("RANK", "1")
-    stdout, stderr = sys.stdout, sys.stderr
-    try:
-        assert main(["generate", str(tmp_path / "nothing"), "--prompt", "x"]) == 3
-        assert sys.stdout is not stdout and sys.stderr is not stderr, "rank 0 says it"
-    finally:
-        sys.stdout, sys.stderr = stdout, stderr
+    stderr, waited = sys.stderr, []
+
+    def wait(seconds: float) -> None:
+        assert sys.stderr is not stderr, "rank 0 says it first"
+        waited.append(seconds)
+
+    monkeypatch.setattr("qmoe.cli.ranks.time.sleep", wait)
+    assert main(["generate", str(tmp_path / "nothing"), "--prompt", "x"]) == 3
+    assert waited, "torchrun would end rank 0 before it has said anything"
+    assert "no such folder" in capsys.readouterr().err, "rank 0 did not, or has been killed"
 
 
 # ---- two GPUs ----------------------------------------------------------------------------------
