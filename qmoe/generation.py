@@ -9,8 +9,8 @@ silently, pieces of text as they come, and statistics.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -369,9 +369,15 @@ class _Call:
         with self._paused():
             stream(index, piece)
 
-    def _paused(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
         """What the caller draws meanwhile, in a generation of its own, is no draw of ours."""
-        return nullcontext() if self.draws is None else self.draws.paused()
+        group = group_of(self.model)
+        with (
+            nullcontext() if self.draws is None else self.draws.paused(),
+            nullcontext() if group is None else group.outside(),
+        ):
+            yield
 
     def run(self) -> None:
         """Generate; the texts have their tokens then, those before an interrupt too."""

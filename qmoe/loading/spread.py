@@ -141,6 +141,7 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     group = group_of(model)
     if group is None:
         return
+    group.check_inside("model(...)")
     given = {**dict(zip(signature(model.forward).parameters, args, strict=False)), **kwargs}
     tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
     if group.own_texts is not None:
@@ -148,6 +149,7 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         group.own_texts.begin(rows.shape[:2].numel())
     if group.in_call:
         return
+    group.begin_pass()
     looks = {name: _checksum(tensor) for name, tensor in tensors.items()}
     for rank, other in enumerate(group.exchange("a forward pass", inputs=looks)):
         if other["inputs"] != looks:

@@ -106,6 +106,8 @@ class RankGroup:
         self.own_texts: Any = None  # a call in which each rank has texts of its own
         self._lock = threading.Lock()
         self._owner: int | None = None  # the thread that is in a call of all ranks
+        self._outside = False  # a caller's function is, in that call
+        self._passing: int | None = None  # the thread that began the last pass outside of calls
         self.peers: Peers | None = None
         self.adds_parts = self.size > 2
         self.steps: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -139,6 +141,7 @@ class RankGroup:
             RankFailed: another rank failed, or is gone.
         """
         self.check_open()
+        self._check_thread()
         if self.size == 1 or not output.numel():
             return output
         if self.peers is not None and self.peers.takes_sum(output):
@@ -383,10 +386,7 @@ class RankGroup:
         """
         self.check_open()
         if self.in_call:
-            raise ValueError(
-                f"{what} inside another call of this model: its experts are spread over ranks, and "
-                "the others do not know of it; make one call after the other"
-            )
+            raise _nested(what)
         with self._lock:
             # gloo ends by itself where a rank is gone.
             watch = None
@@ -413,6 +413,37 @@ class RankGroup:
     def in_call(self) -> bool:
         """Whether this thread is in a call that all ranks make together."""
         return self._owner == threading.get_ident()
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Run a caller's function in a call `together`; the other ranks know nothing of it."""
+        self._outside = True
+        try:
+            yield
+        finally:
+            self._outside = False
+
+    def check_inside(self, what: str) -> None:
+        """Raise ValueError for what a caller's function does within a call of all ranks."""
+        if self.in_call and self._outside:
+            raise _nested(what)
+
+    def begin_pass(self) -> None:
+        """Let this thread be the one that runs layers, outside of a call `together`."""
+        self._passing = threading.get_ident()
+        self._check_thread()
+
+    def _check_thread(self) -> None:
+        """Raise ValueError, and end the group, where layers of two threads would be mixed."""
+        me = threading.get_ident()
+        if self._owner == me or (self._owner is None and self._passing in (None, me)):
+            return
+        error = ValueError(
+            "two threads run this model at a time, and its experts are spread over ranks, which "
+            "cannot tell their layers apart; call it from one thread, or qmoe.generate, whose "
+            "calls wait for one another"
+        )
+        raise self._end(error, "model(...)")
 
     def check_open(self) -> None:
         """Raise RankFailed if the ranks are no group any more, or gave up an exchange."""
@@ -498,6 +529,13 @@ class KnownToAll(Exception):
     def __init__(self, error: BaseException) -> None:
         super().__init__(str(error))
         self.error = error
+
+
+def _nested(what: str) -> ValueError:
+    return ValueError(
+        f"{what} inside another call of this model: its experts are spread over ranks, and the "
+        "others do not know of it; make one call after the other"
+    )
 
 
 def rank_group(expert_parallel: Any, device: torch.device) -> RankGroup:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
@@ -1181,6 +1182,58 @@ def test_passes_that_differ_are_refused(which, checkpoints) -> None:
         assert found.kind == "RankFailed"
         other = f"rank {1 - rank} runs the model on other inputs than rank {rank} ({which})"
         assert found.text.startswith(other)
+
+
+@torch.no_grad()
+def two_threads(rank: int, path: Path) -> Any:
+    """Two threads begin a pass each, one after the other, the same way on every rank."""
+    model = spread(path)
+    inside, found = threading.Event(), {}
+    layer = next(iter(quantized_modules(model).values()))
+
+    def wait(*_: Any) -> None:
+        if threading.current_thread() is not threading.main_thread() and not inside.is_set():
+            inside.set()
+            found.setdefault("begun", threading.Event()).wait(5)
+
+    def first() -> None:
+        with torch.no_grad():
+            found["first"] = refused(model, TOKENS[:1])
+
+    layer.register_forward_pre_hook(wait)
+    found["begun"] = threading.Event()
+    thread = threading.Thread(target=first)
+    thread.start()
+    inside.wait(5)
+    handle = layer.register_forward_pre_hook(lambda *_: found["begun"].set())
+    second = refused(model, TOKENS[1:])
+    handle.remove()
+    thread.join()
+    return found["first"], second
+
+
+def test_passes_of_two_threads_are_refused(checkpoints, monkeypatch) -> None:
+    monkeypatch.setenv("QMOE_RANK_TIMEOUT", "5")
+    for both in ranks.run(2, two_threads, checkpoints["qwen3_moe"]):
+        assert not isinstance(both, ranks.Failure), both
+        assert "two threads run this model at a time" in both[0] + both[1]
+        assert "nothing was refused" not in both
+
+
+def nested(rank: int, path: Path, tokenizer: Any, own: bool) -> Any:
+    model = spread(path)
+
+    def listen(*_: Any) -> None:
+        model(TOKENS)
+
+    options = {"stream": listen} if rank == 1 else {}
+    return refused(qmoe.generate, model, tokenizer, PROMPTS, own_texts=own, **options)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_pass_from_stream_is_refused(own, checkpoints, tokenizer) -> None:
+    for found in ranks.run(2, nested, checkpoints["qwen3_moe"], tokenizer, own):
+        assert "ValueError: model(...) inside another call of this model" in found
 
 
 def test_passes_with_nan_are_the_same(checkpoints) -> None:
