@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from inspect import signature
@@ -59,6 +58,7 @@ def meet(model: nn.Module, group: RankGroup, call: str) -> list[dict[str, Any]]:
     )
     _check_same(heard)
     model.register_forward_pre_hook(_before_forward, with_kwargs=True)
+    model.register_forward_hook(_after_forward, always_call=True)
     return heard
 
 
@@ -150,19 +150,9 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     if group.in_call:
         return
     group.begin_pass()
-    looks = {name: _checksum(tensor) for name, tensor in tensors.items()}
-    for rank, other in enumerate(group.exchange("a forward pass", inputs=looks)):
-        if other["inputs"] != looks:
-            names = sorted({*looks, *other["inputs"]})
-            differ = [name for name in names if other["inputs"].get(name) != looks.get(name)]
-            raise RankFailed(
-                f"rank {rank} runs the model on other inputs than rank {group.rank} "
-                f"({', '.join(differ)}); every rank must be given the same, or use qmoe.generate",
-                (rank,),
-            )
+    group.compare("a forward pass", tensors)
 
 
-def _checksum(tensor: torch.Tensor) -> int:
-    """Of what a tensor is, and of its bits: NaN equals itself, and the order counts."""
-    bits = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return zlib.crc32(bits.numpy(), zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode()))
+def _after_forward(model: nn.Module, *_: Any) -> None:
+    if (group := group_of(model)) is not None:
+        group.end_pass()

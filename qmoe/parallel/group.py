@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import weakref
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -107,7 +108,7 @@ class RankGroup:
         self._lock = threading.Lock()
         self._owner: int | None = None  # the thread that is in a call of all ranks
         self._outside = False  # a caller's function is, in that call
-        self._passing: int | None = None  # the thread that began the last pass outside of calls
+        self._passing: int | None = None  # the thread that runs model(...), outside of calls
         self.peers: Peers | None = None
         self.adds_parts = self.size > 2
         self.steps: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -433,6 +434,43 @@ class RankGroup:
         self._passing = threading.get_ident()
         self._check_thread()
 
+    def end_pass(self) -> None:
+        """The pass is over, or has failed."""
+        if self._passing == threading.get_ident():
+            self._passing = None
+
+    @torch.compiler.disable
+    def check_rows(self, rows: Tensor) -> None:
+        """Compare a layer's rows, where nobody has compared what its pass was given.
+
+        So it is where ``model(...)`` is gone past, as ``model.model(...)`` does.
+
+        Raises:
+            RankFailed: they are not the same on every rank.
+        """
+        if self.size == 1 or self.in_call or self._passing is not None:
+            return
+        self.compare("a layer outside of model(...)", {"hidden_states": rows})
+
+    def compare(self, what: str, tensors: dict[str, Tensor]) -> None:
+        """Raise RankFailed where tensors are not the same on every rank, by their bits.
+
+        Args:
+            what: as `exchange`.
+            tensors: by their names; on any device, which is waited for.
+        """
+        looks = {name: _checksum(tensor) for name, tensor in tensors.items()}
+        for rank, other in enumerate(self.exchange(what, inputs=looks)):
+            if other["inputs"] != looks:
+                names = sorted({*looks, *other["inputs"]})
+                differ = [name for name in names if other["inputs"].get(name) != looks.get(name)]
+                raise RankFailed(
+                    f"rank {rank} runs the model on other inputs than rank {self.rank} "
+                    f"({', '.join(differ)}); every rank must be given the same, or use "
+                    "qmoe.generate",
+                    (rank,),
+                )
+
     def _check_thread(self) -> None:
         """Raise ValueError, and end the group, where layers of two threads would be mixed."""
         me = threading.get_ident()
@@ -529,6 +567,12 @@ class KnownToAll(Exception):
     def __init__(self, error: BaseException) -> None:
         super().__init__(str(error))
         self.error = error
+
+
+def _checksum(tensor: Tensor) -> int:
+    """Of what a tensor is, and of its bits: NaN equals itself, and the order counts."""
+    bits = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return zlib.crc32(bits.numpy(), zlib.crc32(f"{tensor.dtype} {list(tensor.shape)}".encode()))
 
 
 def _nested(what: str) -> ValueError:

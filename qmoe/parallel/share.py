@@ -67,6 +67,7 @@ class Share:
                 hidden_states, topk_ids, topk_weights, own_experts, row_format
             )
             return output
+        self.group.check_rows(hidden_states)
         return self.group.sum(own_experts(hidden_states, topk_ids, topk_weights))
 
 

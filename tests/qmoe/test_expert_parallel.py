@@ -282,6 +282,9 @@ class Alone:
     def __init__(self, rank: int, total: torch.Tensor | None = None) -> None:
         self.rank, self.size, self.own_texts, self.total = rank, 3, None, total
 
+    def check_rows(self, rows: torch.Tensor) -> None:
+        pass
+
     def sum(self, output: torch.Tensor) -> torch.Tensor:
         return output if self.total is None else self.total
 
@@ -1173,6 +1176,25 @@ def passes(rank: int, path: Path, which: str | None) -> Any:
     if rank:
         given[which] = DIFFERENT[which]
     return model(given.pop("input_ids"), **given).logits
+
+
+@torch.no_grad()
+def trunk_alone(rank: int, path: Path, differ: bool) -> Any:
+    """Layers that run without ``model(...)``."""
+    model = spread(path)
+    model(TOKENS)  # what was compared before says nothing of what comes
+    return model.model(TOKENS[:1].flip(1) if differ and rank else TOKENS[:1])[0]
+
+
+def test_what_goes_past_the_model_is_compared_too(checkpoints) -> None:
+    path = checkpoints["qwen3_moe"]
+    with torch.no_grad():
+        expected = load(path).model(TOKENS[:1])[0]
+    for found in ranks.run(2, trunk_alone, path, False):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for failed in ranks.run(2, trunk_alone, path, True):
+        assert "runs the model on other inputs" in failed.text
+        assert "(hidden_states)" in failed.text
 
 
 @pytest.mark.parametrize("which", DIFFERENT)
