@@ -499,7 +499,7 @@ class TestTraining:
             model.enable_input_require_grads()
             arguments = TrainingArguments(
                 tmp_path,
-                max_steps=4,
+                max_steps=4 if by == "products" else 2,  # the interpreter is slow
                 per_device_train_batch_size=2,
                 learning_rate=1e-2,
                 gradient_checkpointing=reentrant is not None,
@@ -514,7 +514,7 @@ class TestTraining:
             trainer.train()
             found.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
         ours, theirs = found
-        assert ours[-1] < ours[0] - 0.1
+        assert ours[-1] < ours[0] - 0.02 * len(ours)
         assert ours == pytest.approx(theirs, rel=1e-3)
 
     def test_nothing_is_kept_for_factors_that_do_not_learn(self, by: str) -> None:
