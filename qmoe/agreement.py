@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from types import FrameType
 from typing import Any, TypeAlias
 
@@ -228,7 +228,7 @@ def begin_own_texts(
     token_ids: list[list[int]] = []
     top_k = None
     try:
-        if isinstance(prompts, str) or len(prompts):
+        if isinstance(prompts, str) or not isinstance(prompts, Sized) or len(prompts):
             config, token_ids = prepare()
         top_k = find_top_k(model.config.get_text_config().to_dict())
         if top_k is None:

@@ -9,7 +9,7 @@ silently, pieces of text as they come, and statistics.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -225,6 +225,8 @@ def _prepare(
     Raises:
         ValueError: see :func:`generate`.
     """
+    if not isinstance(prompts, Iterable):
+        raise ValueError(f"prompts is {prompts!r}; give a text, or a list of texts")
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     config = configuration(model, tokenizer, max_new_tokens, options)
     token_ids = _tokenize(tokenizer, prompts, chat)

@@ -1043,9 +1043,13 @@ def own_ends(rank: int, path: Path, tokenizer: Any) -> Any:
     interrupted = refused_interrupt(generate, model, tokenizer, **options, **struck)
     unusable = {"prompts": [[10**6]], "own_texts": True} if rank == 0 else options
     not_begun = refused(generate, model, tokenizer, **unusable)
-    unusable = {"prompts": "", "own_texts": True} if rank == 0 else options
-    empty = refused(generate, model, tokenizer, **unusable)
-    return interrupted, not_begun, empty, generate(model, tokenizer, **options)
+    no_texts = []
+    for prompts in ("", None):
+        unusable = {"prompts": prompts, "own_texts": True} if rank == 0 else options
+        no_texts.append(refused(generate, model, tokenizer, **unusable))
+    if rank == 0:
+        options["prompts"] = iter(OWN[rank])
+    return interrupted, not_begun, no_texts, generate(model, tokenizer, **options)
 
 
 def refused_interrupt(function: Any, *args: Any, **options: Any) -> list[int]:
@@ -1061,10 +1065,11 @@ def test_texts_of_its_own_end_together(checkpoints, tokenizer) -> None:
     model = load(checkpoints["qwen3_moe"])
     for rank, result in enumerate(results):
         assert not isinstance(result, ranks.Failure), result
-        interrupted, not_begun, empty, after = result
+        interrupted, not_begun, (empty, none), after = result
         assert interrupted == [3] * len(OWN[rank])
         assert "tokenizer of another model" in not_begun
         assert "prompt 0 is empty" in empty
+        assert "prompts is None" in none
         assert after == (generate(model, tokenizer, prompts=OWN[rank]) if OWN[rank] else [])
     with pytest.raises(ValueError, match="not spread over ranks"):
         generate(model, tokenizer, own_texts=True)

@@ -282,6 +282,7 @@ class TestStatistics:
     ("prompts", "options", "message"),
     [
         ([], {}, "prompts is empty"),
+        (None, {}, "prompts is None; give a text"),
         ("", {}, "prompt 0 is empty"),
         (["a", ""], {}, "prompt 1 is empty"),
         (["a", 3], {}, "prompt 1 is a int"),
