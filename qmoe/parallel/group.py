@@ -733,7 +733,8 @@ def _end_closing() -> None:
 
     A thread that came back from NCCL after Python has ended would end in SIGABRT.
     """
-    gc.collect()  # graphs in cycles
+    if _closing:
+        gc.collect()  # graphs in cycles
     end = time.monotonic() + _CLOSING
     while _closing:
         thread = _closing.pop()
