@@ -340,6 +340,7 @@ class _Call:
         agreement: Agreement | None = None,
     ) -> None:
         self.model, self.token_ids, self.config, self.draws = model, token_ids, config, draws
+        self.group = group_of(model)
         self.devices = sorted(
             {p.device.index for p in model.parameters() if p.device.type == "cuda"}
         )
@@ -374,10 +375,9 @@ class _Call:
     @contextmanager
     def _paused(self) -> Iterator[None]:
         """What the caller draws meanwhile, in a generation of its own, is no draw of ours."""
-        group = group_of(self.model)
         with (
             nullcontext() if self.draws is None else self.draws.paused(),
-            nullcontext() if group is None else group.outside(),
+            nullcontext() if self.group is None else self.group.outside(),
         ):
             yield
 
@@ -416,8 +416,7 @@ class _Call:
 
     def _has_own_texts(self) -> bool:
         """Whether the other ranks have other texts."""
-        group = group_of(self.model)
-        return group is not None and group.own_texts is not None
+        return self.group is not None and self.group.own_texts is not None
 
     def finish(self) -> None:
         """Give out what the texts hold back."""
