@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +69,17 @@ class Activation:
         limit_fits = self.limit is None or self.limit >= 0  # which NaN is not
         if not (limit_fits and all(0 < cap < math.inf for cap in caps)):
             raise ValueError(f"{self}: a limit is at least 0, a softcap positive and finite")
+
+    @property
+    def fields(self) -> tuple[Any, ...]:
+        """What operators of torch, which take no classes, are given in its place."""
+        shape = self.name, self.gated, self.alpha, self.up_shift, self.limit, self.limit_after
+        return *shape, self.gate_softcap, self.up_softcap
+
+    @classmethod
+    def of(cls, *fields: Any) -> Activation:
+        """From `fields`."""
+        return cls(*fields)
 
 
 SWIGLU = Activation()

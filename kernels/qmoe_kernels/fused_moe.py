@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qmoe_kernels import activations as _activations
 from qmoe_kernels import cpu
-from qmoe_kernels.activations import SWIGLU, Activation, ActivationName
+from qmoe_kernels.activations import SWIGLU, Activation
 from qmoe_kernels.experts import Experts, Projection
 from qmoe_kernels.operators import operator
 from qmoe_kernels.quantization import (
@@ -127,14 +127,7 @@ def fused_moe(
             topk_ids,
             topk_weights,
             expert_to_slot,
-            activation.name,
-            activation.gated,
-            activation.alpha,
-            activation.up_shift,
-            activation.limit,
-            activation.limit_after,
-            activation.gate_softcap,
-            activation.up_softcap,
+            *activation.fields,
             activations,
             two_level_sums,
             rows_scale,
@@ -380,15 +373,8 @@ def _fused_moe(
     rows_dtype: torch.dtype | None,  # before they were; None: that of hidden_states
 ) -> Tensor:
     dtype = rows_dtype or hidden_states.dtype
-    activation = Activation(
-        cast(ActivationName, name),
-        gated,
-        alpha,
-        up_shift,
-        limit,
-        limit_after,
-        gate_softcap,
-        up_softcap,
+    activation = Activation.of(
+        name, gated, alpha, up_shift, limit, limit_after, gate_softcap, up_softcap
     )
     num_tokens, top_k = topk_ids.shape
     gate_up = Projection(gate_up_proj, gate_up_proj_scale, gate_up_proj_bias, expert_to_slot)

@@ -17,12 +17,12 @@ that a product quantized are taken as if they had not been.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from qmoe_kernels.activations import Activation, ActivationName, apply_with_gradient
+from qmoe_kernels.activations import Activation, apply_with_gradient
 from qmoe_kernels.experts import Experts, Projection
 from qmoe_kernels.fused_moe import (
     _CPULinear,
@@ -113,15 +113,8 @@ def _fused_moe_backward(
     up_softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of hidden states, and of routing weights (none of these: empty)."""
-    activation = Activation(
-        cast(ActivationName, name),
-        gated,
-        alpha,
-        up_shift,
-        limit,
-        limit_after,
-        gate_softcap,
-        up_softcap,
+    activation = Activation.of(
+        name, gated, alpha, up_shift, limit, limit_after, gate_softcap, up_softcap
     )
     top_k = topk_ids.shape[1]
     gate_up = Projection(gate_up_proj, gate_up_proj_scale, gate_up_proj_bias)

@@ -125,14 +125,7 @@ def adapted_moe(
         *tensors,
         up_factors.scaling if up_factors else 1.0,
         down_factors.scaling if down_factors else 1.0,
-        activation.name,
-        activation.gated,
-        activation.alpha,
-        activation.up_shift,
-        activation.limit,
-        activation.limit_after,
-        activation.gate_softcap,
-        activation.up_softcap,
+        *activation.fields,
         activations,
     )
 
@@ -182,15 +175,8 @@ def _adapted_moe(
 
     gate_up = Projection(gate_up_proj, gate_up_proj_scale, gate_up_proj_bias, expert_to_slot)
     down = Projection(down_proj, down_proj_scale, down_proj_bias, expert_to_slot)
-    activation = Activation(
-        name,  # type: ignore[arg-type]
-        gated,
-        alpha,
-        up_shift,
-        limit,
-        limit_after,
-        gate_softcap,
-        up_softcap,
+    activation = Activation.of(
+        name, gated, alpha, up_shift, limit, limit_after, gate_softcap, up_softcap
     )
     to = _row_format(activations, gate_up, topk_ids.numel(), hidden_states.dtype)
     with torch.cuda.device_of(hidden_states):
@@ -275,15 +261,8 @@ def _adapted_moe_backward(
     """
     from qmoe_kernels.low_rank_kernels import adapted_moe_backward_triton
 
-    activation = Activation(
-        name,  # type: ignore[arg-type]
-        gated,
-        alpha,
-        up_shift,
-        limit,
-        limit_after,
-        gate_softcap,
-        up_softcap,
+    activation = Activation.of(
+        name, gated, alpha, up_shift, limit, limit_after, gate_softcap, up_softcap
     )
     experts = Experts(
         Projection(gate_up_proj, gate_up_proj_scale, gate_up_proj_bias),
