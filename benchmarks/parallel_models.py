@@ -150,21 +150,13 @@ def run_transformers(worker: Worker) -> None:
     theirs = load_by_transformers(shape, worker)
     about["experts"] = theirs.config._experts_implementation
     about["attention"] = theirs.config._attn_implementation
-    for texts in counts:
-        ms = _loop(worker, theirs, texts)
-        worker.add(what="decode", by="transformers", **about, texts=texts, ms=ms)
-    ms = _loop_prefill(worker, theirs, *prompts)
-    worker.add(what="prefill", by="transformers", **about, texts=prompts[0], ms=ms)
+    _in_a_loop(worker, theirs, counts, prompts, by="transformers", **about)
     del theirs
     gc.collect()
     model = build_model(shape, worker.device, "int8", worker.group)
     about["experts"] = "qmoe, INT8"
     about["attention"] = model.config._attn_implementation
-    for texts in counts:
-        ms = _loop(worker, model, texts)
-        worker.add(what="decode", by="qmoe in the same loop", **about, texts=texts, ms=ms)
-    ms = _loop_prefill(worker, model, *prompts)
-    worker.add(what="prefill", by="qmoe in the same loop", **about, texts=prompts[0], ms=ms)
+    _in_a_loop(worker, model, counts, prompts, by="qmoe in the same loop", **about)
     for texts in counts:
         cell = decode(worker, model, _few(worker, Texts(texts)))
         worker.add(what="decode", by="qmoe", **(about | {"attention": "qmoe"}), **cell)
@@ -419,6 +411,17 @@ def load_by_transformers(shape: Shape, worker: Worker) -> Any:
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _in_a_loop(
+    worker: Worker, model: Any, counts: Sequence[int], prompts: tuple[int, int], **about: Any
+) -> None:
+    """Decode so many texts each, and read prompts: kernel by kernel, whosever experts they are."""
+    for texts in counts:
+        ms = _loop(worker, model, texts)
+        worker.add(what="decode", **about, texts=texts, ms=ms)
+    ms = _loop_prefill(worker, model, *prompts)
+    worker.add(what="prefill", **about, texts=prompts[0], ms=ms)
 
 
 def _loop(worker: Worker, model: Any, texts: int) -> float:
