@@ -16,7 +16,8 @@ import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ _LAYERS = 5
 # several rows, which cost the link nothing and the host much. Many are measured, so that the host
 # is never given too much.
 _TOKENS, _REPEATS = (1, 32), (9, 3)
-_VERSION = 3
+_VERSION = 4
 
 
 def sharing_of(
@@ -199,9 +200,9 @@ class _Case:
 
     Attributes:
         ids: (layers, num_tokens, top_k) int64.
-        tables: of the cache, to begin each run with: all that is routed to is there, but for the
-            last experts of each layer. No slot is empty: these are all cold, so that the host takes
-            as many as are to be timed.
+        tables: of the cache, to begin with: all that is routed to is there, but for some experts of
+            each layer. No slot is empty: these are all cold, so that the host takes as many as are
+            to be timed.
     """
 
     ids: Tensor
@@ -215,32 +216,34 @@ def _sizes(cache: ExpertCache, num_routed: int) -> tuple[int, int]:
     return (layers, min(num_routed, absent // layers)) if layers > 0 else (0, 0)
 
 
-def _case(cache: ExpertCache, layers: int, num_tokens: int, top_k: int, misses: int) -> _Case:
+def _case(
+    cache: ExpertCache, layers: int, num_tokens: int, top_k: int, misses: int, turn: int
+) -> _Case:
+    """The ``turn``-th case: other experts are missed than in the turn before.
+
+    In a text, an expert that is missed was not asked for lately, and the processor reads it from
+    memory. If the same few were timed again and again, they would lie in the processor's caches.
+    """
     host, num_slots, num_pages = cache.host, cache.num_slots, cache.num_pages
     num_experts = min(layer.num_experts for layer in host.layers)
     num_routed = min(num_tokens * top_k, num_experts)
-    there: list[int] = []
-    away: list[int] = []
-    ids = torch.empty(layers, num_tokens, top_k, dtype=torch.int64)
-    for layer in range(layers):
-        first, last = host.first_page[layer], num_experts - 1
-        missed = [last - i for i in range(misses)]
-        routed = [*range(num_routed - misses), *missed]
-        ids[layer] = torch.tensor(routed)[torch.arange(num_tokens * top_k) % num_routed].view(
-            num_tokens, top_k
-        )
-        there += [first + expert for expert in routed[: num_routed - misses]]
-        away += [first + expert for expert in missed]
-    others = sorted(set(range(num_pages)) - {*there, *away})
+    hits = num_routed - misses
+    missed = hits + (turn * misses + torch.arange(misses)) % (num_experts - hits)
+    routed = torch.cat([torch.arange(hits), missed])
+    ids = routed[torch.arange(num_tokens * top_k) % num_routed].view(num_tokens, top_k)
+    first = torch.tensor(host.first_page[:layers])[:, None]
+    others = torch.ones(num_pages, dtype=torch.bool)
+    others[(first + routed).flatten()] = False
+    there = (first + torch.arange(hits)).flatten()
     # What is routed to was used last: nothing of it is evicted.
-    pages = [*others[: num_slots - len(there)], *there]
+    pages = torch.cat([others.nonzero().flatten()[: num_slots - len(there)], there])
     tables = Residency.empty(num_pages, num_slots, 1, "cpu")
-    tables.slot_to_page[:] = torch.tensor(pages)
+    tables.slot_to_page[:] = pages
     tables.page_to_slot[pages] = torch.arange(num_slots, dtype=torch.int32)
     tables.last_used[:] = torch.arange(1, num_slots + 1)
     tables.clock.fill_(num_slots)
     tables.last_admitted.fill_(num_slots)
-    return _Case(ids, tables)
+    return _Case(ids.expand(layers, -1, -1), tables)
 
 
 def _measure(
@@ -269,15 +272,17 @@ def _measure(
             if not most:
                 continue
             calls = _Calls(cache, modules[:layers], num_tokens, top_k, dtype)
-            one = tokens == 1
+            one, turn = tokens == 1, count()
             for misses in range(1, most + 1) if one else sorted({-(-most // 4), most}):
-                calls.take(_case(cache, layers, num_tokens, top_k, misses))
+                cases = partial(_case, cache, layers, num_tokens, top_k, misses)
                 quarters = {misses * i // 4 for i in range(5)}
                 for host in range(misses + 1) if one else sorted(quarters):
                     posts.share.fill_(host)
                     # Without a share calls go as they do where nothing is shared.
                     sharing.kinds = (host > 0, host > 0)
-                    times[misses, host] = calls.time(repeats, shared=host > 0)
+                    times[misses, host] = statistics.median(
+                        calls.time(cases(next(turn)), shared=host > 0) for _ in range(repeats)
+                    )
     finally:
         posts.share.copy_(saved)
         sharing.kinds = kinds
@@ -288,7 +293,7 @@ def _measure(
 
 
 class _Calls:
-    """Some layers' calls in a row, captured on a GPU, with rows and ids that are given."""
+    """Some layers' calls in a row, captured on a GPU."""
 
     def __init__(
         self,
@@ -306,48 +311,39 @@ class _Calls:
         self._x = torch.randn(size, device=device, generator=generator).to(dtype)
         self._weights = torch.full((num_tokens, top_k), 1 / top_k, device=device)
         self._ids = torch.zeros(len(modules), num_tokens, top_k, dtype=torch.int64, device=device)
-        self._case: _Case | None = None
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
 
-    def take(self, case: _Case) -> None:
-        """What is timed from now on."""
-        self._case = case
-        self._ids.copy_(case.ids)
-
-    def time(self, repeats: int, *, shared: bool) -> float:
-        """The median seconds of the calls, which are shared or not."""
+    def time(self, case: _Case, *, shared: bool) -> float:
+        """Seconds that the calls of a case take, which are shared or not."""
+        self._begin(case)
         if self._cache.device.type != "cuda":
-            return statistics.median(self._once() for _ in range(repeats))
+            began = time.perf_counter()
+            self._run()
+            return time.perf_counter() - began
         if shared not in self._graphs:
-            self._begin()
             self._run()  # compiles
             torch.cuda.synchronize(self._cache.device)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._run()
             self._graphs[shared] = graph
-        return statistics.median(self._replay(self._graphs[shared]) for _ in range(repeats))
+            self._begin(case)
+        return self._replay(self._graphs[shared])
 
     def _run(self) -> None:
         for layer, module in enumerate(self._modules):
             module._fused_moe(self._x, self._ids[layer], self._weights)
 
-    def _begin(self) -> None:
+    def _begin(self, case: _Case) -> None:
         """Slots and stamps as the case has them; what was there before is never read."""
-        pool, sharing, case = self._cache._pool, self._cache.sharing, self._case
-        assert pool is not None and sharing is not None and case is not None
+        pool, sharing = self._cache._pool, self._cache.sharing
+        assert pool is not None and sharing is not None
+        self._ids.copy_(case.ids)
         for name in ("page_to_slot", "slot_to_page", "last_used", "clock", "last_admitted"):
             getattr(pool.residency, name).copy_(getattr(case.tables, name))
         sharing.posts.last_asked.zero_()
 
-    def _once(self) -> float:
-        self._begin()
-        began = time.perf_counter()
-        self._run()
-        return time.perf_counter() - began
-
     def _replay(self, graph: torch.cuda.CUDAGraph) -> float:
-        self._begin()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with self._cache.lock:
             self._cache.take_turn()

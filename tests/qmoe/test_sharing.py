@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import weakref
+from itertools import pairwise
 
 import pytest
 import torch
@@ -486,19 +487,25 @@ def test_calibration_runs_on_the_models_own_layers() -> None:
 def test_the_host_takes_what_calibration_says_it_times(monkeypatch) -> None:
     model, _ = paged(misses="host")
     cache, modules = model.qmoe_paging.cache, [*quantized_modules(model).values()]
-    posts, once, seen = cache.sharing.posts, sharing._Calls._once, []
+    posts, time_case, seen = cache.sharing.posts, sharing._Calls.time, []
+    missed_of: dict[tuple[int, int], list[set[int]]] = {}
 
-    def count(calls) -> float:
+    def count(calls, case, *, shared: bool) -> float:
         before = posts.counters[:, SERVED].clone()
-        seconds = once(calls)
+        seconds = time_case(calls, case, shared=shared)
         taken = (posts.counters[:, SERVED] - before)[: len(calls._modules)]
         seen.append((int(posts.share[0, 0]), set(taken.tolist())))
+        missed = {e for e in case.ids[0].unique().tolist() if case.tables.page_to_slot[e] < 0}
+        missed_of.setdefault((case.ids.shape[1], len(missed)), []).append(missed)
         return seconds
 
-    monkeypatch.setattr(sharing._Calls, "_once", count)
+    monkeypatch.setattr(sharing._Calls, "time", count)
     sharing._measure(cache, modules, model.config.num_experts_per_tok, model.dtype)
     assert {host for host, _ in seen} >= {0, 1, 2}
     assert all(taken == {host} for host, taken in seen)
+    # One after the other, so that none of them lies in the processor's caches.
+    assert all(a != b for a, b in pairwise(missed_of[1, 1]))
+    assert set.union(*missed_of[1, 1]) == set(range(1, model.config.num_experts))
 
 
 def test_every_family_is_known_here() -> None:
