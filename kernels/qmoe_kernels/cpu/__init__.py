@@ -186,6 +186,7 @@ def _product(
     rounded: int,
     sums: int,
     kept: list[Any],
+    item_bytes: int = ITEM_BYTES,
 ) -> int:
     """The address of the arguments of one product; ``kept`` is what has to stay in memory.
 
@@ -197,6 +198,7 @@ def _product(
         target: where rows go to, as ``source``.
         rounded: what rows are rounded to, of `DTYPES`.
         sums: room for the sums of all pairs.
+        item_bytes: of weights that a thread claims at a time.
     """
     weight, scale, bias = projection.weight, projection.scale, projection.bias
     assert scale is not None
@@ -205,7 +207,7 @@ def _product(
     scale = scale.contiguous()
     if bias is not None:
         bias = (bias if bias.dtype in DTYPES else bias.float()).contiguous()
-    size = max(1, ITEM_BYTES // (max(1, columns) * parts * ROWS_AT_ONCE)) * ROWS_AT_ONCE
+    size = max(1, item_bytes // (max(1, columns) * parts * ROWS_AT_ONCE)) * ROWS_AT_ONCE
     flags, numbers = (0, 0) if activation is None else _gate(activation)[:2]
     arguments = array(
         "q",

@@ -396,7 +396,8 @@ def make_layer() -> Any:
                 wait_for(done, up[0])
                 done = down_done
             product(p, at, upcoming)
-            advance(done)
+            if item < ups or a[18]:  # else nobody waits for it
+                advance(done)
             item = following
         if a[18] and found[1] == num_few:
             while item < ups + downs + total[0]:

@@ -6,8 +6,10 @@ A post has a number, one more than the one before. Whoever posts writes rows, ex
 header, then the number (`POSTED`); the *leader* sees it, opens a job that *helpers* may join, and
 works on it; so does who joined. Once no work is left to claim the leader closes the job, waits for
 those who joined to leave, and writes the number back (`ANSWERED`). Then nobody touches the job, the
-rows or the answers until the next number. `TEAM` holds all of a job's state in one word, so that
-joining is one compare-and-swap: a helper that was late finds the job closed, or another one.
+rows or the answers until the next number. `TEAM` holds all of a job's state in one word, which is
+only ever added to: a helper joins by adding itself and learns from what was there whether it may;
+if not, it was late and takes itself away again. (With compare-and-swap many helpers that come at
+once make one another try again.)
 
 Who finds nothing to do spins a bounded time, then sleeps on `BELL`: until somebody rings, or for
 `POLL_NS`, because a GPU cannot ring.
@@ -19,7 +21,7 @@ from typing import Any
 
 from numba import njit, types
 
-from qmoe_kernels.cpu.atomics import add, load, now, pause, replace, run, sleep_on, swap, wake
+from qmoe_kernels.cpu.atomics import add, load, now, pause, run, sleep_on, swap, wake
 from qmoe_kernels.cpu.intrinsics import pointer_to, yield_processor
 from qmoe_kernels.cpu.loops import OPTIONS, loop
 from qmoe_kernels.cpu.read_loops import prepare_reads
@@ -105,7 +107,9 @@ def serve(a, number):
     words = a[WORDS]
     if not prepare(a):
         return False
-    swap(words + TEAM, (number << NUMBER_BIT) | OPEN)
+    # Only who leads changes these bits; below them somebody who was late may be counted.
+    before = load(words + TEAM) & ~MEMBERS
+    add(words + TEAM, ((number << NUMBER_BIT) | OPEN) - before)
     if load(words + SLEEPERS) > 0:
         ring(words)
     work(a)
@@ -138,10 +142,11 @@ def assist(a):
         team = load(words + TEAM)
         number = team >> NUMBER_BIT
         if team & OPEN and number != seen:
-            if replace(words + TEAM, team, team + 1):
+            team = add(words + TEAM, 1)
+            if team & OPEN:
                 work(a)
-                seen, since = number, 0
-                add(words + TEAM, -1)
+                seen, since = team >> NUMBER_BIT, 0
+            add(words + TEAM, -1)
         else:
             since = rest(a, since, words + TEAM, team)
 

@@ -34,6 +34,9 @@ NUM_WORDS = 8
 SPIN_NS = 3_000_000
 # A GPU cannot ring: so long an answer may come late where nobody rang before it posted.
 POLL_NS = 1_000_000
+# Weights that a worker claims at a time. A job is one expert or two, and some workers come to it
+# late: those that were in time take more parts. Smaller ones cost more in claims than they save.
+ITEM_BYTES = 1 << 15
 # No part of a job takes so long. Threads that have not ended by then are left alone.
 JOIN_SECONDS = 5.0
 
@@ -240,11 +243,11 @@ class _Job:
             for rounded in range(len(cpu.DTYPES)):
                 first = cpu._product(
                     layer.gate_up, layer.activation, source, None, routed, middle, rounded,
-                    up_sums.data_ptr(), self.kept,
+                    up_sums.data_ptr(), self.kept, ITEM_BYTES,
                 )  # fmt: skip
                 second = cpu._product(
                     layer.down, None, middle, None, routed, target, rounded,
-                    down_sums.data_ptr(), self.kept,
+                    down_sums.data_ptr(), self.kept, ITEM_BYTES,
                 )  # fmt: skip
                 products += [first, second, layer.num_experts]
         self.products = array("q", products)
