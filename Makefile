@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-oldest quality style docs bench-convert bench-routing bench-cache bench-kernels bench-generate bench-cpu bench-parallel bench-host-memory bench-gradients bench-lora bench-adapt-router clean
+.PHONY: demo test test-oldest quality sanitize style docs bench-convert bench-routing bench-cache bench-kernels bench-generate bench-cpu bench-parallel bench-host-memory bench-gradients bench-lora bench-adapt-router clean
 
 demo: $(READY)
 	$(BIN)/qmoe demo
@@ -21,6 +21,12 @@ quality: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# needs a GPU, and compute-sanitizer of the CUDA toolkit
+sanitize: $(READY)
+	for tool in memcheck racecheck; do compute-sanitizer --tool $$tool --error-exitcode 9 \
+	    $(BIN)/python -m pytest -m gpu -k "replayed_while_workers_sleep or captured_steps" \
+	    tests/kernels/test_mailbox.py tests/qmoe/test_sharing.py || exit 1; done
 
 style: $(READY)
 	$(BIN)/ruff check --fix .

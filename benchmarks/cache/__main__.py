@@ -15,6 +15,8 @@
 - *sharing*: the same with a share of the misses computed by the host, by ``--misses``: where misses
   were served, how long the GPU waited, and the share that was calibrated.
 - *batches*: the same for as many texts at once as ``--batch`` says, each with a trace of its own.
+- *calibration*: microseconds of a layer by its misses and by how many of them the host computes,
+  by how much a worker claims at a time; of experts of the model's size, and of half of it.
 - *prefill*: seconds for 8192 tokens with all experts on the host.
 - *baselines*: a host-driven cache and qmoe's own, as eager forward passes.
 - *offload*: accelerate's ``cpu_offload`` of the bf16 model.
@@ -40,6 +42,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.cache.baselines import run_baselines, run_offload
+from benchmarks.cache.calibration import run_calibration
 from benchmarks.cache.decode import CAPACITIES, run_decode
 from benchmarks.cache.harness import Benchmark
 from benchmarks.cache.kernels import run_admission, run_gather
@@ -62,6 +65,7 @@ SECTIONS: dict[str, Callable[[Benchmark], None]] = {
     "decode": run_decode,
     "sharing": run_sharing,
     "batches": run_batches,
+    "calibration": run_calibration,
     "prefill": run_prefill,
     "baselines": run_baselines,
     "offload": run_offload,
