@@ -84,7 +84,7 @@ class Host:
             self.slots = aligned_slots(NUM_SLOTS, PAGE_BYTES)
             self.transfer = Transfer(addresses, self.slots, PAGE_BYTES)
         self.mailbox = Mailbox.empty(HIDDEN, device)
-        self.posts = Posts.empty(num_pages, NUM_EXPERTS, len(self.layers), device)
+        self.posts = Posts.empty(NUM_EXPERTS, len(self.layers), device)
         self.workers = workers.Workers(
             [on_cpu(layer) for layer in self.layers],
             *(self.mailbox.words, self.mailbox.ids, self.mailbox.rows, self.mailbox.answers),
@@ -599,7 +599,7 @@ with compiling_for(CAPABILITY) as compiled:
     experts, hidden = 128, 2048
     residency = Residency.empty(6144, 3072, 48, "cpu")
     copies = CopyList.empty(experts, "cpu")
-    posts = Posts.empty(6144, experts, 48, torch.device("cpu"))
+    posts = Posts.empty(experts, 48, torch.device("cpu"))
     box = Mailbox.empty(hidden, torch.device("cpu"))
     memory = torch.zeros(3072, 128, dtype=torch.uint8)
     transfer = Transfer(torch.zeros(6144, dtype=torch.int64), memory, 128)
