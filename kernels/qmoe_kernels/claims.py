@@ -24,6 +24,8 @@ from __future__ import annotations
 # Of a rate, misses per tick: so many bits lie behind the point, and the mean is over about
 # 2**RATE_SHIFT ticks.
 RATE_BITS, RATE_SHIFT = 16, 9
+# Of these as many that what is divided has 31 bits: a GPU divides 64 bits by a subroutine.
+DIVISOR_BITS = 10
 # Where nothing was counted yet. As many misses as that earn pages little while slots fill.
 FIRST_RATE = 8 << RATE_BITS
 HORIZON_CYCLES = 64  # a cycle: every layer once
@@ -36,7 +38,7 @@ def max_horizon(num_layers: int) -> int:
 
 def horizon_of(miss_rate: int, num_slots: int, num_layers: int) -> int:
     """Ticks that a claim may be ahead of the clock."""
-    turnovers = (2 * num_slots << RATE_BITS) // max(miss_rate, 1)
+    turnovers = (2 * num_slots << DIVISOR_BITS) // max(miss_rate >> RATE_BITS - DIVISOR_BITS, 1)
     return min(turnovers, max_horizon(num_layers))
 
 

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from qmoe_kernels.claims import (
+    DIVISOR_BITS,
     FIRST_RATE,
     RATE_BITS,
     RATE_SHIFT,
@@ -408,6 +409,7 @@ if triton is not None:
     # Kernels see only globals of this type.
     _HITS, _MISSES = tl.constexpr(HITS), tl.constexpr(MISSES)
     _RATE_BITS, _RATE_SHIFT = tl.constexpr(RATE_BITS), tl.constexpr(RATE_SHIFT)
+    _DIVISOR_BITS = tl.constexpr(DIVISOR_BITS)
     _SLOT_BITS, _SLOT_MASK = tl.constexpr(SLOT_BITS), tl.constexpr((1 << SLOT_BITS) - 1)
     _COUNT_BITS, _COUNT_MASK = tl.constexpr(COUNT_BITS), tl.constexpr((1 << COUNT_BITS) - 1)
     _NEVER = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # the key of a slot that may not be evicted
@@ -554,14 +556,14 @@ if triton is not None:
         What does not depend on each other is read at the top, so that all of it is waited for once.
         """
         experts = tl.arange(0, EXPERTS_BLOCK)
-        in_range = (experts < num_experts) & (experts >= low) & (experts < high)
+        in_layer = experts < num_experts
         pages = first_page + experts
-        slots = tl.load(page_to_slot_ptr + pages, mask=in_range, other=-1)
-        claims = tl.load(claims_ptr + pages, mask=in_range, other=0)
+        slots = tl.load(page_to_slot_ptr + pages, mask=in_layer, other=-1)
+        claims = tl.load(claims_ptr + pages, mask=in_layer, other=0)
         miss_rate = tl.load(miss_rate_ptr)
         if elsewhere_ptr is not None:
-            places = tl.load(elsewhere_ptr + pages, mask=in_range, other=0)
-            in_range &= places < 0
+            places = tl.load(elsewhere_ptr + pages, mask=in_layer, other=0)
+            in_layer &= places < 0
         clock, last = tl.load(clock_ptr), tl.load(last_admitted_ptr + layer)
         hits_ptr = counters_ptr + 2 * layer + _HITS
         misses_ptr = counters_ptr + 2 * layer + _MISSES
@@ -571,6 +573,7 @@ if triton is not None:
             # Volatile: the compiler would read it later, and wait for it alone.
             word = tl.load(signal_ptr, volatile=True)
         rank = first_ranks(topk_ids_ptr, experts, num_tokens, top_k, IDS_BLOCK)
+        in_range = in_layer & (experts >= low) & (experts < high)
         wanted = in_range & (rank < _UNNAMED)
         hit = wanted & (slots >= 0)
         missing = wanted & (slots < 0)
@@ -694,7 +697,8 @@ if triton is not None:
         max_horizon,
     ):
         """Stamp what is routed to, in slots or not, and write its claims; see `claims`."""
-        turnovers = (num_slots.to(tl.int64) << (_RATE_BITS + 1)) // tl.maximum(miss_rate, 1)
+        divisor = (miss_rate >> (_RATE_BITS - _DIVISOR_BITS)).to(tl.int32)
+        turnovers = (2 * num_slots << _DIVISOR_BITS) // tl.maximum(divisor, 1)
         horizon = tl.minimum(turnovers, max_horizon)
         claims = tl.maximum((claims + (now + horizon)) >> 1, now)
         tl.store(claims_ptr + pages, claims, mask=wanted)
@@ -812,12 +816,12 @@ if triton is not None:
         max_horizon,  # no claim is farther than that from now
     ):
         """Smaller for what is evicted earlier; _NEVER where a slot is in use or not there."""
-        inside = slots < num_slots
-        pages = tl.load(slot_to_page_ptr + slots, mask=inside, other=-1)
+        # -1: empty, -2: not there. As numbers: predicates that are kept would take registers.
+        pages = tl.load(slot_to_page_ptr + slots, mask=slots < num_slots, other=-2)
         last_used = tl.load(last_used_ptr + pages, mask=pages >= 0, other=0)
         claims = tl.load(claims_ptr + pages, mask=pages >= 0, other=0)
         turn = tl.where(last_used > last, 2 * now + max_horizon - last_used, claims)
-        return tl.where(inside & (last_used < now), (turn << _SLOT_BITS) | slots, _NEVER)
+        return tl.where((pages > -2) & (last_used < now), (turn << _SLOT_BITS) | slots, _NEVER)
 
     @triton.jit
     def publish_count(signal_ptr, word, count, LISTED: tl.constexpr, ON_GPU: tl.constexpr):
