@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from importlib.metadata import version
 
 import pytest
 import torch
@@ -651,8 +650,8 @@ def test_compiles(capability: int) -> None:
     names = [kernel["name"] for kernel in kernels]
     assert names == 2 * [*2 * ["admit_and_post_kernel"], *2 * ["combine_kernel"]]
     assert [kernel["published"] for kernel in kernels] == 2 * [False, True, False, False]
-    # Triton 3.6 spills in one case, for GPUs that it was not measured on.
-    most = 24 if version("triton").startswith("3.6.") and capability == 80 else 0
+    # Some predicates, of a GPU that it was not measured on, where pages are copied by others.
+    most = 24 if capability == 80 else 0
     for kernel in kernels:
         assert kernel["spilled"] <= most, kernel
         assert kernel["released"] and kernel["published"] == kernel["seen"], kernel
