@@ -78,7 +78,7 @@ def misses_of(
     device = torch.device("cpu")
     num_layers, num_experts = trace.num_layers, trace.num_experts
     residency = Residency.empty(trace.num_pages, num_slots, num_layers, device)
-    posts = Posts.empty(trace.num_pages, num_experts, num_layers, device)
+    posts = Posts.empty(num_experts, num_layers, device)
     posts.share[0, : len(share)] = torch.tensor(share, dtype=torch.int32)
     mailbox, copies = Mailbox.empty(1, device), CopyList.empty(num_experts, device)
     row = torch.zeros(1, 1)

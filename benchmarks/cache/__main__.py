@@ -11,7 +11,7 @@
 - *decode*: milliseconds per token of a CUDA graph of the whole model, at six capacities, on a trace
   that hits as often as Qwen3-30B-A3B (`benchmarks.routing`) and on two that are harder: a synthetic
   one, and one recorded from the shipped model, tiled; beside the same graph with all experts
-  resident, and LRU and Belady replayed on the same tokens.
+  resident, and claims, LRU and Belady replayed on the same tokens.
 - *sharing*: the same with a share of the misses computed by the host, by ``--misses``: where misses
   were served, how long the GPU waited, and the share that was calibrated.
 - *batches*: the same for as many texts at once as ``--batch`` says, each with a trace of its own.

@@ -9,7 +9,7 @@ import torch
 from benchmarks.cache.harness import Benchmark
 from benchmarks.model import percentiles, time_each
 from qmoe.paging.stats import CacheStats
-from qmoe.traces.replay import replay_curve
+from qmoe.traces.replay import Policy, Replay, replay_curve
 from qmoe.traces.trace import RoutingTrace
 
 CAPACITIES = (0.25, 0.5, 0.375, 0.125, 0.75, 1.0)
@@ -37,7 +37,7 @@ def run_decode(bench: Benchmark) -> None:
     )
     check_bits(bench)
     replayed = replay_window(bench)
-    results.log("LRU and Belady replayed")
+    results.log("claims, LRU and Belady replayed")
     resident = {}
     bench.residents.enter()
     decoder.capture()
@@ -58,7 +58,7 @@ def run_decode(bench: Benchmark) -> None:
             decoder.capture()
             for name, trace in bench.traces.items():
                 each, total, counts = time_paged(bench, trace)
-                lru, belady = replayed[name][capacity]
+                claims, lru, belady = replayed[name][capacity]
                 ms = total / bench.num_tokens
                 link_ms = counts["missed_bytes"] / 1e6 / bench.link["layer"]
                 cell = {
@@ -71,6 +71,7 @@ def run_decode(bench: Benchmark) -> None:
                     "link_ms": round(link_ms, 4),
                     "ratio": round(ms / (resident[name] + link_ms), 4),
                     **counts,
+                    "replayed_hit_rate": claims,
                     "lru_hit_rate": lru,
                     "belady_hit_rate": belady,
                 }
@@ -133,29 +134,33 @@ def count(before: CacheStats, after: CacheStats, num_tokens: int) -> dict[str, f
     }
 
 
-def replay_window(bench: Benchmark) -> dict[str, dict[float, tuple[float, float]]]:
-    """Hit rates of LRU and Belady over the timed tokens, by trace and capacity.
+def replay_window(bench: Benchmark) -> dict[str, dict[float, tuple[float, ...]]]:
+    """Hit rates of claims, LRU and Belady over the timed tokens, by trace and capacity.
 
-    Both also see the tokens before. What they hit there is taken off; for Belady that is the most
+    All also see the tokens before. What they hit there is taken off; for Belady that is the most
     that any policy could have hit there, so what is left is at most what it hits afterwards.
     """
-    rates: dict[str, dict[float, tuple[float, float]]] = {}
+    rates: dict[str, dict[float, tuple[float, ...]]] = {}
     slots = [bench.num_slots(capacity) for capacity in CAPACITIES]
     for name, trace in bench.traces.items():
         before = RoutingTrace(trace.topk_ids[: bench.first], trace.num_experts, trace.page_bytes)
         found = []
-        for policy in ("lru", "belady"):
-            for whole, part in zip(
+        policies: tuple[Policy, ...] = ("claims", "lru", "belady")
+        for policy in policies:
+            pairs = zip(
                 replay_curve(trace, slots, [policy]),
                 replay_curve(before, slots, [policy]),
                 strict=True,
-            ):
-                hits = sum(whole.hits) - sum(part.hits)
-                misses = sum(whole.misses) - sum(part.misses)
-                found.append(round(hits / (hits + misses), 4))
-        both = zip(found[: len(slots)], found[len(slots) :], strict=True)
-        rates[name] = dict(zip(CAPACITIES, both, strict=True))
+            )
+            found.append([_hit_rate_after(*pair) for pair in pairs])
+        rates[name] = dict(zip(CAPACITIES, zip(*found, strict=True), strict=True))
     return rates
+
+
+def _hit_rate_after(whole: Replay, part: Replay) -> float:
+    hits = sum(whole.hits) - sum(part.hits)
+    misses = sum(whole.misses) - sum(part.misses)
+    return round(hits / (hits + misses), 4)
 
 
 def check_bits(bench: Benchmark, num_tokens: int = 4) -> None:

@@ -12,17 +12,19 @@ all of it on the device, without a word from its own program on the host, so tha
 hold it. The mailbox is pinned memory that `qmoe_kernels.cpu.workers` looks at. One serves all
 layers of a model, because a layer's sum is queued before the next layer's post.
 
-Which experts: a missed expert is *cold* if nobody asked for it since the coldest slot was used;
-slots that this call uses do not count. The host takes cold ones only, the longest ago first, and at
-most as many as a table says for the number of misses. They get no slot: an expert that is wanted
-once evicts nobody. All other misses get a slot and are copied at once. So an expert that comes back
-earlier than that, or finds an empty slot, is brought over the link, and stays.
+Which experts: a missed expert is *cold* if its claim before this use is smaller than that of the
+slot that would go first; slots that this call uses do not count. The host takes cold ones only, the
+smallest claim first, and at most as many as a table says for the number of misses. They get no
+slot: an expert that is wanted once evicts nobody. All other misses get a slot and are copied at
+once. So an expert that comes back earlier than that, or finds an empty slot, is brought over the
+link, and stays.
 
 On the CPU the same functions are plain Python over the same tensors, and the workers are real.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -47,7 +49,7 @@ ANSWER_SECONDS = 5.0
 # Columns of Posts.counters.
 SERVED, WAITED_NS = range(2)
 
-RANK_BITS = 20  # of a key; clock stamps lie above
+RANK_BITS = 20  # of a key; claims lie above
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,6 @@ class Posts:
     Attributes:
         share: (2, num_experts + 1) int32, how many of so many misses the host takes at most: of
             calls of one token, and of several.
-        last_asked: (num_pages,) int64, the clock when a page was last routed to, 0: never.
         number: (1,) int64, of the last post.
         pending: (1,) int32, experts of the present layer that were posted.
         failed: (1,) int32, 1 once an answer did not come. Nothing is posted then, and sums are 0.
@@ -95,16 +96,13 @@ class Posts:
     """
 
     share: Tensor
-    last_asked: Tensor
     number: Tensor
     pending: Tensor
     failed: Tensor
     counters: Tensor
 
     @classmethod
-    def empty(
-        cls, num_pages: int, num_experts: int, num_layers: int, device: torch.device
-    ) -> Posts:
+    def empty(cls, num_experts: int, num_layers: int, device: torch.device) -> Posts:
         """Nothing posted, and everything left to the link."""
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -112,7 +110,6 @@ class Posts:
 
         return cls(
             share=zeros(2, num_experts + 1, dtype=torch.int32),
-            last_asked=zeros(num_pages, dtype=torch.int64),
             number=zeros(1, dtype=torch.int64),
             pending=zeros(1, dtype=torch.int32),
             failed=zeros(1, dtype=torch.int32),
@@ -212,16 +209,14 @@ def _admit_and_post_cpu(
     mailbox: Mailbox,
 ) -> Tensor:
     num_tokens, top_k = topk_ids.shape
-    asked = posts.last_asked[first_page : first_page + num_experts].tolist()
+    claims = residency.claims[first_page : first_page + num_experts].tolist()  # before this use
     where = (layer, first_page, num_experts, 0, num_experts)
     wanted, missing, last = look_up(topk_ids, *where, residency)
-    now = int(residency.clock)
-    posts.last_asked[[first_page + e for e in wanted]] = now
-    coldest = min(turns(residency, last).values(), default=now)
-    cold = [e for e in missing if asked[e] < coldest]
-    # The longest ago first; of those that were never asked for, the last choices.
+    coldest = min(turns(residency, last).values(), default=math.inf)
+    cold = [e for e in missing if claims[e] < coldest]
+    # The smallest claim first; of those that were never asked for, the last choices.
     allowed = 0 if int(posts.failed) else int(posts.share[int(num_tokens > 1), len(missing)])
-    taken = sorted(cold, key=lambda e: (asked[e], -wanted.index(e)))[:allowed]
+    taken = sorted(cold, key=lambda e: (claims[e], -wanted.index(e)))[:allowed]
     on_host = torch.isin(topk_ids, torch.tensor(taken, dtype=topk_ids.dtype))
     posts.pending.fill_(len(taken))
     posts.counters[layer, SERVED] += len(taken)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qmoe_kernels.claims import max_horizon
 from qmoe_kernels.cpu import DTYPES, workers
 from qmoe_kernels.launching import COMPILED, has_dependent_launch, launch_options
 from qmoe_kernels.mailbox import RANK_BITS, SERVED, WAITED_NS, Mailbox, Posts
@@ -32,6 +33,7 @@ from qmoe_kernels.paging import (
     first_ranks,
     launch_copying,
     publish_count,
+    renew_pages,
 )
 from qmoe_kernels.signals import store_released, wait_until
 
@@ -59,6 +61,7 @@ _NOT_SPECIALIZED: Any = [
     "first_page",
     "num_experts",
     "num_slots",
+    "max_horizon",
     "share_start",
 ]
 
@@ -89,6 +92,8 @@ def launch_admit_and_post(
         residency.page_to_slot,
         residency.slot_to_page,
         residency.last_used,
+        residency.claims,
+        residency.miss_rate,
         residency.clock,
         residency.last_admitted,
         residency.counters,
@@ -96,7 +101,6 @@ def launch_admit_and_post(
         copies.slots,
         copies.count,
         posts.share,
-        posts.last_asked,
         posts.number,
         posts.pending,
         posts.failed,
@@ -111,6 +115,7 @@ def launch_admit_and_post(
         first_page,
         num_experts,
         num_slots,
+        max_horizon(len(residency.last_admitted)),
         posts.share.stride(0) if num_tokens > 1 else 0,
         hidden_size,
         mailbox.rows.shape[1],
@@ -180,6 +185,8 @@ def admit_and_post_kernel(
     page_to_slot_ptr,  # Residency's tensors
     slot_to_page_ptr,
     last_used_ptr,
+    claims_ptr,
+    miss_rate_ptr,
     clock_ptr,
     last_admitted_ptr,
     counters_ptr,
@@ -187,7 +194,6 @@ def admit_and_post_kernel(
     copy_slots_ptr,
     copy_count_ptr,
     share_ptr,  # Posts' tensors
-    last_asked_ptr,
     number_ptr,
     pending_ptr,
     failed_ptr,
@@ -206,6 +212,7 @@ def admit_and_post_kernel(
     first_page,
     num_experts,
     num_slots,
+    max_horizon,
     share_start,  # of the table in share
     hidden_size,
     row_stride,  # of host_rows
@@ -231,6 +238,8 @@ def admit_and_post_kernel(
             page_to_slot_ptr,
             slot_to_page_ptr,
             last_used_ptr,
+            claims_ptr,
+            miss_rate_ptr,
             clock_ptr,
             last_admitted_ptr,
             counters_ptr,
@@ -238,7 +247,6 @@ def admit_and_post_kernel(
             copy_slots_ptr,
             copy_count_ptr,
             share_ptr,
-            last_asked_ptr,
             number_ptr,
             pending_ptr,
             failed_ptr,
@@ -253,6 +261,7 @@ def admit_and_post_kernel(
             first_page,
             num_experts,
             num_slots,
+            max_horizon,
             share_start,
             hidden_size,
             row_stride,
@@ -286,6 +295,8 @@ def _admit_and_post(
     page_to_slot_ptr,
     slot_to_page_ptr,
     last_used_ptr,
+    claims_ptr,
+    miss_rate_ptr,
     clock_ptr,
     last_admitted_ptr,
     counters_ptr,
@@ -293,7 +304,6 @@ def _admit_and_post(
     copy_slots_ptr,
     copy_count_ptr,
     share_ptr,
-    last_asked_ptr,
     number_ptr,
     pending_ptr,
     failed_ptr,
@@ -308,6 +318,7 @@ def _admit_and_post(
     first_page,
     num_experts,
     num_slots,
+    max_horizon,
     share_start,
     hidden_size,
     row_stride,
@@ -322,7 +333,10 @@ def _admit_and_post(
     """What one program does; see `paging.admit_experts`."""
     experts = tl.arange(0, EXPERTS_BLOCK)
     in_range = experts < num_experts
-    slots = tl.load(page_to_slot_ptr + first_page + experts, mask=in_range, other=-1)
+    pages = first_page + experts
+    slots = tl.load(page_to_slot_ptr + pages, mask=in_range, other=-1)
+    claims = tl.load(claims_ptr + pages, mask=in_range, other=0)
+    miss_rate = tl.load(miss_rate_ptr)
     clock = tl.load(clock_ptr)
     hits_ptr = counters_ptr + 2 * layer + _HITS
     misses_ptr = counters_ptr + 2 * layer + _MISSES
@@ -341,11 +355,22 @@ def _admit_and_post(
     tl.debug_barrier()  # what is written below has been read by all
     if num_missing == 0:
         publish_count(signal_ptr, word, 0, False, ON_GPU)
-    stamps = tl.zeros_like(slots).to(tl.int64) + now
     tl.store(clock_ptr, now)
     tl.store(hits_ptr, hits + num_hits)
     tl.store(misses_ptr, misses + num_missing)
-    tl.store(last_used_ptr + slots, stamps, mask=hit)
+    renew_pages(
+        wanted,
+        pages,
+        claims,
+        miss_rate,
+        num_missing,
+        last_used_ptr,
+        claims_ptr,
+        miss_rate_ptr,
+        now,
+        num_slots,
+        max_horizon,
+    )
 
     num_ids = num_tokens * top_k
     MANY_IDS: tl.constexpr = 2 * IDS_BLOCK  # by all threads together
@@ -358,18 +383,25 @@ def _admit_and_post(
             tl.store(link_ids_ptr + index, ids, mask=index < num_ids)
     else:
         last = tl.load(last_admitted_ptr + layer)
-        asked = tl.load(last_asked_ptr + first_page + experts, mask=in_range, other=0)
         share = tl.load(share_ptr + share_start + num_missing)
         share = tl.where(tl.load(failed_ptr) != 0, 0, share)
-        # The stamps of hits must be seen below; `last` and `asked` have been read by all.
-        tl.debug_barrier()
-        keys, num_free = coldest_slots(last_used_ptr, num_slots, now, last, SLOTS_BLOCK)
+        tl.debug_barrier()  # the stamps of hits must be seen below; `last` has been read by all
+        keys, num_free = coldest_slots(
+            slot_to_page_ptr,
+            last_used_ptr,
+            claims_ptr,
+            num_slots,
+            now,
+            last,
+            max_horizon,
+            SLOTS_BLOCK,
+        )
         order = tl.where(missing, rank, _UNNAMED)  # of those that get a slot
-        cold = missing & (asked < (tl.min(keys, 0) >> _SLOT_BITS))
+        cold = missing & (claims < (tl.min(keys, 0) >> _SLOT_BITS))
         num_taken = tl.minimum(share, tl.sum(cold.to(tl.int32), 0))
         num_copies = tl.minimum(num_missing - num_taken, num_free)
         # The last ranks first; so many ones less a rank are these bits, turned over.
-        key = (asked << _RANK_BITS) | (rank.to(tl.int64) ^ _LAST_RANK)
+        key = (claims << _RANK_BITS) | (rank.to(tl.int64) ^ _LAST_RANK)
         key = tl.where(cold, key, _NEVER)
         for _ in range(num_taken):
             chosen = key == tl.min(key, 0)  # one rank, one expert
@@ -407,21 +439,21 @@ def _admit_and_post(
             keys,
             order,
             num_copies,
-            experts,
+            pages,
+            slot_to_page_ptr,
             last_used_ptr,
+            claims_ptr,
             copy_pages_ptr,
             copy_slots_ptr,
-            first_page,
             num_slots,
             now,
             last,
+            max_horizon,
             SLOTS_BLOCK,
             NUM_BLOCKS,
         )
         publish_count(signal_ptr, word, num_copies, True, ON_GPU)
-        pages = first_page + experts
-        enter_pages(victims, pages, page_to_slot_ptr, slot_to_page_ptr, last_used_ptr, now)
-    tl.store(last_asked_ptr + first_page + experts, stamps, mask=wanted)
+        enter_pages(victims, pages, page_to_slot_ptr, slot_to_page_ptr)
     tl.store(last_admitted_ptr + layer, now)
     tl.store(copy_count_ptr, num_copies)
     tl.store(pending_ptr, num_taken)

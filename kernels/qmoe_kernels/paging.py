@@ -9,12 +9,13 @@ CUDA graph can hold it: the GPU reads pinned host memory itself.
 In the launch that does both, the first thread block admits and publishes the list; the others wait
 for it, and copy. Where nothing is absent all that they hear is that they may end.
 
-Recency is a clock that ticks once per admission. The least recently used slot goes first, as long
-as there is one that nobody used since this layer was admitted last. All others are wanted again
+A clock ticks once per admission. The slot whose page has the smallest claim (see `claims`) goes
+first, of those that nobody used since this layer was admitted last. All others are wanted again
 before they would grow that old: layers run in a cycle, and the least recently used slot would be
-the very next one. Of those the most recently used goes first, whose turn comes last. So a model
-whose layers want more in a cycle than there are slots still hits what fits. Of two slots with the
-same stamp, the lower one goes first. A slot that the present admission uses is never taken.
+the very next one. Where there are only such, the most recently used goes first, whose turn comes
+last. So a model whose layers want more in a cycle than there are slots still hits what fits. Empty
+slots go before all others, and of two that are alike the lower one. A slot that the present
+admission uses is never taken.
 
 On the CPU the same functions are plain Python over the same tensors: a simulation of the device.
 """
@@ -26,6 +27,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from qmoe_kernels.claims import (
+    DIVISOR_BITS,
+    FIRST_RATE,
+    RATE_BITS,
+    RATE_SHIFT,
+    horizon_of,
+    max_horizon,
+    next_rate,
+    renewed,
+)
 
 try:
     import triton
@@ -44,7 +56,7 @@ GATHER_WARPS = 16
 # Of blocks that are launched with the one that admits: all of its warps come to every barrier.
 COPYING_WARPS = 8
 
-# Slots are numbered in the low bits of an eviction key, clock stamps lie above them.
+# Slots are numbered in the low bits of an eviction key, times of the clock lie above them.
 SLOT_BITS = 20
 # What is published is how many pages are to be copied, in the low bits, and a number above them.
 COUNT_BITS = 20
@@ -54,12 +66,15 @@ SLOTS_BLOCK = 2048
 
 @dataclass(frozen=True)
 class Residency:
-    """Which page is in which slot, and since when nobody asked for it; all on one device.
+    """Which page is in which slot, and which ones have earned to stay; all on one device.
 
     Attributes:
         page_to_slot: (num_pages,) int32, -1 where the page is absent.
         slot_to_page: (num_slots,) int32, -1 where the slot is empty.
-        last_used: (num_slots,) int64, the clock at the slot's last use, 0 where it is empty.
+        last_used: (num_pages,) int64, the clock when a page was last routed to, 0: never.
+        claims: (num_pages,) int64, of pages in slots and of all others, see `claims`; 0: never
+            routed to.
+        miss_rate: (1,) int64, misses per tick of the clock, see `claims`.
         clock: (1,) int64.
         last_admitted: (num_layers,) int64, the clock at the layer's last admission, 0: never.
         counters: (num_layers, 2) int64: distinct experts per admission that were there (`HITS`) and
@@ -69,6 +84,8 @@ class Residency:
     page_to_slot: Tensor
     slot_to_page: Tensor
     last_used: Tensor
+    claims: Tensor
+    miss_rate: Tensor
     clock: Tensor
     last_admitted: Tensor
     counters: Tensor
@@ -87,11 +104,21 @@ class Residency:
         return cls(
             page_to_slot=torch.full((num_pages,), -1, dtype=torch.int32, device=device),
             slot_to_page=torch.full((num_slots,), -1, dtype=torch.int32, device=device),
-            last_used=torch.zeros(num_slots, dtype=torch.int64, device=device),
+            last_used=torch.zeros(num_pages, dtype=torch.int64, device=device),
+            claims=torch.zeros(num_pages, dtype=torch.int64, device=device),
+            miss_rate=torch.full((1,), FIRST_RATE, dtype=torch.int64, device=device),
             clock=torch.zeros(1, dtype=torch.int64, device=device),
             last_admitted=torch.zeros(num_layers, dtype=torch.int64, device=device),
             counters=torch.zeros(num_layers, 2, dtype=torch.int64, device=device),
         )
+
+    def clear(self) -> None:
+        """Empty every slot in place, as if no page had been used; counters and clock go on."""
+        self.page_to_slot.fill_(-1)
+        self.slot_to_page.fill_(-1)
+        self.last_used.zero_()
+        self.claims.zero_()
+        self.miss_rate.fill_(FIRST_RATE)
 
 
 @dataclass(frozen=True)
@@ -229,7 +256,7 @@ def look_up(
     residency: Residency,
     elsewhere: Tensor | None = None,
 ) -> tuple[list[int], list[int], int]:
-    """The first half of an admission on a CPU: tick, count, and refresh what is there.
+    """The first half of an admission on a CPU: tick, count, and renew what is routed to.
 
     Returns:
         the distinct experts that are routed to, as they are first named, those that are absent, and
@@ -245,11 +272,15 @@ def look_up(
     if elsewhere is not None:
         wanted = [e for e in wanted if elsewhere[first_page + e] < 0]
     slots = {e: int(r.page_to_slot[first_page + e]) for e in wanted}
-    hits = [slot for slot in slots.values() if slot >= 0]
     missing = [e for e in wanted if slots[e] < 0]
-    r.counters[layer, HITS] += len(hits)
+    r.counters[layer, HITS] += len(wanted) - len(missing)
     r.counters[layer, MISSES] += len(missing)
-    r.last_used[hits] = now
+    miss_rate = int(r.miss_rate)
+    horizon = horizon_of(miss_rate, len(r.slot_to_page), len(r.last_admitted))
+    r.miss_rate.fill_(next_rate(miss_rate, len(missing)))
+    for page in (first_page + e for e in wanted):
+        r.last_used[page] = now
+        r.claims[page] = renewed(int(r.claims[page]), now, horizon)
     return wanted, missing, last
 
 
@@ -262,7 +293,7 @@ def take_slots_of_coldest(
         experts: in the order in which they get slots.
         last: the clock at the layer's admission before this one.
     """
-    r, now = residency, int(residency.clock)
+    r = residency
     turn_of = turns(residency, last)
     pairs = list(zip(experts, sorted(turn_of, key=turn_of.__getitem__), strict=False))
     for i, (expert, slot) in enumerate(pairs):
@@ -271,7 +302,6 @@ def take_slots_of_coldest(
             r.page_to_slot[evicted] = -1
         r.page_to_slot[page] = slot
         r.slot_to_page[slot] = page
-        r.last_used[slot] = now
         copies.pages[i], copies.slots[i] = page, slot
     copies.count.fill_(len(pairs))
 
@@ -282,8 +312,12 @@ def turns(residency: Residency, last: int) -> dict[int, int]:
     Args:
         last: the clock at the layer's admission before this one.
     """
-    now, stamps = int(residency.clock), enumerate(residency.last_used.tolist())
-    return {s: 2 * now - used if used > last else used for s, used in stamps if used < now}
+    r, now = residency, int(residency.clock)
+    after_claims = 2 * now + max_horizon(len(r.last_admitted))
+    pages = r.slot_to_page.long()
+    used, claims = (torch.where(pages >= 0, t[pages], 0) for t in (r.last_used, r.claims))
+    turn = torch.where(used > last, after_claims - used, claims).tolist()
+    return {slot: turn[slot] for slot in (used < now).nonzero().flatten().tolist()}
 
 
 # ---- GPU ---------------------------------------------------------------------------------------
@@ -310,6 +344,8 @@ def launch_admit(
         residency.page_to_slot,
         residency.slot_to_page,
         residency.last_used,
+        residency.claims,
+        residency.miss_rate,
         residency.clock,
         residency.last_admitted,
         residency.counters,
@@ -326,6 +362,7 @@ def launch_admit(
         low,
         high,
         num_slots,
+        max_horizon(len(residency.last_admitted)),
         COPY_BLOCK=GATHER_BLOCK,
         ON_GPU=COMPILED,
         PDL=has_dependent_launch(topk_ids.device),
@@ -371,6 +408,8 @@ if triton is not None:
 
     # Kernels see only globals of this type.
     _HITS, _MISSES = tl.constexpr(HITS), tl.constexpr(MISSES)
+    _RATE_BITS, _RATE_SHIFT = tl.constexpr(RATE_BITS), tl.constexpr(RATE_SHIFT)
+    _DIVISOR_BITS = tl.constexpr(DIVISOR_BITS)
     _SLOT_BITS, _SLOT_MASK = tl.constexpr(SLOT_BITS), tl.constexpr((1 << SLOT_BITS) - 1)
     _COUNT_BITS, _COUNT_MASK = tl.constexpr(COUNT_BITS), tl.constexpr((1 << COUNT_BITS) - 1)
     _NEVER = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # the key of a slot that may not be evicted
@@ -387,6 +426,7 @@ if triton is not None:
         "low",
         "high",
         "num_slots",
+        "max_horizon",
     ]
 
     # One compilation serves every layer and every number of tokens.
@@ -396,6 +436,8 @@ if triton is not None:
         page_to_slot_ptr,  # Residency's tensors
         slot_to_page_ptr,
         last_used_ptr,
+        claims_ptr,
+        miss_rate_ptr,
         clock_ptr,
         last_admitted_ptr,
         counters_ptr,
@@ -416,6 +458,7 @@ if triton is not None:
         low,
         high,
         num_slots,
+        max_horizon,  # `claims.max_horizon`
         COPY_BLOCK: tl.constexpr,  # words of 8 bytes
         ON_GPU: tl.constexpr,
         PDL: tl.constexpr,
@@ -434,6 +477,8 @@ if triton is not None:
                 page_to_slot_ptr,
                 slot_to_page_ptr,
                 last_used_ptr,
+                claims_ptr,
+                miss_rate_ptr,
                 clock_ptr,
                 last_admitted_ptr,
                 counters_ptr,
@@ -450,6 +495,7 @@ if triton is not None:
                 low,
                 high,
                 num_slots,
+                max_horizon,
                 ON_GPU,
                 IDS_BLOCK,
                 EXPERTS_BLOCK,
@@ -475,6 +521,8 @@ if triton is not None:
         page_to_slot_ptr,
         slot_to_page_ptr,
         last_used_ptr,
+        claims_ptr,
+        miss_rate_ptr,
         clock_ptr,
         last_admitted_ptr,
         counters_ptr,
@@ -491,6 +539,7 @@ if triton is not None:
         low,
         high,
         num_slots,
+        max_horizon,
         ON_GPU: tl.constexpr,
         IDS_BLOCK: tl.constexpr,
         EXPERTS_BLOCK: tl.constexpr,
@@ -507,11 +556,14 @@ if triton is not None:
         What does not depend on each other is read at the top, so that all of it is waited for once.
         """
         experts = tl.arange(0, EXPERTS_BLOCK)
-        in_range = (experts < num_experts) & (experts >= low) & (experts < high)
-        slots = tl.load(page_to_slot_ptr + first_page + experts, mask=in_range, other=-1)
+        in_layer = experts < num_experts
+        pages = first_page + experts
+        slots = tl.load(page_to_slot_ptr + pages, mask=in_layer, other=-1)
+        claims = tl.load(claims_ptr + pages, mask=in_layer, other=0)
+        miss_rate = tl.load(miss_rate_ptr)
         if elsewhere_ptr is not None:
-            places = tl.load(elsewhere_ptr + first_page + experts, mask=in_range, other=0)
-            in_range &= places < 0
+            places = tl.load(elsewhere_ptr + pages, mask=in_layer, other=0)
+            in_layer &= places < 0
         clock, last = tl.load(clock_ptr), tl.load(last_admitted_ptr + layer)
         hits_ptr = counters_ptr + 2 * layer + _HITS
         misses_ptr = counters_ptr + 2 * layer + _MISSES
@@ -521,50 +573,67 @@ if triton is not None:
             # Volatile: the compiler would read it later, and wait for it alone.
             word = tl.load(signal_ptr, volatile=True)
         rank = first_ranks(topk_ids_ptr, experts, num_tokens, top_k, IDS_BLOCK)
+        in_range = in_layer & (experts >= low) & (experts < high)
         wanted = in_range & (rank < _UNNAMED)
         hit = wanted & (slots >= 0)
         missing = wanted & (slots < 0)
         num_hits, num_missing = count_both(hit, missing)
         now = clock + 1
 
-        tl.debug_barrier()  # clock, counters, page_to_slot and signal have been read by all
+        tl.debug_barrier()  # what is written below has been read by all
         if num_missing == 0:
             publish_count(signal_ptr, word, 0, False, ON_GPU)
         tl.store(clock_ptr, now)
         tl.store(last_admitted_ptr + layer, now, mask=high >= num_experts)
         tl.store(hits_ptr, hits + num_hits)
         tl.store(misses_ptr, misses + num_missing)
-        tl.store(last_used_ptr + slots, tl.zeros_like(slots).to(tl.int64) + now, mask=hit)
+        renew_pages(
+            wanted,
+            pages,
+            claims,
+            miss_rate,
+            num_missing,
+            last_used_ptr,
+            claims_ptr,
+            miss_rate_ptr,
+            now,
+            num_slots,
+            max_horizon,
+        )
 
         num_copies = num_missing * 0
         if num_missing > 0:
             tl.debug_barrier()  # the stamps of hits must be seen below
-            keys, num_free = coldest_slots(last_used_ptr, num_slots, now, last, SLOTS_BLOCK)
+            keys, num_free = coldest_slots(
+                slot_to_page_ptr,
+                last_used_ptr,
+                claims_ptr,
+                num_slots,
+                now,
+                last,
+                max_horizon,
+                SLOTS_BLOCK,
+            )
             num_copies = tl.minimum(num_missing, num_free)
             victims = choose_slots(
                 keys,
                 tl.where(missing, rank, _UNNAMED),
                 num_copies,
-                experts,
+                pages,
+                slot_to_page_ptr,
                 last_used_ptr,
+                claims_ptr,
                 copy_pages_ptr,
                 copy_slots_ptr,
-                first_page,
                 num_slots,
                 now,
                 last,
+                max_horizon,
                 SLOTS_BLOCK,
                 NUM_BLOCKS,
             )
             publish_count(signal_ptr, word, num_copies, True, ON_GPU)
-            enter_pages(
-                victims,
-                first_page + experts,
-                page_to_slot_ptr,
-                slot_to_page_ptr,
-                last_used_ptr,
-                now,
-            )
+            enter_pages(victims, pages, page_to_slot_ptr, slot_to_page_ptr)
         tl.store(copy_count_ptr, num_copies)
 
     @triton.jit
@@ -614,7 +683,40 @@ if triton is not None:
         return both & 0xFFFF, both >> 16
 
     @triton.jit
-    def coldest_slots(last_used_ptr, num_slots, now, last, SLOTS_BLOCK: tl.constexpr):
+    def renew_pages(
+        wanted,  # by expert: those that are routed to
+        pages,
+        claims,  # before this use
+        miss_rate,  # before this admission
+        num_missing,
+        last_used_ptr,
+        claims_ptr,
+        miss_rate_ptr,
+        now,
+        num_slots,
+        max_horizon,
+    ):
+        """Stamp what is routed to, in slots or not, and write its claims; see `claims`."""
+        divisor = (miss_rate >> (_RATE_BITS - _DIVISOR_BITS)).to(tl.int32)
+        turnovers = (2 * num_slots << _DIVISOR_BITS) // tl.maximum(divisor, 1)
+        horizon = tl.minimum(turnovers, max_horizon)
+        claims = tl.maximum((claims + (now + horizon)) >> 1, now)
+        tl.store(claims_ptr + pages, claims, mask=wanted)
+        tl.store(last_used_ptr + pages, tl.zeros_like(claims) + now, mask=wanted)
+        more = (num_missing.to(tl.int64) << _RATE_BITS) - miss_rate
+        tl.store(miss_rate_ptr, miss_rate + (more >> _RATE_SHIFT))
+
+    @triton.jit
+    def coldest_slots(
+        slot_to_page_ptr,
+        last_used_ptr,
+        claims_ptr,
+        num_slots,
+        now,
+        last,
+        max_horizon,
+        SLOTS_BLOCK: tl.constexpr,
+    ):
         """Keys of slots by lane, and how many slots may be evicted.
 
         Slots that are SLOTS_BLOCK apart share a lane. A lane holds the key of its slot that is
@@ -624,7 +726,16 @@ if triton is not None:
         keys = tl.full((SLOTS_BLOCK,), _NEVER, dtype=tl.int64)
         free = tl.zeros((SLOTS_BLOCK,), dtype=tl.int32)
         for start in range(0, num_slots, SLOTS_BLOCK):
-            more = _eviction_keys(last_used_ptr, start + lanes, num_slots, now, last)
+            more = _eviction_keys(
+                slot_to_page_ptr,
+                last_used_ptr,
+                claims_ptr,
+                start + lanes,
+                num_slots,
+                now,
+                last,
+                max_horizon,
+            )
             free += (more < _NEVER).to(tl.int32)
             keys = tl.minimum(keys, more)
         return keys, tl.sum(free, 0)
@@ -634,14 +745,16 @@ if triton is not None:
         keys,  # from `coldest_slots`
         order,  # of experts: those with the smallest numbers, all different, get slots
         num_copies,  # how many
-        experts,
+        pages,  # of the same experts
+        slot_to_page_ptr,
         last_used_ptr,
+        claims_ptr,
         copy_pages_ptr,
         copy_slots_ptr,
-        first_page,
         num_slots,
         now,
         last,  # the clock at the layer's admission before this one
+        max_horizon,
         SLOTS_BLOCK: tl.constexpr,
         NUM_BLOCKS: tl.constexpr,
     ):
@@ -660,10 +773,19 @@ if triton is not None:
                 lane = victim % SLOTS_BLOCK + tl.arange(0, NUM_BLOCKS) * SLOTS_BLOCK
                 # Nobody asks what follows the last one: then nothing is read, nor waited for.
                 end = tl.where(i + 1 < num_copies, num_slots, 0)
-                others = _eviction_keys(last_used_ptr, lane, end, now, last)
+                others = _eviction_keys(
+                    slot_to_page_ptr,
+                    last_used_ptr,
+                    claims_ptr,
+                    lane,
+                    end,
+                    now,
+                    last,
+                    max_horizon,
+                )
                 following = tl.min(tl.where(others > oldest, others, _NEVER), 0)
             keys = tl.where(keys == oldest, following, keys)
-        tl.store(copy_pages_ptr + places, first_page + experts, mask=victims >= 0)
+        tl.store(copy_pages_ptr + places, pages, mask=victims >= 0)
         tl.store(copy_slots_ptr + places, victims, mask=victims >= 0)
         return victims
 
@@ -673,24 +795,33 @@ if triton is not None:
         pages,  # of the same experts
         page_to_slot_ptr,
         slot_to_page_ptr,
-        last_used_ptr,
-        now,
     ):
         """Change the tables: what was in the slots is gone, and they hold these pages."""
         taken = victims >= 0
         evicted = tl.load(slot_to_page_ptr + victims, mask=taken, other=-1)
-        tl.debug_barrier()  # slot_to_page and, in `choose_slots`, last_used have been read
+        tl.debug_barrier()  # slot_to_page has been read, here and in `choose_slots`
         tl.store(page_to_slot_ptr + evicted, tl.zeros_like(evicted) - 1, mask=evicted >= 0)
         tl.store(page_to_slot_ptr + pages, victims, mask=taken)
         tl.store(slot_to_page_ptr + victims, pages, mask=taken)
-        tl.store(last_used_ptr + victims, tl.zeros_like(victims).to(tl.int64) + now, mask=taken)
 
     @triton.jit
-    def _eviction_keys(last_used_ptr, slots, num_slots, now, last):
+    def _eviction_keys(
+        slot_to_page_ptr,
+        last_used_ptr,
+        claims_ptr,
+        slots,
+        num_slots,
+        now,
+        last,
+        max_horizon,  # no claim is farther than that from now
+    ):
         """Smaller for what is evicted earlier; _NEVER where a slot is in use or not there."""
-        last_used = tl.load(last_used_ptr + slots, mask=slots < num_slots, other=_NEVER)
-        turn = tl.where(last_used > last, 2 * now - last_used, last_used)
-        return tl.where(last_used < now, (turn << _SLOT_BITS) | slots, _NEVER)
+        # -1: empty, -2: not there. As numbers: predicates that are kept would take registers.
+        pages = tl.load(slot_to_page_ptr + slots, mask=slots < num_slots, other=-2)
+        last_used = tl.load(last_used_ptr + pages, mask=pages >= 0, other=0)
+        claims = tl.load(claims_ptr + pages, mask=pages >= 0, other=0)
+        turn = tl.where(last_used > last, 2 * now + max_horizon - last_used, claims)
+        return tl.where((pages > -2) & (last_used < now), (turn << _SLOT_BITS) | slots, _NEVER)
 
     @triton.jit
     def publish_count(signal_ptr, word, count, LISTED: tl.constexpr, ON_GPU: tl.constexpr):

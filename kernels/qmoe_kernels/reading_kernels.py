@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qmoe_kernels.claims import max_horizon
 from qmoe_kernels.cpu import workers
 from qmoe_kernels.launching import COMPILED
 from qmoe_kernels.paging import admission_blocks, admit_experts
@@ -33,6 +34,7 @@ _NOT_SPECIALIZED: Any = [
     "low",
     "high",
     "num_frames",
+    "max_horizon",
     "nanoseconds",
 ]
 
@@ -60,6 +62,8 @@ def launch_read_pages(
         held.page_to_slot,
         held.slot_to_page,
         held.last_used,
+        held.claims,
+        held.miss_rate,
         held.clock,
         held.last_admitted,
         held.counters,
@@ -84,6 +88,7 @@ def launch_read_pages(
         low,
         high,
         num_frames,
+        max_horizon(len(held.last_admitted)),
         int(seconds * 1e9),
         **blocks,
         NUM_THREADS=32 * blocks["num_warps"],
@@ -99,6 +104,8 @@ def read_kernel(
     page_to_frame_ptr,  # Residency's tensors, of frames
     frame_to_page_ptr,
     last_used_ptr,
+    claims_ptr,
+    miss_rate_ptr,
     clock_ptr,
     last_admitted_ptr,
     counters_ptr,
@@ -123,6 +130,7 @@ def read_kernel(
     low,
     high,
     num_frames,
+    max_horizon,
     nanoseconds,
     IDS_BLOCK: tl.constexpr,  # see `paging.admit_kernel`
     EXPERTS_BLOCK: tl.constexpr,
@@ -137,6 +145,8 @@ def read_kernel(
         page_to_frame_ptr,
         frame_to_page_ptr,
         last_used_ptr,
+        claims_ptr,
+        miss_rate_ptr,
         clock_ptr,
         last_admitted_ptr,
         counters_ptr,
@@ -153,6 +163,7 @@ def read_kernel(
         low,
         high,
         num_frames,
+        max_horizon,
         ON_GPU,
         IDS_BLOCK,
         EXPERTS_BLOCK,

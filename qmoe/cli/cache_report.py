@@ -38,9 +38,9 @@ def cache_report(
     json_output: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Replay recorded routing: hit rates of caches that evict by LRU, LFU and Belady's rule.
+    """Replay recorded routing: hit rates of caches that evict by claims, LRU, LFU, Belady's rule.
 
-    LRU is as the expert cache does it.
+    The expert cache evicts by claims.
     """
     if not trace.is_file():
         raise FileNotFoundError(
@@ -82,7 +82,7 @@ def _cache_report_table(report: CacheReport) -> Table:
     table = Table(title=r.metadata.get("source") or None, title_justify="left")
     table.add_column("capacity", justify="right")
     table.add_column("pages", justify="right")
-    for column in ("hit rate", "missed/token"):
+    for column in ("hit rate", "missed\n/token"):
         for policy in POLICIES:
             table.add_column(f"{NAMES[policy]}\n{column}", justify="right")
     by_capacity: dict[int, list[str]] = {}

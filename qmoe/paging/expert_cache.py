@@ -197,7 +197,7 @@ class ExpertCache:
 
     @torch.no_grad()
     def resize(self, num_slots: int, num_staging: int) -> None:
-        """Change the number of slots; the most recently used pages stay resident.
+        """Change the number of slots; the pages with the largest claims stay resident.
 
         Old slots are given back before new ones are taken, so that the memory in use never passes
         the larger of the two; pages come back from the host.
@@ -235,24 +235,27 @@ class ExpertCache:
                 ) from None
 
     def _tables(self, num_slots: int, old: Residency | None) -> Residency:
-        """Tables of so many slots, the first of which hold the pages that were used last."""
-        tables = Residency.empty(self.num_pages, num_slots, 1, "cpu")
-        if old is not None:
-            # In the order in which they would be evicted: of one stamp, the lower slot first.
-            pages = old.slot_to_page[old.last_used.argsort(stable=True)].cpu()
-            pages = pages[pages >= 0][-num_slots:]
-            num = len(pages)
-            tables.slot_to_page[:num] = pages
-            tables.page_to_slot[pages.long()] = torch.arange(num, dtype=torch.int32)
-            tables.last_used[:num] = torch.arange(1, num + 1)
-            tables.clock.fill_(num)
-        return Residency(
-            page_to_slot=tables.page_to_slot.to(self.device),
-            slot_to_page=tables.slot_to_page.to(self.device),
-            last_used=tables.last_used.to(self.device),
-            clock=tables.clock.to(self.device),
-            last_admitted=tables.clock.to(self.device).repeat(len(self._counters)),
-            counters=self._counters,
+        """Tables of so many slots, the first of which hold the pages with the largest claims.
+
+        What is known of pages, and the clock, are the tensors of the old tables and go on.
+        """
+        num_layers = len(self._counters)
+        tables = Residency.empty(self.num_pages, num_slots, num_layers, self.device)
+        tables = replace(tables, counters=self._counters)
+        if old is None:
+            return tables
+        # In the order in which they would be evicted: of one claim, the lower slot first.
+        pages = old.slot_to_page[old.slot_to_page >= 0].long()
+        pages = pages[old.claims[pages].argsort(stable=True)][-num_slots:]
+        slots = torch.arange(len(pages), dtype=torch.int32, device=self.device)
+        tables.slot_to_page[: len(pages)] = pages.int()
+        tables.page_to_slot[pages] = slots
+        return replace(
+            tables,
+            last_used=old.last_used,
+            claims=old.claims,
+            clock=old.clock,
+            last_admitted=old.last_admitted,
         )
 
     def _take(self, residency: Residency, num_staging: int) -> None:
@@ -268,8 +271,6 @@ class ExpertCache:
                 layer, expert = self._layer_of(page)
                 for source in self.host.pieces(layer, expert, expert + 1):
                     pool.memory[slot, : source.shape[1]].copy_(source[0], non_blocking=True)
-        if self.sharing is not None:
-            self.sharing.forget()  # stamps of another clock
         self._interrupted = False
 
     def _new_pool(self, residency: Residency, num_staging: int) -> _Pool:
@@ -333,7 +334,7 @@ class ExpertCache:
             with self._counting_failures():
                 self._reads.forget()
         if self._pool is not None:
-            _empty(self._pool.residency)
+            self._pool.residency.clear()
         self._interrupted = False
 
     def close(self) -> None:
@@ -797,20 +798,9 @@ class ExpertCache:
 def _first_slots(residency: Residency, num_slots: int) -> Residency:
     """The same tables; of fewer slots, in the same memory and empty."""
     if num_slots < len(residency.slot_to_page):
-        residency = replace(
-            residency,
-            slot_to_page=residency.slot_to_page[:num_slots],
-            last_used=residency.last_used[:num_slots],
-        )
-        _empty(residency)
+        residency = replace(residency, slot_to_page=residency.slot_to_page[:num_slots])
+        residency.clear()
     return residency
-
-
-def _empty(residency: Residency) -> None:
-    """Empty every slot, in place."""
-    residency.page_to_slot.fill_(-1)
-    residency.slot_to_page.fill_(-1)
-    residency.last_used.zero_()
 
 
 def _ranges(num_experts: int, size: int) -> list[tuple[int, int]]:

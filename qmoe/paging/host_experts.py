@@ -47,7 +47,6 @@ class HostExperts:
         experts_of: Callable[[int], Experts],
         watched: Sequence[Sequence[tuple[Mapping[str, Tensor | None], str]]],
         first_page: Sequence[int],
-        num_pages: int,
         device: torch.device,
         *,
         num_threads: int | None = None,
@@ -60,7 +59,6 @@ class HostExperts:
             watched: of each layer, what these are copies of: a module's parameters, and a name
                 among them. If one changes, copies are made again.
             first_page: page of each layer's expert 0.
-            num_pages: of all layers.
             device: of the cache.
             num_threads: see `workers.Workers`.
             seconds: how long an answer may take.
@@ -77,7 +75,7 @@ class HostExperts:
         self._seen = [self._state(layer) for layer in range(len(first_page))]
         self._mailbox = Mailbox.empty(self._experts[0].hidden_size, device)
         most = max(layer.num_experts for layer in self._experts)
-        self.posts = Posts.empty(num_pages, most, len(first_page), device)
+        self.posts = Posts.empty(most, len(first_page), device)
         self.kinds = (True, True)
         self._workers: workers.Workers | None = None
         self._stale = False  # the workers have copies of what has changed
@@ -232,10 +230,6 @@ class HostExperts:
         if not workers.wait_for_answer(words, posted, self._seconds):
             workers.store_word(words, workers.FAILED, 1)
             self.check()
-
-    def forget(self) -> None:
-        """Nothing was asked for yet; after slots got other stamps."""
-        self.posts.last_asked.zero_()
 
     def stop(self) -> None:
         """End the threads; the next call starts others."""

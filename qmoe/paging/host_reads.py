@@ -164,7 +164,7 @@ class HostReads:
             if not self._ended(workers.JOIN_SECONDS):
                 return False  # it has failed until then, for the device too
             self.stop()
-        self._empty()
+        self.frames.residency.clear()
         workers.store_word(self._box.words, workers.FAILED, 0)
         self._box.status.zero_()
         self.frames.failed.zero_()
@@ -177,12 +177,6 @@ class HostReads:
         posted = workers.load_word(self._box.words, workers.POSTED)
         return workers.wait_for_answer(self._box.words, posted, seconds)
 
-    def _empty(self) -> None:
-        held = self.frames.residency
-        held.page_to_slot.fill_(-1)
-        held.slot_to_page.fill_(-1)
-        held.last_used.zero_()
-
     def forget(self) -> None:
         """Empty the frames, after a step that was cut off.
 
@@ -192,7 +186,7 @@ class HostReads:
         if self._pid == os.getpid() and not self._ended(self._seconds):
             workers.store_word(self._box.words, workers.FAILED, 1)
         self.check()
-        self._empty()
+        self.frames.residency.clear()
 
     def stop(self) -> None:
         """End the threads and close the files; the next call opens them again."""

@@ -15,7 +15,7 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache, partial
 from itertools import count
 from pathlib import Path
@@ -106,8 +106,7 @@ def _host_experts(cache: ExpertCache, modules: Sequence[QuantizedExperts]) -> Ho
     watched = [
         [(m._parameters, p + end) for p in m.layout.projections for end in ends] for m in modules
     ]
-    first_page, num_pages = cache.host.first_page, cache.num_pages
-    return HostExperts(experts_of, watched, first_page, num_pages, cache.device)
+    return HostExperts(experts_of, watched, cache.host.first_page, cache.device)
 
 
 def _on_host(experts: QuantizedExperts, name: str) -> Tensor | None:
@@ -235,12 +234,12 @@ def _case(
     others = torch.ones(num_pages, dtype=torch.bool)
     others[(first + routed).flatten()] = False
     there = (first + torch.arange(hits)).flatten()
-    # What is routed to was used last: nothing of it is evicted.
+    # What is routed to has the largest claims: nothing of it is evicted.
     pages = torch.cat([others.nonzero().flatten()[: num_slots - len(there)], there])
     tables = Residency.empty(num_pages, num_slots, 1, "cpu")
     tables.slot_to_page[:] = pages
     tables.page_to_slot[pages] = torch.arange(num_slots, dtype=torch.int32)
-    tables.last_used[:] = torch.arange(1, num_slots + 1)
+    tables.last_used[pages] = tables.claims[pages] = torch.arange(1, num_slots + 1)
     tables.clock.fill_(num_slots)
     tables.last_admitted.fill_(num_slots)
     return _Case(ids.expand(layers, -1, -1), tables)
@@ -335,13 +334,13 @@ class _Calls:
             module._fused_moe(self._x, self._ids[layer], self._weights)
 
     def _begin(self, case: _Case) -> None:
-        """Slots and stamps as the case has them; what was there before is never read."""
-        pool, sharing = self._cache._pool, self._cache.sharing
-        assert pool is not None and sharing is not None
+        """Slots and claims as the case has them; what was there before is never read."""
+        pool = self._cache._pool
+        assert pool is not None
         self._ids.copy_(case.ids)
-        for name in ("page_to_slot", "slot_to_page", "last_used", "clock", "last_admitted"):
-            getattr(pool.residency, name).copy_(getattr(case.tables, name))
-        sharing.posts.last_asked.zero_()
+        for field in fields(Residency):
+            if field.name != "counters":
+                getattr(pool.residency, field.name).copy_(getattr(case.tables, field.name))
 
     def _replay(self, graph: torch.cuda.CUDAGraph) -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

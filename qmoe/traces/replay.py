@@ -2,14 +2,15 @@
 
 A step is one token in one layer, as in decode of one sequence. All layers share one pool of slots,
 which is empty at the start. A step's experts are served together: none of them is evicted by it,
-and an expert that it names twice is one page. With ``lru`` this is what `qmoe_kernels.paging.admit`
-does, to the slot: where every slot was used since its layer's last step, the most recently used
-goes.
+and an expert that it names twice is one page. With ``claims`` this is what
+`qmoe_kernels.paging.admit` does, to the slot.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 
 from qmoe.traces.trace import RoutingTrace
+from qmoe_kernels.claims import FIRST_RATE, horizon_of, next_rate, renewed
 
-Policy = Literal["lru", "lfu", "belady"]
+Policy = Literal["claims", "lru", "lfu", "belady"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 
 
@@ -48,18 +50,20 @@ class Replay:
 
 
 def replay(
-    trace: RoutingTrace, capacity: int, policy: Policy = "lru", *, warmup: int = 0
+    trace: RoutingTrace, capacity: int, policy: Policy = "claims", *, warmup: int = 0
 ) -> Replay:
     """Run a trace through a cache.
 
     Args:
         trace: what was asked for.
         capacity: slots, at least trace.top_k.
-        policy: which page goes when one has to: ``"lru"``, the least recently used, as
-            `qmoe_kernels.paging` has it; ``"lfu"``, the one used least often since the start of the
-            trace, whether it was in a slot or not; ``"belady"``, the one whose next use is farthest
-            away, which no policy can beat (L. A. Belady, "A study of replacement algorithms for a
-            virtual-storage computer", 1966).
+        policy: which page goes when one has to: ``"claims"``, the one with the smallest claim, as
+            `qmoe_kernels.paging` has it; ``"lru"``, the least recently used; ``"lfu"``, the one
+            used least often since the start of the trace, whether it was in a slot or not;
+            ``"belady"``, the one whose next use is farthest away, which no policy can beat (L. A.
+            Belady, "A study of replacement algorithms for a virtual-storage computer", 1966). With
+            the first two, where every slot was used since its layer's last step, the most recently
+            used goes.
         warmup: the first so many tokens fill the cache and are not counted.
 
     Raises:
@@ -91,10 +95,13 @@ def replay_curve(
     asked = lengths.view(-1, trace.num_layers)[warmup:].sum(0)
     results = []
     for policy in policies:
-        keep = _keep(pages, lengths, policy).tolist()
+        # Claims are earned while the trace is replayed.
+        keep = None if policy == "claims" else _keep(pages, lengths, policy).tolist()
+        layers_in_turn = trace.num_layers if policy in ("claims", "lru") else None
         for capacity in capacities:
-            cycle = trace.num_layers if policy == "lru" else None
-            steps = torch.tensor(_misses(pages.tolist(), keep, lengths.tolist(), capacity, cycle))
+            earned = _Claims(capacity, trace.num_layers) if keep is None else _Given(keep)
+            given = (pages.tolist(), lengths.tolist(), capacity)
+            steps = torch.tensor(_misses(*given, earned, layers_in_turn))
             misses = steps.view(-1, trace.num_layers)[warmup:].sum(0)
             missed_bytes = sum(map(int.__mul__, misses.tolist(), trace.page_bytes))
             results.append(
@@ -139,59 +146,95 @@ def _keep(pages: Tensor, lengths: Tensor, policy: Policy) -> Tensor:
     return keep + step  # of two used equally often, the one used longer ago goes
 
 
+class _Given:
+    """Claims that were known before."""
+
+    def __init__(self, keep: list[int]) -> None:
+        self._keep, self._start = keep, 0
+
+    def use(self, pages: list[int], num_missing: int) -> list[int]:
+        """Claims of a step's pages from now on."""
+        start = self._start
+        self._start += len(pages)
+        return self._keep[start : self._start]
+
+
+class _Claims:
+    """Those of `qmoe_kernels.claims`."""
+
+    def __init__(self, num_slots: int, num_layers: int) -> None:
+        self._num_slots, self._num_layers = num_slots, num_layers
+        self._clock, self._rate = 0, FIRST_RATE
+        self._of_page: dict[int, int] = {}
+
+    def use(self, pages: list[int], num_missing: int) -> list[int]:
+        """Claims of a step's pages from now on."""
+        self._clock += 1
+        horizon = horizon_of(self._rate, self._num_slots, self._num_layers)
+        self._rate = next_rate(self._rate, num_missing)
+        for page in pages:
+            self._of_page[page] = renewed(self._of_page.get(page, 0), self._clock, horizon)
+        return [self._of_page[page] for page in pages]
+
+
 def _misses(
     pages: list[int],
-    keep: list[int],
     lengths: list[int],
     capacity: int,
+    earned: _Given | _Claims,
     cycle: int | None,
 ) -> list[int]:
     """Misses of each step in a pool of ``capacity`` slots.
 
-    Slots wait in a heap for their eviction, as ``keep * capacity + slot``. A slot that is used
-    again gets another entry; its earlier ones are out of date and skipped when they come up.
+    Slots wait for their eviction in heaps, where a slot that is used again has other entries; those
+    of its earlier uses are out of date and skipped when they come up.
 
     Args:
-        cycle: ``keep`` counts steps, and of slots that were all used in the last so many steps the
-            most recently used goes: a second heap has them by ``-keep``. None: never.
+        cycle: a slot that was used in so many steps before goes after all that were not, the most
+            recently used first. None: it goes as all others do.
     """
     page_to_slot: dict[int, int] = {}
     slot_to_page = [-1] * capacity
-    empty = min(keep, default=0) - 1  # these go before all others
-    claims: list[int | None] = [empty] * capacity  # of each slot; None while in use
-    oldest = [empty * capacity + slot for slot in range(capacity)]
-    newest: list[int] = []
+    last_used = [-1] * capacity  # of each slot; the present step while in use
+    # Entries are (what goes first, slot, its last use). Empty slots go before all others.
+    old: list[tuple[float, int, int]] = [(-math.inf, slot, -1) for slot in range(capacity)]
+    new: list[tuple[float, int, int]] = []
+    # Of each of the last steps: what its slots enter `old` with, once they are old.
+    recent: deque[list[tuple[float, int, int]]] = deque()
 
-    def first(heap: list[int], sign: int) -> int:
+    def first(heap: list[tuple[float, int, int]]) -> int | None:
         """The slot whose entry comes first; it stays there."""
-        while claims[heap[0] % capacity] != sign * (heap[0] // capacity):
+        while heap and last_used[heap[0][1]] != heap[0][2]:
             heapq.heappop(heap)
-        return heap[0] % capacity
+        return heap[0][1] if heap else None
 
     misses = []
     start = 0
     for now, length in enumerate(lengths):
+        if len(recent) == (cycle or 1):
+            for entry in recent.popleft():
+                if last_used[entry[1]] == entry[2]:
+                    heapq.heappush(old, entry)
         step = pages[start : start + length]
         slots = [page_to_slot.get(page, -1) for page in step]
         misses.append(slots.count(-1))
         for slot in slots:
             if slot >= 0:
-                claims[slot] = None
+                last_used[slot] = now
         for index, page in enumerate(step):
             if slots[index] < 0:
-                slot = first(oldest, 1)
-                claim = claims[slot]
-                assert claim is not None
-                if cycle is not None and claim > max(now - cycle, empty):
-                    slot = first(newest, -1)
+                slot = first(old)
+                if slot is None:
+                    slot = first(new)
+                assert slot is not None  # there are more slots than a step has pages
                 slots[index] = slot
                 page_to_slot.pop(slot_to_page[slot], None)
                 slot_to_page[slot], page_to_slot[page] = page, slot
-                claims[slot] = None
-        for slot, claim in zip(slots, keep[start : start + length], strict=True):
-            claims[slot] = claim
-            heapq.heappush(oldest, claim * capacity + slot)
-            if cycle is not None:
-                heapq.heappush(newest, -claim * capacity + slot)
+                last_used[slot] = now
+        claims = earned.use(step, misses[-1])
+        recent.append([(claim, slot, now) for claim, slot in zip(claims, slots, strict=True)])
+        if cycle is not None:
+            for slot in slots:
+                heapq.heappush(new, (-now, slot, now))
         start += length
     return misses

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 HIT_RATE, HEAT_MAP = "hit_rate.png", "heat_map.png"
-NAMES = {"lru": "LRU", "lfu": "LFU", "belady": "Belady"}
+NAMES = {"claims": "claims", "lru": "LRU", "lfu": "LFU", "belady": "Belady"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class CacheReport:
         warmup: tokens that filled the cache before anything was counted.
         metadata: the trace's.
         reuse: for each layer, the share of a token's experts that the token before used too.
-        replays: every capacity under LRU, then under LFU, then under Belady.
+        replays: every capacity by the expert cache's claims, then under LRU, LFU and Belady.
     """
 
     num_tokens: int
@@ -130,7 +130,12 @@ def draw_report(report: CacheReport, trace: RoutingTrace, folder: str | Path) ->
 def _hit_rate(report: CacheReport) -> Figure:
     figure, axes = _axes((7.0, 4.6), report.metadata)
     share = 100 / report.num_pages
-    colors = {"belady": "tab:green", "lru": "tab:blue", "lfu": "tab:orange"}
+    colors = {
+        "belady": "tab:green",
+        "claims": "tab:red",
+        "lru": "tab:blue",
+        "lfu": "tab:orange",
+    }
     for policy in colors:
         curve = [r for r in report.replays if r.policy == policy]
         axes.plot(

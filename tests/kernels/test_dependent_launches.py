@@ -109,7 +109,7 @@ with compiling_for(90) as compiled:
     )
     cpu, copies = torch.device("cpu"), CopyList.empty(8, "cpu")
     ids = torch.zeros(1, 2, dtype=torch.int64)
-    posts, box = Posts.empty(8, 8, 1, cpu), Mailbox.empty(2048, cpu)
+    posts, box = Posts.empty(8, 1, cpu), Mailbox.empty(2048, cpu)
     residency = Residency.empty(8, 4, 1, cpu)
     launch_admit_and_post(x, ids, 0, 0, 8, residency, copies, posts, box)
     launch_combine(torch.zeros(1, 2, 2048, dtype=bf16), ids, ids, None, 0, 8, posts, box, 5.0)

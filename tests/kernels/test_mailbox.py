@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from importlib.metadata import version
 
 import pytest
 import torch
@@ -25,6 +24,7 @@ from random_layer import DEVICE, random_layer
 from test_paging import aligned_slots, host_pages
 
 from qmoe_kernels import fused_moe, mailbox, mailbox_kernels
+from qmoe_kernels.claims import FIRST_RATE
 from qmoe_kernels.cpu import workers
 from qmoe_kernels.experts import Experts, Projection
 from qmoe_kernels.mailbox import SERVED, WAITED_NS, Mailbox, Posts
@@ -76,7 +76,8 @@ class Host:
 
     def __post_init__(self) -> None:
         device = device_of(self.implementation)
-        num_pages = NUM_EXPERTS * len(self.layers)
+        # The last pages are of nothing that is asked for here.
+        num_pages = NUM_EXPERTS * len(self.layers) + NUM_SLOTS
         self.residency = Residency.empty(num_pages, NUM_SLOTS, len(self.layers), device)
         self.copies = CopyList.empty(NUM_EXPERTS, device)
         if self.implementation == "triton":
@@ -84,7 +85,7 @@ class Host:
             self.slots = aligned_slots(NUM_SLOTS, PAGE_BYTES)
             self.transfer = Transfer(addresses, self.slots, PAGE_BYTES)
         self.mailbox = Mailbox.empty(HIDDEN, device)
-        self.posts = Posts.empty(num_pages, NUM_EXPERTS, len(self.layers), device)
+        self.posts = Posts.empty(NUM_EXPERTS, len(self.layers), device)
         self.workers = workers.Workers(
             [on_cpu(layer) for layer in self.layers],
             *(self.mailbox.words, self.mailbox.ids, self.mailbox.rows, self.mailbox.answers),
@@ -93,17 +94,24 @@ class Host:
         )
 
     def fill_slots(self) -> None:
-        """All slots were used at the clock's 10, and hold nothing that is asked for here."""
-        self.residency.page_to_slot.fill_(-1)
-        self.residency.slot_to_page.fill_(-1)
-        self.residency.last_used.fill_(10)
-        self.residency.clock.fill_(10)
-        self.residency.last_admitted.fill_(10)
+        """All slots hold pages that nobody asks for, used at the clock's 10; claims end there."""
+        r = self.residency
+        r.clear()
+        r.page_to_slot[-NUM_SLOTS:] = torch.arange(NUM_SLOTS, device=r.clock.device)
+        r.slot_to_page.copy_(torch.arange(NUM_SLOTS, device=r.clock.device))
+        r.slot_to_page.add_(len(r.page_to_slot) - NUM_SLOTS)
+        r.last_used[-NUM_SLOTS:].fill_(10)
+        r.claims[-NUM_SLOTS:].fill_(10)
+        r.clock.fill_(10)
+        r.last_admitted.fill_(10)
 
-    def refill_slots(self) -> None:
-        """As `fill_slots`; nobody was asked for anything."""
-        self.fill_slots()
-        self.posts.last_asked.zero_()
+    def hold(self, page: int, slot: int) -> None:
+        """Put a page into a slot in another one's place; it was used as that one was."""
+        r = self.residency
+        before = int(r.slot_to_page[slot])
+        r.page_to_slot[before], r.page_to_slot[page] = -1, slot
+        r.slot_to_page[slot] = page
+        r.last_used[page], r.claims[page] = r.last_used[before], r.claims[before]
 
     def admit(self, number: int, layer) -> torch.Tensor:
         where = (layer.hidden_states, layer.topk_ids, number, number * NUM_EXPERTS, NUM_EXPERTS)
@@ -201,7 +209,7 @@ def test_one_expert_has_the_same_bits_in_every_company(hosts, num_threads) -> No
                 hidden_states=layers[0].hidden_states[token : token + 1],
                 topk_ids=layers[0].topk_ids[token : token + 1, k : k + 1],
             )
-            host.refill_slots()
+            host.fill_slots()
             rows = host.combine(0, alone, host.admit(0, alone))
             assert torch.equal(rows[0, 0], together[token, k])
 
@@ -238,7 +246,7 @@ class TestChoice:
         self.taken = layer.topk_ids[link_ids != layer.topk_ids].tolist()
         self.copied = [page for page, _ in host.copies.listed()]
         residency = host.residency
-        there = [page for page in residency.slot_to_page.tolist() if page >= 0]
+        there = residency.slot_to_page.tolist()
         assert set(self.copied) <= set(there)
         for page, slot in host.copies.listed():
             assert (residency.page_to_slot[page], residency.slot_to_page[slot]) == (slot, page)
@@ -250,32 +258,33 @@ class TestChoice:
         self.run(hosts, implementation, 2, 3, 1, 6)
         assert (self.taken, self.copied) == ([1, 6], [3])
 
-    def test_the_longest_ago_first(self, hosts, implementation) -> None:
+    def test_the_smallest_claim_first(self, hosts, implementation) -> None:
         def before(host: Host) -> None:
-            host.posts.last_asked[3], host.posts.last_asked[6] = 2, 5
+            host.residency.claims[3], host.residency.claims[6] = 2, 5
 
         self.run(hosts, implementation, 1, 3, 6, before=before)
         assert (self.taken, self.copied) == ([3], [6])
 
     def test_what_is_warm_is_the_links(self, hosts, implementation) -> None:
-        """Asked for since the coldest slot was used."""
+        """Its claim is no smaller than that of the slot that would go first."""
 
         def before(host: Host) -> None:
-            host.posts.last_asked[3], host.posts.last_asked[5] = 10, 11
+            host.residency.claims[3], host.residency.claims[5] = 10, 11
 
         self.run(hosts, implementation, 8, 3, 6, 5, before=before)
         assert (self.taken, self.copied) == ([6], [3, 5])
 
     def test_at_most_so_many_of_what_is_cold(self, hosts, implementation) -> None:
         def before(host: Host) -> None:
-            host.posts.last_asked[3], host.posts.last_asked[5] = 10, 9
+            host.residency.claims[3], host.residency.claims[5] = 10, 9
 
         self.run(hosts, implementation, 1, 3, 6, 5, before=before)
         assert (self.taken, self.copied) == ([6], [3, 5])
 
     def test_an_empty_slot_is_filled(self, hosts, implementation) -> None:
         def before(host: Host) -> None:
-            host.residency.last_used[2] = 0
+            host.residency.page_to_slot[host.residency.slot_to_page[2].long()] = -1
+            host.residency.slot_to_page[2] = -1
 
         host = self.run(hosts, implementation, 8, 3, 6, before=before)
         assert (self.taken, self.copied) == ([], [3, 6])
@@ -283,24 +292,34 @@ class TestChoice:
 
     def test_a_slot_of_this_call_is_not_the_coldest(self, hosts, implementation) -> None:
         def before(host: Host) -> None:
-            host.residency.page_to_slot[3], host.residency.slot_to_page[1] = 1, 3
-            host.residency.last_used[1] = 4
-            host.posts.last_asked[6] = 9
+            host.hold(3, 1)
+            host.residency.claims[3] = 4
+            host.residency.claims[6] = 9
 
         self.run(hosts, implementation, 8, 3, 6, before=before)
-        assert (self.taken, self.copied) == ([6], []), "all others were used later"
+        assert (self.taken, self.copied) == ([6], []), "all others have larger claims"
+
+    def test_all_is_cold_where_slots_are_kept_for_the_cycle(self, hosts, implementation) -> None:
+        """All of them were used since the layer's last admission: the latest would go first."""
+
+        def before(host: Host) -> None:
+            host.residency.last_admitted.fill_(5)
+            host.residency.claims[3] = 60  # far ahead, and still no more than theirs
+
+        self.run(hosts, implementation, 8, 3, 6, before=before)
+        assert (self.taken, self.copied) == ([3, 6], [])
 
     def test_all_slots_in_use(self, hosts, implementation) -> None:
         def before(host: Host) -> None:
             for slot in range(4):
-                host.residency.page_to_slot[slot], host.residency.slot_to_page[slot] = slot, slot
+                host.hold(slot, slot)
 
         self.run(hosts, implementation, 8, 0, 1, 2, 3, 6, before=before)
         assert (self.taken, self.copied) == ([6], [])
 
     def test_what_is_there_is_no_miss(self, hosts, implementation) -> None:
         def before(host: Host) -> None:
-            host.residency.page_to_slot[3], host.residency.slot_to_page[1] = 1, 3
+            host.hold(3, 1)
 
         self.run(hosts, implementation, 8, 3, 6, before=before)
         assert (self.taken, self.copied) == ([6], [])
@@ -319,7 +338,7 @@ class TestChoice:
         host.posts.share[1].copy_(torch.arange(NUM_EXPERTS + 1))
         for layer, taken in ((asked_for(layers[0], 3, 1).to(layers[0].topk_ids.device), False),
                              (layers[0], True)):  # fmt: skip
-            host.refill_slots()
+            host.fill_slots()
             assert torch.equal(host.admit(0, layer), layer.topk_ids) != taken
 
 
@@ -327,12 +346,15 @@ class TestChoice:
 @given(data=st.data())
 def test_both_implementations_choose_the_same(data) -> None:
     layers = make_layers()
-    numbers = st.integers(0, 3)
+    num_pages, numbers = 2 * NUM_EXPERTS + NUM_SLOTS, st.integers(0, 3)
+    claims = numbers | st.integers(0, 3 + 64 * 2)
+    held = st.lists(st.integers(-1, num_pages - 1), min_size=4, max_size=4, unique=True)
     state = {
-        "asked": data.draw(st.lists(numbers, min_size=16, max_size=16)),
-        "used": data.draw(st.lists(numbers, min_size=4, max_size=4)),
-        "pages": data.draw(st.lists(st.integers(-1, 15), min_size=4, max_size=4, unique=True)),
+        "claims": data.draw(st.lists(claims, min_size=num_pages, max_size=num_pages)),
+        "used": data.draw(st.lists(numbers, min_size=num_pages, max_size=num_pages)),
+        "pages": data.draw(held),
         "last": data.draw(numbers),
+        "rate": data.draw(st.sampled_from([0, 1 << 13, FIRST_RATE])),
         "share": [data.draw(st.lists(st.integers(0, 9), min_size=9, max_size=9)) for _ in range(2)],
     }
     num_tokens = data.draw(st.integers(1, 5))
@@ -344,7 +366,8 @@ def test_both_implementations_choose_the_same(data) -> None:
         try:
             host.residency.clock.fill_(3)
             host.residency.last_admitted.fill_(state["last"])
-            host.posts.last_asked.copy_(torch.tensor(state["asked"]))
+            host.residency.miss_rate.fill_(state["rate"])
+            host.residency.claims.copy_(torch.tensor(state["claims"]))
             host.residency.last_used.copy_(torch.tensor(state["used"]))
             host.residency.slot_to_page.copy_(torch.tensor(state["pages"]))
             for slot, page in enumerate(state["pages"]):
@@ -360,7 +383,6 @@ def test_both_implementations_choose_the_same(data) -> None:
             found.append(
                 (
                     link_ids.tolist(),
-                    host.posts.last_asked.tolist(),
                     host.posts.counters.tolist(),
                     {f.name: getattr(host.residency, f.name).tolist() for f in fields(Residency)},
                     host.copies.listed(),
@@ -385,7 +407,7 @@ def threads() -> list[str]:
 
 def posted(host: Host, layer) -> torch.Tensor:
     host.posts.share.copy_(torch.arange(NUM_EXPERTS + 1))
-    host.refill_slots()
+    host.fill_slots()
     return host.admit(0, layer)
 
 
@@ -541,7 +563,7 @@ def test_a_graph_is_replayed_while_workers_sleep(hosts) -> None:
     expected = host.combine(0, layer, posted(host, layer), layer.topk_weights)
 
     def step() -> torch.Tensor:
-        host.refill_slots()
+        host.fill_slots()
         return host.combine(0, layer, host.admit(0, layer), layer.topk_weights)
 
     step()
@@ -567,7 +589,7 @@ def test_a_graph_does_not_wait_for_ever(hosts) -> None:
     host.combine(0, layer, posted(host, layer), layer.topk_weights)
 
     def step() -> torch.Tensor:
-        host.refill_slots()
+        host.fill_slots()
         link_ids = host.admit(0, layer)
         return host.combine(0, layer, link_ids, layer.topk_weights, seconds=0.2)
 
@@ -599,7 +621,7 @@ with compiling_for(CAPABILITY) as compiled:
     experts, hidden = 128, 2048
     residency = Residency.empty(6144, 3072, 48, "cpu")
     copies = CopyList.empty(experts, "cpu")
-    posts = Posts.empty(6144, experts, 48, torch.device("cpu"))
+    posts = Posts.empty(experts, 48, torch.device("cpu"))
     box = Mailbox.empty(hidden, torch.device("cpu"))
     memory = torch.zeros(3072, 128, dtype=torch.uint8)
     transfer = Transfer(torch.zeros(6144, dtype=torch.int64), memory, 128)
@@ -628,8 +650,8 @@ def test_compiles(capability: int) -> None:
     names = [kernel["name"] for kernel in kernels]
     assert names == 2 * [*2 * ["admit_and_post_kernel"], *2 * ["combine_kernel"]]
     assert [kernel["published"] for kernel in kernels] == 2 * [False, True, False, False]
-    # Triton 3.6 spills in one case, for GPUs that it was not measured on.
-    most = 24 if version("triton").startswith("3.6.") and capability == 80 else 0
+    # Some predicates, of a GPU that it was not measured on, where pages are copied by others.
+    most = 24 if capability == 80 else 0
     for kernel in kernels:
         assert kernel["spilled"] <= most, kernel
         assert kernel["released"] and kernel["published"] == kernel["seen"], kernel

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ import torch
 from compiling import run_compiler
 from graphs import capture
 from random_layer import DEVICE
+from test_paging import Reference, Step, expected_tables
 
 from qmoe_kernels import reading, reading_kernels
 from qmoe_kernels.cpu import readers, workers
@@ -114,36 +115,26 @@ def make_disk(disks: list[Disk], implementation: str, table: PageTable, **option
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_routed_pages_are_in_slots_or_in_frames(disks, implementation, tmp_path) -> None:
-    """Against a cache by hand."""
+    """Against the cache of `test_paging`, of pages that are in no slot."""
     pages, table = make_files(tmp_path)
     disk = make_disk(disks, implementation, table)
     generator = torch.Generator().manual_seed(1)
-    held, stamps = [-1] * NUM_FRAMES, [0] * NUM_FRAMES
-    found, read = 0, 0
+    reference = Reference(NUM_EXPERTS, NUM_LAYERS, NUM_FRAMES)
     for step in range(30):
         layer = step % NUM_LAYERS
         ids = torch.rand(2, NUM_EXPERTS, generator=generator).topk(TOP_K).indices.to(disk.device)
-        wanted = [layer * NUM_EXPERTS + e for e in dict.fromkeys(ids.t().flatten().tolist())]
-        in_slots = [p for p in wanted if int(disk.slots.page_to_slot[p]) >= 0]
-        wanted = [p for p in wanted if p not in in_slots]
-        for page in [p for p in wanted if p in held]:
-            stamps[held.index(page)] = step + 1
-            found += 1
-        for page in [p for p in wanted if p not in held]:
-            free = [frame for frame in range(NUM_FRAMES) if stamps[frame] <= step]
-            first = min(free, key=lambda frame: (stamps[frame], frame))
-            if stamps[first] > max(step + 1 - NUM_LAYERS, 0):  # all were used in this cycle
-                first = min(free, key=lambda frame: (-stamps[frame], frame))
-            held[first], stamps[first] = page, step + 1
-            read += 1
+        in_slots = frozenset((disk.slots.page_to_slot >= 0).nonzero().flatten().tolist())
+        of_step = Step(layer, ids.tolist(), elsewhere=in_slots)
+        reference.admit(of_step)
         disk.read(layer, ids)
-        for page in wanted:
+        for page in set(reference.wanted(of_step)) - in_slots:
             assert torch.equal(disk.frame_of(page), pages[page]), (step, page)
-        assert disk.frames.residency.slot_to_page.tolist() == held
+        held = disk.frames.residency
+        found = {f.name: getattr(held, f.name).tolist() for f in fields(Residency)}
+        assert found == expected_tables(reference), step
         admit(ids, layer, layer * NUM_EXPERTS, NUM_EXPERTS, disk.slots, disk.copies)
     counters = disk.frames.residency.counters.sum(0)
-    assert (int(counters[HITS]), int(counters[MISSES])) == (found, read)
-    assert found > 0 < read and not int(disk.frames.failed)
+    assert int(counters[HITS]) > 0 < int(counters[MISSES]) and not int(disk.frames.failed)
 
 
 def test_both_implementations_agree(disks, tmp_path) -> None:

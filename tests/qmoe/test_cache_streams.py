@@ -162,7 +162,7 @@ class Host:
     def __init__(self, cache: WatchedCache) -> None:
         self.cache = cache
         self.mailbox = Mailbox.empty(16, torch.device("cpu"))
-        self.posts = Posts.empty(3 * NUM_EXPERTS, NUM_EXPERTS, 3, torch.device("cpu"))
+        self.posts = Posts.empty(NUM_EXPERTS, 3, torch.device("cpu"))
         # Two thirds of the misses: both sources have some.
         self.posts.share.copy_((2 * torch.arange(NUM_EXPERTS + 1) + 2) // 3)
 

@@ -392,11 +392,16 @@ def test_an_error_while_computing_leaves_the_pages_where_they_are() -> None:
 # ---- other sizes -------------------------------------------------------------------------------
 
 
-def pages_by_recency(cache: ExpertCache) -> list[int]:
-    """What is resident, from the page that would go first to the one that would go last."""
+def pages_by_claim(cache: ExpertCache) -> list[int]:
+    """What is resident, from the page with the smallest claim to the one with the largest."""
     r = cache._pool.residency
-    rows = zip(r.last_used.tolist(), range(cache.num_slots), r.slot_to_page.tolist(), strict=True)
-    return [page for _, _, page in sorted(rows) if page >= 0]
+    pages = [page for page in r.slot_to_page.tolist() if page >= 0]
+    return sorted(pages, key=r.claims.tolist().__getitem__)
+
+
+def known_of_pages(cache: ExpertCache) -> list[list[int]]:
+    r = cache._pool.residency
+    return [t.tolist() for t in (r.last_used, r.claims, r.clock, r.last_admitted)]
 
 
 def counts(cache: ExpertCache) -> tuple[int, int, int]:
@@ -416,17 +421,18 @@ def check_contents(cache: ExpertCache) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_resize_keeps_the_most_recent_pages(device) -> None:
+def test_resize_keeps_the_pages_with_the_largest_claims(device) -> None:
     example = paged("qwen3_moe", "fp8", device)
     cache = example.cache(12, 2)
     prompts = [example.prompts[i] for i in (0, 2, 4)]
     for num_slots, num_staging in ((7, 2), (7, 0), (1, 1), (24, 8), (11, 3), (30, 0)):
         for prompt in prompts:
             forward(example.model, prompt)
-        before, counted = pages_by_recency(cache), counts(cache)
+        before, counted, known = pages_by_claim(cache), counts(cache), known_of_pages(cache)
         cache.resize(num_slots, num_staging)
+        assert known_of_pages(cache) == known
         assert (cache.num_slots, cache.num_staging) == (num_slots, num_staging)
-        assert pages_by_recency(cache) == before[-num_slots:] and before
+        assert pages_by_claim(cache) == before[-num_slots:] and before
         check_contents(cache)
         assert counts(cache) == counted
         example.check()
@@ -437,7 +443,7 @@ def test_memory_that_is_not_there_leaves_the_old_size(device, monkeypatch) -> No
     example = paged("qwen3_moe", "fp8", device)
     cache = example.cache(9, 2)
     example.check()
-    before, pages = counts(cache), pages_by_recency(cache)
+    before, pages = counts(cache), pages_by_claim(cache)
     empty = torch.empty
 
     def too_little(*shape: int, **options: Any) -> Tensor:
@@ -451,7 +457,7 @@ def test_memory_that_is_not_there_leaves_the_old_size(device, monkeypatch) -> No
         cache.resize(12, 4 if device == "cpu" else 1 << 24)
     monkeypatch.undo()
     assert (cache.num_slots, cache.num_staging) == (9, 2)
-    assert pages_by_recency(cache) == pages
+    assert pages_by_claim(cache) == pages
     check_contents(cache)
     assert counts(cache) == before
     example.check()
