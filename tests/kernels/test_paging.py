@@ -170,7 +170,8 @@ def expected_tables(reference: Reference) -> dict[str, list]:
     num_pages = reference.num_experts * reference.num_layers
     return {
         "page_to_slot": [
-            reference.slots.index(page) if page in reference.slots else -1 for page in range(num_pages)
+            reference.slots.index(page) if page in reference.slots else -1
+            for page in range(num_pages)
         ],
         "slot_to_page": [-1 if page is None else page for page in reference.slots],
         "last_used": [page.stamp for page in reference.pages],
