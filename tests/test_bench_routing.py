@@ -18,6 +18,7 @@ from benchmarks.routing.published import (
     fitted,
 )
 from qmoe.traces.drift import Drift, drifting_trace
+from qmoe.traces.replay import POLICIES
 from qmoe.traces.trace import RoutingTrace
 
 torch.set_num_threads(1)
@@ -38,13 +39,20 @@ def test_every_published_figure_is_reached(model: Published, num_layers: int) ->
 def test_what_was_written_down_is_what_is_published() -> None:
     """The file's models are those of the code, so that what was reached belongs to them."""
     sections = json.loads(benchmark.RESULTS.read_text())["sections"]
-    assert list(sections) == list(MODELS)
+    assert list(sections) == [*MODELS, benchmark.POLICIES]
     for name, model in MODELS.items():
         section = sections[name]
         assert section["model"]["hit_rates"] == [list(point) for point in model.hit_rates.items()]
         assert section["model"]["source"] == model.source
         assert len(section["seeds"]) == benchmark.NUM_SEEDS
         assert all(cell["worst_points"] <= benchmark.POINTS for cell in section["seeds"])
+
+
+def test_claims_miss_less_than_lru_wherever_it_was_written_down() -> None:
+    section = json.loads(benchmark.RESULTS.read_text())["sections"][benchmark.POLICIES]
+    for cell in section["cells"]:
+        misses, change = cell["misses_per_token"], cell["trace"] == "another text"
+        assert misses["claims"] < (1.1 if change else 0.98) * misses["lru"], cell
 
 
 def test_deviations_are_hit_rates_less_what_is_published() -> None:
@@ -73,6 +81,12 @@ def test_the_command_runs_and_draws(tmp_path: Path) -> None:
     assert section["commit"] == "test" and len(section["seeds"]) == 2
     assert {cell["trace"] for cell in section["curve"]} == {"fitted", "synthetic", "recorded"}
     assert fitted(QWEN3_30B_A3B, out) == Drift(**section["drift"])
+    assert benchmark.main([*arguments, "--only=policies"]) == 0
+    cells = json.loads(out.read_text())["sections"]["policies"]["cells"]
+    assert len(cells) == 4 * len(benchmark.POLICY_SHARES)
+    for cell in cells:
+        misses = cell["misses_per_token"]
+        assert list(misses) == list(POLICIES) and misses["belady"] == min(misses.values())
     with pytest.raises(ValueError, match=r"nothing fitted to Qwen3\.8-Flash-Next; run python -m"):
         fitted(QWEN38_FLASH_NEXT, out)
     pytest.importorskip("matplotlib")

@@ -94,6 +94,7 @@ def time_paged(
     """Milliseconds of each timed token and of all of them, and what the cache counted meanwhile."""
     decoder = bench.decoder
     bench.replay.load(trace)
+    bench.cache.forget()  # claims of the trace before
     decoder.reset()
     for _ in range(bench.first):
         decoder.advance()

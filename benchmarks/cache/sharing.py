@@ -120,6 +120,7 @@ def _cell(
     *traces: RoutingTrace,
 ) -> dict[str, Any]:
     bench.replay.load(*traces)
+    bench.cache.forget()  # claims of the traces before
     decoder.reset()
     for _ in range(bench.first):
         _advance(decoder)

@@ -10,6 +10,9 @@ those of the search:
 - *lengths*: hit rates by number of tokens.
 - *curve*: hit rates by capacity, beside the traces that the cache's benchmark also replays.
 
+The section *policies* replays these traces under every policy, and counts misses of a token: after
+some that fill the cache, and after the first text has given way to another one like it.
+
 Results go to ``benchmarks/results/routing.json``, from which the cache's benchmark takes the
 parameters; ``--draw`` draws a picture beside it. ``--tiny`` runs all of it in seconds.
 """
@@ -17,6 +20,7 @@ parameters; ``--draw`` draws a picture beside it. ``--tiny`` runs all of it in s
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -34,14 +38,17 @@ from benchmarks.routing.fit import (
     hit_rates_by_layer,
     hot_share,
 )
-from benchmarks.routing.published import MODELS, QWEN3_30B_A3B, RESULTS, Published
+from benchmarks.routing.published import MODELS, QWEN3_30B_A3B, RESULTS, Published, fitted
 from qmoe.traces.drift import Drift, drifting_trace
+from qmoe.traces.replay import replay_curve
 from qmoe.traces.trace import RoutingTrace, synthetic_trace, tile_trace
 
 RECORDED = Path(__file__).parents[1] / "data" / "tiny_moe_routing.safetensors"
 POINTS = 2.0  # that a hit rate may be off by
 SEARCH_SEED = 1000  # far from those that are reported
 NUM_SEEDS = 8
+POLICIES = "policies"
+POLICY_SHARES = (1 / 4, 3 / 8, 1 / 2)
 SHARES = (1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8, 1.0)
 
 
@@ -76,6 +83,26 @@ def run_model(model: Published, results: Results, options: Any) -> None:
     for name, trace in curves(model, drift).items():
         cell = {"trace": name, "shares": SHARES, "hit_rates": rounded(hit_rates(trace, SHARES))}
         results.add("curve", cell)
+
+
+def run_policies(results: Results, options: Any) -> None:
+    """Misses a token under every policy, of the cache's traces and where the text changes."""
+    model, warmup = QWEN3_30B_A3B, 200
+    if options.tiny:
+        model, warmup = replace(model, num_layers=2), 10
+    drift = fitted(model)
+    model = replace(model, num_tokens=3 * warmup)
+    traces = {name: (trace, warmup) for name, trace in curves(model, drift).items()}
+    following = drifting_trace(warmup, *model.routing, drift, seed=1)
+    both = torch.cat([traces["fitted"][0].topk_ids, following.topk_ids])
+    traces["another text"] = replace(following, topk_ids=both), model.num_tokens
+    results.set(model=model.name, num_layers=model.num_layers, warmup_tokens=warmup)
+    for name, (trace, first) in traces.items():
+        for share in POLICY_SHARES:
+            slots = round(share * trace.num_pages)
+            found = replay_curve(trace, [slots], warmup=first)
+            misses = {r.policy: round(sum(r.misses) / (trace.num_tokens - first), 1) for r in found}
+            results.add("cells", {"trace": name, "share": share, "misses_per_token": misses})
 
 
 def seed_cell(model: Published, drift: Drift, seed: int) -> dict[str, Any]:
@@ -130,7 +157,8 @@ def targets(sections: dict[str, Any]) -> list[dict[str, Any]]:
 def main(arguments: list[str] | None = None) -> int:
     """Run sections; the number of those that failed."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = parser_of(__doc__, MODELS, RESULTS)
+    sections = (*MODELS, POLICIES)
+    parser = parser_of(__doc__, sections, RESULTS)
     parser.add_argument("--evaluations", type=int, default=80, help="of the search")
     parser.add_argument("--layers", type=int, help="that the search looks at")
     options = parser.parse_args(arguments)
@@ -140,12 +168,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(draw(options.out))
         return 0
     only = options.only.split(",")
-    check_names(parser, "section", only, MODELS)
+    check_names(parser, "section", only, sections)
     if options.tiny and options.out == RESULTS:
         parser.error("--tiny measures nothing worth keeping: give it another --out")
     torch.set_num_threads(1)  # tensors are small
     results = Results("routing", options.out, facts("routing", arguments, options.commit), targets)
-    chosen = {name: partial(run_model, MODELS[name], results, options) for name in only}
+    run: dict[str, Callable[[], None]] = {
+        name: partial(run_model, model, results, options) for name, model in MODELS.items()
+    }
+    run[POLICIES] = partial(run_policies, results, options)
+    chosen = {name: run[name] for name in only}
     return run_sections(results, chosen)
 
 

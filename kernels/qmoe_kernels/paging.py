@@ -113,12 +113,14 @@ class Residency:
         )
 
     def clear(self) -> None:
-        """Empty every slot in place, as if no page had been used; counters and clock go on."""
+        """Empty every slot, in place: all but the counters is as in `empty`."""
         self.page_to_slot.fill_(-1)
         self.slot_to_page.fill_(-1)
         self.last_used.zero_()
         self.claims.zero_()
         self.miss_rate.fill_(FIRST_RATE)
+        self.clock.zero_()
+        self.last_admitted.zero_()
 
 
 @dataclass(frozen=True)

@@ -458,10 +458,8 @@ def test_cleared_tables_are_as_new(implementation) -> None:
         cache.admit(step)
     cache.residency.clear()
     found, expected = cache.tables(), new.tables()
-    for name in ("page_to_slot", "slot_to_page", "last_used", "claims", "miss_rate"):
-        assert found[name] == expected[name]
-    for step in steps[:2]:
-        assert cache.admit(step) == new.admit(step)
+    assert sum(map(sum, found.pop("counters"))) > sum(map(sum, expected.pop("counters"))) == 0
+    assert found == expected
 
 
 @pytest.mark.gpu
@@ -718,7 +716,6 @@ def test_the_host_waits_for_nothing(graph: bool, together: bool) -> None:
         captured, _ = capture(step)
         assert cache.tables() == before, "capturing ran something"
         cache.residency.clear()
-        cache.residency.clock.zero_()
         step = captured.replay
     for values in steps:
         ids.copy_(values)
