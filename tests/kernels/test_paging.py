@@ -167,11 +167,9 @@ class Admission:
 
 
 def expected_tables(reference: Reference) -> dict[str, list]:
-    num_pages = reference.num_experts * reference.num_layers
+    slot_of = {page: slot for slot, page in enumerate(reference.slots)}
     return {
-        "page_to_slot": [
-            reference.slots.index(page) if page in reference.slots else -1 for page in range(num_pages)
-        ],
+        "page_to_slot": [slot_of.get(page, -1) for page in range(len(reference.pages))],
         "slot_to_page": [-1 if page is None else page for page in reference.slots],
         "last_used": [page.stamp for page in reference.pages],
         "claims": [page.claim for page in reference.pages],
@@ -735,8 +733,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from qmoe_kernels import paging
 
-INT64 = {"last_used_ptr", "claims_ptr", "miss_rate_ptr", "clock_ptr", "last_admitted_ptr", "counters_ptr", "signal_ptr",
-         "addresses_ptr"}
+INT64 = {"last_used_ptr", "claims_ptr", "miss_rate_ptr", "clock_ptr", "last_admitted_ptr",
+         "counters_ptr", "signal_ptr", "addresses_ptr"}
 NO_COPIES = dict.fromkeys(("signal_ptr", "addresses_ptr", "memory_ptr"))
 ADMIT = [dict(PDL=False, ON_GPU=True, COPY_BLOCK=paging.GATHER_BLOCK, IDS_BLOCK=8,
               EXPERTS_BLOCK=experts, SLOTS_BLOCK=slots, NUM_BLOCKS=blocks, ids=ids, **copying)
