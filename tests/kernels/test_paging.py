@@ -167,9 +167,12 @@ class Admission:
 
 
 def expected_tables(reference: Reference) -> dict[str, list]:
-    slot_of = {page: slot for slot, page in enumerate(reference.slots)}
+    num_pages = reference.num_experts * reference.num_layers
     return {
-        "page_to_slot": [slot_of.get(page, -1) for page in range(len(reference.pages))],
+        "page_to_slot": [
+            reference.slots.index(page) if page in reference.slots else -1
+            for page in range(num_pages)
+        ],
         "slot_to_page": [-1 if page is None else page for page in reference.slots],
         "last_used": [page.stamp for page in reference.pages],
         "claims": [page.claim for page in reference.pages],

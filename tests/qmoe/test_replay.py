@@ -227,7 +227,9 @@ def test_refuses_in_words():
     trace = synthetic_trace(5, 2, 8, 4)
     with pytest.raises(ValueError, match="capacity=3: one step needs 4 slots"):
         replay(trace, 3)
-    with pytest.raises(ValueError, match="'fifo'; use one of 'claims', 'lru', 'lfu', 'belady'"):
+    with pytest.raises(
+        ValueError, match="policy='fifo'; use one of 'claims', 'lru', 'lfu', 'belady'"
+    ):
         replay(trace, 8, "fifo")
     with pytest.raises(ValueError, match="warmup=5"):
         replay(trace, 8, warmup=5)
