@@ -52,7 +52,7 @@ from qmoe_kernels.paging import HITS, MISSES, CopyList, Residency, Transfer, adm
 Compute = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 # From so many routed pairs per expert on, a layer is streamed: 98 % of the experts are routed to
-# when routing is uniform, and a least recently used cache would be washed out.
+# when routing is uniform, and what the slots hold would be washed out.
 STREAMED_PAIRS_PER_EXPERT = 4
 # From so many tokens on, computing with the experts that are there takes longer than queueing a
 # layer in two parts does.

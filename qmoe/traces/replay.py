@@ -190,8 +190,8 @@ def _misses(
     of its earlier uses are out of date and skipped when they come up.
 
     Args:
-        cycle: a slot that was used in so many steps before goes after all that were not, the most
-            recently used first. None: it goes as all others do.
+        cycle: slots that one of so many steps before has used go after all others, the most
+            recently used first. None: they go as all others do.
     """
     page_to_slot: dict[int, int] = {}
     slot_to_page = [-1] * capacity
@@ -223,11 +223,10 @@ def _misses(
                 last_used[slot] = now
         for index, page in enumerate(step):
             if slots[index] < 0:
-                slot = first(old)
-                if slot is None:
-                    slot = first(new)
-                assert slot is not None  # there are more slots than a step has pages
-                slots[index] = slot
+                goes = first(old)
+                goes = first(new) if goes is None else goes
+                assert goes is not None  # there are as many slots as a step has pages
+                slots[index] = slot = goes
                 page_to_slot.pop(slot_to_page[slot], None)
                 slot_to_page[slot], page_to_slot[page] = page, slot
                 last_used[slot] = now

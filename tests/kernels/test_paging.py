@@ -736,8 +736,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from qmoe_kernels import paging
 
-INT64 = {"last_used_ptr", "claims_ptr", "miss_rate_ptr", "clock_ptr", "last_admitted_ptr", "counters_ptr", "signal_ptr",
-         "addresses_ptr"}
+INT64 = {"last_used_ptr", "claims_ptr", "miss_rate_ptr", "clock_ptr", "last_admitted_ptr",
+         "counters_ptr", "signal_ptr", "addresses_ptr"}
 NO_COPIES = dict.fromkeys(("signal_ptr", "addresses_ptr", "memory_ptr"))
 ADMIT = [dict(PDL=False, ON_GPU=True, COPY_BLOCK=paging.GATHER_BLOCK, IDS_BLOCK=8,
               EXPERTS_BLOCK=experts, SLOTS_BLOCK=slots, NUM_BLOCKS=blocks, ids=ids, **copying)
