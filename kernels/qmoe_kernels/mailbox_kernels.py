@@ -93,6 +93,7 @@ def launch_admit_and_post(
         residency.slot_to_page,
         residency.last_used,
         residency.claims,
+        residency.slot_claims,
         residency.miss_rate,
         residency.clock,
         residency.last_admitted,
@@ -186,6 +187,7 @@ def admit_and_post_kernel(
     slot_to_page_ptr,
     last_used_ptr,
     claims_ptr,
+    slot_claims_ptr,
     miss_rate_ptr,
     clock_ptr,
     last_admitted_ptr,
@@ -239,6 +241,7 @@ def admit_and_post_kernel(
             slot_to_page_ptr,
             last_used_ptr,
             claims_ptr,
+            slot_claims_ptr,
             miss_rate_ptr,
             clock_ptr,
             last_admitted_ptr,
@@ -296,6 +299,7 @@ def _admit_and_post(
     slot_to_page_ptr,
     last_used_ptr,
     claims_ptr,
+    slot_claims_ptr,
     miss_rate_ptr,
     clock_ptr,
     last_admitted_ptr,
@@ -361,11 +365,13 @@ def _admit_and_post(
     renew_pages(
         wanted,
         pages,
+        slots,
         claims,
         miss_rate,
         num_missing,
         last_used_ptr,
         claims_ptr,
+        slot_claims_ptr,
         miss_rate_ptr,
         now,
         num_slots,
@@ -386,10 +392,9 @@ def _admit_and_post(
         share = tl.load(share_ptr + share_start + num_missing)
         share = tl.where(tl.load(failed_ptr) != 0, 0, share)
         tl.debug_barrier()  # the stamps of hits must be seen below; `last` has been read by all
-        keys, num_free = coldest_slots(
-            slot_to_page_ptr,
+        keys = coldest_slots(
             last_used_ptr,
-            claims_ptr,
+            slot_claims_ptr,
             num_slots,
             now,
             last,
@@ -399,7 +404,7 @@ def _admit_and_post(
         order = tl.where(missing, rank, _UNNAMED)  # of those that get a slot
         cold = missing & (claims < (tl.min(keys, 0) >> _SLOT_BITS))
         num_taken = tl.minimum(share, tl.sum(cold.to(tl.int32), 0))
-        num_copies = tl.minimum(num_missing - num_taken, num_free)
+        num_copies = tl.minimum(num_missing - num_taken, num_slots - num_hits)  # hits keep theirs
         # The last ranks first; so many ones less a rank are these bits, turned over.
         key = (claims << _RANK_BITS) | (rank.to(tl.int64) ^ _LAST_RANK)
         key = tl.where(cold, key, _NEVER)
@@ -440,9 +445,8 @@ def _admit_and_post(
             order,
             num_copies,
             pages,
-            slot_to_page_ptr,
             last_used_ptr,
-            claims_ptr,
+            slot_claims_ptr,
             copy_pages_ptr,
             copy_slots_ptr,
             num_slots,
@@ -453,7 +457,16 @@ def _admit_and_post(
             NUM_BLOCKS,
         )
         publish_count(signal_ptr, word, num_copies, True, ON_GPU)
-        enter_pages(victims, pages, page_to_slot_ptr, slot_to_page_ptr)
+        enter_pages(
+            victims,
+            pages,
+            page_to_slot_ptr,
+            slot_to_page_ptr,
+            last_used_ptr,
+            claims_ptr,
+            slot_claims_ptr,
+            now,
+        )
     tl.store(last_admitted_ptr + layer, now)
     tl.store(copy_count_ptr, num_copies)
     tl.store(pending_ptr, num_taken)

@@ -249,10 +249,11 @@ class ExpertCache:
         pages = pages[old.claims[pages].argsort(stable=True)][-num_slots:]
         slots = torch.arange(len(pages), dtype=torch.int32, device=self.device)
         tables.slot_to_page[: len(pages)] = pages.int()
+        tables.last_used[: len(pages)] = old.last_used[old.page_to_slot[pages].long()]
+        tables.slot_claims[: len(pages)] = old.claims[pages]
         tables.page_to_slot[pages] = slots
         return replace(
             tables,
-            last_used=old.last_used,
             claims=old.claims,
             clock=old.clock,
             last_admitted=old.last_admitted,
@@ -798,7 +799,9 @@ class ExpertCache:
 def _first_slots(residency: Residency, num_slots: int) -> Residency:
     """The same tables; of fewer slots, in the same memory and empty."""
     if num_slots < len(residency.slot_to_page):
-        residency = replace(residency, slot_to_page=residency.slot_to_page[:num_slots])
+        by_slot = ("slot_to_page", "last_used", "slot_claims")
+        parts = {name: getattr(residency, name)[:num_slots] for name in by_slot}
+        residency = replace(residency, **parts)
         residency.clear()
     return residency
 

@@ -239,7 +239,8 @@ def _case(
     tables = Residency.empty(num_pages, num_slots, 1, "cpu")
     tables.slot_to_page[:] = pages
     tables.page_to_slot[pages] = torch.arange(num_slots, dtype=torch.int32)
-    tables.last_used[pages] = tables.claims[pages] = torch.arange(1, num_slots + 1)
+    tables.last_used[:] = tables.slot_claims[:] = torch.arange(1, num_slots + 1)
+    tables.claims[pages] = tables.slot_claims
     tables.clock.fill_(num_slots)
     tables.last_admitted.fill_(num_slots)
     return _Case(ids.expand(layers, -1, -1), tables)

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -100,7 +101,8 @@ class Host:
         r.page_to_slot[-NUM_SLOTS:] = torch.arange(NUM_SLOTS, device=r.clock.device)
         r.slot_to_page.copy_(torch.arange(NUM_SLOTS, device=r.clock.device))
         r.slot_to_page.add_(len(r.page_to_slot) - NUM_SLOTS)
-        r.last_used[-NUM_SLOTS:].fill_(10)
+        r.last_used.fill_(10)
+        r.slot_claims.fill_(10)
         r.claims[-NUM_SLOTS:].fill_(10)
         r.clock.fill_(10)
         r.last_admitted.fill_(10)
@@ -111,7 +113,7 @@ class Host:
         before = int(r.slot_to_page[slot])
         r.page_to_slot[before], r.page_to_slot[page] = -1, slot
         r.slot_to_page[slot] = page
-        r.last_used[page], r.claims[page] = r.last_used[before], r.claims[before]
+        r.claims[page] = r.claims[before]
 
     def admit(self, number: int, layer) -> torch.Tensor:
         where = (layer.hidden_states, layer.topk_ids, number, number * NUM_EXPERTS, NUM_EXPERTS)
@@ -285,6 +287,7 @@ class TestChoice:
         def before(host: Host) -> None:
             host.residency.page_to_slot[host.residency.slot_to_page[2].long()] = -1
             host.residency.slot_to_page[2] = -1
+            host.residency.last_used[2] = host.residency.slot_claims[2] = 0
 
         host = self.run(hosts, implementation, 8, 3, 6, before=before)
         assert (self.taken, self.copied) == ([], [3, 6])
@@ -293,7 +296,7 @@ class TestChoice:
     def test_a_slot_of_this_call_is_not_the_coldest(self, hosts, implementation) -> None:
         def before(host: Host) -> None:
             host.hold(3, 1)
-            host.residency.claims[3] = 4
+            host.residency.claims[3] = host.residency.slot_claims[1] = 4
             host.residency.claims[6] = 9
 
         self.run(hosts, implementation, 8, 3, 6, before=before)
@@ -351,7 +354,7 @@ def test_both_implementations_choose_the_same(data) -> None:
     held = st.lists(st.integers(-1, num_pages - 1), min_size=4, max_size=4, unique=True)
     state = {
         "claims": data.draw(st.lists(claims, min_size=num_pages, max_size=num_pages)),
-        "used": data.draw(st.lists(numbers, min_size=num_pages, max_size=num_pages)),
+        "used": data.draw(st.lists(numbers, min_size=4, max_size=4)),
         "pages": data.draw(held),
         "last": data.draw(numbers),
         "rate": data.draw(st.sampled_from([0, 1 << 13, FIRST_RATE])),
@@ -368,11 +371,12 @@ def test_both_implementations_choose_the_same(data) -> None:
             host.residency.last_admitted.fill_(state["last"])
             host.residency.miss_rate.fill_(state["rate"])
             host.residency.claims.copy_(torch.tensor(state["claims"]))
-            host.residency.last_used.copy_(torch.tensor(state["used"]))
             host.residency.slot_to_page.copy_(torch.tensor(state["pages"]))
             for slot, page in enumerate(state["pages"]):
                 if page >= 0:
                     host.residency.page_to_slot[page] = slot
+                    host.residency.last_used[slot] = state["used"][slot]
+                    host.residency.slot_claims[slot] = state["claims"][page]
             host.posts.share.copy_(torch.tensor(state["share"]))
             layer = replace(layers[1], hidden_states=layers[1].hidden_states[:num_tokens])
             layer = replace(layer, topk_ids=ids)
@@ -650,8 +654,8 @@ def test_compiles(capability: int) -> None:
     names = [kernel["name"] for kernel in kernels]
     assert names == 2 * [*2 * ["admit_and_post_kernel"], *2 * ["combine_kernel"]]
     assert [kernel["published"] for kernel in kernels] == 2 * [False, True, False, False]
-    # Some predicates, of a GPU that it was not measured on, where pages are copied by others.
-    most = 24 if capability == 80 else 0
+    # Triton 3.6 spills in one case, for GPUs that it was not measured on.
+    most = 24 if version("triton").startswith("3.6.") and capability == 80 else 0
     for kernel in kernels:
         assert kernel["spilled"] <= most, kernel
         assert kernel["released"] and kernel["published"] == kernel["seen"], kernel

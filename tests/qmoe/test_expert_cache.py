@@ -401,7 +401,7 @@ def pages_by_claim(cache: ExpertCache) -> list[int]:
 
 def known_of_pages(cache: ExpertCache) -> list[list[int]]:
     r = cache._pool.residency
-    return [t.tolist() for t in (r.last_used, r.claims, r.clock, r.last_admitted)]
+    return [t.tolist() for t in (r.claims, r.clock, r.last_admitted)]
 
 
 def counts(cache: ExpertCache) -> tuple[int, int, int]:
