@@ -12,12 +12,12 @@ all of it on the device, without a word from its own program on the host, so tha
 hold it. The mailbox is pinned memory that `qmoe_kernels.cpu.workers` looks at. One serves all
 layers of a model, because a layer's sum is queued before the next layer's post.
 
-Which experts: a missed expert is *cold* if its claim before this use is smaller than that of the
-slot that would go first; slots that this call uses do not count. The host takes cold ones only, the
-smallest claim first, and at most as many as a table says for the number of misses. They get no
-slot: an expert that is wanted once evicts nobody. All other misses get a slot and are copied at
-once. So an expert that comes back earlier than that, or finds an empty slot, is brought over the
-link, and stays.
+Which experts: a missed expert is *cold* unless its claim before this use is at least half a horizon
+above that of the slot that would go first; slots that this call uses do not count. (A copy takes
+longer than the processor does, so that it is made for who is likely to come back; see
+docs/expert-cache.md.) The host takes cold ones only, the smallest claim first, and at most as many
+as a table says for the number of misses. They get no slot: an expert that is wanted once evicts
+nobody. All other misses get a slot and are copied at once, and so is what finds an empty one.
 
 On the CPU the same functions are plain Python over the same tensors, and the workers are real.
 """
@@ -31,6 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qmoe_kernels.claims import horizon_of
 from qmoe_kernels.cpu import DTYPES, LANES, workers
 from qmoe_kernels.paging import (
     CopyList,
@@ -211,9 +212,11 @@ def _admit_and_post_cpu(
     num_tokens, top_k = topk_ids.shape
     claims = residency.claims[first_page : first_page + num_experts].tolist()  # before this use
     where = (layer, first_page, num_experts, 0, num_experts)
+    sizes = len(residency.slot_to_page), len(residency.last_admitted)
+    ahead = horizon_of(int(residency.miss_rate), *sizes) // 2
     wanted, missing, last = look_up(topk_ids, *where, residency)
     coldest = min(turns(residency, last).values(), default=math.inf)
-    cold = [e for e in missing if claims[e] < coldest]
+    cold = [e for e in missing if claims[e] < coldest + (ahead if coldest else 0)]
     # The smallest claim first; of those that were never asked for, the last choices.
     allowed = 0 if int(posts.failed) else int(posts.share[int(num_tokens > 1), len(missing)])
     taken = sorted(cold, key=lambda e: (claims[e], -wanted.index(e)))[:allowed]

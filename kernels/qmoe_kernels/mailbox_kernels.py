@@ -362,7 +362,7 @@ def _admit_and_post(
     tl.store(clock_ptr, now)
     tl.store(hits_ptr, hits + num_hits)
     tl.store(misses_ptr, misses + num_missing)
-    renew_pages(
+    horizon = renew_pages(
         wanted,
         pages,
         slots,
@@ -402,7 +402,8 @@ def _admit_and_post(
             SLOTS_BLOCK,
         )
         order = tl.where(missing, rank, _UNNAMED)  # of those that get a slot
-        cold = missing & (claims < (tl.min(keys, 0) >> _SLOT_BITS))
+        coldest = tl.min(keys, 0) >> _SLOT_BITS
+        cold = missing & (claims < coldest + tl.where(coldest > 0, horizon // 2, 0))
         num_taken = tl.minimum(share, tl.sum(cold.to(tl.int32), 0))
         num_copies = tl.minimum(num_missing - num_taken, num_slots - num_hits)  # hits keep theirs
         # The last ranks first; so many ones less a rank are these bits, turned over.

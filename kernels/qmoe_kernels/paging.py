@@ -720,7 +720,7 @@ if triton is not None:
         num_slots,
         max_horizon,
     ):
-        """Write the claims of what is routed to, and stamp it where it is in a slot."""
+        """Write the claims of what is routed to, stamp it where it is in a slot; the horizon."""
         divisor = (miss_rate >> (_RATE_BITS - _DIVISOR_BITS)).to(tl.int32)
         turnovers = (2 * num_slots << _DIVISOR_BITS) // tl.maximum(divisor, 1)
         horizon = tl.minimum(turnovers, max_horizon)
@@ -731,6 +731,7 @@ if triton is not None:
         tl.store(last_used_ptr + slots, tl.zeros_like(claims) + now, mask=hit)
         more = (num_missing.to(tl.int64) << _RATE_BITS) - miss_rate
         tl.store(miss_rate_ptr, miss_rate + (more >> _RATE_SHIFT))
+        return horizon
 
     @triton.jit
     def coldest_slots(

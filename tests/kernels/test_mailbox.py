@@ -268,13 +268,14 @@ class TestChoice:
         assert (self.taken, self.copied) == ([3], [6])
 
     def test_what_is_warm_is_the_links(self, hosts, implementation) -> None:
-        """Its claim is no smaller than that of the slot that would go first."""
+        """Its claim is half a horizon above that of the slot that would go first, 10."""
 
         def before(host: Host) -> None:
-            host.residency.claims[3], host.residency.claims[5] = 10, 11
+            host.residency.miss_rate.fill_(NUM_SLOTS << 13)  # a horizon of 16 ticks
+            host.residency.claims[3], host.residency.claims[5] = 17, 18
 
         self.run(hosts, implementation, 8, 3, 6, 5, before=before)
-        assert (self.taken, self.copied) == ([6], [3, 5])
+        assert (self.taken, self.copied) == ([3, 6], [5])
 
     def test_at_most_so_many_of_what_is_cold(self, hosts, implementation) -> None:
         def before(host: Host) -> None:
