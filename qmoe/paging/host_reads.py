@@ -126,6 +126,8 @@ class HostReads:
             CheckpointError: it could not; what was computed since is not valid, and neither is what
                 slots hold. Later calls read again.
         """
+        if self._readers is None and int(self._box.status) == readers.CANCELLED:
+            self._box.status.zero_()  # they were told to end, and nobody wants what is left
         if not has_failed(self._box):
             return
         error, told = self._error(), self._told
@@ -193,8 +195,6 @@ class HostReads:
         threads, self._readers = self._readers, None
         if threads is not None and not threads.close():
             self._lost = True
-        if int(self._box.status) == readers.CANCELLED:
-            self._box.status.zero_()
 
     def read_counters(self) -> list[list[int]]:
         """Of each layer, pages that were read, and nanoseconds waited for them."""

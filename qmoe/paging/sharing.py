@@ -218,22 +218,21 @@ def _sizes(cache: ExpertCache, num_routed: int) -> tuple[int, int]:
 def _case(
     cache: ExpertCache, layers: int, num_tokens: int, top_k: int, misses: int, turn: int
 ) -> _Case:
-    """The ``turn``-th case: other experts are missed than in the turn before.
+    """The ``turn``-th case: all experts are missed in turn.
 
     In a text, an expert that is missed was not asked for lately, and the processor reads it from
     memory. If the same few were timed again and again, they would lie in the processor's caches.
+    Hits change with them: where a call is routed to all experts, there are no others to miss.
     """
     host, num_slots, num_pages = cache.host, cache.num_slots, cache.num_pages
     num_experts = min(layer.num_experts for layer in host.layers)
     num_routed = min(num_tokens * top_k, num_experts)
-    hits = num_routed - misses
-    missed = hits + (turn * misses + torch.arange(misses)) % (num_experts - hits)
-    routed = torch.cat([torch.arange(hits), missed])
+    routed = (turn * misses + torch.arange(num_routed)) % num_experts  # the first ones are missed
     ids = routed[torch.arange(num_tokens * top_k) % num_routed].view(num_tokens, top_k)
     first = torch.tensor(host.first_page[:layers])[:, None]
     others = torch.ones(num_pages, dtype=torch.bool)
     others[(first + routed).flatten()] = False
-    there = (first + torch.arange(hits)).flatten()
+    there = (first + routed[misses:]).flatten()
     # What is routed to has the largest claims: nothing of it is evicted.
     pages = torch.cat([others.nonzero().flatten()[: num_slots - len(there)], there])
     tables = Residency.empty(num_pages, num_slots, 1, "cpu")

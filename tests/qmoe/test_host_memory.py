@@ -262,6 +262,24 @@ def test_ctrl_c_while_pages_are_read(checkpoint, monkeypatch) -> None:
         assert torch.equal(logits(model), expected)
 
 
+def test_ctrl_c_while_threads_start(checkpoint, monkeypatch) -> None:
+    path, expected, budget = checkpoint
+    model = load(path, budget, host_memory=6 * PAGE)
+    start, calls = threading.Thread.start, []
+
+    def interrupted(thread) -> None:
+        start(thread)
+        calls.append(thread)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        logits(model)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    assert torch.equal(logits(model), expected), "nothing failed"
+
+
 def test_a_text_that_another_call_s_failure_may_have_spoilt_is_not_given_out(checkpoint) -> None:
     path, _, budget = checkpoint
     model = load(path, budget, host_memory=6 * PAGE)
