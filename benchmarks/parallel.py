@@ -153,8 +153,11 @@ class Worker:
                 for how in ("peers", "collective", "all-to-all"):
                     if how == "peers" and not takes.get(what):
                         continue
-                    if how == "all-to-all" and not what.startswith("sum"):
+                    is_sum = what.startswith("sum")
+                    if how == "all-to-all" and not is_sum:
                         continue
+                    if how == "collective" and is_sum and self.group.size > 2:
+                        continue  # it would round more than once
                     self.group.peers = peers if how == "peers" else None
                     self.group.adds_parts = how == "all-to-all"
                     us = self.microseconds(function)

@@ -68,9 +68,10 @@ class RankGroup:
         device: where the layers' tensors are.
         timeout: seconds that a rank waits for another in an exchange.
         peers: the quicker way for few rows, between GPUs of one host; None where there is none.
-        adds_parts: whether ranks exchange their parts of a sum in the model's dtype and add them up
-            themselves. Otherwise NCCL or gloo adds on the way: with two ranks in the model's dtype,
-            which rounds once as well; with more in fp32, twice the bytes.
+        adds_parts: whether ranks exchange their parts of a sum and add them up themselves, as more
+            than two do. NCCL or gloo adds on the way in the model's dtype, which rounds once with
+            two ranks; with more it would round every time. (Adding in fp32 there takes up to twice
+            as long on four GPUs: docs/expert-parallel.md.)
         steps: what has graphs with exchanges in them. NCCL closes its connections only when these
             are gone.
         own_texts: the `OwnTexts` of a call in which each rank has texts of its own, if one is under
@@ -149,10 +150,10 @@ class RankGroup:
             return self.peers.sum(output)
         if self.adds_parts:
             return self._sum_of_parts(output)
-        total = output.to(self._summed_in(output)).contiguous()
+        total = output.contiguous()
         with self._exchanging():
             _finish(self._groups[1].allreduce([total], _options(AllreduceOptions)))
-        return total.to(output.dtype)
+        return total
 
     @torch.compiler.disable
     def gather(
@@ -231,12 +232,12 @@ class RankGroup:
             return self.peers.sum(output, scatter=True)
         if self.adds_parts:
             return self._own_sum(output.contiguous())
-        total = output.to(self._summed_in(output)).contiguous()
+        total = output.contiguous()
         own = total.new_empty(len(output) // self.size, *output.shape[1:])
         with self._exchanging():
             options = _options(ReduceScatterOptions)
             _finish(self._groups[1]._reduce_scatter_base(own, total, options))
-        return own.to(output.dtype)
+        return own
 
     def _sum_of_parts(self, output: Tensor) -> Tensor:
         """Each rank adds up all parts of a small sum, or a slice of a large one for all."""
@@ -267,10 +268,6 @@ class RankGroup:
             options = _options(AllToAllOptions)
             _finish(self._groups[1].alltoall_base(parts, output, [], [], options))
         return _add(parts.view(self.size, len(output) // self.size, *output.shape[1:]))
-
-    def _summed_in(self, output: Tensor) -> torch.dtype:
-        """What NCCL or gloo adds up in: of two numbers the sum is rounded once anyhow."""
-        return output.dtype if self.size == 2 else torch.float32
 
     def _try_peers(self, processes: dist.ProcessGroup) -> Peers | None:
         """The quicker way for few rows, where it gives on every rank what NCCL gives."""
