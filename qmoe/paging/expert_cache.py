@@ -237,7 +237,8 @@ class ExpertCache:
     def _tables(self, num_slots: int, old: Residency | None) -> Residency:
         """Tables of so many slots, the first of which hold the pages with the largest claims.
 
-        What is known of pages, and the clock, are the tensors of the old tables and go on.
+        What is known of pages, and the clock, are the tensors of the old tables and go on; the mean
+        of misses is one of so many slots, and begins anew.
         """
         num_layers = len(self._counters)
         tables = Residency.empty(self.num_pages, num_slots, num_layers, self.device)

@@ -208,6 +208,12 @@ def _misses(
             heapq.heappop(heap)
         return heap[0][1] if heap else None
 
+    def trim(heap: list[tuple[float, int, int]]) -> None:
+        """Drop what is out of date, where that is most of it."""
+        if len(heap) > 4 * capacity + 64:
+            heap[:] = [entry for entry in heap if last_used[entry[1]] == entry[2]]
+            heapq.heapify(heap)
+
     misses = []
     start = 0
     for now, length in enumerate(lengths):
@@ -235,5 +241,7 @@ def _misses(
         if cycle is not None:
             for slot in slots:
                 heapq.heappush(new, (-now, slot, now))
+        trim(old)
+        trim(new)
         start += length
     return misses
