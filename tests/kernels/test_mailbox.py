@@ -285,7 +285,10 @@ class TestChoice:
         assert (self.taken, self.copied) == ([6], [3, 5])
 
     def test_an_empty_slot_is_filled(self, hosts, implementation) -> None:
+        """Though no claim is half a horizon above that of an empty slot, 0."""
+
         def before(host: Host) -> None:
+            host.residency.miss_rate.fill_(NUM_SLOTS << 13)  # a horizon of 16 ticks
             host.residency.page_to_slot[host.residency.slot_to_page[2].long()] = -1
             host.residency.slot_to_page[2] = -1
             host.residency.last_used[2] = host.residency.slot_claims[2] = 0

@@ -410,9 +410,11 @@ def counts(cache: ExpertCache) -> tuple[int, int, int]:
 
 
 def check_contents(cache: ExpertCache) -> None:
-    """Every slot holds the page that the tables say."""
+    """Every slot holds the page that the tables say, and has that page's claim."""
     pool = cache._pool
+    claims, claims_of_slots = pool.residency.claims, pool.residency.slot_claims.tolist()
     for slot, page in enumerate(pool.residency.slot_to_page.tolist()):
+        assert claims_of_slots[slot] == (claims[page] if page >= 0 else 0)
         if page >= 0:
             layer, expert = cache._layer_of(page)
             assert pool.residency.page_to_slot[page] == slot
@@ -484,6 +486,7 @@ def test_where_the_old_size_is_gone_too_what_fits_is_left(monkeypatch, most, lef
             cache.resize(12, 4)
     assert cache.num_slots == left
     if left:
+        check_contents(cache)
         example.check()
     else:
         with pytest.raises(RuntimeError, match=r"no memory on cpu.*call qmoe\.resize"):
