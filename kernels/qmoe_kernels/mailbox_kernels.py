@@ -25,11 +25,10 @@ from qmoe_kernels.paging import (
     CopyList,
     Residency,
     Transfer,
-    choose_slots,
     coldest_slots,
     copy_published,
     count_both,
-    enter_pages,
+    fill_slots,
     first_ranks,
     launch_copying,
     publish_count,
@@ -441,32 +440,27 @@ def _admit_and_post(
             tl.store(served_ptr, served + num_taken)
             tl.store(number_ptr, number + 1)
             store_released(words_ptr + _POSTED, number + 1, ON_GPU)
-        victims = choose_slots(
+        fill_slots(
             keys,
             order,
             num_copies,
             pages,
-            last_used_ptr,
-            slot_claims_ptr,
-            copy_pages_ptr,
-            copy_slots_ptr,
-            num_slots,
-            now,
-            last,
-            max_horizon,
-            SLOTS_BLOCK,
-            NUM_BLOCKS,
-        )
-        publish_count(signal_ptr, word, num_copies, True, ON_GPU)
-        enter_pages(
-            victims,
-            pages,
+            word,
             page_to_slot_ptr,
             slot_to_page_ptr,
             last_used_ptr,
             claims_ptr,
             slot_claims_ptr,
+            copy_pages_ptr,
+            copy_slots_ptr,
+            signal_ptr,
+            num_slots,
             now,
+            last,
+            max_horizon,
+            ON_GPU,
+            SLOTS_BLOCK,
+            NUM_BLOCKS,
         )
     tl.store(last_admitted_ptr + layer, now)
     tl.store(copy_count_ptr, num_copies)

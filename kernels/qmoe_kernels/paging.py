@@ -629,32 +629,27 @@ if triton is not None:
                 SLOTS_BLOCK,
             )
             num_copies = tl.minimum(num_missing, num_slots - num_hits)  # hits keep theirs
-            victims = choose_slots(
+            fill_slots(
                 keys,
                 tl.where(missing, rank, _UNNAMED),
                 num_copies,
                 pages,
-                last_used_ptr,
-                slot_claims_ptr,
-                copy_pages_ptr,
-                copy_slots_ptr,
-                num_slots,
-                now,
-                last,
-                max_horizon,
-                SLOTS_BLOCK,
-                NUM_BLOCKS,
-            )
-            publish_count(signal_ptr, word, num_copies, True, ON_GPU)
-            enter_pages(
-                victims,
-                pages,
+                word,
                 page_to_slot_ptr,
                 slot_to_page_ptr,
                 last_used_ptr,
                 claims_ptr,
                 slot_claims_ptr,
+                copy_pages_ptr,
+                copy_slots_ptr,
+                signal_ptr,
+                num_slots,
                 now,
+                last,
+                max_horizon,
+                ON_GPU,
+                SLOTS_BLOCK,
+                NUM_BLOCKS,
             )
         tl.store(copy_count_ptr, num_copies)
 
@@ -764,23 +759,29 @@ if triton is not None:
         return keys
 
     @triton.jit
-    def choose_slots(
+    def fill_slots(
         keys,  # from `coldest_slots`
         order,  # of experts: those with the smallest numbers, all different, get slots
         num_copies,  # how many
         pages,  # of the same experts
+        word,  # that was published last
+        page_to_slot_ptr,
+        slot_to_page_ptr,
         last_used_ptr,
+        claims_ptr,
         slot_claims_ptr,
         copy_pages_ptr,
         copy_slots_ptr,
+        signal_ptr,
         num_slots,
         now,
         last,  # the clock at the layer's admission before this one
         max_horizon,
+        ON_GPU: tl.constexpr,
         SLOTS_BLOCK: tl.constexpr,
         NUM_BLOCKS: tl.constexpr,
     ):
-        """Write the copy list; returns each expert's slot, -1 of those that get none."""
+        """Write and publish the copy list, then change the tables: slots hold these pages."""
         victims = tl.zeros_like(order) - 1
         places = tl.zeros_like(order)  # in the list
         for i in range(num_copies):
@@ -808,25 +809,12 @@ if triton is not None:
             keys = tl.where(keys == oldest, following, keys)
         tl.store(copy_pages_ptr + places, pages, mask=victims >= 0)
         tl.store(copy_slots_ptr + places, victims, mask=victims >= 0)
-        return victims
-
-    @triton.jit
-    def enter_pages(
-        victims,  # from `choose_slots`
-        pages,  # of the same experts
-        page_to_slot_ptr,
-        slot_to_page_ptr,
-        last_used_ptr,
-        claims_ptr,
-        slot_claims_ptr,
-        now,
-    ):
-        """Change the tables: what was in the slots is gone, and they hold these pages."""
+        publish_count(signal_ptr, word, num_copies, True, ON_GPU)
         taken = victims >= 0
         evicted = tl.load(slot_to_page_ptr + victims, mask=taken, other=-1)
         # Renewed before, and read again: kept meanwhile, they would not fit into registers.
         claims = tl.load(claims_ptr + pages, mask=taken, other=0)
-        tl.debug_barrier()  # what is overwritten has been read, here and in `choose_slots`
+        tl.debug_barrier()  # what is overwritten has been read
         tl.store(page_to_slot_ptr + evicted, tl.zeros_like(evicted) - 1, mask=evicted >= 0)
         tl.store(page_to_slot_ptr + pages, victims, mask=taken)
         tl.store(slot_to_page_ptr + victims, pages, mask=taken)
