@@ -4,8 +4,8 @@
 ``--ranks``, one GPU for a rank, and runs:
 
 - *exchange*: microseconds of the layers' exchanges by size, several in a CUDA graph that is
-  replayed; over peers' memory (*peers*), by NCCL (*collective*), and sums also of parts that the
-  ranks exchange and add up themselves (*all-to-all*).
+  replayed; over peers' memory (*peers*), by NCCL (*collective*; sums of two ranks only), and sums
+  of parts that the ranks exchange and add up themselves (*all-to-all*).
 - *layer*: one layer of three models' shapes. *same*: all ranks have the same rows, and add up;
   *own*: each rank has its part of them, gathered and scattered. With rows in 16 bits, and in 8
   where that is the default. Compared with a layer of all experts on one GPU before it is timed.
