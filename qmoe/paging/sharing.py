@@ -46,7 +46,8 @@ _LAYERS = 5
 # several rows, which cost the link nothing and the host much. Many are measured, so that the host
 # is never given too much.
 _TOKENS, _REPEATS = (1, 32), (9, 3)
-_VERSION = 4
+_VERSION = 5
+_NO_GAIN = "on this machine the host's share would make no step quicker"
 
 
 def sharing_of(
@@ -156,17 +157,19 @@ def calibrate(
         # Else too few experts are absent, or too few slots there: other budgets may say more.
         if (top_k, 0) in times[0] and times[1]:
             _write(key, tables)
-    if any(any(table) for table in tables):
+    one, several = (any(table) for table in tables)
+    if not one:
+        _warn_once(_NO_GAIN, "misses of single tokens" if several else "all misses")
+    if one or several:
         share.copy_(torch.tensor(tables))
-        sharing.kinds = (any(tables[0]), any(tables[1]))
+        sharing.kinds = (one, several)
     else:
-        _warn_once("on this machine the host's share would make no step quicker")
         cache.share_misses(None)
 
 
 @lru_cache
-def _warn_once(reason: str) -> None:
-    logger.warning("misses='auto' leaves all misses to the link: %s", reason)
+def _warn_once(reason: str, what: str = "all misses") -> None:
+    logger.warning("misses='auto' leaves %s to the link: %s", what, reason)
 
 
 def share_table(times: Mapping[tuple[int, int], float], num_experts: int) -> list[int]:
@@ -223,22 +226,28 @@ def _case(
     In a text, an expert that is missed was not asked for lately, and the processor reads it from
     memory. If the same few were timed again and again, they would lie in the processor's caches.
     Hits change with them: where a call is routed to all experts, there are no others to miss.
+
+    All of it is made on the cache's device. On a CPU torch spreads what indexes 3000 elements or
+    more over its threads, and they then spin for milliseconds on the cores that workers need.
     """
-    host, num_slots, num_pages = cache.host, cache.num_slots, cache.num_pages
+    host, num_slots, num_pages, device = cache.host, cache.num_slots, cache.num_pages, cache.device
     num_experts = min(layer.num_experts for layer in host.layers)
     num_routed = min(num_tokens * top_k, num_experts)
-    routed = (turn * misses + torch.arange(num_routed)) % num_experts  # the first ones are missed
-    ids = routed[torch.arange(num_tokens * top_k) % num_routed].view(num_tokens, top_k)
-    first = torch.tensor(host.first_page[:layers])[:, None]
-    others = torch.ones(num_pages, dtype=torch.bool)
+    places = torch.arange(num_tokens * top_k, device=device) % num_routed
+    # The first ones are missed.
+    routed = (turn * misses + torch.arange(num_routed, device=device)) % num_experts
+    ids = routed[places].view(num_tokens, top_k)
+    first = torch.tensor(host.first_page[:layers], device=device)[:, None]
+    others = torch.ones(num_pages, dtype=torch.bool, device=device)
     others[(first + routed).flatten()] = False
     there = (first + routed[misses:]).flatten()
     # What is routed to has the largest claims: nothing of it is evicted.
     pages = torch.cat([others.nonzero().flatten()[: num_slots - len(there)], there])
-    tables = Residency.empty(num_pages, num_slots, 1, "cpu")
+    slots = torch.arange(num_slots, dtype=torch.int32, device=device)
+    tables = Residency.empty(num_pages, num_slots, 1, device)
     tables.slot_to_page[:] = pages
-    tables.page_to_slot[pages] = torch.arange(num_slots, dtype=torch.int32)
-    tables.last_used[:] = tables.slot_claims[:] = torch.arange(1, num_slots + 1)
+    tables.page_to_slot[pages] = slots
+    tables.last_used[:] = tables.slot_claims[:] = slots + 1
     tables.claims[pages] = tables.slot_claims
     tables.clock.fill_(num_slots)
     tables.last_admitted.fill_(num_slots)

@@ -10,8 +10,11 @@ import logging
 import os
 import sys
 import threading
+import time
 import weakref
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -335,6 +338,36 @@ def test_slots_hold_their_pages_after_replays(twice) -> None:
 
 
 @pytest.mark.gpu
+def test_calibration_does_not_wake_torchs_threads() -> None:
+    """They would spin on the cores of the workers that are timed; from 3000 slots on they did."""
+    pages = SimpleNamespace(
+        layers=48 * [SimpleNamespace(num_experts=128)], first_page=tuple(range(0, 6144, 128))
+    )
+    cache = SimpleNamespace(host=pages, num_slots=4096, num_pages=6144, device=torch.device("cuda"))
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        before = others_ns()
+        torch.arange(9000)[torch.arange(8000)]
+        time.sleep(0.1)
+        assert others_ns() - before > 10_000, "this is how they are woken"
+        sharing._case(cache, 5, 1, 8, 1, 0)
+        before = others_ns()
+        for turn in range(8):
+            sharing._case(cache, 5, 1, 8, 1, turn)
+        time.sleep(0.1)
+        assert others_ns() - before < 1_000_000
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def others_ns() -> int:
+    """Processor time of threads that torch started."""
+    tasks = [task for task in Path("/proc/self/task").iterdir() if int(task.name) != os.getpid()]
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks)
+
+
+@pytest.mark.gpu
 def test_a_captured_step_without_workers_ends_and_goes_on_with_the_link() -> None:
     model, resident = paged_on_gpu("host", seconds=0.3)
     expected = tokens_of(resident)
@@ -451,6 +484,14 @@ def test_no_gain_is_the_link_and_said_once(monkeypatch, caplog) -> None:
     with caplog.at_level(logging.WARNING):
         resize(model, hbm_budget=model.qmoe_paging.budget.total)
     assert caplog.text.count("would make no step quicker") == 1
+
+
+def test_no_gain_for_single_tokens_is_said_too(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(sharing, "_measure", lambda *args: [AS_QUICK, QUICKER])
+    with caplog.at_level(logging.WARNING):
+        model, _ = paged(misses="auto")
+    assert "misses of single tokens to the link" in caplog.text
+    assert model.qmoe_paging.cache.sharing.kinds == (False, True)
 
 
 def test_what_cannot_be_measured_is_the_links(monkeypatch, caplog) -> None:
