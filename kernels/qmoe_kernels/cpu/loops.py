@@ -18,6 +18,7 @@ from numba.core.ccallback import CFunc
 from numba.core.compiler_lock import global_compiler_lock
 
 from qmoe_kernels.cpu import ROWS_AT_ONCE
+from qmoe_kernels.cpu.atomics import pause
 from qmoe_kernels.cpu.intrinsics import (
     advance,
     bits_of_float,
@@ -44,6 +45,10 @@ ROUTED, DOWN_DONE, FOUND = 16, 24, 32
 # How far ahead of what is multiplied the weights are asked for: half of it is too near on AMD's
 # Zen 4, and twice as much changes nothing.
 AHEAD_BYTES = 1 << 14
+
+# At a counter, before others may run: who is waited for ends an item, within some microseconds,
+# and who lets others run can be away for twenty.
+LOOKS = 1000
 
 BF16, FP16, FP32 = 0, 1, 2  # places in `cpu.DTYPES`
 
@@ -361,9 +366,14 @@ def add_rows(s, token):
 
 @njit(**OPTIONS)
 def wait_for(address, number):
-    """Let others run until a counter has come to a number."""
+    """Wait until a counter has come to a number; let others run where that takes long."""
+    looks = 0
     while read_counter(address) < number:
-        yield_processor()
+        looks += 1
+        if looks < LOOKS:
+            pause()
+        else:
+            yield_processor()
 
 
 def make_layer() -> Any:
