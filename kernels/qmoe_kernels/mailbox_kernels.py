@@ -125,6 +125,7 @@ def launch_admit_and_post(
         ON_GPU=COMPILED,
         PDL=has_dependent_launch(topk_ids.device),
         **blocks,
+        **launch_options(True, topk_ids.device),
     )
     return link_ids
 

@@ -377,6 +377,7 @@ def launch_admit(
         ON_GPU=COMPILED,
         PDL=has_dependent_launch(topk_ids.device),
         **blocks,
+        **launch_options(True, topk_ids.device),
     )
 
 
@@ -413,7 +414,7 @@ def _words(transfer: Transfer) -> tuple[int, int]:
 
 
 if triton is not None:
-    from qmoe_kernels.launching import COMPILED, has_dependent_launch
+    from qmoe_kernels.launching import COMPILED, has_dependent_launch, launch_options
     from qmoe_kernels.signals import publish, wait_for_word
 
     # Kernels see only globals of this type.

@@ -69,7 +69,7 @@ from qmoe_kernels.linear import launch_linear
 from qmoe_kernels.mailbox import Mailbox, Posts
 from qmoe_kernels.mailbox_kernels import launch_admit_and_post, launch_combine
 from qmoe_kernels.norm import launch_rms_norm
-from qmoe_kernels.paging import CopyList, Residency
+from qmoe_kernels.paging import CopyList, Residency, Transfer, launch_admit
 from qmoe_kernels.quantization import STORAGE_DTYPE, QuantizedRows
 from qmoe_kernels.rope import launch_rotate
 from qmoe_kernels.router import launch_select_experts
@@ -111,7 +111,9 @@ with compiling_for(90) as compiled:
     ids = torch.zeros(1, 2, dtype=torch.int64)
     posts, box = Posts.empty(8, 1, cpu), Mailbox.empty(2048, cpu)
     residency = Residency.empty(8, 4, 1, cpu)
-    launch_admit_and_post(x, ids, 0, 0, 8, residency, copies, posts, box)
+    for pages in (None, Transfer(ids[0], torch.zeros(4, 128, dtype=torch.uint8), 128)):
+        launch_admit(ids, 0, 0, 8, 0, 8, residency, copies, None, pages)
+        launch_admit_and_post(x, ids, 0, 0, 8, residency, copies, posts, box, pages)
     launch_combine(torch.zeros(1, 2, 2048, dtype=bf16), ids, ids, None, 0, 8, posts, box, 5.0)
 for kernel in compiled:
     print(json.dumps({
@@ -127,6 +129,8 @@ for kernel in compiled:
 def test_every_program_waits() -> None:
     kernels = [kernel for kernel in run_compiler(COMPILE) if kernel["dependent"]]
     assert {kernel["name"] for kernel in kernels} >= {
+        "admit_and_post_kernel",
+        "admit_kernel",
         "combine_kernel",
         "combine_splits_kernel",
         "decode_attention_kernel",
