@@ -233,8 +233,11 @@ class HostExperts:
 
     def stop(self) -> None:
         """End the threads; the next call starts others."""
-        threads, self._workers = self._workers, None
-        if threads is not None and not threads.close():
+        if self._workers is None:
+            return
+        ended = self._workers.close()  # cut off here, they are told again the next time
+        self._workers = None
+        if not ended:
             # They may write to the mailbox at any time: it cannot be used again.
             self.working = False
             self.posts.share.zero_()

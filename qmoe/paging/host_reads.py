@@ -192,8 +192,11 @@ class HostReads:
 
     def stop(self) -> None:
         """End the threads and close the files; the next call opens them again."""
-        threads, self._readers = self._readers, None
-        if threads is not None and not threads.close():
+        if self._readers is None:
+            return
+        ended = self._readers.close()  # cut off here, they are told again the next time
+        self._readers = None
+        if not ended:
             self._lost = True
 
     def read_counters(self) -> list[list[int]]:

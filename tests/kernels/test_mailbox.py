@@ -528,6 +528,36 @@ def test_ctrl_c_while_waiting_leaves_the_mailbox_usable(hosts) -> None:
     assert torch.equal(host.combine(0, layer, posted(host, layer)), expected)
 
 
+def test_ctrl_c_while_a_thread_starts_leaves_none(hosts, monkeypatch) -> None:
+    """A thread that has not begun by then finds that nobody wants it, and takes no other's posts."""
+    before, late = threads(), []
+
+    def interrupted(*given) -> None:
+        late.append(given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(threading, "_start_new_thread", interrupted)
+        Host("cpu", make_layers()[:1])
+    begin, arguments = late.pop()
+    begin(*arguments)  # does not end, or reads memory that is gone, if it does what it was to do
+    assert threads() == before
+
+
+def test_ctrl_c_while_threads_are_told_to_end(hosts, monkeypatch) -> None:
+    before = threads()
+    host = Host("cpu", make_layers()[:1], num_threads=3)
+
+    def interrupted(*given) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(workers, "store_word", interrupted)
+        host.workers.close()
+    assert not host.workers.alive, "nobody posts to them any more"
+    assert host.workers.close() and threads() == before
+
+
 PROCESS = """
 import os, sys, time
 import torch

@@ -14,6 +14,7 @@ import time
 import weakref
 from array import array
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -98,18 +99,21 @@ class Team:
             for times in zip(spin_ns, poll_ns, strict=True)
         ]
         parts = [("lead", given[0]), *[("assist", given[1])] * (num_threads - 1)]
+        memory = (words, given, kept)
+        self._told: list[bool] = []  # to end
         # Daemons: their end is the finalizer's business, before which Python must not wait.
         self._threads = [
             threading.Thread(
-                target=_native(part),
-                args=(arguments.buffer_info()[0],),
+                target=_serve,
+                args=(_native(part), arguments.buffer_info()[0], self._told, memory),
                 name=f"{name}-{part}",
                 daemon=True,
             )
             for part, arguments in parts
         ]
-        memory = (words, given, kept)
-        self._finalizer = weakref.finalize(self, _end, self._threads, words, self._pid, memory)
+        self._finalizer = weakref.finalize(
+            self, _end, self._threads, words, self._pid, self._told, memory
+        )
         try:
             for thread in self._threads:
                 thread.start()
@@ -123,20 +127,27 @@ class Team:
 
     @property
     def alive(self) -> bool:
-        """Whether all threads are running, in this process."""
-        return os.getpid() == self._pid and all(thread.is_alive() for thread in self._threads)
+        """Whether all threads are running, in this process, and nobody told them to end."""
+        if self._told or os.getpid() != self._pid:
+            return False
+        return all(thread.is_alive() for thread in self._threads)
 
     def ring(self) -> None:
         """Wake who sleeps, because a post is about to come."""
         _call("ring_bell", self._words.data_ptr())
 
     def close(self) -> bool:
-        """End the threads.
+        """End the threads. Where an interrupt cuts it off, it can be called again.
 
         Returns:
             whether they have ended; if not, the mailbox's memory is theirs for good.
         """
-        return self._finalizer() is not False
+        if (found := self._finalizer.peek()) is None:
+            return True
+        _, end, arguments, _ = found
+        ended: bool = end(*arguments)
+        self._finalizer.detach()
+        return ended
 
 
 class Workers(Team):
@@ -259,15 +270,25 @@ class _Job:
         self._arguments[0], self._arguments[1] = counters, counters + 8
 
 
-def _end(threads: list[threading.Thread], words: Tensor, pid: int, kept: Any) -> bool:
+def _serve(loop: Callable[[int], None], arguments: int, told: list[bool], memory: Any) -> None:
+    """What a thread does, unless it was told to end before it began; it keeps its memory."""
+    if not told:
+        loop(arguments)
+
+
+def _end(
+    threads: list[threading.Thread], words: Tensor, pid: int, told: list[bool], kept: Any
+) -> bool:
     """Tell threads to stop and wait for them; what they may write to outlives them."""
     if os.getpid() != pid:
         return True  # a forked child: there are no threads
+    told.append(True)
     store_word(words, STOP, 1)
     _call("ring_bell", words.data_ptr())
     end = time.monotonic() + JOIN_SECONDS
     for thread in threads:
-        if thread.ident is not None:
+        # Not begun, where an interrupt came while it was started: then it looks at `told` first.
+        with suppress(RuntimeError):
             thread.join(max(0.0, end - time.monotonic()))
     if not any(thread.is_alive() for thread in threads):
         return True
