@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from qmoe.checkpoints.schema import BIAS_SUFFIX, QUANTIZED_SUFFIX, SCALE_SUFFIX
@@ -672,7 +673,11 @@ class QuantizedExperts(nn.Module):
         def move(tensor: torch.Tensor) -> torch.Tensor:
             moved = fn(tensor)
             cast = moved.dtype != tensor.dtype
-            return tensor.to(moved.device) if cast and id(tensor) in fixed else moved
+            if cast and id(tensor) in fixed:
+                moved = tensor.to(moved.device)
+            if moved is not tensor and not tensor.is_inference():
+                increment_version(tensor)  # torch does not, and the host may have a copy of it
+            return moved
 
         return super()._apply(move, recurse)
 

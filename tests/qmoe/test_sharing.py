@@ -194,6 +194,16 @@ def test_scales_that_change_reach_the_host() -> None:
     assert (decode(model) - expected).norm() < 1e-4 * expected.norm()
 
 
+def test_biases_that_a_cast_rounds_reach_the_host() -> None:
+    """torch casts through ``.data``, and the memory may be the old one again."""
+    model, resident = paged("gpt_oss")
+    decode(model)
+    for either in (model, resident):
+        either.to(torch.bfloat16).to(torch.float32)
+    expected = decode(resident)
+    assert (decode(model) - expected).norm() < 1e-4 * expected.norm()
+
+
 def test_a_worker_that_hangs_is_an_error_and_then_the_link(monkeypatch) -> None:
     model, resident = paged()
     decode(model)
