@@ -529,7 +529,7 @@ def test_ctrl_c_while_waiting_leaves_the_mailbox_usable(hosts) -> None:
 
 
 def test_ctrl_c_while_a_thread_starts_leaves_none(hosts, monkeypatch) -> None:
-    """A thread that has not begun by then finds that nobody wants it, and takes no other's posts."""
+    """A thread that has not begun by then finds that it is not wanted, and takes no posts."""
     before, late = threads(), []
 
     def interrupted(*given) -> None:
