@@ -129,14 +129,15 @@ def calibrate(
     empties the slots. If the host is of no use, it is not used, which a line says.
 
     Args:
-        cache: shares its misses, see `sharing_of`; nothing happens if it does not.
+        cache: shares its misses, see `sharing_of`; nothing happens if it does not, or if the host
+            was given up: then nothing of what it can do is seen.
         modules: which are paged in the cache, in its order.
         misses: see :class:`qmoe.PagingOptions`.
         top_k: experts of a token.
         dtype: of hidden states.
     """
     sharing = cache.sharing
-    if sharing is None:
+    if sharing is None or not sharing.working:
         return
     share = sharing.posts.share
     num_experts = share.shape[1] - 1

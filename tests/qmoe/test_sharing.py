@@ -484,6 +484,19 @@ def test_a_broken_or_foreign_table_is_not_used(content, monkeypatch, caplog) -> 
     assert model.qmoe_paging.cache.sharing.posts.share.any()
 
 
+def test_nothing_is_kept_of_a_host_that_was_given_up(monkeypatch) -> None:
+    monkeypatch.setattr(sharing, "_measure", lambda *args: [QUICKER, QUICKER])
+    model, resident = paged(misses="auto")
+    file = sharing._file({"top_k": model.config.num_experts_per_tok})
+    file.unlink()
+    shared = model.qmoe_paging.cache.sharing
+    shared._give_up()
+    monkeypatch.setattr(sharing, "_measure", lambda *args: [AS_QUICK, AS_QUICK])  # all by the link
+    resize(model, hbm_budget=model.qmoe_paging.budget.total)
+    assert not file.exists() and not shared.working
+    assert torch.equal(decode(model), decode(resident))
+
+
 def test_no_gain_is_the_link_and_said_once(monkeypatch, caplog) -> None:
     monkeypatch.setattr(sharing, "_measure", lambda *args: [AS_QUICK, AS_QUICK])
     with caplog.at_level(logging.WARNING):
