@@ -127,6 +127,7 @@ class Readers(workers.Team):
 
     def close(self) -> bool:
         """End the threads, which leave what they have not begun, and close the files."""
+        self.told.append(True)  # an interrupt leaves none that are cancelled, and still asked
         self.cancel()
         return super().close()
 

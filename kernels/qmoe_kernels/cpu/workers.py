@@ -67,6 +67,9 @@ class Team:
 
     A forked child has none of its parent's threads: there `alive` is False, and others are to be
     made, with a mailbox of their own.
+
+    Attributes:
+        told: not empty once the threads are to end.
     """
 
     def __init__(
@@ -100,19 +103,19 @@ class Team:
         ]
         parts = [("lead", given[0]), *[("assist", given[1])] * (num_threads - 1)]
         memory = (words, given, kept)
-        self._told: list[bool] = []  # to end
+        self.told: list[bool] = []
         # Daemons: their end is the finalizer's business, before which Python must not wait.
         self._threads = [
             threading.Thread(
                 target=_serve,
-                args=(_native(part), arguments.buffer_info()[0], self._told, memory),
+                args=(_native(part), arguments.buffer_info()[0], self.told, memory),
                 name=f"{name}-{part}",
                 daemon=True,
             )
             for part, arguments in parts
         ]
         self._finalizer = weakref.finalize(
-            self, _end, self._threads, words, self._pid, self._told, memory
+            self, _end, self._threads, words, self._pid, self.told, memory
         )
         try:
             for thread in self._threads:
@@ -128,7 +131,7 @@ class Team:
     @property
     def alive(self) -> bool:
         """Whether all threads are running, in this process, and nobody told them to end."""
-        if self._told or os.getpid() != self._pid:
+        if self.told or os.getpid() != self._pid:
             return False
         return all(thread.is_alive() for thread in self._threads)
 
