@@ -167,6 +167,22 @@ def test_threads_and_files_end(checkpoint) -> None:
     assert (readers_running(), len(os.listdir("/proc/self/fd"))) == before
 
 
+def test_ctrl_c_while_readers_are_told_to_end(checkpoint, monkeypatch) -> None:
+    path, expected, budget = checkpoint
+    model = load(path, budget, host_memory=8 * PAGE)
+    logits(model)
+    cache_of(model)._reads._seconds = 0.5
+
+    def interrupted(*given) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(workers.Team, "close", interrupted)
+        qmoe.release(model)
+    cache_of(model).forget()
+    assert torch.equal(logits(model), expected)
+
+
 # ---- a disk that fails -------------------------------------------------------------------------
 
 
