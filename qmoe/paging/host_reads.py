@@ -126,6 +126,8 @@ class HostReads:
             CheckpointError: it could not; what was computed since is not valid, and neither is what
                 slots hold. Later calls read again.
         """
+        if self._readers is not None and self._readers.told:
+            self.stop()  # an interrupt cut that off
         if self._readers is None and int(self._box.status) == readers.CANCELLED:
             self._box.status.zero_()  # they were told to end, and nobody wants what is left
         if not has_failed(self._box):
