@@ -138,6 +138,7 @@ class HostExperts:
         self._workers = workers.Workers(
             self._experts, words, box.ids, box.rows, box.answers, self._num_threads
         )
+        self._workers.start()
         self._stale = False
 
     def admit(

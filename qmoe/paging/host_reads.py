@@ -85,6 +85,7 @@ class HostReads:
                 f"{error.filename}: cannot be read ({error.strerror}); experts that are not in "
                 "host memory come from there"
             ) from None
+        self._readers.start()
 
     def read(
         self,

@@ -93,6 +93,7 @@ class Host:
             self.num_threads,
             spin_ns=200_000,
         )
+        self.workers.start()
 
     def fill_slots(self) -> None:
         """All slots hold pages that nobody asks for, used at the clock's 10; claims end there."""

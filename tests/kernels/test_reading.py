@@ -76,6 +76,7 @@ class Disk:
         if self.num_threads:
             memory = (self.box.words, self.box.status, self.box.pages, self.box.frames)
             self.readers = Readers(self.table, self.memory, *memory, self.num_threads)
+            self.readers.start()
 
     def read(self, layer: int, ids: torch.Tensor, seconds: float = 5.0, experts=None) -> None:
         triton = self.implementation == "triton"

@@ -244,6 +244,25 @@ def test_ctrl_c_in_the_middle_of_an_exchange(monkeypatch) -> None:
     assert (decode(model) - expected).norm() < 1e-4 * expected.norm()
 
 
+def test_ctrl_c_when_the_last_thread_has_started_leaves_one_team(monkeypatch) -> None:
+    """Two teams at one mailbox would answer each other's posts."""
+    model, resident = paged()
+    start = workers.Team.start
+
+    def cut_off(team) -> None:
+        start(team)
+        raise KeyboardInterrupt
+
+    model.qmoe_paging.cache.stop_workers()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
+        patch.setattr(workers.Team, "start", cut_off)
+        decode(model)
+    expected = decode(resident)
+    assert (decode(model) - expected).norm() < 1e-4 * expected.norm()
+    assert len([name for name in threads() if name.endswith("lead")]) == 1
+    assert caught.traceback, "it holds what was cut off"
+
+
 def test_two_threads_and_two_models() -> None:
     models = [paged()[0] for _ in range(2)]
     expected = decode(build("qwen3_moe"))

@@ -95,7 +95,7 @@ class Readers(workers.Team):
         targets: Tensor,  # (capacity,) int64
         num_threads: int | None = None,
     ) -> None:
-        """Open the files and start the threads.
+        """Open the files and make the threads.
 
         Args:
             table: where pages are.

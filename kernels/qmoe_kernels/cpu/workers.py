@@ -83,7 +83,7 @@ class Team:
         poll_ns: tuple[int, int],
         name: str,
     ) -> None:
-        """Start the threads.
+        """Make the threads; `start` starts them, once somebody holds the team.
 
         Args:
             words: of the mailbox.
@@ -117,6 +117,12 @@ class Team:
         self._finalizer = weakref.finalize(
             self, _end, self._threads, words, self._pid, self.told, memory
         )
+
+    def start(self) -> None:
+        """Start the threads. An interrupt may leave some, which whoever holds the team closes.
+
+        (Two teams at one mailbox would answer each other's posts.)
+        """
         try:
             for thread in self._threads:
                 thread.start()
@@ -168,7 +174,7 @@ class Workers(Team):
         spin_ns: int = SPIN_NS,
         poll_ns: int = POLL_NS,
     ) -> None:
-        """Start the threads.
+        """Make the threads.
 
         Args:
             experts: of each layer, all on the CPU, without slots.
@@ -286,6 +292,8 @@ def _end(
     if os.getpid() != pid:
         return True  # a forked child: there are no threads
     told.append(True)
+    if all(thread.ident is None for thread in threads):
+        return True  # the words may be those of others, who run
     store_word(words, STOP, 1)
     _call("ring_bell", words.data_ptr())
     end = time.monotonic() + JOIN_SECONDS
