@@ -35,6 +35,7 @@ from transformers import (
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     MaxTimeCriteria,
     PreTrainedModel,
     Qwen2MoeConfig,
@@ -426,6 +427,44 @@ class TestOptions:
         expected = generate(qwen3, *text, **options)
         assert (expected[0, 23:] == 7).all() and expected.shape[1] > 25
         assert decode(qwen3, *text, **options).tolist() == expected.tolist()
+
+    @pytest.mark.parametrize("at", [0, 1, 4])
+    @pytest.mark.parametrize("way", ["processor", "allowed tokens"])
+    def test_the_caller_s_code_sees_no_text_beyond_its_end(self, qwen3, text, greedy, way, at):
+        """A grammar has nothing to say there, and fails."""
+        ids, mask = (tensor[:1] for tensor in text)
+        eos = int(greedy[0, 20 + at])
+        lengths: list[int] = []
+
+        def allowed(row: int, tokens: Tensor) -> list[int]:
+            lengths.append(len(tokens))
+            return [] if eos in tokens[20:] else list(range(96))
+
+        class Grammar(LogitsProcessor):
+            def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+                if not allowed(0, input_ids[0]):
+                    raise RuntimeError("the text has ended")
+                return scores
+
+        options: dict[str, Any] = dict(eos_token_id=eos, pad_token_id=95)
+        if way == "processor":
+            options["logits_processor"] = LogitsProcessorList([Grammar()])
+        else:
+            options["prefix_allowed_tokens_fn"] = allowed
+        expected = generate(qwen3, ids, mask, **options)
+        seen = lengths.copy()
+        lengths.clear()
+        assert decode(qwen3, ids, mask, **options).tolist() == expected.tolist()
+        assert lengths == seen
+
+    def test_prompts_that_a_length_criterion_ends(self, qwen3, text):
+        """transformers gives one token then."""
+        options = dict(stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(20)]))
+        options |= dict(max_new_tokens=None, max_length=30)
+        expected = generate(qwen3, *text, **options)
+        assert expected.shape[1] == 21
+        with pytest.warns(UserWarning, match="MaxLengthCriteria was given that its prompt"):
+            assert decode(qwen3, *text, **options).tolist() == expected.tolist()
 
     def test_sampling_ends(self, qwen3, text, plain):
         options = dict(do_sample=True, eos_token_id=int(plain[1, 22]), pad_token_id=95)
