@@ -374,7 +374,8 @@ def _obstacle(
     prepare = model.prepare_inputs_for_generation
     if getattr(prepare, "__func__", None) is not GenerationMixin.prepare_inputs_for_generation:
         return f"{type(model).__name__} prepares its inputs in a way of its own"
-    if "_update_model_kwargs_for_generation" in vars(model):
+    update = model._update_model_kwargs_for_generation
+    if getattr(update, "__func__", None) is not GenerationMixin._update_model_kwargs_for_generation:
         return f"{type(model).__name__} updates its inputs in a way of its own"
     if synced_gpus:
         return "it is spread over processes"

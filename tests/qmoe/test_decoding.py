@@ -986,6 +986,23 @@ class TestFallbacks:
         with pytest.warns(UserWarning, match="prepares its inputs in a way of its own"):
             assert decode(tuned, ids, mask).tolist() == expected
 
+    def test_a_class_that_updates_its_inputs(self, own):
+        class Apart(type(own)):  # type: ignore[misc]
+            """Leaves places free between new tokens."""
+
+            def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+                updated = super()._update_model_kwargs_for_generation(*args, **kwargs)
+                updated["position_ids"] = updated["position_ids"] + 3
+                return updated
+
+        ids, mask = batch(own, *LENGTHS)
+        before = generate(own, ids, mask).tolist()
+        own.__class__ = Apart
+        expected = generate(own, ids, mask).tolist()
+        assert expected != before
+        with pytest.warns(UserWarning, match="updates its inputs in a way of its own"):
+            assert decode(own, ids, mask).tolist() == expected
+
     @pytest.mark.parametrize("at", [0, 1, 3])
     def test_a_processor_s_own_error_is_the_caller_s(self, own, at):
         class Failing(LogitsProcessor):
