@@ -485,6 +485,9 @@ def _tokenize(
         if not isinstance(prompt, str):
             token_ids.append(list(prompt))
             continue
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            # A byte that is no UTF-8 becomes such a one on the command line.
+            raise ValueError(f"prompt {index} ({prompt!r}) is no text in UTF-8")
         if chat:
             prompt = _in_template(tokenizer, prompt)
         # A chat template writes the special tokens itself.
@@ -511,8 +514,9 @@ def _check_vocabulary(model: Any, token_ids: list[list[int]]) -> None:
     size = getattr(model.get_input_embeddings(), "num_embeddings", None)
     for index, ids in enumerate(token_ids):
         if size is not None and not 0 <= min(ids) <= max(ids) < size:
+            wrong = min(ids) if min(ids) < 0 else max(ids)
             raise ValueError(
-                f"prompt {index} has the token {max(ids)}, and the model has {size} tokens; this "
+                f"prompt {index} has the token {wrong}, and the model has {size} tokens; this "
                 "is the tokenizer of another model"
             )
 
