@@ -20,7 +20,11 @@ import torch
 from torch import nn
 from transformers import (
     AutoTokenizer,
+    EncoderNoRepeatNGramLogitsProcessor,
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
     StoppingCriteriaList,
     StopStringCriteria,
 )
@@ -395,6 +399,7 @@ class _Call:
         generator = None if self.draws is None else self.draws.generator(device)
         # transformers hands its streamer to no loop but its own.
         loop = partial(decode, streamer=streamer, generator=generator)
+        processors = _without_padding(self.config, self.token_ids)
         for index in self.devices:
             torch.cuda.reset_peak_memory_stats(index)
         self.clock.start()
@@ -403,6 +408,7 @@ class _Call:
                 input_ids.to(device),
                 attention_mask=attention_mask.to(device),
                 generation_config=self.config,
+                logits_processor=processors,
                 stopping_criteria=self.criteria,
                 streamer=streamer,
                 custom_generate=loop if ours else None,
@@ -479,6 +485,9 @@ def _tokenize(
         if not isinstance(prompt, str):
             token_ids.append(list(prompt))
             continue
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            # A byte that is no UTF-8 becomes such a one on the command line.
+            raise ValueError(f"prompt {index} ({prompt!r}) is no text in UTF-8")
         if chat:
             prompt = _in_template(tokenizer, prompt)
         # A chat template writes the special tokens itself.
@@ -505,8 +514,9 @@ def _check_vocabulary(model: Any, token_ids: list[list[int]]) -> None:
     size = getattr(model.get_input_embeddings(), "num_embeddings", None)
     for index, ids in enumerate(token_ids):
         if size is not None and not 0 <= min(ids) <= max(ids) < size:
+            wrong = min(ids) if min(ids) < 0 else max(ids)
             raise ValueError(
-                f"prompt {index} has the token {max(ids)}, and the model has {size} tokens; this "
+                f"prompt {index} has the token {wrong}, and the model has {size} tokens; this "
                 "is the tokenizer of another model"
             )
 
@@ -553,6 +563,40 @@ def _check_context(model: Any, token_ids: list[list[int]], max_new_tokens: int) 
                 f"prompt {index} has {len(ids)} tokens, the model's context {context}: "
                 f"max_new_tokens={max_new_tokens} does not fit, {context - len(ids)} would"
             )
+
+
+def _without_padding(config: GenerationConfig, token_ids: list[list[int]]) -> LogitsProcessorList:
+    """Take out of ``config`` what would find repetitions in padding; what does it for each row."""
+    processors = LogitsProcessorList()
+    if len({len(ids) for ids in token_ids}) == 1:
+        return processors
+    if config.no_repeat_ngram_size:
+        own = NoRepeatNGramLogitsProcessor(config.no_repeat_ngram_size)
+        processors.append(_Unpadded(token_ids, [own] * len(token_ids)))
+        config.no_repeat_ngram_size = None
+    if size := config.encoder_no_repeat_ngram_size:
+        prompts = [torch.tensor([ids]) for ids in token_ids]
+        owns = [EncoderNoRepeatNGramLogitsProcessor(size, prompt) for prompt in prompts]
+        processors.append(_Unpadded(token_ids, owns))
+        config.encoder_no_repeat_ngram_size = None
+    return processors
+
+
+class _Unpadded(LogitsProcessor):
+    """A processor for each prompt, which sees its texts without the padding on the left."""
+
+    def __init__(self, token_ids: list[list[int]], processors: list[LogitsProcessor]) -> None:
+        longest = max(map(len, token_ids))
+        self.paddings = [longest - len(ids) for ids in token_ids]
+        self.processors = processors
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        texts = len(input_ids) // len(self.processors)  # of each prompt, one after another
+        scores = scores.clone()
+        for row, (ids, own) in enumerate(zip(input_ids, scores, strict=True)):
+            padding, process = self.paddings[row // texts], self.processors[row // texts]
+            own.copy_(process(ids[None, padding:], own[None])[0])
+        return scores
 
 
 def _pad_left(token_ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,6 +27,7 @@ from transformers.generation import (
     GenerationConfig,
     GenerationMode,
     LogitsProcessorList,
+    PrefixConstrainedLogitsProcessor,
     StoppingCriteriaList,
 )
 from transformers.generation.streamers import BaseStreamer
@@ -177,6 +178,8 @@ class _Call:
         if obstacle is not None:
             raise Undecodable(obstacle)
         shape = self.input_ids.shape
+        if self.criteria.max_length <= shape[1]:
+            raise Undecodable("a MaxLengthCriteria was given that its prompt fulfils")
         mask, positions = (model_kwargs.get(name) for name in ("attention_mask", "position_ids"))
         for name, given in (("attention_mask", mask), ("position_ids", positions)):
             if given is not None and given.shape != shape:
@@ -267,18 +270,21 @@ class _Call:
         max_new_tokens = self.criteria.max_length - self.input_ids.shape[1]
         do_sample = bool(self.config.do_sample)
         selection = step.selection(len(self.input_ids), self.processors, do_sample)
-        self._begin(step, selection, max_new_tokens)
+        # The caller's code is to see no text beyond its end, which the host decides.
+        calls_back = any(map(_calls_back, self.processors))
+        self._begin(step, selection, max_new_tokens, choose=not calls_back)
         texts = _Texts(self.input_ids, self.criteria, self.config, self.streamer)
         # Whoever listens to a step by hooks is to hear no more steps than there are.
-        ahead = int(step.shadows.uncapturable is None)
+        heard = step.shadows.uncapturable is not None
         # What looks at all texts is to see padding where one has ended, which the host decides.
         watched = selection.is_foreign and texts.pad is not None and len(self.input_ids) > 1
-        ahead = 0 if watched else ahead
+        ahead = 0 if heard or watched or calls_back else 1
         group, rounds = group_of(self.model), self._rounds()
         for index in range(max_new_tokens):
             if index > 0 and selection.made <= index + ahead < max_new_tokens:
                 with step.alone():
-                    self._advance(step)
+                    if index > 1 or not calls_back:  # else `_begin` has done it
+                        self._advance(step)
                     selection.make(step.logits)
             tokens = selection.wait(index)
             step.check()
@@ -295,8 +301,14 @@ class _Call:
             self.streamer.end()
         return texts.ids[:, : texts.columns].to(self.input_ids.device)
 
-    def _begin(self, step: DecodeStep, selection: Selection, max_new_tokens: int) -> None:
-        """Read the prompts and choose two tokens; none is given out yet."""
+    def _begin(
+        self, step: DecodeStep, selection: Selection, max_new_tokens: int, *, choose: bool
+    ) -> None:
+        """Read the prompts, choose a token and run a step; no token is given out yet.
+
+        Args:
+            choose: the token after that step, too.
+        """
 
         def begin() -> None:
             selection.begin(self.input_ids)
@@ -308,7 +320,8 @@ class _Call:
             if max_new_tokens > 1:
                 with _undecodable(step):
                     self._advance(step)
-                selection.make(step.logits)
+                if choose:
+                    selection.make(step.logits)
 
         # Rows beyond the real ones repeat the first text; their output is thrown away.
         row_of = torch.arange(step.rows, device=self.input_ids.device)
@@ -361,7 +374,8 @@ def _obstacle(
     prepare = model.prepare_inputs_for_generation
     if getattr(prepare, "__func__", None) is not GenerationMixin.prepare_inputs_for_generation:
         return f"{type(model).__name__} prepares its inputs in a way of its own"
-    if "_update_model_kwargs_for_generation" in vars(model):
+    update = model._update_model_kwargs_for_generation
+    if getattr(update, "__func__", None) is not GenerationMixin._update_model_kwargs_for_generation:
         return f"{type(model).__name__} updates its inputs in a way of its own"
     if synced_gpus:
         return "it is spread over processes"
@@ -385,6 +399,12 @@ def _obstacle(
 
 def _is_empty(value: Any) -> bool:
     return isinstance(value, dict | list | tuple) and not value
+
+
+def _calls_back(processor: Any) -> bool:
+    """Whether a logits processor runs the caller's code (a grammar, say)."""
+    theirs = type(processor).__module__.startswith("transformers.")
+    return not theirs or isinstance(processor, PrefixConstrainedLogitsProcessor)
 
 
 class _Texts:

@@ -29,6 +29,8 @@ def identify_activation(module: nn.Module, layout: ExpertsLayout) -> Activation 
         None if the module computes something else; its own gate must then be called.
     """
     grid = torch.linspace(-30, 30, 121, device="cpu", dtype=torch.float32)
+    beyond = [sign * 2 * limit for limit in _limits(module) for sign in (-1, 1) if limit > 15]
+    grid = torch.cat((grid, torch.tensor(beyond, device="cpu", dtype=torch.float32)))
     if layout.gated:
         gate, up = (t.flatten() for t in torch.meshgrid(grid, grid, indexing="ij"))
         canonical = torch.stack((gate, up), dim=1)  # (points, 2): intermediate_size 1
@@ -77,14 +79,13 @@ def apply_own_gate(module: nn.Module, layout: ExpertsLayout, up: torch.Tensor) -
 def candidates(module: nn.Module, gated: bool) -> Iterator[Activation]:
     """Every activation that the module's own numbers allow, simplest first."""
     names = get_args(ActivationName)
-    numbers = {k: float(v) for k, v in vars(module).items() if isinstance(v, (int, float))}
+    numbers = _numbers(module)
     alphas = [1.0, 1.702, *(v for k, v in numbers.items() if "alpha" in k)]
     yield from (Activation(name, gated) for name in names)
     yield from (Activation("silu", gated, alpha) for alpha in alphas[1:])
     if not gated:
         return
-    limits = [v for k, v in numbers.items() if "limit" in k and 0 < v < float("inf")]
-    for limit, limit_after in product(limits, (False, True)):
+    for limit, limit_after in product(_limits(module), (False, True)):
         yield from (Activation(n, limit=limit, limit_after=limit_after) for n in names)
         for alpha in alphas:
             yield Activation("silu", True, alpha, 1.0, limit, limit_after)
@@ -94,3 +95,12 @@ def candidates(module: nn.Module, gated: bool) -> Iterator[Activation]:
     gate, up = (v if v is not None and 0 < v < float("inf") else None for v in values)
     if gate or up:
         yield Activation("silu", gate_softcap=gate, up_softcap=up)
+
+
+def _numbers(module: nn.Module) -> dict[str, float]:
+    return {k: float(v) for k, v in vars(module).items() if isinstance(v, (int, float))}
+
+
+def _limits(module: nn.Module) -> list[float]:
+    numbers = _numbers(module).items()
+    return [v for k, v in numbers if "limit" in k and 0 < v < float("inf")]

@@ -37,6 +37,12 @@ def _refuse_saving_around(save: Callable[..., Any]) -> Callable[..., Any]:
                     "configuration does not say so, since only a part of the model was patched; "
                     "call qmoe.unpatch on that part and qmoe.patch on this model"
                 )
+        elif GuardedApply is type(vars(self).get("_apply")) and not quantized_modules(self):
+            raise ValueError(
+                f"{type(self).__name__} cannot be saved: its configuration says that its experts "
+                "are in 8 bit, and qmoe.unpatch has been called on a part of it, or on a model "
+                "that shares it; call qmoe.patch on this model"
+            )
         return save(self, *args, **kwargs)
 
     return save_pretrained

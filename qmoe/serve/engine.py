@@ -147,7 +147,12 @@ class Engine:
         self._budget = None if paging is None else paging.budget
         self.counts = Counts()
         self.running: list[Job] = []
-        self._eos = frozenset(as_list(model.generation_config.eos_token_id))
+        defaults = model.generation_config
+        self._eos = frozenset(as_list(defaults.eos_token_id))
+        stop = defaults.stop_strings or ()
+        self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if defaults.prompt_lookup_num_tokens:
+            self.batch_size = 1  # transformers looks up for one text at a time
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._closing = False
@@ -225,6 +230,8 @@ class Engine:
                     f"{len(self._waiting)} texts are waiting and {len(jobs)} more were asked for; "
                     f"at most {self.max_queue} may wait, try again later"
                 )
+            for job in jobs:
+                job.stop = (*job.stop, *self._stop)
             self._waiting.extend(jobs)
             self._changed.notify_all()
 
@@ -298,8 +305,14 @@ class Engine:
                 seed=batch[0].seed,
                 stream=stream,
                 until=until,
+                # The model's own defaults: jobs know their stop strings, and each is one text.
+                stop_strings=[],
+                num_return_sequences=1,
                 **batch[0].options,
             )
+            for job, new_tokens in zip(batch, result.new_tokens, strict=True):
+                if job.reason is None and not self._closing:  # the model's max_time
+                    job.reason, job.new_tokens = "length", new_tokens
             rate = result.statistics.decode_tokens_per_second
             self.counts.decode_tokens_per_second = rate or 0.0
         except Exception as failure:  # whatever it is, the next batch may be fine

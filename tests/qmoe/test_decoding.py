@@ -35,6 +35,7 @@ from transformers import (
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
+    MaxLengthCriteria,
     MaxTimeCriteria,
     PreTrainedModel,
     Qwen2MoeConfig,
@@ -426,6 +427,44 @@ class TestOptions:
         expected = generate(qwen3, *text, **options)
         assert (expected[0, 23:] == 7).all() and expected.shape[1] > 25
         assert decode(qwen3, *text, **options).tolist() == expected.tolist()
+
+    @pytest.mark.parametrize("at", [0, 1, 4])
+    @pytest.mark.parametrize("way", ["processor", "allowed tokens"])
+    def test_the_caller_s_code_sees_no_text_beyond_its_end(self, qwen3, text, greedy, way, at):
+        """A grammar has nothing to say there, and fails."""
+        ids, mask = (tensor[:1] for tensor in text)
+        eos = int(greedy[0, 20 + at])
+        lengths: list[int] = []
+
+        def allowed(row: int, tokens: Tensor) -> list[int]:
+            lengths.append(len(tokens))
+            return [] if eos in tokens[20:] else list(range(96))
+
+        class Grammar(LogitsProcessor):
+            def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+                if not allowed(0, input_ids[0]):
+                    raise RuntimeError("the text has ended")
+                return scores
+
+        options: dict[str, Any] = dict(eos_token_id=eos, pad_token_id=95)
+        if way == "processor":
+            options["logits_processor"] = LogitsProcessorList([Grammar()])
+        else:
+            options["prefix_allowed_tokens_fn"] = allowed
+        expected = generate(qwen3, ids, mask, **options)
+        seen = lengths.copy()
+        lengths.clear()
+        assert decode(qwen3, ids, mask, **options).tolist() == expected.tolist()
+        assert lengths == seen
+
+    def test_prompts_that_a_length_criterion_ends(self, qwen3, text):
+        """transformers gives one token then."""
+        options = dict(stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(20)]))
+        options |= dict(max_new_tokens=None, max_length=30)
+        expected = generate(qwen3, *text, **options)
+        assert expected.shape[1] == 21
+        with pytest.warns(UserWarning, match="MaxLengthCriteria was given that its prompt"):
+            assert decode(qwen3, *text, **options).tolist() == expected.tolist()
 
     def test_sampling_ends(self, qwen3, text, plain):
         options = dict(do_sample=True, eos_token_id=int(plain[1, 22]), pad_token_id=95)
@@ -946,6 +985,23 @@ class TestFallbacks:
         expected = generate(tuned, ids, mask).tolist()
         with pytest.warns(UserWarning, match="prepares its inputs in a way of its own"):
             assert decode(tuned, ids, mask).tolist() == expected
+
+    def test_a_class_that_updates_its_inputs(self, own):
+        class Apart(type(own)):  # type: ignore[misc]
+            """Leaves places free between new tokens."""
+
+            def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+                updated = super()._update_model_kwargs_for_generation(*args, **kwargs)
+                updated["position_ids"] = updated["position_ids"] + 3
+                return updated
+
+        ids, mask = batch(own, *LENGTHS)
+        before = generate(own, ids, mask).tolist()
+        own.__class__ = Apart
+        expected = generate(own, ids, mask).tolist()
+        assert expected != before
+        with pytest.warns(UserWarning, match="updates its inputs in a way of its own"):
+            assert decode(own, ids, mask).tolist() == expected
 
     @pytest.mark.parametrize("at", [0, 1, 3])
     def test_a_processor_s_own_error_is_the_caller_s(self, own, at):

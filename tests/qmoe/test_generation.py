@@ -286,6 +286,8 @@ class TestStatistics:
         ("", {}, "prompt 0 is empty"),
         (["a", ""], {}, "prompt 1 is empty"),
         (["a", 3], {}, "prompt 1 is a int"),
+        (["a", "b\udcff"], {}, r"prompt 1 \('b\\udcff'\) is no text in UTF-8"),
+        ([[1], [5, -2]], {}, "prompt 1 has the token -2, and the model has 264"),
         ("a", {"max_new_tokens": 0}, "max_new_tokens=0"),
         ("a", {"max_new_tokens": 2.5}, "max_new_tokens=2.5"),
         ("a", {"temprature": 0.5}, "temprature: no option"),

@@ -223,6 +223,17 @@ def test_padding_is_no_token_of_a_text(model, tokenizer):
     assert batch.texts == alone
 
 
+@pytest.mark.parametrize("beams", [{}, {"num_beams": 2, "num_return_sequences": 2}])
+@pytest.mark.parametrize("field", ["no_repeat_ngram_size", "encoder_no_repeat_ngram_size"])
+def test_padding_repeats_nothing(model, tokenizer, field, beams):
+    """What stands there is the first token, again and again, which the model is drawn to."""
+    prompts = [[70], [70, 70, 71], [72, 73, 74, 75, 76]]
+    options = {"max_new_tokens": 9, field: 2, "sequence_bias": [[[70], 30.0]], **beams}
+    batch = generate(model, tokenizer, prompts, **options)
+    alone = [generate(model, tokenizer, [prompt], **options) for prompt in prompts]
+    assert batch.texts == [text for result in alone for text in result.texts]
+
+
 def test_an_option_without_effect_is_named(model, tokenizer):
     for option, needed in (
         ({"max_matching_ngram_size": 3}, "prompt_lookup_num_tokens"),

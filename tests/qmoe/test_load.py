@@ -218,6 +218,17 @@ class TestPlainTransformers:
         qmoe.patch(whole).save_pretrained(tmp_path / "whole")
         assert len(quantized_modules(qmoe.load(tmp_path / "whole", device="cpu"))) == 2
 
+    def test_a_model_of_which_a_part_was_restored(self, model, tmp_path) -> None:
+        """Its files would say 8 bit, and hold 16."""
+        whole = qmoe.patch(type(model)(model.config))
+        qmoe.unpatch(whole.model)
+        with pytest.raises(ValueError, match=r"cannot be saved: its configuration.*qmoe\.patch on"):
+            whole.save_pretrained(tmp_path)
+        assert not any(tmp_path.iterdir())
+        qmoe.patch(whole).save_pretrained(tmp_path / "whole")
+        assert len(quantized_modules(qmoe.load(tmp_path / "whole", device="cpu"))) == 2
+        qmoe.unpatch(whole).save_pretrained(tmp_path / "restored")
+
 
 class TestInAUsersTerms:
     """One line that says what is wrong and what would work."""

@@ -521,6 +521,19 @@ class TestChanges:
 
         self.check_states(way, plain, put, lambda: delattr(mlp, "forward"))
 
+    def test_another_forward_of_all_linears(self, way, plain, monkeypatch):
+        forward = nn.Linear.forward
+
+        def scaled(linear: nn.Linear, x: Tensor) -> Tensor:
+            return forward(linear, x) * 1.5
+
+        self.check_states(
+            way,
+            plain,
+            lambda: monkeypatch.setattr(nn.Linear, "forward", scaled),
+            lambda: monkeypatch.undo(),
+        )
+
     def test_another_attention(self, way, plain):
         """The texts are the same: what runs is another function."""
         expected = way.check(plain)

@@ -219,6 +219,22 @@ def test_tied_experts_are_refused_before_anything_changes(tmp_path) -> None:
         qmoe.patch(shared)
 
 
+@pytest.mark.parametrize("model", ["deepseek_v4", "gpt_oss", "step3p7"])
+@pytest.mark.parametrize("limit", [7.0, 30.0, 100.0])
+@torch.no_grad()
+def test_a_gate_s_limit_is_kept_wherever_it_is(model, limit) -> None:
+    """What is tried reaches beyond it, else it looks as if there were none."""
+    experts = next(c for c in CLASSES if c.model == model).build()
+    experts.limit = limit
+    quantized = QuantizedExperts.quantized_from(experts, "int8", "bf16")
+    hidden, topk_ids, topk_weights = zoo.routing(9, zoo.NUM_EXPERTS)
+    hidden *= 20 * limit
+    actual = quantized(hidden, topk_ids, topk_weights)
+    expected = copy.deepcopy(quantized).restore(torch.float32)(hidden, topk_ids, topk_weights)
+    assert (actual - expected).norm() < 1e-4 * expected.norm()
+    assert quantized.activation is not None and quantized.activation.limit == limit
+
+
 def test_an_unknown_gate_is_called_between_the_products() -> None:
     """A class whose gate qmoe has never seen still computes what its author wrote."""
     (mixtral,) = (c for c in CLASSES if c.model == "mixtral")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, PreTrainedModel
 
 import qmoe
 from qmoe.decoding.pieces import PIECES, find_pieces, linear
@@ -283,6 +283,23 @@ class TestRouters:
         x = torch.randn(64, 64)
         assert not torch.equal(product(x, routers[0].weight), F.linear(x, routers[0].weight))
         assert all(gate in find_pieces(own).forwards for gate in routers)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("first", ["zeros", "all alike"])
+    def test_the_first_does_not_tell_how_it_scores(self, first):
+        """Softmax and sigmoid are the same where all logits are; the next layers' are not."""
+        torch.manual_seed(0)
+        changes = {"first_k_dense_replace": 0, "n_group": 2, "topk_group": 1}
+        config = DeepseekV3Config(**families.DEEPSEEK | changes)
+        model = qmoe.patch(DeepseekV3ForCausalLM(config).eval())
+        gates = [layer.mlp.gate for layer in model.model.layers]
+        gates[0].weight.copy_(torch.zeros(64) if first == "zeros" else torch.randn(64))
+        gates[-1].weight.normal_()
+        shadow = shadow_of(model, "router")
+        x = torch.randn(40, 64)
+        expected, actual = gates[-1](x), shadow.root.model.layers[-1].mlp.gate(x)
+        for ours, theirs in zip(actual, expected, strict=True):
+            torch.testing.assert_close(ours.float().sort(-1)[0], theirs.float().sort(-1)[0])
 
     def test_a_correction_is_read_when_it_runs(self):
         model = families.build("deepseek_v3")

@@ -139,6 +139,27 @@ class TestAnswers:
         choice = complete(client, max_tokens=3, stop=whole[-2:]).json()["choices"][0]
         assert (choice["text"], choice["finish_reason"]) == (whole[:-2], "stop")
 
+    def test_the_model_s_own_defaults(self, model, tokenizer, monkeypatch) -> None:
+        """Those that end texts or count them said that the server was shutting down, or failed."""
+        texts = [PROMPT, "import os", "class A:"]
+        alone = [expected(model, tokenizer, text, 8) for text in texts]
+
+        def answers(**defaults: Any) -> list[tuple[str, str]]:
+            with monkeypatch.context() as patch:
+                for name, value in defaults.items():
+                    patch.setattr(model.generation_config, name, value)
+                with serving(model, tokenizer) as client:
+                    choices = complete(client, prompt=texts).json()["choices"]
+            return [(c["text"], c["finish_reason"]) for c in choices]
+
+        whole = [(text, "length") for text in alone]
+        assert answers(num_return_sequences=2) == whole
+        assert answers(prompt_lookup_num_tokens=2) == whole
+        stop = alone[0][5:9]
+        cut = [(t[: t.index(stop)], "stop") if stop in t else (t, "length") for t in alone]
+        assert answers(stop_strings=stop) == answers(stop_strings=[stop]) == cut
+        assert {reason for _, reason in answers(max_time=1e-6)} == {"length"}
+
     def test_a_seed_gives_the_same_text_whoever_else_asks(self, client) -> None:
         def text(seed: int | None) -> list[str]:
             answer = complete(client, temperature=1.0, seed=seed, n=2, max_tokens=12)

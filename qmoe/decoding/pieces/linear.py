@@ -12,6 +12,7 @@ from qmoe.decoding.pieces.probe import has_hooks, runs_as_its_class
 from qmoe.decoding.shadow import Forward
 from qmoe_kernels.linear import linear
 
+_LINEAR = nn.Linear.forward
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # as torch.nn.functional.linear
 
 
@@ -33,6 +34,7 @@ def is_plain_linear(module: Any) -> bool:
     """Whether ``module`` is a Linear that holds its weight as it is."""
     return (
         type(module) is nn.Linear
+        and nn.Linear.forward is _LINEAR  # else somebody has put another there, for all of them
         and runs_as_its_class(module)
         and type(module.weight) is nn.Parameter
         and type(module.bias) in (nn.Parameter, type(None))

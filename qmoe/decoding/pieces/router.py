@@ -17,6 +17,8 @@ from qmoe.decoding.shadow import Forward
 from qmoe.experts.quantized import quantized_modules
 from qmoe_kernels.router import GroupScore, RouterSpec, Scoring, select_experts
 
+_PROBED = 64  # hidden states that are tried
+
 
 def find_routers(model: nn.Module, product: Product) -> dict[nn.Module, Forward]:
     """The routers before quantized experts, and what computes the same.
@@ -78,33 +80,73 @@ def _correction(router: Any) -> Tensor | None:
 
 
 def _formula(router: Any) -> RouterFormula | None:
+    """What holds for the router's own numbers, and for drawn ones.
+
+    With its own (zeros, say) a router can look like one that scores in another way, and the formula
+    is used for all routers of its kind. Drawn ones are to tell these apart; roundings do not count.
+    """
+    own = list(_formulas(try_out(router), same=0.9, units=2))
+    drawn = _formulas(_with_drawn_numbers(router), same=0.5, units=32)
+    return next((formula for formula in drawn if formula in own), None)
+
+
+def _formulas(router: Any, *, same: float, units: int) -> Iterator[RouterFormula]:
+    """What computes as ``router`` does.
+
+    Args:
+        router: to be run.
+        same: the share of tokens that must go to the same experts. Of two experts whose logits are
+            equal after rounding either may be chosen.
+        units: see `close`.
+    """
     weight, top_k = router.weight, getattr(router, "top_k", None)
-    x = draw(64, weight.shape[1], dtype=weight.dtype).to(weight.device)
+    x = draw(_PROBED, weight.shape[1], dtype=weight.dtype).to(weight.device)
     try:
-        outputs = try_out(router).forward(x)
+        outputs = router.forward(x)
     except (TypeError, RuntimeError):
-        return None
+        return
     if not isinstance(top_k, int) or not isinstance(outputs, tuple) or len(outputs) != 3:
-        return None
+        return
     kinds = tuple(_kind_of_output(t, top_k, weight.shape[0]) for t in outputs)
     if sorted(kinds) != ["ids", "logits", "weights"]:
-        return None
+        return
     expected = {kind: output.cpu() for kind, output in zip(kinds, outputs, strict=True)}
     logits, dtype = expected["logits"], expected["weights"].dtype
     correction = _correction(router)
     added = None if correction is None else correction.cpu()
-    for precision in (weight.dtype, torch.float32):
-        # By what the router itself calls: another order of sums would hide which it is.
-        found = _logits(router, F.linear, precision, x)
-        if torch.equal(found.float().cpu(), logits.float()):
-            break
-    else:
-        return None
-    for spec in _specs(router, top_k):
+    # By what the router itself calls: another order of sums would hide which precision it is.
+    precisions = [
+        precision
+        for precision in dict.fromkeys((weight.dtype, torch.float32))
+        if torch.equal(_logits(router, F.linear, precision, x).float().cpu(), logits.float())
+    ]
+    for spec in _specs(router, top_k) if precisions else ():
         ids, weights = select_experts(logits, spec, added, dtype)
-        if _same_choice(ids, weights, expected["ids"], expected["weights"]):
-            return RouterFormula(spec, precision, dtype, kinds)
-    return None
+        alike = _same_choice(ids, expected["ids"])
+        ours, own = (
+            w.gather(1, i.argsort(-1))[alike]
+            for w, i in ((weights, ids), (expected["weights"], expected["ids"]))
+        )
+        if alike.float().mean() >= same and close(ours, own, units):
+            yield from (RouterFormula(spec, precision, dtype, kinds) for precision in precisions)
+
+
+def _with_drawn_numbers(router: Any) -> Any:
+    """A copy to be run, whose logits differ from expert to expert."""
+    probe = try_out(router)
+    for name in ("weight", "bias", "e_score_correction_bias"):
+        for place in (probe._parameters, probe._buffers):
+            own = place.get(name)
+            if own is None:
+                continue
+            # Behind the numbers that the hidden states are.
+            rows = draw(_PROBED + len(own), *own.shape[1:], dtype=torch.float32)[_PROBED:]
+            spread = own.shape[1] ** -0.5 if name == "weight" else 0.1
+            drawn = (rows * spread).to(own)
+            if place is probe._parameters:
+                drawn = nn.Parameter(drawn, requires_grad=False)
+            place[name] = drawn
+    return probe
 
 
 def _forward(router: Any, formula: RouterFormula, product: Product) -> Forward:
@@ -144,10 +186,6 @@ def _specs(router: Any, top_k: int) -> Iterator[RouterSpec]:
             yield replace(in_groups, scoring=scoring, normalize=normalize, group_score=group_score)
 
 
-def _same_choice(ids: Tensor, weights: Tensor, own_ids: Tensor, own_weights: Tensor) -> bool:
-    order, own_order = ids.argsort(-1), own_ids.argsort(-1)
-    same = (ids.gather(1, order) == own_ids.gather(1, own_order)).all(-1)
-    # Of two experts whose logits are equal after rounding either may be chosen.
-    if same.float().mean() < 0.9:
-        return False
-    return close(weights.gather(1, order)[same], own_weights.gather(1, own_order)[same])
+def _same_choice(ids: Tensor, own_ids: Tensor) -> Tensor:
+    """(tokens,) bool: which of them go to the same experts."""
+    return (ids.sort(-1)[0] == own_ids.sort(-1)[0]).all(-1)
