@@ -424,6 +424,7 @@ def _map_checkpoint(folder: Path, tensors: Mapping[str, StoredTensor]) -> Checkp
         transforms = get_model_conversion_mapping(model, hf_quantizer=quantizer)
         if hasattr(quantizer, "compressor"):
             _complete_dequantization(transforms, quantizer)
+        _keep_cut_blocks(transforms, quantizer)
     groups, unmapped = _group_by_target(model, transforms, tensors)
     # A parameter's own group comes before one that splits its sources over several.
     by_parameter = {target: group for group in groups for target in group.targets}
@@ -698,9 +699,57 @@ def _with_decompress(transform: Any, quantizer: Any) -> Any:
     return WeightConverter(sources, transform._original_target_patterns, transform.operations)
 
 
+class _CutBlocks(ConversionOps):
+    """Gives each row and column its own scale where the blocks of FP8 weights end in cut ones.
+
+    transformers divides a weight by the number of its scales: 192 rows in blocks of 128 have two
+    rows of scales, and it would take them for two blocks of 96.
+    """
+
+    def __init__(self, hf_quantizer: Any) -> None:
+        self.hf_quantizer = hf_quantizer
+        self.block: Sequence[int] = hf_quantizer.quantization_config.weight_block_size
+
+    def convert(self, input_dict: dict[str, Any], **unused: Any) -> dict[str, Any]:
+        by_name = {pattern.rstrip("$"): tensors for pattern, tensors in input_dict.items()}
+        converted = dict(input_dict)
+        for pattern, scales in input_dict.items():
+            name = pattern.rstrip("$")
+            weights = by_name.get(name.removesuffix("_scale_inv"))
+            if name.endswith("_scale_inv") and weights is not None:
+                converted[pattern] = [
+                    self._spread(*pair) for pair in zip(weights, scales, strict=True)
+                ]
+        return converted
+
+    def _spread(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        for dim, block in enumerate(self.block):
+            cut = (
+                weight.ndim == scale.ndim == 2
+                and weight.shape[dim] % block
+                and 1 < scale.shape[dim] == -(-weight.shape[dim] // block)
+            )
+            if cut:
+                wide = scale.repeat_interleave(block, dim)
+                scale = wide.narrow(dim, 0, weight.shape[dim])
+        return scale
+
+
+def _keep_cut_blocks(transforms: Iterable[Any], quantizer: Any) -> None:
+    """Put `_CutBlocks` before what dequantizes FP8 blocks."""
+    if not getattr(getattr(quantizer, "quantization_config", None), "weight_block_size", None):
+        return
+    for transform in transforms:
+        operations = getattr(transform, "operations", [])
+        ours = any(isinstance(op, _CutBlocks) for op in operations)
+        if not ours and any(hasattr(op, "hf_quantizer") for op in operations):
+            transform.operations = [_CutBlocks(quantizer), *operations]
+
+
 def _any_module_conversions(quantizer: Any) -> list[Any]:
     """What the quantizer does for any module: its own conversions, or else `_Decompress`."""
     found: list[Any] = quantizer.get_weight_conversions()
+    _keep_cut_blocks(found, quantizer)
     if found or not hasattr(quantizer, "compressor"):
         return found
     leaves = ("", "_packed", "_scale", "_shape", "_zero_point", "_global_scale")
@@ -734,9 +783,38 @@ def _group_by_target(
             groups[target] = _Group(target, transform)
         groups[target].sources.setdefault(pattern or name, []).append(name)
     for group in groups.values():
+        if any(hasattr(op, "hf_quantizer") for op in group.operations):
+            _check_scales(group, tensors)
         if all(tensors[name].dtype in _WEIGHT_DTYPES for name in group.names):
             group.leave_undequantized()
     return list(groups.values()), unmapped
+
+
+def _check_scales(group: _Group, tensors: Mapping[str, StoredTensor]) -> None:
+    """Raise if a quantized weight has no scale, or one in 16 bit has some; both would be wrong."""
+    scales = [n for n in group.names if "scale" in n and not _is_activation_scale(n)]
+    for stored in map(tensors.__getitem__, group.names):
+        if not stored.name.endswith("weight"):
+            continue
+        wide = stored.dtype in (*_WEIGHT_DTYPES, "F64")
+        own = [scale for scale in scales if _stem(scale) == _stem(stored.name)]
+        if not wide and not scales:
+            raise MappingError(
+                f"{stored.file}: {stored.name} is {stored.dtype}, and the checkpoint holds no "
+                "scale for it that transformers would find; download it again"
+            )
+        if wide and own:
+            raise MappingError(
+                f"{stored.file}: {stored.name} is {stored.dtype}, and {own[0]} is beside it, "
+                "which says that it is quantized; remove that, or download it again"
+            )
+        flat = [n for n in own if len(tensors[n].shape) == 1 and tensors[n].numel > 1]
+        if flat and len(stored.shape) == 2:
+            raise MappingError(
+                f"{stored.file}: {flat[0]} has the shape {list(tensors[flat[0]].shape)}, and a "
+                f"weight of shape {list(stored.shape)} may be scaled so by rows or by columns; "
+                "give it two dimensions"
+            )
 
 
 def _check_complete(

@@ -161,6 +161,7 @@ def make_plan(
     kept = mapping.keep(skipped)
     groups += [(natural_order(one.source_names)[0], _kept(one, tensors)) for one in kept]
     shards = _pack(groups, options.max_shard_size)
+    _check_names(shards)
 
     warnings = list(mapping.warnings)
     if skipped:
@@ -184,6 +185,18 @@ def make_plan(
     )
     linears = {name for module in skipped for name in mapping.experts[module].part_names}
     return Plan(report, shards, natural_order(linears | set(mapping.linear_names)))
+
+
+def _check_names(shards: Iterable[Shard]) -> None:
+    """Raise if two tensors would have one name: a file can hold but one of them."""
+    names: set[str] = set()
+    for tensor in (tensor for shard in shards for tensor in shard.tensors):
+        if tensor.name in names:
+            raise PlanError(
+                f"{tensor.name}: the checkpoint holds a tensor of this name, which the quantized "
+                "experts need for another; it is a rest of some quantization, take it out"
+            )
+        names.add(tensor.name)
 
 
 def _peak_memory(shards: list[Shard], workers: int) -> int:

@@ -179,6 +179,17 @@ def rewrite(folder: Path, tensors: dict[str, torch.Tensor], **config: Any) -> No
     (folder / "config.json").write_text(json.dumps({**raw, **config}, indent=2))
 
 
+def fp8_blocks(tensor: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight in FP8 and the scales of its square blocks; the last may be cut, as DeepSeek's."""
+    shape = [-(-size // block) * block for size in tensor.shape]
+    padded = torch.zeros(shape)
+    padded[: len(tensor), : tensor.shape[1]] = tensor
+    tiles = padded.unflatten(1, (-1, block)).unflatten(0, (-1, block))
+    scale = tiles.abs().amax((1, 3), keepdim=True) / 448
+    q = (tiles / scale).to(torch.float8_e4m3fn).reshape(shape)
+    return q[: len(tensor), : tensor.shape[1]].contiguous(), scale[:, 0, :, 0].contiguous()
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> Callable[..., Path]:
     """Write a family's checkpoint below ``tmp_path`` and return its folder."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from qmoe_convert.workers import in_order
 from qmoe_convert.write import with_quantization_config
 from qmoe_kernels.quantization import LARGEST, SAMPLED_ROWS, STORAGE_DTYPE, quantize
 
-from .conftest import FAMILIES, PER_EXPERT, build, contents, load, rewrite
+from .conftest import FAMILIES, PER_EXPERT, build, contents, fp8_blocks, load, rewrite
 
 Source = Callable[..., Path]
 Run = Callable[..., Any]
@@ -406,19 +407,23 @@ class TestQuantizedInputs:
             if "layers.0." in name:
                 assert equal(after[name], tensor)
 
-    def test_fp8_blocks(self, source: Source, run: Run) -> None:
-        folder, block = source(), 16
+    @pytest.mark.parametrize(
+        "sizes",
+        [{}, {"moe_intermediate_size": 24}, {"moe_intermediate_size": 40, "head_dim": 12}],
+        ids=["whole", "two cut to 24 rows", "cut in attention too"],
+    )
+    def test_fp8_blocks(self, sizes: dict[str, int], source: Source, run: Run) -> None:
+        """Of blocks that a weight ends in the middle of, transformers makes smaller, equal ones."""
+        folder, block = source(**sizes), 16
         stored, dense = {}, {}
         for name, tensor in load(folder).items():
             stored[name] = dense[name] = tensor
             if "proj" in name:
-                rows, columns = tensor.shape
-                tiles = tensor.float().reshape(rows // block, block, columns // block, block)
-                scale = tiles.abs().amax((1, 3), keepdim=True) / 448
-                q = (tiles / scale).to(torch.float8_e4m3fn)
-                stored[name] = q.reshape(rows, columns)
-                stored[f"{name}_scale_inv"] = scale[:, 0, :, 0].contiguous()
-                dense[name] = (q.float() * scale).reshape(rows, columns).bfloat16()
+                stored[name], scale = fp8_blocks(tensor, block)
+                stored[f"{name}_scale_inv"] = scale
+                wide = scale.repeat_interleave(block, 0).repeat_interleave(block, 1)
+                wide = wide[: len(tensor), : tensor.shape[1]]
+                dense[name] = (stored[name].float() * wide).bfloat16()
         quantization = {"quant_method": "fp8", "activation_scheme": "dynamic"}
         rewrite(folder, stored, quantization_config=quantization | {"weight_block_size": [16, 16]})
         self.check(folder, dense, run)
@@ -574,6 +579,15 @@ class TestQuantizedInputs:
 
 
 class TestRefused:
+    def test_a_name_that_the_experts_scales_need(self, source: Source, tmp_path: Path) -> None:
+        """A header held the name once, and the file both tensors: nobody could read it."""
+        folder = source()
+        name = "model.layers.0.mlp.experts.1.up_proj.weight_scale"
+        rewrite(folder, {**load(folder), name: torch.ones(32, 1)})
+        self.expect(
+            folder, tmp_path / "out", f"{re.escape(name)}: .* need for another", verify=False
+        )
+
     def expect(self, folder: Path, out: Path, message: str, **options: Any) -> None:
         with pytest.raises(ConversionError, match=message) as error:
             convert(folder, out, **options)
