@@ -218,7 +218,7 @@ def find_top_k(config: dict[str, Any]) -> int | None:
 
 
 def check_top_k(path: str | Path, config: dict[str, Any], num_experts: int | None = None) -> None:
-    """Refuse a config that sends a token to more experts than a layer has: no such model can run.
+    """Refuse a config that sends a token to more experts than a layer has, or to none.
 
     Args:
         path: the checkpoint's, for the message.
@@ -233,6 +233,11 @@ def check_top_k(path: str | Path, config: dict[str, Any], num_experts: int | Non
         num_experts = (_first(_sizes(text), _NUM_EXPERTS) or 0) + _num_identity_experts(text)
         if num_experts <= 1:  # so says a dense model, and has the others' default for the rest
             return
+    if top_k is not None and top_k < 1:
+        raise CheckpointError(
+            f"{path}: config.json sends a token to {top_k} experts; check that it belongs to "
+            "these weights"
+        )
     if top_k is not None and top_k > num_experts:
         raise CheckpointError(
             f"{path}: config.json sends a token to {top_k} experts, and a layer has {num_experts}; "

@@ -22,6 +22,7 @@ from qmoe.checkpoints.schema import (
     COMPRESSED_TENSORS,
     MANIFEST_NAME,
     QMOE,
+    QUANTIZED_SUFFIX,
     Manifest,
     format_of,
     read_manifest,
@@ -241,12 +242,45 @@ def _load(
         return _from_pretrained(path_or_repo, config, dtype, device, revision, quantization)
     # Quantized otherwise: transformers may widen it to 16 bit, which patch takes, or refuses.
     load_on = device if paging is None else torch.device("cpu")
+    local = Path(path_or_repo).is_dir()
+    if local:
+        _check_blocks(_check_files(path_or_repo, revision), config)
     model = _from_pretrained(path_or_repo, config, dtype, load_on, revision)
+    if not local:
+        _check_blocks(_check_files(path_or_repo, revision), config)
+    _check_widened(path_or_repo, model)
     where: dict[str, Any] = {}
     if paging is not None:
         where = {"device": device, **asdict(paging)}
         del where["host_memory"]  # refused above
     return patch(model, weights, activations=activations, **where)
+
+
+def _check_blocks(headers: dict[str, StoredTensor], config: PreTrainedConfig) -> None:
+    """Refuse FP8 weights that end in a block which is cut: transformers would shift all others."""
+    block = _quantization(config).get("weight_block_size")
+    for name, scale in headers.items():
+        weight = headers.get(name.removesuffix("_scale_inv"))
+        if weight is None or weight is scale or not block:
+            continue
+        for size, scales, rows in zip(weight.shape, scale.shape, block, strict=False):
+            if size % rows and 1 < scales == -(-size // rows):
+                raise ValueError(
+                    f"{weight.file}: {weight.name} is of {size}, which is no multiple of its "
+                    f"blocks of {rows}, and transformers would read it wrongly; convert it with "
+                    "convert-checkpoint, which does not"
+                )
+
+
+def _check_widened(path_or_repo: str, model: PreTrainedModel) -> None:
+    """Refuse a weight that is still in FP8: it had no scale that transformers found."""
+    for name, parameter in model.named_parameters():
+        narrow = parameter.is_floating_point() and parameter.dtype.itemsize == 1
+        if narrow and parameter.device.type == "cpu":  # a GPU has layers for it, with scales
+            raise ValueError(
+                f"{path_or_repo}: {name} is {parameter.dtype}, and the checkpoint holds no scale "
+                "for it that transformers finds; download it again"
+            )
 
 
 def _choose_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
@@ -362,7 +396,10 @@ def _check_complete(
     manifest = _find_file(path_or_repo, MANIFEST_NAME, revision) if unexpected else None
     if manifest is not None:  # whoever converted it was told of these
         extra = Manifest.read(manifest.parent).extra
-        unexpected -= {*extra, *map(Renamer(model), extra)}
+        renamed = set(map(Renamer(model), extra))
+        # Experts in layers beyond the model's go through the conversions of those in 8 bit.
+        merged = {name + QUANTIZED_SUFFIX for name in renamed}
+        unexpected -= {*extra, *renamed, *merged}
     for names, what in (
         (set(info["missing_keys"]), "missing; download or convert the checkpoint again"),
         (mismatched, "of another shape; config.json is another model's"),

@@ -14,7 +14,8 @@ from qmoe.experts.quantized import quantized_modules
 from qmoe.paging.budget import Budget
 from qmoe.paging.model import stats
 
-from .conftest import FAMILIES, PER_EXPERT
+from .conftest import FAMILIES, PER_EXPERT, rewrite
+from .conftest import load as tensors_of
 
 TOKENS = torch.arange(3, 15).view(2, 6)
 THREE_SLOTS = Budget(
@@ -101,3 +102,13 @@ def test_ignored_layers_load_in_16_bit(
     paged = qmoe.load(out, dtype="float32", device="cpu", hbm_budget="auto")
     assert len(stats(paged).layers) == 1
     assert torch.equal(logits(paged), logits(loaded))
+
+
+def test_layers_beyond_the_models(source: Callable[..., Path], run: Callable) -> None:
+    """Of a config with fewer layers than the checkpoint has, convert warns; OUT loads."""
+    folder = source(num_hidden_layers=3)
+    rewrite(folder, tensors_of(folder), num_hidden_layers=2)
+    report, out = run(folder)
+    assert any("no place for model.layers.2" in warning for warning in report.warnings)
+    loaded = qmoe.load(out, device="cpu", dtype="float32")
+    assert torch.equal(logits(loaded), logits(qmoe.patch(load(folder), "int8")))

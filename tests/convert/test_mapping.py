@@ -16,7 +16,7 @@ from qmoe.experts.layout import find_experts
 from qmoe_convert.mapping import CheckpointMapping, MappingError, map_checkpoint
 from qmoe_convert.shards import Reader
 
-from .conftest import FAMILIES, PER_EXPERT, build, load, rewrite
+from .conftest import FAMILIES, PER_EXPERT, build, fp8_blocks, load, rewrite
 
 
 def mapping_of(folder: Path) -> CheckpointMapping:
@@ -108,6 +108,66 @@ class TestRefused:
         for read in (mapping_of, inspect_checkpoint, qmoe.load):
             with pytest.raises(CheckpointError, match="a token to 5 experts, and a layer has 4;"):
                 read(folder)
+
+    @pytest.mark.parametrize("top_k", [0, -1])
+    def test_no_experts_per_token(self, source: Callable[..., Path], top_k: int) -> None:
+        folder = source()
+        rewrite(folder, load(folder), num_experts_per_tok=top_k)
+        for read in (mapping_of, inspect_checkpoint, qmoe.load):
+            with pytest.raises(CheckpointError, match=f"a token to {top_k} experts;"):
+                read(folder)
+
+    @pytest.mark.parametrize("module", ["self_attn.q_proj", "mlp.gate", "mlp.experts"])
+    def test_fp8_without_scales(self, source: Callable[..., Path], module: str) -> None:
+        """Their codes would be taken for the weights."""
+        folder, tensors = self.in_fp8(source)
+        for name in [n for n in tensors if module in n and n.endswith(".weight")]:
+            tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+            tensors.pop(f"{name}_scale_inv", None)
+        self.write_fp8(folder, tensors)
+        self.expect(folder, "is F8_E4M3, and the checkpoint holds no scale")
+        with pytest.raises(ValueError, match="the checkpoint holds no scale"):
+            qmoe.load(folder, weights="int8", device="cpu")
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda q, scale: (q.bfloat16(), scale), "is BF16, and .*_scale_inv is beside it"),
+            (lambda q, scale: (q, scale.flatten()), r"has the shape \[16\], and a weight of"),
+        ],
+    )
+    def test_fp8_with_odd_scales(
+        self, source: Callable[..., Path], change: Any, message: str
+    ) -> None:
+        folder, tensors = self.in_fp8(source)
+        name = "model.layers.1.self_attn.q_proj.weight"
+        tensors[name], scale = change(tensors[name], tensors[f"{name}_scale_inv"])
+        tensors[f"{name}_scale_inv"] = scale
+        self.write_fp8(folder, tensors)
+        self.expect(folder, message)
+
+    def test_blocks_that_are_cut_are_not_quantized_on_load(
+        self, source: Callable[..., Path]
+    ) -> None:
+        """transformers takes two rows of scales for two blocks of 12 rows, not for 16 and 8."""
+        folder, tensors = self.in_fp8(source, moe_intermediate_size=24)
+        self.write_fp8(folder, tensors)
+        with pytest.raises(ValueError, match=r"is of 24, which is no multiple of its blocks of 16"):
+            qmoe.load(folder, weights="int8", device="cpu")
+
+    @staticmethod
+    def in_fp8(source: Callable[..., Path], **sizes: int) -> tuple[Path, dict[str, torch.Tensor]]:
+        folder = source(**sizes)
+        tensors = load(folder)
+        for name in list(tensors):
+            if "proj" in name:
+                tensors[name], tensors[f"{name}_scale_inv"] = fp8_blocks(tensors[name], 16)
+        return folder, tensors
+
+    @staticmethod
+    def write_fp8(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+        quantization = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+        rewrite(folder, tensors, quantization_config=quantization)
 
     @pytest.mark.parametrize("name", ["self_attn.v_proj", "input_layernorm", "mlp.gate"])
     def test_a_tensor_missing_elsewhere(self, source: Callable[..., Path], name: str) -> None:
