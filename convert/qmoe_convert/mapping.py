@@ -44,6 +44,7 @@ from qmoe.checkpoints.files import (
     StoredTensor,
     check_config,
     check_generation_config,
+    check_mxfp4,
     read_json,
 )
 from qmoe.checkpoints.inspection import check_top_k
@@ -405,6 +406,7 @@ def _explained(folder: Path) -> Iterator[None]:
 
 def _map_checkpoint(folder: Path, tensors: Mapping[str, StoredTensor]) -> CheckpointMapping:
     # transformers' warnings are about loading, not about converting.
+    check_mxfp4(tensors)
     with _building, _verbosity, _collector:
         transformers.logging.set_verbosity_error()
         gc.disable()  # of a model's code and modules nothing is garbage yet

@@ -396,6 +396,23 @@ def _check_beside(folder: Path, shards: Collection[str]) -> None:
             )
 
 
+def check_mxfp4(tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse MXFP4 scales in another dtype than the bytes that transformers takes them for.
+
+    Of F8_E8M0 it takes the powers of two, nearly all below one, for exponents: weights of zero.
+
+    Raises:
+        CheckpointError: naming the scales.
+    """
+    for name, scales in tensors.items():
+        stem = name.removesuffix("_scales")
+        if stem != name and f"{stem}_blocks" in tensors and scales.dtype != "U8":
+            raise CheckpointError(
+                f"{scales.file}: {name} is {scales.dtype}, and transformers reads MXFP4 scales "
+                "as U8; save the same bytes as that"
+            )
+
+
 def check_folder(folder: Path) -> None:
     """Refuse a folder that nothing should try to build a model of; only headers are read.
 
@@ -404,6 +421,12 @@ def check_folder(folder: Path) -> None:
             together.
     """
     tensors = open_checkpoint(folder)
+    index = folder / INDEX_NAME
+    sharded = index.exists() and not (folder / SINGLE_NAME).exists()
+    if sharded and not isinstance(read_json(index).get("metadata"), dict):
+        raise CheckpointError(
+            f'{index}: lacks "metadata", an object that transformers reads; download it again'
+        )
     file = folder / "config.json"
     check_config(file, read_json(file), tensors)
     check_generation_config(folder)

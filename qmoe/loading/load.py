@@ -15,7 +15,13 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils import cached_file
 
-from qmoe.checkpoints.files import StoredTensor, check_folder, first_line, open_checkpoint
+from qmoe.checkpoints.files import (
+    StoredTensor,
+    check_folder,
+    check_mxfp4,
+    first_line,
+    open_checkpoint,
+)
 from qmoe.checkpoints.hub import check_revision, why_no_place
 from qmoe.checkpoints.inspection import check_top_k
 from qmoe.checkpoints.schema import (
@@ -257,7 +263,8 @@ def _load(
 
 
 def _check_blocks(headers: dict[str, StoredTensor], config: PreTrainedConfig) -> None:
-    """Refuse FP8 weights that end in a block which is cut: transformers would shift all others."""
+    """Refuse scales that transformers would read wrongly, such as of FP8 blocks that are cut."""
+    check_mxfp4(headers)
     block = _quantization(config).get("weight_block_size")
     for name, scale in headers.items():
         weight = headers.get(name.removesuffix("_scale_inv"))

@@ -155,6 +155,21 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"is of 24, which is no multiple of its blocks of 16"):
             qmoe.load(folder, weights="int8", device="cpu")
 
+    def test_mxfp4_scales_that_are_no_bytes(self, source: Callable[..., Path]) -> None:
+        """Of powers of two that are taken for exponents, weights become zero."""
+        folder = source("gpt_oss", intermediate_size=64)
+        tensors = load(folder)
+        for name in [n for n in tensors if n.endswith(("gate_up_proj", "down_proj"))]:
+            experts, columns, rows = tensors.pop(name).shape
+            blocks = torch.zeros(experts, rows, columns // 32, 16, dtype=torch.uint8)
+            tensors[f"{name}_blocks"] = blocks
+            tensors[f"{name}_scales"] = (blocks[..., 0] + 120).view(torch.float8_e8m0fnu)
+        rewrite(folder, tensors, quantization_config={"quant_method": "mxfp4"})
+        message = "_scales is F8_E8M0, and transformers reads MXFP4 scales as U8"
+        self.expect(folder, message)
+        with pytest.raises(CheckpointError, match=message):
+            qmoe.load(folder, weights="int8", device="cpu")
+
     @staticmethod
     def in_fp8(source: Callable[..., Path], **sizes: int) -> tuple[Path, dict[str, torch.Tensor]]:
         folder = source(**sizes)

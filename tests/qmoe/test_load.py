@@ -179,6 +179,17 @@ def test_a_shard_of_another_size_than_the_manifest_says(read, folder, tmp_path) 
         read(tmp_path / "out")
 
 
+def test_an_index_without_metadata(model, tmp_path) -> None:
+    """transformers ended in a KeyError."""
+    model.save_pretrained(tmp_path, max_shard_size="50kB")
+    index = tmp_path / "model.safetensors.index.json"
+    raw = json.loads(index.read_text())
+    del raw["metadata"]
+    index.write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=r'index\.json: lacks "metadata"'):
+        qmoe.load(tmp_path)
+
+
 def test_a_folder_without_a_model(tmp_path, capsys) -> None:
     assert main(["generate", str(tmp_path), "--prompt", "a"]) == 3
     assert "holds no config.json, and neither" in capsys.readouterr().err
