@@ -255,6 +255,8 @@ def _load(
     if not local:
         _check_blocks(_check_files(path_or_repo, revision), config)
     _check_widened(path_or_repo, model)
+    if isinstance(dtype, torch.dtype):
+        _cast(model, dtype)
     where: dict[str, Any] = {}
     if paging is not None:
         where = {"device": device, **asdict(paging)}
@@ -288,6 +290,21 @@ def _check_widened(path_or_repo: str, model: PreTrainedModel) -> None:
                 f"{path_or_repo}: {name} is {parameter.dtype}, and the checkpoint holds no scale "
                 "for it that transformers finds; download it again"
             )
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give parameters the dtype asked for; of quantized checkpoints transformers only casts some.
+
+    Those that are kept in fp32 whatever is asked for, by the model's own word, become that.
+    """
+    plan = {
+        re.compile(pattern.replace("*", ".*")): kept
+        for pattern, kept in model._get_dtype_plan(dtype).items()
+    }
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype.itemsize > 1:
+            kept = (kept for pattern, kept in plan.items() if pattern.search(name))
+            parameter.data = parameter.data.to(next(kept, dtype))
 
 
 def _choose_dtype(dtype: str | torch.dtype) -> str | torch.dtype:

@@ -324,6 +324,18 @@ def test_what_the_model_has_no_place_for_is_kept(source: Callable[..., Path], la
     assert any(extra in warning or "mystery" in warning for warning in mapping.warnings)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_fp8_is_loaded_in_the_dtype_that_is_asked_for(
+    source: Callable[..., Path], dtype: torch.dtype
+) -> None:
+    """transformers leaves what was not FP8 in bf16; the first forward pass ended in an error."""
+    folder, tensors = TestRefused.in_fp8(source)
+    TestRefused.write_fp8(folder, tensors)
+    model = qmoe.load(folder, weights="int8", device="cpu", dtype=dtype)
+    logits = model(torch.arange(8)[None]).logits
+    assert logits.dtype == dtype and logits.isfinite().all()
+
+
 def test_no_remote_code_runs(source: Callable[..., Path]) -> None:
     folder = source()
     config = json.loads((folder / "config.json").read_text())
