@@ -295,16 +295,22 @@ def _check_widened(path_or_repo: str, model: PreTrainedModel) -> None:
 def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Give parameters the dtype asked for; of quantized checkpoints transformers only casts some.
 
-    Those that are kept in fp32 whatever is asked for, by the model's own word, become that.
+    Those that are kept in fp32 whatever is asked for, by the model's own word, become that. Layers
+    that keep their weights in 8 bit, as a GPU's may, keep the scales beside them as they are.
     """
     plan = {
         re.compile(pattern.replace("*", ".*")): kept
         for pattern, kept in model._get_dtype_plan(dtype).items()
     }
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and parameter.dtype.itemsize > 1:
-            kept = (kept for pattern, kept in plan.items() if pattern.search(name))
-            parameter.data = parameter.data.to(next(kept, dtype))
+    for place, module in model.named_modules():
+        own = module._parameters.items()
+        found = {f"{place}.{name}": parameter for name, parameter in own if parameter is not None}
+        if any(parameter.dtype.itemsize == 1 for parameter in found.values()):
+            continue
+        for name, parameter in found.items():
+            if parameter.is_floating_point():
+                kept = (kept for pattern, kept in plan.items() if pattern.search(name))
+                parameter.data = parameter.data.to(next(kept, dtype))
 
 
 def _choose_dtype(dtype: str | torch.dtype) -> str | torch.dtype:
