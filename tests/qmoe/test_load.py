@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoModelForCausalLM, BertConfig, BertModel
 from transformers.utils import logging
 
@@ -22,6 +23,7 @@ from qmoe.checkpoints.schema import MANIFEST_NAME, QMOE, Manifest
 from qmoe.cli.main import main
 from qmoe.experts.quantized import quantized_modules
 from qmoe.generation import load_tokenizer
+from qmoe.loading import load
 from qmoe_convert.convert import convert
 
 Tensors = dict[str, torch.Tensor]
@@ -188,6 +190,18 @@ def test_an_index_without_metadata(model, tmp_path) -> None:
     index.write_text(json.dumps(raw))
     with pytest.raises(ValueError, match=r'index\.json: lacks "metadata"'):
         qmoe.load(tmp_path)
+
+
+def test_a_cast_leaves_scales_beside_8_bit_weights_alone(folder) -> None:
+    """As a GPU's FP8 layers have them, where transformers does not widen a checkpoint's weights."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    layer.weight_scale_inv = nn.Parameter(torch.rand(2, 2), requires_grad=False)
+    load._cast(model, torch.float16)
+    kept = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
+    assert kept == {"model.layers.0.self_attn.q_proj.weight_scale_inv"}
+    assert layer.weight.dtype == torch.float8_e4m3fn
 
 
 def test_a_folder_without_a_model(tmp_path, capsys) -> None:
