@@ -247,6 +247,15 @@ class TestWholeModels:
         assert (actual - expected).norm() < 0.02 * expected.norm()
         assert all(g.dtype == torch.float32 and g.isfinite().all() for g in learned.values())
 
+    def test_under_autocast_to_the_other_16_bits(self) -> None:
+        """Factors of gpt-oss are sorted into gate and up, in a dtype that is not autocast's."""
+        ours, theirs = pair("gpt_oss")
+        for model in (ours, theirs):
+            model.to(torch.bfloat16)
+        with torch.autocast("cpu", torch.float16):
+            actual, expected = (logits(model).float() for model in (ours, theirs))
+        assert (actual - expected).norm() < 0.03 * expected.norm()
+
     def test_compiled(self, by: str) -> None:
         ours, _ = pair("gpt_oss")
         expected, gradient = logits(ours), gradients(ours)
