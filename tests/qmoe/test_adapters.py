@@ -546,6 +546,19 @@ class TestRefusals:
                 ours.merge_adapter(safe_merge=safe)
             torch.testing.assert_close(logits(ours), logits(theirs), **CLOSE)
 
+    def test_what_a_refused_merging_leaves(self) -> None:
+        """unmerge_adapter() undoes merge_adapter(); what merge_and_unload() took off is gone."""
+        before = logits(_quantized("gpt_oss", "int8"))
+        ours, _ = pair("gpt_oss")
+        with pytest.raises(ValueError, match=r"qmoe\.merge.*unmerge_adapter\(\) takes out"):
+            ours.merge_adapter()
+        ours.unmerge_adapter()
+        torch.testing.assert_close(logits(ours.unload()), before, **CLOSE)
+        ours, _ = pair("gpt_oss")
+        with pytest.raises(ValueError, match=r"qmoe\.merge.*load this model again") as caught:
+            ours.merge_and_unload()
+        assert "unmerge_adapter" not in str(caught.value)
+
     def test_merging_what_experts_have_no_part_of(self) -> None:
         """An adapter of attention alone, beside one of experts that stays as it is."""
         models = [
