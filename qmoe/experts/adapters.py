@@ -78,12 +78,36 @@ class ParamWrapper(layer.ParamWrapper):
         Raises:
             ValueError: they are.
         """
+        self._refuse_merging(
+            adapter_names,
+            "unmerge_adapter() takes out what PEFT has merged before it met the experts",
+        )
+        super().merge(safe_merge, adapter_names)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> torch.nn.Module:
+        """Refuse as `merge` does; adapters of modules before this one are off by then.
+
+        Raises:
+            ValueError: as `merge`.
+        """
+        inside: Any = self if merge else None
+        while isinstance(inside, ParamWrapper):
+            inside._refuse_merging(
+                adapter_names,
+                "load this model again before you use it: PEFT has merged adapters of the modules "
+                "before and taken them off, and the adapter would be saved without these",
+            )
+            inside = inside.base_layer
+        return super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+
+    def _refuse_merging(self, adapter_names: list[str] | None, remedy: str) -> None:
         names = self.active_adapters if adapter_names is None else adapter_names
         own = any(name in self.lora_A for name in names)
         if own and isinstance(self.get_base_layer(), QuantizedExperts):
             raise ValueError(
-                f"{self.parameter_name} is in 8 bit and takes no adapter in; save the adapter and "
-                "call qmoe.merge(checkpoint, adapter, output), which writes a merged checkpoint; "
-                "unmerge_adapter() takes out what PEFT has merged before it met the experts"
+                f"{self.parameter_name} is in 8 bit and takes no adapter in; call "
+                f"qmoe.merge(checkpoint, adapter, output) with a saved adapter, which writes a "
+                f"merged checkpoint; {remedy}"
             )
-        super().merge(safe_merge, adapter_names)

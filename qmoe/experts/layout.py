@@ -114,7 +114,8 @@ class ExpertsLayout:
         if self.transposed and not projection.endswith("_bias"):
             tensor = tensor.transpose(1, 2)
         if self.interleaved and projection.startswith(self.up_name):
-            tensor = torch.cat((tensor[:, 0::2], tensor[:, 1::2]), dim=1)
+            # Not torch.cat: autocast refuses factors in another 16-bit dtype than its own.
+            tensor = tensor.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
         return tensor.contiguous()
 
     def canonical_factors(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -164,6 +165,11 @@ def _read_config(adapter: Path) -> Any:
     if config.peft_type != peft.PeftType.LORA:
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise ValueError(f"{adapter}: an adapter of the kind {kind}; LORA can be merged")
+    if config.layer_replication:
+        raise ValueError(
+            f"{adapter}: it repeats layers (layer_replication), which then share weights; one "
+            "without that can be merged"
+        )
     config.inference_mode = True
     file = adapter / "adapter_model.safetensors"
     if file.is_file():
@@ -181,6 +187,7 @@ def _merged(model: Any, adapter: Path, config: Any) -> Any:
     """The model with the adapter in its weights."""
     import peft
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
 
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -188,10 +195,17 @@ def _merged(model: Any, adapter: Path, config: Any) -> Any:
     try:
         adapted = peft.PeftModel(model, config)
         found = adapted.load_adapter(str(adapter), "default")
+        tokens = Counter(
+            id(module.get_base_layer().weight)
+            for module in adapted.modules()
+            if isinstance(module, TrainableTokensLayer)
+        )
         for module in adapted.modules():
-            if isinstance(module, LoraLayer):
+            if isinstance(module, LoraLayer | TrainableTokensLayer):
                 weight = getattr(module.get_base_layer(), "weight", None)
-                if len(tied := names.get(id(weight), [])) > 1:
+                tied = names.get(id(weight), [])
+                # Tokens of an embedding are learned for all that share its weight, as PEFT has it.
+                if len(tied) > 1 and tokens[id(weight)] != len(tied):
                     raise ValueError(
                         f"it adapts one of {' and '.join(tied)}, which are one weight in this "
                         "model; an adapter without it can be merged"

@@ -247,6 +247,15 @@ class TestWholeModels:
         assert (actual - expected).norm() < 0.02 * expected.norm()
         assert all(g.dtype == torch.float32 and g.isfinite().all() for g in learned.values())
 
+    def test_under_autocast_to_the_other_16_bits(self) -> None:
+        """Factors of gpt-oss are sorted into gate and up, in a dtype that is not autocast's."""
+        ours, theirs = pair("gpt_oss")
+        for model in (ours, theirs):
+            model.to(torch.bfloat16)
+        with torch.autocast("cpu", torch.float16):
+            actual, expected = (logits(model).float() for model in (ours, theirs))
+        assert (actual - expected).norm() < 0.03 * expected.norm()
+
     def test_compiled(self, by: str) -> None:
         ours, _ = pair("gpt_oss")
         expected, gradient = logits(ours), gradients(ours)
@@ -536,6 +545,19 @@ class TestRefusals:
             with pytest.raises(ValueError, match=r"takes no adapter in.*qmoe\.merge"):
                 ours.merge_adapter(safe_merge=safe)
             torch.testing.assert_close(logits(ours), logits(theirs), **CLOSE)
+
+    def test_what_a_refused_merging_leaves(self) -> None:
+        """unmerge_adapter() undoes merge_adapter(); what merge_and_unload() took off is gone."""
+        before = logits(_quantized("gpt_oss", "int8"))
+        ours, _ = pair("gpt_oss")
+        with pytest.raises(ValueError, match=r"qmoe\.merge.*unmerge_adapter\(\) takes out"):
+            ours.merge_adapter()
+        ours.unmerge_adapter()
+        torch.testing.assert_close(logits(ours.unload()), before, **CLOSE)
+        ours, _ = pair("gpt_oss")
+        with pytest.raises(ValueError, match=r"qmoe\.merge.*load this model again") as caught:
+            ours.merge_and_unload()
+        assert "unmerge_adapter" not in str(caught.value)
 
     def test_merging_what_experts_have_no_part_of(self) -> None:
         """An adapter of attention alone, beside one of experts that stays as it is."""

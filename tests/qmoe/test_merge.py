@@ -157,6 +157,38 @@ class TestRefusals:
         match = "adapts one of .*embed_tokens.weight.* and .*lm_head.weight.*, which are one"
         self.refuse(tmp_path, ValueError, match)
 
+    @pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+    def test_tokens_of_a_weight_that_is_two(self, module: str, tmp_path: Path) -> None:
+        """PEFT lets the output layer follow the embedding, and not the other way round."""
+        model = zoo.build("gpt_oss")
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+        model.save_pretrained(tmp_path / "plain")
+        config = peft.LoraConfig(
+            target_modules=["q_proj"],
+            trainable_token_indices={module: [1, 2]},
+            init_lora_weights=False,
+        )
+        model = peft.get_peft_model(model, config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "trainable_tokens_delta" in name:
+                    parameter.normal_()
+        expected = logits(model.eval())
+        model.save_pretrained(tmp_path / "adapter")
+        if module == "lm_head":
+            self.refuse(tmp_path, ValueError, "adapts one of .*lm_head.weight.*, which are one")
+            return
+        out = qmoe.merge(tmp_path / "plain", tmp_path / "adapter", tmp_path / "out")
+        torch.testing.assert_close(logits(load(out)), expected, rtol=1e-3, atol=1e-4)
+
+    def test_repeated_layers(self, tmp_path: Path) -> None:
+        model = zoo.build("qwen3_moe")
+        model.save_pretrained(tmp_path / "plain")
+        config = peft.LoraConfig(target_modules=["q_proj"], layer_replication=[[0, 2], [0, 2]])
+        peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+        self.refuse(tmp_path, ValueError, "it repeats layers")
+
     def test_a_scale_that_is_no_number(self, folder: Path, tmp_path: Path) -> None:
         shutil.copytree(folder / "adapter", tmp_path / "adapter")
         file = tmp_path / "adapter" / "adapter_config.json"
