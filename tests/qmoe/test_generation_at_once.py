@@ -204,10 +204,13 @@ class TestInterrupts:
         """SIGVTALRM as Ctrl-C: it strikes in our code, in transformers' and in torch's."""
         options = {**OPTIONS, "max_new_tokens": 6, "stop_strings": ["\x00\x00"]}
         prompts = ["Hello", "naïve"]
-        generate(model, tokenizer, prompts, seed=5, **options)
-        started = time.process_time()
         whole = generate(model, tokenizer, prompts, seed=5, **options)
-        seconds = time.process_time() - started
+        took = []
+        for _ in range(3):  # once alone may be slow, and most interrupts would come too late
+            started = time.process_time()
+            generate(model, tokenizer, prompts, seed=5, **options)
+            took.append(time.process_time() - started)
+        seconds = min(took)
         before = torch.random.get_rng_state()
         depth = torch._C._len_torch_function_stack()
         randoms = random.Random(0)
