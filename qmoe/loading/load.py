@@ -250,10 +250,10 @@ def _load(
     load_on = device if paging is None else torch.device("cpu")
     local = Path(path_or_repo).is_dir()
     if local:
-        _check_blocks(_check_files(path_or_repo, revision), config)
+        _check_scales(_check_files(path_or_repo, revision), config)
     model = _from_pretrained(path_or_repo, config, dtype, load_on, revision)
     if not local:
-        _check_blocks(_check_files(path_or_repo, revision), config)
+        _check_scales(_check_files(path_or_repo, revision), config)
     _check_widened(path_or_repo, model)
     if isinstance(dtype, torch.dtype):
         _cast(model, dtype)
@@ -264,10 +264,23 @@ def _load(
     return patch(model, weights, activations=activations, **where)
 
 
-def _check_blocks(headers: dict[str, StoredTensor], config: PreTrainedConfig) -> None:
-    """Refuse scales that transformers would read wrongly, such as of FP8 blocks that are cut."""
+def _check_scales(headers: dict[str, StoredTensor], config: PreTrainedConfig) -> None:
+    """Refuse what transformers reads wrongly: FP8 without scales, or in blocks that are cut."""
     check_mxfp4(headers)
-    block = _quantization(config).get("weight_block_size")
+    quantization = _quantization(config)
+    block = quantization.get("weight_block_size")
+    scaled = {
+        stem
+        for stem, _, name in (name.rpartition(".") for name in headers)
+        if name.startswith(("scale", "weight_scale"))
+    }
+    for name, stored in headers.items():
+        stem = name.removesuffix(".weight")
+        if quantization and stem != name and stored.dtype == "F8_E4M3" and stem not in scaled:
+            raise ValueError(
+                f"{stored.file}: {name} is {stored.dtype}, and the checkpoint holds no scale for "
+                "it; download it again"
+            )
     for name, scale in headers.items():
         weight = headers.get(name.removesuffix("_scale_inv"))
         if weight is None or weight is scale or not block:
