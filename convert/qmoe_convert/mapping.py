@@ -45,6 +45,7 @@ from qmoe.checkpoints.files import (
     check_config,
     check_generation_config,
     check_mxfp4,
+    ends_in_cut_block,
     read_json,
 )
 from qmoe.checkpoints.inspection import check_top_k
@@ -702,11 +703,7 @@ def _with_decompress(transform: Any, quantizer: Any) -> Any:
 
 
 class _CutBlocks(ConversionOps):
-    """Gives each row and column its own scale where the blocks of FP8 weights end in cut ones.
-
-    transformers divides a weight by the number of its scales: 192 rows in blocks of 128 have two
-    rows of scales, and it would take them for two blocks of 96.
-    """
+    """Gives each row and column its own scale where an FP8 weight ends in a cut block."""
 
     def __init__(self, hf_quantizer: Any) -> None:
         self.hf_quantizer = hf_quantizer
@@ -726,12 +723,8 @@ class _CutBlocks(ConversionOps):
 
     def _spread(self, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         for dim, block in enumerate(self.block):
-            cut = (
-                weight.ndim == scale.ndim == 2
-                and weight.shape[dim] % block
-                and 1 < scale.shape[dim] == -(-weight.shape[dim] // block)
-            )
-            if cut:
+            both = weight.ndim == scale.ndim == 2
+            if both and ends_in_cut_block(weight.shape[dim], scale.shape[dim], block):
                 wide = scale.repeat_interleave(block, dim)
                 scale = wide.narrow(dim, 0, weight.shape[dim])
         return scale

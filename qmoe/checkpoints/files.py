@@ -413,6 +413,15 @@ def check_mxfp4(tensors: Mapping[str, StoredTensor]) -> None:
             )
 
 
+def ends_in_cut_block(size: int, num_scales: int, block: int) -> bool:
+    """Whether a dimension of an FP8 weight, with so many scales, ends inside of a block.
+
+    transformers divides the size by the number of scales there: 192 rows in blocks of 128 have two
+    scales, and it takes them for two blocks of 96.
+    """
+    return size % block != 0 and 1 < num_scales == -(-size // block)
+
+
 def check_folder(folder: Path) -> None:
     """Refuse a folder that nothing should try to build a model of; only headers are read.
 

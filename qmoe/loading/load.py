@@ -19,6 +19,7 @@ from qmoe.checkpoints.files import (
     StoredTensor,
     check_folder,
     check_mxfp4,
+    ends_in_cut_block,
     first_line,
     open_checkpoint,
 )
@@ -286,7 +287,7 @@ def _check_scales(headers: dict[str, StoredTensor], config: PreTrainedConfig) ->
         if weight is None or weight is scale or not block:
             continue
         for size, scales, rows in zip(weight.shape, scale.shape, block, strict=False):
-            if size % rows and 1 < scales == -(-size // rows):
+            if ends_in_cut_block(size, scales, rows):
                 raise ValueError(
                     f"{weight.file}: {weight.name} is of {size}, which is no multiple of its "
                     f"blocks of {rows}, and transformers would read it wrongly; convert it with "
